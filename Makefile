@@ -1,0 +1,55 @@
+# The commands of README.md. `make help` lists them.
+SHELL := /bin/bash
+PYTHON ?= $(shell for p in python3.12 python3.11 python3; do \
+	if $$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' 2>/dev/null; \
+	then echo $$p; break; fi; done)
+BIN := .venv/bin
+STAMP := .venv/.mantis-setup
+
+.PHONY: help setup quickstart test test-slow test-gpu check format lock clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+setup: $(STAMP) ## make .venv with everything pinned in requirements.lock
+
+$(STAMP): requirements.lock pyproject.toml
+	@if [ -z "$(PYTHON)" ]; then echo "MANTiS needs Python 3.11 or 3.12, and none was found on PATH." \
+		"Install one (Debian/Ubuntu: apt-get install python3 python3-venv) or pass PYTHON=/path/to/python." >&2; exit 2; fi
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "$(PYTHON) has no venv module." \
+		"Install it (Debian/Ubuntu: apt-get install python3-venv)." >&2; exit 2; }
+	@echo "setting up .venv with $$($(PYTHON) --version) (about 6 GB, a minute or two)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check "uv>=0.5"
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python -r requirements.lock
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
+	@touch $(STAMP)
+
+quickstart: setup ## train, evaluate and register a small codec on this machine
+	@$(BIN)/mantis run --config configs/quickstart.yaml
+
+test: setup ## the test suite: no GPU, no network
+	@$(BIN)/python -m pytest
+
+test-slow: setup ## the tests that take minutes
+	@$(BIN)/python -m pytest -m slow
+
+test-gpu: setup ## the tests that need a CUDA device
+	@$(BIN)/python -m pytest -m gpu
+
+check: setup ## format, lint, types, fast tests: what every commit passes
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+	@$(BIN)/python -m pytest
+
+format: setup ## rewrite the sources in the house format
+	@$(BIN)/ruff format .
+	@$(BIN)/ruff check --fix .
+
+lock: setup ## resolve requirements.lock anew from pyproject.toml
+	@$(BIN)/uv pip compile --universal --python-version 3.11 --all-extras --no-emit-index-url \
+		--no-annotate --no-header --upgrade pyproject.toml -o requirements.lock
+
+clean: ## remove .venv and caches; keeps runs/
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache

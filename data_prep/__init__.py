@@ -1,0 +1,1 @@
+"""Bytes and labels: from image files to Parquet shards to batches. Knows no model."""

@@ -1,0 +1,183 @@
+"""One encoded image or mask in, a clean one or the reason against it out. Touches no files.
+
+Clean means: decodes in full, RGB, upright, short side as asked. What can be converted is converted
+(CMYK, grey, 16 bit, palette, alpha, EXIF rotation, a PNG called .JPEG); an image that is clean
+already keeps its bytes. Pillow is never told to pad truncated files.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+
+from data_prep.source_base import DataError
+
+IGNORE = 255  # mask value that counts nowhere
+KEPT_FORMATS = ("JPEG", "PNG")
+UPRIGHT = 1
+
+
+@dataclass(frozen=True)
+class CleanImage:
+    """`stored_size` and `orientation` are those of the bytes that came in, for the masks."""
+
+    data: bytes
+    width: int
+    height: int
+    changed: bool
+    stored_size: tuple[int, int]  # width, height before EXIF rotation
+    orientation: int  # EXIF, 1..8; 1 is upright
+
+
+@dataclass(frozen=True)
+class Rejection:
+    reason: str
+
+
+def clean_image(
+    data: bytes, *, short_side: int, jpeg_quality: int, max_pixels: float, lossless: bool = False
+) -> CleanImage | Rejection:
+    """Check and, where needed, convert one image.
+
+    `lossless` re-encodes as PNG instead of JPEG (images with masks). Large JPEGs are reduced while
+    decoding to no less than twice the wanted size, the rest by an antialiased bicubic filter."""
+    if not data:
+        return Rejection("empty file")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # damaged EXIF and the like: judged here, not reported
+        try:
+            with Image.open(io.BytesIO(data)) as image:
+                return _cleaned(data, image, short_side, jpeg_quality, max_pixels, lossless)
+        except UnidentifiedImageError:
+            return Rejection("not an image")
+        except Image.DecompressionBombError:
+            return Rejection(f"more than {max_pixels:.0f} pixels")
+        except Exception as error:
+            return Rejection(_decoding_reason(error))
+
+
+def clean_mask(
+    data: bytes, image: CleanImage, *, num_labels: int, ignored: tuple[int, ...]
+) -> bytes | Rejection:
+    """A mask aligned with its cleaned image, as one-channel PNG: values below `num_labels`, or 255.
+
+    Rejection if it does not decode or fit the image. DataError if it has colours or a value that is
+    neither a label nor ignored: a wrong label list spoils every mask, not this one."""
+    try:
+        with Image.open(io.BytesIO(data)) as opened:
+            opened.load()
+            mask = opened.copy()
+    except Exception as error:
+        return Rejection(f"mask: {_decoding_reason(error)}")
+    values = np.asarray(mask)
+    if values.ndim != 2:
+        raise DataError(f"a mask has mode {mask.mode}; masks have one channel of label values")
+    labels = values.astype(np.int64)
+    labels[np.isin(labels, ignored)] = IGNORE
+    wrong = labels[(labels != IGNORE) & ((labels < 0) | (labels >= num_labels))]
+    if wrong.size:
+        raise DataError(
+            f"mask value {int(wrong.max())} is outside its labels 0..{num_labels - 1}; "
+            f"add labels to the task, or the value to its `ignore`"
+        )
+    clean = Image.fromarray(labels.astype(np.uint8))
+    if clean.size == image.stored_size and image.orientation != UPRIGHT:
+        clean.getexif()[ExifTags.Base.Orientation] = image.orientation
+        clean = ImageOps.exif_transpose(clean)
+        upright = clean.size
+    else:
+        upright = _upright_size(image)
+    if clean.size != upright:
+        return Rejection(
+            f"mask of {clean.size} px does not fit its image of {image.stored_size} px"
+        )
+    size = (image.width, image.height)
+    return _encoded(clean.resize(size, Image.Resampling.NEAREST), "PNG", {})
+
+
+def _cleaned(
+    data: bytes,
+    image: Image.Image,
+    short_side: int,
+    jpeg_quality: int,
+    max_pixels: float,
+    lossless: bool,
+) -> CleanImage | Rejection:
+    stored, orientation = image.size, _orientation(image)
+    if stored[0] * stored[1] > max_pixels:
+        return Rejection(f"{stored[0]} x {stored[1]} is more than {max_pixels:.0f} pixels")
+    keep = image.format in KEPT_FORMATS and image.mode == "RGB" and orientation == UPRIGHT
+    if min(stored) > 2 * short_side:
+        image.draft(None, (2 * short_side, 2 * short_side))
+    image.load()
+    if keep and min(stored) == short_side:
+        return CleanImage(data, *stored, False, stored, orientation)
+    rgb = _rgb(image)
+    if orientation != UPRIGHT:
+        rgb.getexif()[ExifTags.Base.Orientation] = orientation
+        rgb = ImageOps.exif_transpose(rgb)
+    scale = short_side / min(stored)
+    turned = orientation >= 5
+    width, height = (
+        max(short_side, round(side * scale)) for side in (stored[::-1] if turned else stored)
+    )
+    if width * height > max_pixels:
+        return Rejection(f"{stored[0]} x {stored[1]} is too long and thin")
+    if rgb.size != (width, height):
+        rgb = rgb.resize((width, height), Image.Resampling.BICUBIC)
+    options = {} if lossless else {"quality": jpeg_quality}
+    encoded = _encoded(rgb, "PNG" if lossless else "JPEG", options)
+    return CleanImage(encoded, width, height, True, stored, orientation)
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        value = image.getexif().get(ExifTags.Base.Orientation, UPRIGHT)
+    except (SyntaxError, ValueError, OSError, KeyError, TypeError, struct.error):
+        return UPRIGHT  # a damaged EXIF block says nothing; the pixels are good
+    return value if isinstance(value, int) and 1 <= value <= 8 else UPRIGHT
+
+
+def _upright_size(image: CleanImage) -> tuple[int, int]:
+    width, height = image.stored_size
+    return (height, width) if image.orientation >= 5 else (width, height)
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    """RGB of any mode: high bit depths scaled down, transparency over white."""
+    if image.mode.startswith(("I", "F")):
+        return Image.fromarray(_eight_bits(np.asarray(image))).convert("RGB")
+    if "A" in image.mode or "transparency" in image.info:
+        colours = image.convert("RGBA")
+        white = Image.new("RGBA", colours.size, "white")
+        return Image.alpha_composite(white, colours).convert("RGB")
+    plain = image.convert("RGB")
+    plain.info.clear()
+    return plain
+
+
+def _eight_bits(values: NDArray[np.generic]) -> NDArray[np.uint8]:
+    """Grey levels of a 16- or 32-bit image as 0..255."""
+    levels = values.astype(np.float64)
+    if values.dtype == np.uint16 or levels.max() > 255:
+        levels = levels / 257.0  # 65535 is white
+    return np.clip(np.rint(levels), 0, 255).astype(np.uint8)
+
+
+def _encoded(image: Image.Image, kind: str, options: dict[str, int]) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, kind, **options)
+    return stream.getvalue()
+
+
+def _decoding_reason(error: Exception) -> str:
+    text = str(error)
+    if "truncated" in text.lower() or isinstance(error, EOFError):
+        return "truncated"
+    return f"does not decode ({type(error).__name__}: {text[:120]})"

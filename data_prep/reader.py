@@ -1,0 +1,252 @@
+"""From a prepared folder to batches: the plan of an epoch, training batches, evaluation rows.
+
+Which rows, in what order, on which rank: plan_epoch(), pure. How they are decoded: decoding.py.
+Training reads through Ray Data inside each worker: every rank runs its own small dataset of
+windows, so ranks never wait for each other and batches are never short (streaming_split drops rows,
+a local shuffle buffer yields short batches). local_batches() gives the same batches without Ray.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+from numpy.typing import NDArray
+from ray.data import Dataset
+
+from data_prep.decoding import Batch, Decoder, concatenated
+from data_prep.ray_data import map_tables
+from data_prep.schema import DataConfig, DataError, Manifest, SplitInfo
+from data_prep.storage import absolute, filesystem, join
+
+DECODE_ROWS = 64  # rows decoded between two hand-overs
+PREFETCH_BATCHES = 4
+
+
+@dataclass(frozen=True)
+class RowGroup:
+    shard: str  # path below the folder
+    index: int  # in the shard
+    rows: int
+
+
+@dataclass(frozen=True, eq=False)
+class Window:
+    """Rows read together: `picks` are positions in the groups' rows put end to end, in order."""
+
+    groups: tuple[RowGroup, ...]
+    picks: NDArray[np.int64]
+
+
+def plan_epoch(
+    split: SplitInfo,
+    *,
+    seed: int,
+    epoch: int,
+    global_batch: int,
+    rank: int,
+    world_size: int,
+    window_rows: int,
+) -> list[Window]:
+    """The rows one rank consumes in one epoch, in order.
+
+    Row groups are permuted by (seed, epoch) and joined into windows of about `window_rows`, rows
+    are permuted within a window. Of this order the first floor(N / global_batch) * global_batch
+    rows are consumed, rank r taking the r-th contiguous part. So the rows consumed do not depend on
+    world_size, and the tail left out differs from epoch to epoch. DataError if there are fewer rows
+    than a global batch, or if that does not divide among the ranks."""
+    if global_batch % world_size:
+        raise DataError(
+            f"a global batch of {global_batch} does not divide among {world_size} workers; "
+            f"use a multiple of {world_size}"
+        )
+    if split.rows < global_batch:
+        raise DataError(
+            f"the split has {split.rows} rows, fewer than one global batch of {global_batch}; "
+            "use a smaller batch or more images"
+        )
+    share = split.rows // global_batch * (global_batch // world_size)
+    groups = _row_groups(split)
+    random = np.random.default_rng([seed, epoch])
+    windows, waiting = [], []
+    for number in random.permutation(len(groups)):
+        waiting.append(groups[number])
+        if sum(group.rows for group in waiting) >= window_rows:
+            windows.append(tuple(waiting))
+            waiting = []
+    if waiting:
+        windows.append(tuple(waiting))
+    shuffled = [
+        Window(window, random.permutation(sum(group.rows for group in window)).astype(np.int64))
+        for window in windows
+    ]
+    return _section(shuffled, rank * share, (rank + 1) * share)
+
+
+def train_batches(
+    folder: str,
+    manifest: Manifest,
+    data: DataConfig,
+    *,
+    seed: int,
+    epoch: int,
+    global_batch: int,
+    rank: int = 0,
+    world_size: int = 1,
+    start_step: int = 0,
+    num_cpus: float = 0.25,
+    max_tasks: int | None = None,
+) -> Iterator[Batch]:
+    """Augmented training batches of exactly global_batch / world_size rows (see Decoder.decode).
+
+    To be called in each worker; Ray must be initialised. `start_step` skips the batches a resumed
+    epoch has seen. `num_cpus` is what a reading task claims: workers must leave that much free.
+    `max_tasks` caps this rank's tasks at once; default: its share of the cluster's CPUs but one."""
+    windows = plan_epoch(
+        manifest.split("train"),
+        seed=seed,
+        epoch=epoch,
+        global_batch=global_batch,
+        rank=rank,
+        world_size=world_size,
+        window_rows=data.shuffle_window_rows,
+    )
+    batch_rows = global_batch // world_size
+    windows = _section(windows, start_step * batch_rows, sum(len(w.picks) for w in windows))
+    if not windows:
+        return
+    if max_tasks is None:
+        max_tasks = max(1, int(ray.cluster_resources().get("CPU", 1)) // world_size - 1)
+    decoder = Decoder.of(manifest, data, (seed, epoch))
+    dataset = _dataset(folder, windows, decoder, num_cpus, max_tasks)
+    for batch in dataset.iter_batches(
+        batch_size=batch_rows, batch_format="numpy", prefetch_batches=PREFETCH_BATCHES
+    ):
+        yield {name: np.require(values, requirements="W") for name, values in batch.items()}
+
+
+def eval_rows(
+    folder: str, manifest: Manifest, data: DataConfig, split: str, *, num_cpus: float = 0.25
+) -> Dataset:
+    """All rows of a split once, in order, centre-cropped, as a lazy Ray Dataset."""
+    windows = _in_order(manifest.split(split))
+    return _dataset(folder, windows, Decoder.of(manifest, data, None), num_cpus, None)
+
+
+def local_batches(
+    folder: str,
+    manifest: Manifest,
+    data: DataConfig,
+    *,
+    global_batch: int,
+    split: str = "train",
+    seed: int = 0,
+    epoch: int | None = None,
+    rank: int = 0,
+    world_size: int = 1,
+    start_step: int = 0,
+) -> Iterator[Batch]:
+    """The batches of train_batches, in plain Python. With `epoch` None: all rows of
+    the split once, in order, centre-cropped, the last batch short."""
+    info = manifest.split(split)
+    batch_rows = global_batch // world_size
+    if epoch is None:
+        windows, augment = _in_order(info), None
+    else:
+        augment = (seed, epoch)
+        windows = plan_epoch(
+            info,
+            seed=seed,
+            epoch=epoch,
+            global_batch=global_batch,
+            rank=rank,
+            world_size=world_size,
+            window_rows=data.shuffle_window_rows,
+        )
+    windows = _section(windows, start_step * batch_rows, sum(len(w.picks) for w in windows))
+    decoder = Decoder.of(manifest, data, augment)
+    parts = (part for window in windows for part in _read(absolute(folder), window, decoder))
+    yield from _rebatched(parts, batch_rows)
+
+
+def read_window(plan: pa.Table, *, folder: str, decoder: Decoder) -> Iterator[Batch]:
+    """The Ray task of the reader: decoded parts of one window, given as a table by _plan_table."""
+    for row in plan.to_pylist():
+        groups = tuple(RowGroup(**group) for group in row["groups"])
+        yield from _read(folder, Window(groups, np.array(row["picks"], np.int64)), decoder)
+
+
+def _dataset(
+    folder: str, windows: list[Window], decoder: Decoder, num_cpus: float, max_tasks: int | None
+) -> Dataset:
+    return map_tables(
+        [_plan_table(window) for window in windows],
+        read_window,
+        num_cpus=num_cpus,
+        max_tasks=max_tasks,
+        folder=absolute(folder),
+        decoder=decoder,
+    )
+
+
+def _plan_table(window: Window) -> pa.Table:
+    groups = [
+        {"shard": group.shard, "index": group.index, "rows": group.rows} for group in window.groups
+    ]
+    return pa.table({"groups": [groups], "picks": [window.picks]})
+
+
+def _row_groups(split: SplitInfo) -> list[RowGroup]:
+    return [
+        RowGroup(shard.path, index, rows)
+        for shard in split.shards
+        for index, rows in enumerate(shard.row_group_rows)
+    ]
+
+
+def _in_order(split: SplitInfo) -> list[Window]:
+    return [Window((group,), np.arange(group.rows)) for group in _row_groups(split)]
+
+
+def _section(windows: list[Window], start: int, end: int) -> list[Window]:
+    """The part of a plan from row `start` to row `end`."""
+    kept, first = [], 0
+    for window in windows:
+        picks = window.picks[max(0, start - first) : max(0, end - first)]
+        if len(picks):
+            kept.append(Window(window.groups, picks))
+        first += len(window.picks)
+    return kept
+
+
+def _read(folder: str, window: Window, decoder: Decoder) -> Iterator[Batch]:
+    """Decoded rows of a window in order, DECODE_ROWS at a time."""
+    tables = []
+    for group in window.groups:
+        store, inner = filesystem(join(folder, group.shard))
+        with pq.ParquetFile(inner, filesystem=store) as file:
+            tables.append(file.read_row_group(group.index, columns=decoder.columns))
+    rows = pa.concat_tables(tables)
+    for start in range(0, len(window.picks), DECODE_ROWS):
+        yield decoder.decode(rows.take(window.picks[start : start + DECODE_ROWS]))
+
+
+def _rebatched(parts: Iterable[Batch], batch_rows: int) -> Iterator[Batch]:
+    """Batches of exactly `batch_rows`, the last one of what is left."""
+    waiting: list[Batch] = []
+    held = 0
+    for part in parts:
+        waiting.append(part)
+        held += len(part["row_id"])
+        if held >= batch_rows:
+            joined, start = concatenated(waiting), 0
+            while held >= batch_rows:
+                yield {name: v[start : start + batch_rows] for name, v in joined.items()}
+                start, held = start + batch_rows, held - batch_rows
+            waiting = [{name: values[start:] for name, values in joined.items()}] if held else []
+    if held:
+        yield concatenated(waiting)

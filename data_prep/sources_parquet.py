@@ -1,0 +1,194 @@
+"""The `parquet` source: encoded images and labels in Parquet files, locally or below a URI."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import posixpath
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pyarrow import fs
+from pydantic import Field
+
+from data_prep.imagenet import imagenet_wnids
+from data_prep.source_base import DataError, RawRow, SourceConfig, missing, references
+from data_prep.storage import filesystem, join
+
+READ_ROWS = 64
+
+
+class ParquetFiles(SourceConfig):
+    kind: Literal["parquet"] = "parquet"
+    path: str = "."  # folder the patterns start from
+    train: str | tuple[str, ...] | None = None  # file patterns below `path`, "data/train-*.parquet"
+    val: str | tuple[str, ...] | None = None
+    image: str = "image"  # column: bytes, or a struct with `bytes` (Hugging Face)
+    class_column: str | None = "wnid"  # column: one label or a list of them; null: masks only
+    class_ids: Literal["imagenet"] | dict[str, str] | None = None  # label -> class id;
+    # "imagenet" maps 0..999 to WordNet ids; without it a label stands for itself
+    mask_columns: dict[str, str] = Field(default={})  # mask name -> column of masks
+
+    @property
+    def mask_names(self) -> tuple[str, ...]:
+        return tuple(self.mask_columns)
+
+    def listing(self, root: str, split: str) -> pa.Table:
+        return pa.concat_tables(
+            [references([], [], [], [], [])]
+            + [self._file_listing(root, path) for path, _ in self.files(root, split)]
+        )
+
+    def read(self, root: str, references: pa.Table) -> Iterator[RawRow]:
+        groups: dict[tuple[str, int], list[int]] = {}  # rows come in listing order: by group
+        for path, position, row in zip(
+            references["path"].to_pylist(),
+            references["position"].to_pylist(),
+            references["row"].to_pylist(),
+            strict=True,
+        ):
+            groups.setdefault((path, position), []).append(row)
+        for (path, position), rows in groups.items():
+            yield from self._read_rows(join(join(root, self.path), path), position, rows)
+
+    def state(self, root: str, split: str) -> Iterator[str]:
+        for path, size in self.files(root, split):
+            with _open(join(join(root, self.path), path)) as file:
+                footer = file.metadata
+                groups = [
+                    (footer.row_group(index).num_rows, footer.row_group(index).total_byte_size)
+                    for index in range(footer.num_row_groups)
+                ]
+            yield f"{path}\t{size}\t{groups}"
+        yield json.dumps([self.image, self.class_column, self.class_ids, self.mask_columns])
+
+    def files(self, root: str, split: str) -> list[tuple[str, int]]:
+        """(path below self.path, bytes) of the split's files, sorted; DataError if none match."""
+        patterns = self.train if split == "train" else self.val
+        if patterns is None:
+            return []
+        home = join(root, self.path)
+        found: dict[str, int] = {}
+        for pattern in (patterns,) if isinstance(patterns, str) else patterns:
+            matches = matching_files(home, pattern)
+            if not matches:
+                raise missing(self, f"{split} file", join(home, pattern))
+            found.update(matches)
+        return sorted(found.items())
+
+    def _file_listing(self, root: str, path: str) -> pa.Table:
+        where = join(join(root, self.path), path)
+        with _open(where) as file:
+            _need_columns(self, where, file.schema_arrow)
+            sizes = [
+                file.metadata.row_group(index).num_rows
+                for index in range(file.metadata.num_row_groups)
+            ]
+            if self.class_column is None:
+                labels: list[Any] = [None] * sum(sizes)
+            else:
+                labels = file.read([self.class_column])[self.class_column].to_pylist()
+        positions = [index for index, size in enumerate(sizes) for _ in range(size)]
+        rows = [row for size in sizes for row in range(size)]
+        return references(
+            [f"{path}:{number}" for number in range(len(labels))],
+            [self._class_ids(label, where) for label in labels],
+            [path] * len(labels),
+            positions,
+            rows,
+        )
+
+    def _class_ids(self, label: Any, where: str) -> list[str]:
+        if label is None:
+            return []
+        if isinstance(label, list):
+            return [class_id for one in label for class_id in self._class_ids(one, where)]
+        if self.class_ids is None:
+            return [str(label)]
+        if self.class_ids == "imagenet":
+            wnids = imagenet_wnids()
+            if isinstance(label, int) and 0 <= label < len(wnids):
+                return [wnids[label]]
+            raise DataError(
+                f"{where}: label {label!r} in column '{self.class_column}' is no ImageNet-1k index "
+                "(0-999); give class_ids a mapping or leave it out"
+            )
+        if str(label) not in self.class_ids:
+            raise DataError(
+                f"{where}: label {label!r} in column '{self.class_column}' is not in class_ids "
+                f"({', '.join(sorted(self.class_ids)[:5])}, ...)"
+            )
+        return [self.class_ids[str(label)]]
+
+    def _read_rows(self, where: str, group: int, rows: list[int]) -> Iterator[RawRow]:
+        wanted, start = set(rows), 0
+        columns = [self.image, *self.mask_columns.values()]
+        with _open(where) as file:
+            for batch in file.iter_batches(READ_ROWS, row_groups=[group], columns=columns):
+                for offset in range(batch.num_rows):
+                    if start + offset in wanted:
+                        yield self._row({name: batch[name][offset].as_py() for name in columns})
+                start += batch.num_rows
+                if start > rows[-1]:
+                    return
+
+    def _row(self, values: dict[str, Any]) -> RawRow:
+        image = _encoded(values[self.image])
+        masks = {
+            name: mask
+            for name, column in self.mask_columns.items()
+            if (mask := _encoded(values[column]))
+        }
+        return RawRow(image or b"", masks, error="" if image is not None else "no image in the row")
+
+
+def matching_files(home: str, pattern: str) -> dict[str, int]:
+    """Path below `home` -> bytes of the files below it that match the pattern."""
+    store, inner = filesystem(home)
+    fixed = pattern.split("*")[0].split("?")[0].split("[")[0]
+    start = posixpath.join(inner, posixpath.dirname(fixed)).rstrip("/")
+    selector = fs.FileSelector(start, recursive="/" in pattern[len(fixed) :], allow_not_found=True)
+    found = {}
+    for entry in store.get_file_info(selector):
+        path = entry.path[len(inner) :].lstrip("/")
+        if entry.type == fs.FileType.File and fnmatch.fnmatchcase(path, pattern):
+            found[path] = entry.size
+    return found
+
+
+def parquet_columns(path: str) -> list[str]:
+    """Column names of one Parquet file; DataError if it is none."""
+    with _open(path) as file:
+        names: list[str] = file.schema_arrow.names
+    return names
+
+
+def _open(path: str) -> pq.ParquetFile:
+    store, inner = filesystem(path)
+    try:
+        return pq.ParquetFile(inner, filesystem=store)
+    except pa.ArrowInvalid as error:
+        raise DataError(f"{path} is no readable Parquet file: {error}") from error
+
+
+def _need_columns(source: ParquetFiles, where: str, schema: pa.Schema) -> None:
+    wanted = [source.image, *source.mask_columns.values()]
+    if source.class_column is not None:
+        wanted.append(source.class_column)
+    absent = [name for name in wanted if name not in schema.names]
+    if absent:
+        raise DataError(
+            f"{where} has no column '{absent[0]}'; it has {', '.join(schema.names)}. "
+            f"Set image, class_column or mask_columns of source '{source.source_name}'"
+        )
+
+
+def _encoded(value: Any) -> bytes | None:
+    """Bytes of an image cell: plain bytes or Hugging Face's {bytes, path}."""
+    if isinstance(value, dict):
+        value = value.get("bytes")
+    if value is None or isinstance(value, bytes):
+        return value
+    raise DataError(f"an image column must hold encoded bytes, got {type(value).__name__}")

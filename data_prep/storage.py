@@ -1,0 +1,67 @@
+"""Files by path or URI through pyarrow.fs: join, read, write atomically. Knows no images."""
+
+from __future__ import annotations
+
+import os
+import posixpath
+import uuid
+
+from pyarrow import fs
+
+
+def is_uri(path: str) -> bool:
+    return "://" in path
+
+
+def join(base: str, path: str) -> str:
+    """`path` below `base`; an absolute path or a URI stands for itself."""
+    if is_uri(path) or posixpath.isabs(path):
+        return path
+    if path in ("", "."):
+        return base
+    return f"{base.rstrip('/')}/{path}"
+
+
+def absolute(path: str) -> str:
+    """The path as every worker understands it, whatever its working folder."""
+    return path.rstrip("/") if is_uri(path) else os.path.abspath(os.path.expanduser(path))
+
+
+def filesystem(path: str) -> tuple[fs.FileSystem, str]:
+    """(filesystem, path inside it)."""
+    if is_uri(path):
+        found: tuple[fs.FileSystem, str] = fs.FileSystem.from_uri(path)
+        return found
+    return fs.LocalFileSystem(), absolute(path)
+
+
+def read_bytes(path: str) -> bytes:
+    """Whole file; FileNotFoundError if there is none."""
+    store, inner = filesystem(path)
+    with store.open_input_stream(inner) as stream:
+        data: bytes = stream.read()
+    return data
+
+
+def write_bytes(path: str, data: bytes) -> None:
+    """Write beside the target and rename: readers see all of it or nothing."""
+    store, inner = filesystem(path)
+    store.create_dir(posixpath.dirname(inner), recursive=True)
+    partial = f"{inner}.{uuid.uuid4().hex[:8]}.tmp"
+    with store.open_output_stream(partial, compression=None) as stream:
+        stream.write(data)
+    store.move(partial, inner)
+
+
+def delete_file(path: str) -> None:
+    """Remove a file, if it is there."""
+    store, inner = filesystem(path)
+    if store.get_file_info(inner).type == fs.FileType.File:
+        store.delete_file(inner)
+
+
+def delete_folder(path: str) -> None:
+    """Remove a folder and all below it, if it is there."""
+    store, inner = filesystem(path)
+    if store.get_file_info(inner).type != fs.FileType.NotFound:
+        store.delete_dir(inner)

@@ -1,0 +1,55 @@
+"""What is told of one image: its stream as the client made it, the answer as the server gives it.
+
+Holds records only. Shapes: K tasks, H W input pixels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One image's stream and what it was made of. probabilities and mask are (K,)."""
+
+    data: bytes
+    payload_bytes: int
+    estimated_bits: float
+    probabilities: NDArray[np.float32]
+    mask: NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the server says of one stream.
+
+    `labels`, `label_names` and `segmentation` are by task, of decoded tasks; a mask is uint8
+    (H, W). `class_index` is the joint decision over all decoded tasks, -1 where images have no
+    single class.
+    """
+
+    tasks: tuple[str, ...]
+    task_probability: dict[str, float]
+    labels: dict[str, int]
+    label_names: dict[str, str]
+    label_probability: dict[str, float]
+    class_index: int
+    class_name: str | None
+    class_probability: float
+    segmentation: dict[str, NDArray[np.uint8]] = field(repr=False)
+    wire_bytes: int
+    payload_bytes: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values; a segmentation becomes the share of pixels by label value."""
+        out = {key: value for key, value in self.__dict__.items() if key != "segmentation"}
+        out["tasks"] = list(self.tasks)
+        out["segmentation"] = {
+            name: {str(value): round(float((mask == value).mean()), 4) for value in np.unique(mask)}
+            for name, mask in self.segmentation.items()
+        }
+        return out

@@ -1,0 +1,247 @@
+"""The bottleneck: rounding or noise, the learned density, the rate, and the tables made from it.
+
+B batch, C latent channels, K tasks, h w latent, R prior rows (1 shared, else K), N symbols of a
+channel, L entries of a table. Coding by the tables is in coder.py, the container in bitstream.py.
+"""
+
+import copy
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import numpy as np
+import torch
+from compressai.entropy_models import EntropyBottleneck
+from compressai.ops import LowerBound
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional
+
+from mantis_core.coder import MAX_SYMBOL, TOTAL, Prior, Table, TableSet
+
+Quantizer: TypeAlias = Literal["noise", "ste"]
+
+_LIKELIHOOD_BOUND = 1e-9
+# A table ends where less than this is left on a side, and at +-_WIDEST: the escape takes over.
+_TAIL_MASS = 2.0**-17
+_WIDEST = 1024
+# CompressAI starts densities at scale 10; latents start below 1, and short trainings pay for it.
+_START_SCALE = 3.0
+_TABLES = ("table_cdf", "table_offsets", "table_lengths")
+
+
+class BottleneckOutput(NamedTuple):
+    """What decoders get, `y_hat` (B, C, h, w), and each image's payload, `bits` (B,): float32."""
+
+    y_hat: Tensor
+    bits: Tensor
+
+
+class Bottleneck(nn.Module):
+    """Factorised entropy bottleneck with one density per channel and prior row.
+
+        y ─┬─ + U(-1/2, 1/2) ─▶ density[row] ─▶ bits        training
+           └─ round (straight-through) ─▶ y_hat
+        y ─── round ─▶ y_hat ─▶ density[row] ─▶ bits        evaluation
+
+    Balle et al., "Variational image compression with a scale hyperprior" (ICLR 2018), appendix 6.1;
+    parameters and their start are those of CompressAI's EntropyBottleneck with C * R channels, row
+    r owning channels r * C to (r + 1) * C. Medians are fixed at 0: symbols are plain rounded
+    values.
+
+    `prior` says which row an image uses: `shared` the only one; `primary` that of its most probable
+    task; `per_task` the mean of its active tasks' likelihoods. `quantizer` says what decoders are
+    trained on: `ste` the rounded latent, its gradient passed through; `noise` the same noisy latent
+    as the rate.
+    """
+
+    table_cdf: Tensor
+    table_offsets: Tensor
+    table_lengths: Tensor
+
+    def __init__(
+        self, channels: int, num_tasks: int, prior: Prior, quantizer: Quantizer = "ste"
+    ) -> None:
+        super().__init__()
+        self.channels = channels
+        self.num_tasks = num_tasks
+        self.prior: Prior = prior
+        self.quantizer: Quantizer = quantizer
+        self.num_rows = 1 if prior == "shared" else num_tasks
+        self.density = EntropyBottleneck(channels * self.num_rows, init_scale=_START_SCALE)
+        self.density.quantiles.requires_grad_(False)  # medians stay 0, tails are searched
+        self.likelihood_bound = LowerBound(_LIKELIHOOD_BOUND)
+        for name in _TABLES:
+            self.register_buffer(name, torch.zeros(0, dtype=torch.int32))
+        self._tables: TableSet | None = None
+
+    def forward(self, y: Tensor, mask: Tensor, primary: Tensor) -> BottleneckOutput:
+        """Quantises y (B, C, h, w) and estimates its size; float32 throughout, under autocast too.
+
+        `mask` (B, K) bool are the active tasks, `primary` (B,) int64 the most probable of them;
+        each is read only by the prior that needs it. ValueError if an image has no row. In training
+        mode every parameter gets a gradient (zero for the rows of tasks that are absent).
+        """
+        with torch.autocast(device_type=y.device.type, enabled=False):
+            y = y.float()
+            if self.training:
+                noisy = y + torch.rand_like(y) - 0.5
+                y_hat = noisy if self.quantizer == "noise" else y + (y.round() - y).detach()
+                likelihood = self._likelihood(noisy, mask, primary)
+            else:
+                y_hat = y.round().clamp(-MAX_SYMBOL, MAX_SYMBOL)
+                likelihood = self._likelihood(y_hat, mask, primary)
+            bits = -self.likelihood_bound(likelihood).log2().flatten(1).sum(1)
+        return BottleneckOutput(y_hat, bits)
+
+    @property
+    def tables_ready(self) -> bool:
+        """Whether `update_tables` has run, here or before the checkpoint was written."""
+        return self.table_cdf.numel() > 0
+
+    @torch.no_grad()
+    def update_tables(self) -> None:
+        """Makes the integer tables from the current weights, on CPU; call it after training.
+
+        A channel's tables share the range of symbols that all but 2**-17 on either side of each
+        row's mass lies in, at most +-1024; an escape entry takes what is outside. Each row holds
+        counts of at least 1 that sum to 2**16. ValueError if the weights are not finite.
+        """
+        density = copy.deepcopy(self.density).cpu().double()
+        edges = torch.arange(-_WIDEST, _WIDEST + 2, dtype=torch.float64) - 0.5
+        logits = _cumulative_logits(edges.expand(density.channels, 1, -1), *_weights(density))
+        cumulative = torch.sigmoid(logits).numpy().reshape(self.num_rows, self.channels, -1)
+        if not np.isfinite(cumulative).all():
+            raise ValueError("the bottleneck's weights are not finite: no tables can be made")
+        # (R, C): symbol s lies between edges s and s + 1; keep those with mass beyond them.
+        first = (cumulative[..., 1:] <= _TAIL_MASS).sum(-1).clip(max=2 * _WIDEST).min(0)
+        last = (2 * _WIDEST - (1 - cumulative[..., :-1] <= _TAIL_MASS).sum(-1)).clip(min=0).max(0)
+        lengths = last - first + 2
+        cdf = np.full((self.num_rows, self.channels, lengths.max() + 1), TOTAL, np.int32)
+        for row in range(self.num_rows):
+            for channel in range(self.channels):
+                inside = cumulative[row, channel, first[channel] : last[channel] + 2]
+                mass = np.diff(inside)
+                counts = _integer_counts(np.append(mass, max(0.0, 1 - mass.sum())))
+                cdf[row, channel, 0] = 0
+                cdf[row, channel, 1 : len(counts) + 1] = np.cumsum(counts)
+        device = self.table_cdf.device
+        for name, table in zip(_TABLES, (cdf, first - _WIDEST, lengths), strict=True):
+            setattr(self, name, torch.from_numpy(table.astype(np.int32)).to(device))
+        self._tables = None
+
+    def tables(self) -> TableSet:
+        """All tables, as client and server use them; RuntimeError before they exist."""
+        if not self.tables_ready:
+            raise RuntimeError("the bottleneck has no tables: call update_tables() after training")
+        if self._tables is None:
+            cdf, offsets, lengths = (getattr(self, name).cpu().numpy().copy() for name in _TABLES)
+            self._tables = TableSet(self.prior, cdf, offsets, lengths)
+        return self._tables
+
+    def table_for(self, mask: NDArray[np.bool_] | tuple[bool, ...], primary: int) -> Table:
+        """One image's table, by the rule of TableSet.table_for."""
+        return self.tables().table_for(mask, primary)
+
+    def _likelihood(self, values: Tensor, mask: Tensor, primary: Tensor) -> Tensor:
+        """P(value) of each element of values (B, C, h, w), mixed over the image's rows.
+
+        Evaluates each (row, image) pair that occurs once, row by row.
+        """
+        rows, images, rows_per_image = self._pairs(values, mask, primary)
+        weights = [
+            [t.view(self.num_rows, self.channels, *t.shape[1:]).unbind(0) for t in tensors]
+            for tensors in _weights(self.density)
+        ]
+        gathered = values.flatten(2).index_select(0, images).transpose(0, 1)  # (C, pairs, h * w)
+        parts = []
+        for row, part in enumerate(torch.split(gathered, rows, dim=1)):
+            if part.shape[1]:
+                of_row = [[t[row] for t in tensors] for tensors in weights]
+                flat = part.reshape(self.channels, 1, -1)
+                parts.append(_interval_mass(flat, *of_row).view_as(part))
+        pairs = torch.cat(parts, dim=1).transpose(0, 1)
+        mixed = torch.zeros_like(values).flatten(2).index_add(0, images, pairs)
+        return (mixed / rows_per_image[:, None, None]).view_as(values)
+
+    def _pairs(
+        self, values: Tensor, mask: Tensor, primary: Tensor
+    ) -> tuple[list[int], Tensor, Tensor]:
+        """How many images use each row (R), those images row after row, and rows per image (B,).
+
+        Worked out on CPU, so that a GPU waits once and not for every row.
+        """
+        if self.prior == "shared":
+            uses = torch.ones(len(values), 1, dtype=torch.bool)
+        elif self.prior == "primary":
+            uses = functional.one_hot(primary.cpu(), self.num_tasks).bool()
+        else:
+            uses = mask.cpu()
+        per_image = uses.sum(1)
+        if not per_image.all():
+            raise ValueError("an image has no active task: the mask must never be empty")
+        images = uses.T.nonzero()[:, 1]
+        on = values.device
+        return uses.sum(0).tolist(), images.to(on), per_image.to(on)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """Takes tables of any length: those in the checkpoint replace those here."""
+        for name in _TABLES:
+            if prefix + name in state_dict:
+                here = getattr(self, name)
+                setattr(self, name, here.new_zeros(state_dict[prefix + name].shape))
+        self._tables = None
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+def _weights(density: Any) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """The density's matrices, biases and factors as applied: constrained to be monotone."""
+    return (
+        [functional.softplus(matrix) for matrix in density.matrices],
+        list(density.biases),
+        [torch.tanh(factor) for factor in density.factors],
+    )
+
+
+def _cumulative_logits(
+    values: Tensor, matrices: list[Tensor], biases: list[Tensor], factors: list[Tensor]
+) -> Tensor:
+    """Logit of the cumulative density at values (channels, 1, N), as CompressAI defines it."""
+    for i, (matrix, bias) in enumerate(zip(matrices, biases, strict=True)):
+        values = matrix @ values + bias
+        if i < len(factors):
+            values = values + factors[i] * torch.tanh(values)
+    return values
+
+
+def _interval_mass(
+    values: Tensor, matrices: list[Tensor], biases: list[Tensor], factors: list[Tensor]
+) -> Tensor:
+    """Mass of [value - 1/2, value + 1/2].
+
+    Taken in the left tail, mirrored where need be: near 1 float32 could not tell two sigmoids
+    apart, and CompressAI 1.2.8, which does without, loses likelihood and gradient in the right
+    tail.
+    """
+    lower = _cumulative_logits(values - 0.5, matrices, biases, factors)
+    upper = _cumulative_logits(values + 0.5, matrices, biases, factors)
+    sign = torch.where(lower + upper > 0, -1.0, 1.0).detach()
+    return (torch.sigmoid(sign * upper) - torch.sigmoid(sign * lower)).abs()
+
+
+def _integer_counts(mass: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Counts of at least 1 that sum to TOTAL, proportional to mass (n,) by largest remainders.
+
+    Entries too rare for a count get 1, the others share what is left.
+    """
+    rare = np.zeros(len(mass), bool)
+    while True:
+        share = mass * ((TOTAL - rare.sum()) / mass[~rare].sum())
+        newly_rare = ~rare & (share < 1)
+        if not newly_rare.any():
+            break
+        rare |= newly_rare
+    counts = np.where(rare, 1, np.floor(share)).astype(np.int64)
+    remainders = np.where(rare, -1.0, share - np.floor(share))
+    counts[np.argsort(-remainders, kind="stable")[: TOTAL - counts.sum()]] += 1
+    return counts

@@ -1,0 +1,198 @@
+"""From config sections and task specs to teachers, students and recipes. Trains nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from mantis_core.client import STRIDE
+from mantis_core.config import IndividualConfig, ModelConfig, Stage1Config, Stage2Config
+from mantis_core.config import TeacherConfig as TeacherConfig
+from mantis_core.model import Mantis, ModelSpec
+from mantis_core.recipes import (
+    IndividualRecipe,
+    Recipe,
+    Stage1Recipe,
+    Stage1Student,
+    Stage2Recipe,
+    TeacherRecipe,
+    individual_models,
+)
+from mantis_core.server import ClassificationTail
+from mantis_core.tasks import TaskSpec
+from mantis_core.teacher import Teacher, flat_teacher, load_teacher_file
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What the data asks of a model: tasks, classes, input size.
+
+    `imagenet_indices` are the classes' ImageNet-1k indices, where all have one.
+    """
+
+    tasks: tuple[TaskSpec, ...]
+    classes: tuple[str, ...]
+    class_names: tuple[str, ...]
+    single_class: bool
+    image_size: tuple[int, int]
+    short_side: int
+    imagenet_indices: tuple[int, ...] | None = None
+
+
+def new_teacher(config: TeacherConfig, problem: Problem) -> Teacher:
+    """An untrained teacher: one flat head where each image has one class, else a head a task."""
+    return Teacher(
+        config.name,
+        split=config.split,
+        tasks=problem.tasks,
+        flat_classes=len(problem.classes) if problem.single_class else 0,
+        image_size=problem.image_size,
+    )
+
+
+def ready_teacher(
+    config: TeacherConfig, problem: Problem, trained: Mapping[str, Tensor] | None
+) -> Teacher:
+    """The frozen teacher: `trained` by its own stage, pretrained by torchvision, or from a file.
+
+    Raises ModelError where weights and data do not fit.
+    """
+    if config.weights == "train":
+        assert trained is not None
+        teacher = new_teacher(config, problem)
+        teacher.load_state_dict(dict(trained))
+        return teacher
+    state = None if config.weights == "pretrained" else load_teacher_file(config.weights)
+    teacher = flat_teacher(
+        config.name,
+        state,
+        split=config.split,
+        num_classes=len(problem.classes),
+        imagenet_indices=problem.imagenet_indices,
+        image_size=problem.image_size,
+    )
+    teacher.tasks = tuple(problem.tasks)
+    return teacher
+
+
+def teacher_recipe(config: TeacherConfig, problem: Problem, *, seed: int) -> Recipe:
+    """Stage `teacher`, from random weights."""
+    torch.manual_seed(seed)
+    return TeacherRecipe(new_teacher(config, problem), config)
+
+
+def stage1_recipe(
+    config: Stage1Config, model: ModelConfig, teacher: Teacher, problem: Problem, *, seed: int
+) -> Recipe:
+    """Stage 1: a task-agnostic codec in front of the teacher's frozen tail."""
+    split_shape, _ = teacher.feature_shapes(problem.image_size)
+    torch.manual_seed(seed)
+    student = Stage1Student(
+        model,
+        len(problem.tasks),
+        image_size=problem.image_size,
+        split_shape=split_shape,
+        latent_size=_latent_size(problem),
+        tail=teacher.backbone.tail_after(teacher.split),
+    )
+    return Stage1Recipe(student, teacher, config)
+
+
+def stage2_recipe(
+    config: Stage2Config,
+    model: ModelConfig,
+    teacher: Teacher,
+    problem: Problem,
+    stage1: Mapping[str, Tensor],
+    *,
+    seed: int,
+) -> Recipe:
+    """Stage 2: the whole codec, from stage 1's weights and the teacher's tail and rows."""
+    torch.manual_seed(seed)
+    codec = Mantis(
+        model_spec(model, teacher, problem), trunk=teacher.backbone.tail_after(teacher.split)
+    )
+    start_from_stage1(codec, stage1)
+    start_tails_from_teacher(codec, teacher)
+    return Stage2Recipe(codec, teacher, config)
+
+
+def individual_recipe(
+    config: IndividualConfig, teacher: Teacher, problem: Problem, *, seed: int
+) -> Recipe:
+    """The uncompressed baseline: one network a task."""
+    torch.manual_seed(seed)
+    return IndividualRecipe(individual_models(config, teacher, problem.image_size), problem.tasks)
+
+
+def model_spec(model: ModelConfig, teacher: Teacher, problem: Problem) -> ModelSpec:
+    """The spec of the codec for these sections."""
+    split_shape, last_shape = teacher.feature_shapes(problem.image_size)
+    return ModelSpec(
+        model=model,
+        tasks=problem.tasks,
+        classes=problem.classes,
+        class_names=problem.class_names,
+        single_class=problem.single_class,
+        image_size=problem.image_size,
+        short_side=problem.short_side,
+        teacher=teacher.name,
+        split=teacher.split,
+        split_shape=split_shape,
+        last_shape=last_shape,
+    )
+
+
+def start_from_stage1(model: Mantis, stage1: Mapping[str, Tensor]) -> None:
+    """Loads stem, encoder, detector, density (every row alike) and decoder of stage 1."""
+    own = model.state_dict()
+    start: dict[str, Tensor] = {}
+    for name, value in stage1.items():
+        if name.startswith("bottleneck.table"):
+            continue
+        target = name.replace("decoder.", "server.decoder.", 1) if name[:8] == "decoder." else name
+        if target.startswith("bottleneck.density.") and target in own:
+            rows = own[target].shape[0] // max(1, value.shape[0]) if value.ndim else 1
+            value = value.repeat(rows, *([1] * (value.ndim - 1))) if rows > 1 else value
+        if target in own and own[target].shape == value.shape:
+            start[target] = value
+    missing = [
+        name
+        for name in own
+        if name.startswith(("client.stem", "client.encoder", "server.decoder.", "client.detector"))
+        and name not in start
+    ]
+    assert not missing, f"stage 1 lacks {missing[:3]}"
+    model.load_state_dict({**own, **start})
+
+
+def start_tails_from_teacher(model: Mantis, teacher: Teacher) -> None:
+    """Each classification tail starts from the teacher's own rows, "not mine" from nothing."""
+    with torch.no_grad():
+        for task in model.spec.tasks:
+            if not task.is_classification:
+                continue
+            own = model.server.tails[task.name]
+            assert isinstance(own, ClassificationTail)
+            tail = own.linear
+            if teacher.flat_classes:
+                rows = torch.tensor(task.classes)
+                weight, bias = teacher.flat_head.weight[rows], teacher.flat_head.bias[rows]
+            elif task.name in teacher.heads:
+                head = teacher.heads[task.name]
+                assert isinstance(head, nn.Linear)
+                weight, bias = head.weight, head.bias
+            else:
+                continue
+            tail.weight[:-1].copy_(weight)
+            tail.bias[:-1].copy_(bias)
+            tail.weight[-1].zero_()
+            tail.bias[-1].fill_(0.0)
+
+
+def _latent_size(problem: Problem) -> tuple[int, int]:
+    height, width = problem.image_size
+    return -(-height // STRIDE), -(-width // STRIDE)

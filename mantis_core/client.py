@@ -1,0 +1,137 @@
+"""The client half: stem, task detector, conditioning and encoder. Knows no decoder, no labels.
+
+Shapes: B batch, K tasks, C latent channels, H W input pixels, h w = H/8, W/8 latent size.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from mantis_core.conditioning import CONDITIONING, Modulation, modulate
+from mantis_core.config import ModelConfig
+
+STRIDE = 8
+"""Input pixels per latent position, each way."""
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    """GroupNorm with groups of about eight channels: no statistics that depend on the batch."""
+    groups = next(g for g in (channels // 8 or 1, 4, 2, 1) if channels % g == 0)
+    return nn.GroupNorm(groups, channels)
+
+
+class ResidualBlock(nn.Module):
+    """Two 3x3 convolutions beside a skip; the first may halve the resolution.
+
+    x ─┬─ conv3x3 (stride) ─ norm ─ ReLU ─ conv3x3 ─ norm ─┬─ modulation ─ ReLU ─▶
+       └──────────── 1x1 (stride) where shapes differ ─────┘
+    """
+
+    def __init__(self, inputs: int, outputs: int, *, stride: int = 1) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        self.first_norm = group_norm(outputs)
+        self.second = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        self.second_norm = group_norm(outputs)
+        same = inputs == outputs and stride == 1
+        self.skip = nn.Identity() if same else nn.Conv2d(inputs, outputs, 1, stride)
+
+    def forward(self, x: Tensor, gamma_beta: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """(B, inputs, h, w) to (B, outputs, h / stride, w / stride)."""
+        y = torch.relu(self.first_norm(self.first(x)))
+        y = self.second_norm(self.second(y)) + self.skip(x)
+        return torch.relu(modulate(y, gamma_beta))
+
+
+class SharedStem(nn.Sequential):
+    """Task-agnostic first layers, (B, 3, H, W) to (B, channels, H/4, W/4); frozen in stage 2."""
+
+    def __init__(self, channels: tuple[int, int]) -> None:
+        first, second = channels
+        super().__init__(
+            nn.Conv2d(3, first, 5, 2, 2),
+            group_norm(first),
+            nn.ReLU(),
+            ResidualBlock(first, second, stride=2),
+        )
+        self.channels = second
+
+
+class TaskDetector(nn.Module):
+    """Which tasks an image is about, from stem features.
+
+    stem ─ conv3x3 s2 ─ residual blocks ─┬─ mean over space ─┬─ MLP ─▶ logits (B, K)
+                                         └─ max over space ──┘
+
+    Its own convolutions: pooling a two-layer stem alone caps detection.
+    """
+
+    def __init__(
+        self, inputs: int, num_tasks: int, *, channels: int, blocks: int, hidden: int
+    ) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(inputs, channels, 3, 2, 1),
+            group_norm(channels),
+            nn.ReLU(),
+            *(ResidualBlock(channels, channels) for _ in range(blocks)),
+        )
+        self.mlp = nn.Sequential(
+            nn.Linear(2 * channels, hidden), nn.ReLU(), nn.Linear(hidden, num_tasks)
+        )
+
+    def forward(self, stem: Tensor) -> Tensor:
+        """(B, inputs, H/4, W/4) to the logit of each task (B, K); sigmoid gives p."""
+        x = self.body(stem)
+        return self.mlp(torch.cat([x.mean(dim=(2, 3)), x.amax(dim=(2, 3))], dim=1))  # type: ignore[no-any-return]
+
+
+class FiLMedEncoder(nn.Module):
+    """Stem features to the latent, modulated after every block and at the latent itself.
+
+    stem ─ residual s2 ─ FiLM ─ [residual ─ FiLM] x blocks ─ conv1x1 ─ FiLM ─▶ y (B, C, h, w)
+    """
+
+    def __init__(self, inputs: int, *, channels: int, blocks: int, latent_channels: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            [ResidualBlock(inputs, channels, stride=2)]
+            + [ResidualBlock(channels, channels) for _ in range(blocks)]
+        )
+        self.to_latent = nn.Conv2d(channels, latent_channels, 1)
+        self.modulated_channels = (channels,) * (1 + blocks) + (latent_channels,)
+
+    def forward(self, stem: Tensor, modulation: Modulation | None = None) -> Tensor:
+        """(B, inputs, H/4, W/4) to y (B, C, h, w); no modulation is the task-agnostic encoder."""
+        layers = modulation or [None] * len(self.modulated_channels)
+        x = stem
+        for block, gamma_beta in zip(self.blocks, layers, strict=False):
+            x = block(x, gamma_beta)
+        return modulate(self.to_latent(x), layers[-1])
+
+
+class Client(nn.Module):
+    """All that runs on the device.
+
+    x ─ stem ─┬─ detector ─▶ p ─ conditioning ─▶ gamma, beta
+              └───────────── encoder ──────────────┴─▶ y
+    """
+
+    def __init__(self, config: ModelConfig, num_tasks: int) -> None:
+        super().__init__()
+        self.stem = SharedStem(config.stem.channels)
+        self.detector = TaskDetector(self.stem.channels, num_tasks, **config.detector.model_dump())
+        self.encoder = FiLMedEncoder(self.stem.channels, **config.encoder.model_dump())
+        self.conditioning = CONDITIONING[config.conditioning.kind](
+            num_tasks, self.encoder.modulated_channels, hidden=config.conditioning.hidden
+        )
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Normalised images (B, 3, H, W) to stem features and task logits (B, K)."""
+        stem = self.stem(x)
+        return stem, self.detector(stem)
+
+    def encode(self, stem: Tensor, probabilities: Tensor) -> Tensor:
+        """Stem features and p (B, K), or a multi-hot, to the latent y (B, C, h, w)."""
+        return self.encoder(stem, self.conditioning(probabilities))  # type: ignore[no-any-return]

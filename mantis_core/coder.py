@@ -1,0 +1,279 @@
+"""Integer tables and lossless coding by them, without torch. Making them is in bottleneck.py.
+
+R prior rows, C latent channels, L table entries of the longest channel, K tasks, h w latent.
+
+A channel's table covers the symbols offset .. offset + length - 2; its last entry is the escape,
+for any other symbol. Tables are cumulative counts out of 2**16, so nothing here depends on floating
+point.
+
+A payload is one range-coded number (constriction's RangeEncoder): the table entries, channel by
+channel; then, for the escaped symbols in the same order, all classes, all signs, and the mantissas
+class by class. An escape at distance d >= 0 beyond its table has class k = floor(log2(d + 1)),
+probability 2**-(k + 1), then a sign bit and the k low bits of d + 1 (Elias' gamma code, 1975). The
+number is cut to the fewest bytes that lie in the final interval when read with zeros behind; a
+reader refuses any other spelling.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import Any, Literal, TypeAlias, get_args
+
+import numpy as np
+from constriction import stream
+from numpy.typing import NDArray
+
+from mantis_core.bitstream import BitstreamError, Reason
+
+PRECISION = 16
+TOTAL = 1 << PRECISION
+MAX_SYMBOL = (1 << 20) - 1
+
+Prior: TypeAlias = Literal["shared", "per_task", "primary"]
+Ints: TypeAlias = NDArray[np.int32]
+
+_CODER_PRECISION = 24  # constriction's fixed point
+_WORD_BYTES = 4
+_STATE_BITS = 64
+_TABLES_IN_MEMORY = 256
+
+
+@dataclass(frozen=True, eq=False)
+class Table:
+    """What one image is coded with.
+
+    `cdf` is (C, L + 1): row c rises strictly from 0 to TOTAL over its first lengths[c] + 1 columns
+    and stays there. `offsets` and `lengths` are (C,).
+    """
+
+    cdf: Ints
+    offsets: Ints
+    lengths: Ints
+
+    @cached_property
+    def models(self) -> tuple[Any, ...]:
+        """One constriction model per channel."""
+        return tuple(
+            _exact_model(np.diff(row[: length + 1]))
+            for row, length in zip(self.cdf, self.lengths, strict=True)
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class TableSet:
+    """Every table of a model: all the entropy coding needs, on the client and on the server.
+
+    `cdf` is (R, C, L + 1) int32, `offsets` and `lengths` (C,) int32: all rows of a channel share
+    one range of symbols. R is 1 for the shared prior, K else. ValueError if the arrays are no such
+    tables.
+    """
+
+    prior: Prior
+    cdf: Ints
+    offsets: Ints
+    lengths: Ints
+
+    def __post_init__(self) -> None:
+        if self.prior not in get_args(Prior):
+            raise ValueError(f"prior is {self.prior!r}, must be one of {get_args(Prior)}")
+        if (
+            self.cdf.ndim != 3
+            or not self.offsets.shape == self.lengths.shape == self.cdf.shape[1:2]
+        ):
+            raise ValueError("tables have shapes that do not fit each other")
+        if any(a.dtype != np.int32 for a in (self.cdf, self.offsets, self.lengths)):
+            raise ValueError("tables must be int32")
+        entries = self.cdf.shape[2] - 1
+        inside = np.arange(entries) < self.lengths[:, None]
+        counts = np.diff(self.cdf.astype(np.int64), axis=-1)
+        if (
+            self.lengths.min() < 2
+            or self.lengths.max() != entries
+            or np.abs(self.offsets.astype(np.int64)).max() + entries > MAX_SYMBOL
+            or (self.cdf[..., 0] != 0).any()
+            or (self.cdf[..., -1] != TOTAL).any()
+            or (np.where(inside, counts < 1, counts != 0)).any()
+        ):
+            raise ValueError(f"tables do not rise strictly from 0 to {TOTAL} within their lengths")
+
+    def table_for(self, mask: NDArray[np.bool_] | tuple[bool, ...], primary: int) -> Table:
+        """The table of an image with active tasks `mask` (K,) and most probable task `primary`.
+
+        shared: the only row. primary: the row of that task. per_task: the mixture of the m active
+        rows, cdf[j] = floor(sum of the rows' cdf[j] / m): it ends at TOTAL and rises by at least 1
+        an entry, since the sum rises by at least m. Both arguments are ignored where the prior
+        needs them not.
+        """
+        if self.prior == "shared":
+            rows: tuple[int, ...] = (0,)
+        elif self.prior == "primary":
+            rows = (int(primary),)
+        else:
+            rows = tuple(np.flatnonzero(np.asarray(mask)).tolist())
+        if not rows or not 0 <= min(rows) <= max(rows) < len(self.cdf):
+            raise ValueError(f"tasks {list(rows)}: need at least one of 0 to {len(self.cdf) - 1}")
+        return _mixture(self, rows)
+
+    def digest(self) -> bytes:
+        """SHA-256 (32 bytes) of prior and tables, the same on every machine."""
+        sha = hashlib.sha256(self.prior.encode())
+        for array in (self.cdf, self.offsets, self.lengths):
+            sha.update(np.asarray(array.shape, "<i8").tobytes())
+            sha.update(np.ascontiguousarray(array, "<i4").tobytes())
+        return sha.digest()
+
+    def to_arrays(self) -> dict[str, NDArray[Any]]:
+        """The set as plain named arrays, for npz or safetensors."""
+        prior = np.asarray([get_args(Prior).index(self.prior)], np.int32)
+        return {
+            "prior": prior,
+            "cdf": self.cdf,
+            "offsets": self.offsets,
+            "lengths": self.lengths,
+        }
+
+    @classmethod
+    def from_arrays(cls, arrays: dict[str, NDArray[Any]]) -> "TableSet":
+        """The set that `to_arrays` wrote. ValueError if it is none."""
+        missing = {"prior", "cdf", "offsets", "lengths"} - set(arrays)
+        if missing:
+            raise ValueError(f"tables lack {sorted(missing)}")
+        kinds = dict(enumerate(get_args(Prior)))
+        kind = int(arrays["prior"].reshape(-1)[0])
+        if kind not in kinds:
+            raise ValueError(f"tables name prior number {kind}, known are {kinds}")
+        return cls(kinds[kind], arrays["cdf"], arrays["offsets"], arrays["lengths"])
+
+
+def to_symbols(latent: NDArray[np.float32]) -> Ints:
+    """A latent rounded (half to even) and clamped to +-MAX_SYMBOL; ValueError on NaN."""
+    if np.isnan(latent).any():
+        raise ValueError("the latent holds NaN: the image or the encoder's weights are not finite")
+    return np.clip(np.rint(latent), -MAX_SYMBOL, MAX_SYMBOL).astype(np.int32)
+
+
+def encode_symbols(symbols: Ints, table: Table) -> bytes:
+    """The payload of `symbols` (C, h, w); ValueError on a wrong shape or one over +-MAX_SYMBOL."""
+    channels = len(table.lengths)
+    if symbols.ndim != 3 or symbols.shape[0] != channels or symbols.size == 0:
+        raise ValueError(f"symbols have shape {symbols.shape}, must be ({channels}, h, w)")
+    values = symbols.reshape(channels, -1).astype(np.int64)
+    if max(-int(values.min()), int(values.max())) > MAX_SYMBOL:
+        raise ValueError(f"a symbol is beyond +-{MAX_SYMBOL}")
+    entries = values - table.offsets[:, None]
+    escape = table.lengths[:, None] - 1
+    escaped = (entries < 0) | (entries >= escape)
+    entries = np.where(escaped, escape, entries).astype(np.int32)
+
+    encoder = stream.queue.RangeEncoder()
+    for channel, model in enumerate(table.models):
+        encoder.encode(entries[channel], model)
+    if escaped.any():
+        channel_of = np.nonzero(escaped)[0]
+        _encode_escapes(encoder, values[escaped], *_range_of(table, channel_of))
+    return _terminate(encoder)
+
+
+def decode_symbols(payload: bytes, table: Table, shape: tuple[int, int, int]) -> Ints:
+    """The symbols (C, h, w) of `payload`, which must be just what `encode_symbols` makes of them.
+
+    Raises BitstreamError (corrupt) if bytes are left over, are missing or were changed so that the
+    payload is not the one spelling of what it decodes to.
+    """
+    channels, height, width = shape
+    if channels != len(table.lengths) or min(height, width) < 1:
+        raise ValueError(f"shape {shape} does not fit a table of {len(table.lengths)} channels")
+    padding = bytes(_STATE_BITS // 8 + -len(payload) % _WORD_BYTES)
+    words = np.frombuffer(payload + padding, ">u4").astype(np.uint32)
+    decoder = stream.queue.RangeDecoder(words)
+    try:
+        entries = np.stack([decoder.decode(model, height * width) for model in table.models])
+        values = entries + table.offsets[:, None]
+        escaped = entries == table.lengths[:, None] - 1
+        if escaped.any():
+            channel_of = np.nonzero(escaped)[0]
+            values[escaped] = _decode_escapes(decoder, *_range_of(table, channel_of))
+    except AssertionError as error:  # constriction's word for a number no encoder can have made
+        raise BitstreamError(Reason.CORRUPT, "the payload is not a coded latent") from error
+    symbols: Ints = values.astype(np.int32).reshape(shape)
+    if np.abs(symbols).max() > MAX_SYMBOL or encode_symbols(symbols, table) != payload:
+        raise BitstreamError(
+            Reason.CORRUPT, "the payload is not the coded form of what it decodes to"
+        )
+    return symbols
+
+
+def _exact_model(counts: NDArray[Any], precision: int = PRECISION) -> Any:
+    """constriction's model with exactly the probabilities counts / 2**precision, n of them.
+
+    Categorical(perfect=False) places entry i at floor(sum(weights[:i]) * scale) + i out of 2**24,
+    with scale = (2**24 - n) / sum(weights). For weights = counts * 2**(24 - precision) - 1 the
+    scale is exactly 1 and every sum an integer below 2**53, so each probability is met to the last
+    bit.
+    """
+    weights = counts.astype(np.int64) * (1 << _CODER_PRECISION - precision) - 1
+    return stream.model.Categorical(weights.astype(np.float64), perfect=False)
+
+
+# Classes 0..20 reach the distance 2**21 - 2 > MAX_SYMBOL + offset; the last takes what is left.
+_ESCAPE_CLASSES = 21
+_CLASS_COUNTS = np.array([*(1 << 23 - k for k in range(20)), 1 << 4])
+_CLASS_MODEL = _exact_model(_CLASS_COUNTS, _CODER_PRECISION)
+
+
+@lru_cache(maxsize=_TABLES_IN_MEMORY)
+def _mixture(tables: TableSet, rows: tuple[int, ...]) -> Table:
+    total = tables.cdf[list(rows)].sum(axis=0, dtype=np.int64)
+    return Table((total // len(rows)).astype(np.int32), tables.offsets, tables.lengths)
+
+
+def _range_of(table: Table, channel: NDArray[np.int64]) -> tuple[NDArray[Any], NDArray[Any]]:
+    """First and last symbol in the tables of the channels, each (N,)."""
+    first = table.offsets[channel].astype(np.int64)
+    return first, first + table.lengths[channel] - 2
+
+
+def _encode_escapes(
+    encoder: Any, values: NDArray[Any], first: NDArray[Any], last: NDArray[Any]
+) -> None:
+    above = values > last
+    distance = np.where(above, values - last, first - values)  # d + 1 of the module's docstring
+    classes = (np.frexp(distance)[1] - 1).astype(np.int32)
+    encoder.encode(classes, _CLASS_MODEL)
+    encoder.encode(above.astype(np.int32), stream.model.Uniform(2))
+    for k in range(1, _ESCAPE_CLASSES):
+        mantissas = distance[classes == k] - (1 << k)
+        if mantissas.size:
+            encoder.encode(mantissas.astype(np.int32), stream.model.Uniform(1 << k))
+
+
+def _decode_escapes(decoder: Any, first: NDArray[Any], last: NDArray[Any]) -> NDArray[np.int64]:
+    classes = decoder.decode(_CLASS_MODEL, len(first))
+    above = decoder.decode(stream.model.Uniform(2), len(first)).astype(bool)
+    distance = np.ones(len(first), np.int64)
+    for k in range(1, _ESCAPE_CLASSES):
+        chosen = classes == k
+        count = int(chosen.sum())
+        if count:
+            distance[chosen] = (1 << k) + decoder.decode(stream.model.Uniform(1 << k), count)
+    return np.where(above, last + distance, first - distance)
+
+
+def _terminate(encoder: Any) -> bytes:
+    """The shortest bytes that, read as a number with zeros behind, lie in the encoder's interval.
+
+    constriction seals with one or two whole words. Its `pos` gives the interval's lower end (modulo
+    2**64, the sealed words hold what is above) and width, at `position` words plus the 64-bit
+    state.
+    """
+    position, (lower, width) = encoder.pos()
+    words = encoder.get_compressed()
+    total_bytes = position * _WORD_BYTES + _STATE_BITS // 8
+    sealed = int.from_bytes(words.astype(">u4").tobytes(), "big")
+    sealed <<= 8 * (total_bytes - len(words) * _WORD_BYTES)
+    low = sealed - (sealed - lower) % (1 << _STATE_BITS)
+    for dropped in range(_STATE_BITS // 8, -1, -1):
+        rounded_up = -(-low >> 8 * dropped)
+        if rounded_up << 8 * dropped < low + width:
+            return int(rounded_up).to_bytes(total_bytes - dropped, "big").rstrip(b"\0")
+    raise AssertionError("the interval holds its own lower end")

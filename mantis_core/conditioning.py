@@ -1,0 +1,67 @@
+"""What turns task probabilities into modulation of the encoder: one class a kind, one dict.
+
+Shapes: B batch, K tasks, C channels of a modulated layer, h w its height and width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+Modulation = list[tuple[Tensor, Tensor] | None]
+"""For each modulated layer gamma and beta, (B, C, 1, 1) each, or None for identity."""
+
+
+class FiLMGenerator(nn.Module):
+    """Feature-wise linear modulation (Perez et al., AAAI 2018): gamma = 1 + delta.
+
+    p (B, K) ─ linear ─ ReLU ─ linear (zero at init) ─▶ delta, beta for every layer
+
+    The identity at init, whatever p is.
+    """
+
+    def __init__(self, num_tasks: int, channels: Sequence[int], *, hidden: int) -> None:
+        super().__init__()
+        self.channels = tuple(channels)
+        self.first = nn.Linear(num_tasks, hidden)
+        self.last = nn.Linear(hidden, 2 * sum(self.channels))
+        nn.init.zeros_(self.last.weight)
+        nn.init.zeros_(self.last.bias)
+
+    def forward(self, probabilities: Tensor) -> Modulation:
+        """(B, K) task probabilities, or a multi-hot, to gamma and beta per layer."""
+        values = self.last(torch.relu(self.first(probabilities)))
+        parts = values.split([2 * c for c in self.channels], dim=1)
+        modulation: Modulation = []
+        for part in parts:
+            delta, beta = part[:, :, None, None].chunk(2, dim=1)
+            modulation.append((1 + delta, beta))
+        return modulation
+
+
+class NoConditioning(nn.Module):
+    """The ablation: the encoder knows nothing of tasks."""
+
+    def __init__(self, num_tasks: int, channels: Sequence[int], *, hidden: int) -> None:
+        super().__init__()
+        self.layers = len(channels)
+
+    def forward(self, probabilities: Tensor) -> Modulation:
+        """(B, K) is not looked at; every layer stays as it is."""
+        return [None] * self.layers
+
+
+def modulate(x: Tensor, gamma_beta: tuple[Tensor, Tensor] | None) -> Tensor:
+    """gamma * x + beta on (B, C, h, w), or x."""
+    if gamma_beta is None:
+        return x
+    gamma, beta = gamma_beta
+    return gamma * x + beta
+
+
+CONDITIONING: dict[str, Callable[..., nn.Module]] = {
+    "film": FiLMGenerator,
+    "none": NoConditioning,
+}

@@ -1,0 +1,95 @@
+"""Parameter groups, optimiser, learning-rate schedule and the moving average of weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+from mantis_core.config import OptimConfig
+
+GROUPS = ("new", "new_no_decay", "fine_tuned", "fine_tuned_no_decay")
+
+
+def parameter_groups(
+    student: nn.Module, *, loaded: Collection[str] = ()
+) -> dict[str, dict[str, nn.Parameter]]:
+    """Every parameter of `student` in exactly one named group.
+
+    "frozen" has no gradient; "quantiles" are CompressAI's, found by search when tables are built;
+    the others are trained: "fine_tuned" those whose name starts with one of the prefixes `loaded`,
+    "new" the rest, each split by whether weight decay applies (matrices and kernels outside the
+    entropy model only).
+    """
+    groups: dict[str, dict[str, nn.Parameter]] = {
+        name: {} for name in (*GROUPS, "frozen", "quantiles")
+    }
+    for name, parameter in student.named_parameters():
+        if name.endswith("quantiles"):
+            group = "quantiles"
+        elif not parameter.requires_grad:
+            group = "frozen"
+        else:
+            trained = any(name.startswith(prefix) for prefix in loaded)
+            decays = parameter.ndim > 1 and "bottleneck" not in name
+            group = ("fine_tuned" if trained else "new") + ("" if decays else "_no_decay")
+        groups[group][name] = parameter
+    return groups
+
+
+def build_optimizer(
+    groups: dict[str, dict[str, nn.Parameter]], config: OptimConfig
+) -> torch.optim.Optimizer:
+    """AdamW or SGD over the trained groups, each with its own peak rate."""
+    wanted: list[dict[str, Any]] = []
+    for name in GROUPS:
+        if groups[name]:
+            wanted.append(
+                {
+                    "params": list(groups[name].values()),
+                    "lr": config.fine_tune_lr if name.startswith("fine_tuned") else config.lr,
+                    "weight_decay": 0.0 if name.endswith("no_decay") else config.weight_decay,
+                }
+            )
+    if config.kind == "adamw":
+        return torch.optim.AdamW(wanted, foreach=True)
+    return torch.optim.SGD(wanted, momentum=config.momentum, nesterov=config.momentum > 0)
+
+
+def lr_factor(step: int, total_steps: int, config: OptimConfig) -> float:
+    """Linear warm-up, then half a cosine: the factor on each group's peak rate at one step."""
+    warmup = max(1, round(config.warmup_fraction * total_steps))
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = min(1.0, (step - warmup) / max(1, total_steps - warmup))
+    low = config.final_lr_fraction
+    return low + (1 - low) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """Every group's rate to its own peak times `factor`."""
+    for group in optimizer.param_groups:
+        group.setdefault("peak_lr", group["lr"])
+        group["lr"] = group["peak_lr"] * factor
+
+
+def moving_average(student: nn.Module, decay: float) -> AveragedModel:
+    """Exponential moving average of the weights, warmed up so that short runs work too.
+
+    The decay after n updates is min(decay, (1 + n) / (10 + n)), as in TensorFlow's
+    ExponentialMovingAverage. Buffers are copied, not averaged.
+    """
+
+    def average(
+        averaged: Iterable[Tensor], current: Iterable[Tensor], num_averaged: Tensor | int
+    ) -> None:
+        n = int(num_averaged)
+        weight = 1 - min(decay, (1 + n) / (10 + n))
+        pairs = [(a, c) for a, c in zip(averaged, current, strict=True) if a.is_floating_point()]
+        torch._foreach_lerp_([a for a, _ in pairs], [c for _, c in pairs], weight)
+
+    return AveragedModel(student, multi_avg_fn=average, use_buffers=False)

@@ -1,0 +1,394 @@
+"""What each training stage computes from a batch: the student, its loss, its eval-mode figures.
+
+No optimiser, no loop, no data: `training.py` drives a recipe, whatever it is. Shapes: B batch,
+K tasks, C latent channels.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torchdistill.core.forward_hook import ForwardHookManager
+
+from mantis_core.bottleneck import Bottleneck
+from mantis_core.client import Client
+from mantis_core.config import (
+    IndividualConfig,
+    LossTerm,
+    ModelConfig,
+    Stage1Config,
+    Stage2Config,
+    TeacherConfig,
+)
+from mantis_core.hits import decision_hits, label_hits
+from mantis_core.losses import build_criterion, hooked_paths, weighted_terms
+from mantis_core.model import Mantis, primary_task, still
+from mantis_core.server import FeatureDecoder
+from mantis_core.tasks import Batch, TaskSpec
+from mantis_core.teacher import Backbone, Teacher, freeze, normalise
+
+logger = logging.getLogger(__name__)
+
+Gather = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """Loss to minimise, and figures as sums over `count` images (reduced by sum and count)."""
+
+    loss: Tensor
+    sums: dict[str, Tensor]
+    count: int
+
+
+class Recipe(nn.Module):
+    """One stage's computation. `student` is trained and shipped, everything else is frozen.
+
+    `loaded` are name prefixes of the student's parameters that come trained from upstream.
+    """
+
+    student: nn.Module
+    loaded: tuple[str, ...] = ()
+
+    def __init__(self, tasks: Sequence[TaskSpec], losses: Mapping[str, LossTerm]) -> None:
+        super().__init__()
+        self.tasks = tuple(tasks)
+        self.losses = dict(losses)
+        self.teacher: Teacher | None = None
+
+    def set_teacher(self, teacher: Teacher | None, split: str = "", last: str = "") -> None:
+        """Takes the frozen teacher and wires the loss terms to its modules and the student's."""
+        self.teacher = None if teacher is None else freeze(teacher)  # type: ignore[assignment]
+        self.criterion = build_criterion(self.losses, self.tasks, split=split, last=last)
+        self.paths = hooked_paths(self.losses, split=split, last=last)
+
+    def train(self, mode: bool = True) -> Self:
+        """As usual, but the teacher stays in eval mode."""
+        super().train(mode)
+        if self.teacher is not None:
+            self.teacher.eval()
+        return self
+
+    def forward(self, batch: Batch, progress: float) -> StepOutput:
+        """One batch at `progress` (0 to 1 through training) to its loss and figures."""
+        raise NotImplementedError
+
+    def calibrate(self, student: nn.Module, holdout: Iterable[Batch], gather: Gather) -> None:
+        """Sets what is fitted to held-back rows and not by gradient, on `student`, in place.
+
+        `holdout` may be this worker's share; `gather` then joins (N, ...) tensors of all shares.
+        """
+
+    def teach(self, images: Tensor) -> dict[str, Any]:
+        """The teacher's io dict on normalised images: hooked modules and its outputs."""
+        assert self.teacher is not None
+        teacher = self.teacher
+        with torch.no_grad():
+            return _watch(teacher.backbone.net, self.paths[1], lambda: teacher(images), images)
+
+    def student_io(self, images: Tensor, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Runs the student and returns its io dict for the hooked modules and its outputs."""
+        return _watch(self.student, self.paths[0], run, images)
+
+    def total(
+        self, student: dict[str, Any], teacher: dict[str, Any], batch: Batch
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Sum of the weighted terms, and each as a figure named loss/<term>."""
+        terms = weighted_terms(self.criterion, student, teacher, batch)
+        loss = torch.stack([value.float() for value in terms.values()]).sum()
+        return loss, {f"loss/{name}": value.detach() * len(batch) for name, value in terms.items()}
+
+
+class TeacherRecipe(Recipe):
+    """Trains a teacher, flat or one head a task, on labels."""
+
+    def __init__(self, teacher: Teacher, config: TeacherConfig) -> None:
+        smoothing = {"label_smoothing": config.label_smoothing}
+        super().__init__(
+            teacher.tasks, {"labels": LossTerm(criterion="FlatLabels", kwargs=smoothing)}
+        )
+        self.student = teacher
+        self.set_teacher(None)
+
+    def forward(self, batch: Batch, progress: float) -> StepOutput:
+        student = {"outputs": self.student(normalise(batch.image))}
+        loss, sums = self.total(student, {"outputs": {}}, batch)
+        sums |= label_hits(student["outputs"], self.tasks, batch)
+        return StepOutput(loss, sums, len(batch))
+
+
+class IndividualRecipe(Recipe):
+    """One uncompressed network a task, all in one fit: the upper baseline of task accuracy."""
+
+    def __init__(self, models: nn.ModuleDict, tasks: Sequence[TaskSpec]) -> None:
+        super().__init__(tasks, {"labels": LossTerm(criterion="FlatLabels")})
+        self.student = models
+        self.set_teacher(None)
+
+    def forward(self, batch: Batch, progress: float) -> StepOutput:
+        images = normalise(batch.image)
+        outputs: dict[str, Tensor] = {}
+        for k, task in enumerate(self.tasks):
+            key = f"logits/{task.name}"
+            active = batch.task_mask[:, k]
+            first = active.int().argsort(descending=True, stable=True)  # active images first
+            rows = first[: max(2, int(active.sum()))]  # two at least: batch norm needs them
+            own = self.student[task.name](images[rows])[key]  # type: ignore[index]
+            full = own.new_zeros(len(batch), *own.shape[1:])
+            outputs[key] = full.index_copy(0, rows, own)
+        loss, sums = self.total({"outputs": outputs}, {"outputs": {}}, batch)
+        sums |= label_hits(outputs, self.tasks, batch)
+        return StepOutput(loss, sums, len(batch))
+
+
+class Stage1Student(nn.Module):
+    """Task-agnostic codec: client, one shared prior, decoder, and the teacher's frozen tail.
+
+    x ─ stem ─┬─ encoder ─ bottleneck ─ decoder ─ tail (frozen) ─▶ features, logits
+              └─ detector ─▶ task logits
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        num_tasks: int,
+        *,
+        image_size: tuple[int, int],
+        split_shape: tuple[int, int, int],
+        latent_size: tuple[int, int],
+        tail: nn.Module,
+    ) -> None:
+        super().__init__()
+        plain = config.model_copy(
+            update={"conditioning": config.conditioning.model_copy(update={"kind": "none"})}
+        )
+        channels = config.encoder.latent_channels
+        self.client = Client(plain, num_tasks)
+        self.bottleneck = Bottleneck(channels, num_tasks, "shared", quantizer=config.quantizer)
+        self.decoder = FeatureDecoder(
+            channels,
+            split_shape,
+            latent_size,
+            channels=config.decoder.channels,
+            blocks=config.decoder.blocks,
+        )
+        self.tail = freeze(tail)
+
+    def train(self, mode: bool = True) -> Stage1Student:
+        """As usual, but the tail keeps the teacher's statistics."""
+        super().train(mode)
+        self.tail.eval()
+        return self
+
+    def shipped(self) -> dict[str, Tensor]:
+        """The state dict that stage 2 starts from: without the teacher's tail."""
+        return {k: v for k, v in self.state_dict().items() if not k.startswith("tail.")}
+
+
+class Stage1Recipe(Recipe):
+    """Rate + distillation of the teacher's features: L = sum of terms + rate_weight * bits."""
+
+    def __init__(self, student: Stage1Student, teacher: Teacher, config: Stage1Config) -> None:
+        super().__init__(teacher.tasks, config.losses)
+        self.student: Stage1Student = student
+        self.config = config
+        if not any(term.criterion == "TaskDetection" for term in config.losses.values()):
+            freeze(student.client.detector)  # it would get no gradient
+        self.set_teacher(teacher, split=teacher.split, last=teacher.backbone.names[-1])
+
+    def forward(self, batch: Batch, progress: float) -> StepOutput:
+        images, student = normalise(batch.image), self.student
+        teacher_io = self.teach(images)
+
+        def run() -> dict[str, Any]:
+            stem, task_logits = student.client(images)
+            latent = student.client.encode(stem, torch.sigmoid(task_logits))
+            everyone = torch.ones_like(task_logits, dtype=torch.bool)
+            received = student.bottleneck(latent, everyone, task_logits.argmax(dim=1))
+            split = student.decoder(received.y_hat)
+            last = student.tail(split)
+            assert self.teacher is not None
+            logits = self.teacher.decide(split, last, (images.shape[2], images.shape[3]))
+            return {"bits": received.bits, "task_logits": task_logits, **logits}
+
+        io = self.student_io(images, run)
+        loss, sums = self.total(io, teacher_io, batch)
+        outputs = io["outputs"]
+        rate = rate_weight(self.config, progress, training=self.training)
+        loss = loss + rate * outputs["bits"].mean()
+        sums |= label_hits(outputs, self.tasks, batch)
+        sums["bits"] = outputs["bits"].detach().sum()
+        return StepOutput(loss, sums, len(batch))
+
+
+class Stage2Recipe(Recipe):
+    """Detection + task losses + rate on the whole codec, stem frozen."""
+
+    loaded = ("client.encoder", "server.decoder", "server.trunk")
+
+    def __init__(self, student: Mantis, teacher: Teacher, config: Stage2Config) -> None:
+        super().__init__(student.spec.tasks, config.losses)
+        self.student: Mantis = student
+        self.config = config
+        freeze(student.client.stem)
+        if student.joint is None and "JointDecision" in {t.criterion for t in self.losses.values()}:
+            logger.warning("JointDecision has no effect: images of this data have no single class")
+        self.set_teacher(teacher, split=teacher.split, last=teacher.backbone.names[-1])
+
+    def train(self, mode: bool = True) -> Self:
+        """As usual, but stem and teacher stay in eval mode."""
+        super().train(mode)
+        self.student.client.stem.eval()
+        return self
+
+    def forward(self, batch: Batch, progress: float) -> StepOutput:
+        images, student = normalise(batch.image), self.student
+        teacher_io = self.teach(images)
+
+        def run() -> dict[str, Any]:
+            stem, task_logits = student.client(images)
+            detected = torch.sigmoid(task_logits.float())
+            condition, mask, loss_mask = self._condition(detected.detach(), batch, progress)
+            latent = student.client.encode(stem, condition)
+            primary = primary_task(detected.detach(), mask)
+            received = student.bottleneck(latent, mask, primary)
+            tasks = student.server(received.y_hat, (images.shape[2], images.shape[3]))
+            out = {
+                "bits": received.bits,
+                "task_logits": task_logits,
+                "tasks": tasks,
+                "mask": mask,
+                "loss_mask": loss_mask,
+            }
+            if student.joint is not None:
+                log_p = torch.nn.functional.logsigmoid(task_logits.float())
+                out["joint"] = student.joint(tasks, log_p)
+                sent = log_p.detach().masked_fill(~mask, -torch.inf)
+                out["decision"] = student.joint(tasks, sent).argmax(dim=1)
+            return out
+
+        io = self.student_io(images, run)
+        loss, sums = self.total(io, teacher_io, batch)
+        outputs = io["outputs"]
+        rate = rate_weight(self.config, progress, training=self.training)
+        loss = loss + rate * outputs["bits"].mean()
+        sums |= decision_hits(outputs, self.tasks, batch)
+        sums["bits"] = outputs["bits"].detach().sum()
+        return StepOutput(loss, sums, len(batch))
+
+    def calibrate(self, student: nn.Module, holdout: Iterable[Batch], gather: Gather) -> None:
+        """The mask threshold that keeps the configured coverage of true tasks."""
+        assert isinstance(student, Mantis)
+        found, truth = [], []
+        with torch.no_grad(), still(student):
+            for batch in holdout:
+                _, logits = student.client(normalise(batch.image))
+                found.append(torch.sigmoid(logits.float()))
+                truth.append(batch.task_mask)
+        limit = student.spec.model.max_active_tasks
+        threshold = coverage_threshold(
+            gather(torch.cat(found)),
+            gather(torch.cat(truth)),
+            student.spec.model.coverage,
+            limit=limit,
+        )
+        student.mask_threshold.fill_(threshold)
+
+    def _condition(
+        self, detected: Tensor, batch: Batch, progress: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What the encoder reads, what the stream would carry, and whose losses count.
+
+        In training a share of images is forced to the truth, half of those to a random non-empty
+        subset of it; the others, and all images in eval mode, follow the detector.
+        """
+        mask = self.student.select_mask(detected)
+        truth = batch.task_mask
+        if not self.training:
+            return detected, mask, truth
+        first, last = self.config.teacher_forcing
+        share = first + (last - first) * progress
+        count, device = len(batch), detected.device
+        forced = (torch.rand(count, device=device) < share) & truth.any(dim=1)
+        keep = torch.rand(truth.shape, device=device)
+        chosen = truth & (keep < 0.5)
+        best = keep.masked_fill(~truth, -1).argmax(dim=1, keepdim=True)
+        chosen = torch.where(chosen.any(dim=1, keepdim=True), chosen, chosen.scatter(1, best, True))
+        subset = torch.rand(count, device=device) < self.config.subset_fraction
+        wanted = torch.where(subset[:, None], chosen & truth, truth)
+        forced = forced[:, None]
+        return (
+            torch.where(forced, wanted.float(), detected),
+            torch.where(forced, wanted, mask),
+            torch.where(forced, wanted, truth),
+        )
+
+
+def individual_models(
+    config: IndividualConfig, teacher: Teacher, image_size: tuple[int, int]
+) -> nn.ModuleDict:
+    """One network a task: the teacher's trained backbone to start from, or another by name."""
+    models = nn.ModuleDict()
+    for task in teacher.tasks:
+        name = config.backbone or teacher.name
+        own = Teacher(
+            name,
+            split=teacher.split if name == teacher.name else _any_split(name),
+            tasks=(task,),
+            image_size=image_size,
+        )
+        if name == teacher.name:
+            own.backbone.load_state_dict(copy.deepcopy(teacher.backbone.state_dict()))
+        models[task.name] = own
+    return models
+
+
+def rate_weight(config: Stage1Config | Stage2Config, progress: float, *, training: bool) -> float:
+    """The rate weight at `progress`: a linear ramp at the start of training, full in eval mode."""
+    if not training or config.rate_ramp_fraction == 0:
+        return config.rate_weight
+    return config.rate_weight * min(1.0, progress / config.rate_ramp_fraction)
+
+
+def coverage_threshold(
+    probabilities: Tensor, truth: Tensor, coverage: float, *, limit: int
+) -> float:
+    """The highest threshold, at most 0.5, that keeps the share `coverage` of the true tasks.
+
+    Both are (N, K). An image's most probable task is kept whatever the threshold, and none beyond
+    its `limit` most probable: only true tasks between them can be won by a lower threshold.
+    """
+    order = probabilities.argsort(dim=1, descending=True).argsort(dim=1)
+    sure = int((truth & (order == 0)).sum())
+    needed = math.ceil(coverage * int(truth.sum())) - sure
+    others = probabilities[truth & (order > 0) & (order < limit)].sort(descending=True).values
+    if needed <= 0 or len(others) == 0:
+        return 0.5
+    lowest = float(others[min(needed, len(others)) - 1])
+    return min(0.5, lowest * (1 - 1e-6))
+
+
+def _watch(
+    module: nn.Module, paths: list[str], run: Callable[[], dict[str, Any]], images: Tensor
+) -> dict[str, Any]:
+    """The io dict of `module`'s submodules at `paths` while `run` ran, and what it returned."""
+    hooks = ForwardHookManager(images.device)
+    for path in paths:
+        hooks.add_hook(module, path, requires_input=False, requires_output=True)
+    try:
+        outputs = run()
+        return {**hooks.pop_io_dict(), "outputs": outputs}
+    finally:
+        hooks.clear()
+
+
+def _any_split(name: str) -> str:
+    names = Backbone(name).names
+    return names[len(names) // 2]

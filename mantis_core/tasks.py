@@ -1,0 +1,98 @@
+"""What a task is to the model, and the batch of images and labels every loop passes around.
+
+Shapes: B batch, K tasks, C channels, H W pixels of the input image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+IGNORE = 255
+"""Segmentation label of pixels that count neither way."""
+
+
+@dataclass(frozen=True)
+class TaskSpec:
+    """One named question with its own label set.
+
+    `classes` holds, for each label of a classification task, the data set's global class index;
+    it is empty for segmentation. `labels` are names for people, in label order.
+    """
+
+    name: str
+    kind: Literal["classification", "segmentation"]
+    num_classes: int
+    classes: tuple[int, ...] = ()
+    labels: tuple[str, ...] = ()
+
+    @property
+    def is_classification(self) -> bool:
+        return self.kind == "classification"
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images with their labels, on one device.
+
+    image (B, 3, H, W) uint8; class_label (B,) int64, -1 where the image has no single class;
+    labels (B, K) int64, -1 where task k is not active; task_mask (B, K) bool;
+    segmentation {task: (B, H, W) uint8}, IGNORE where unlabelled; row_id (B,) int64.
+    """
+
+    image: Tensor
+    class_label: Tensor
+    labels: Tensor
+    task_mask: Tensor
+    segmentation: dict[str, Tensor]
+    row_id: Tensor
+
+    def __len__(self) -> int:
+        return int(self.image.shape[0])
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, Any], device: torch.device | str = "cpu") -> Batch:
+        """A batch from the reader's dict of numpy arrays (keys `segmentation/<task>` for masks)."""
+
+        def tensor(value: np.ndarray[Any, Any]) -> Tensor:
+            array = np.ascontiguousarray(value)
+            if not array.flags.writeable:
+                array = array.copy()
+            return torch.from_numpy(array).to(device, non_blocking=True)
+
+        prefix = "segmentation/"
+        return cls(
+            image=tensor(arrays["image"]),
+            class_label=tensor(arrays["class_label"]),
+            labels=tensor(arrays["labels"]),
+            task_mask=tensor(arrays["task_mask"]),
+            segmentation={
+                key.removeprefix(prefix): tensor(value)
+                for key, value in arrays.items()
+                if key.startswith(prefix)
+            },
+            row_id=tensor(arrays["row_id"]),
+        )
+
+
+def class_slots(tasks: Sequence[TaskSpec], num_classes: int) -> Tensor:
+    """Where each global class stands among all tasks' labels laid end to end.
+
+    Returns (num_classes, M) int64: M is the largest number of tasks that share a class; unused
+    places hold the total number of labels, one past the last. A class of no task has none.
+    """
+    places: list[list[int]] = [[] for _ in range(num_classes)]
+    position = 0
+    for task in tasks:
+        if not task.is_classification:
+            continue
+        for class_index in task.classes:
+            places[class_index].append(position)
+            position += 1
+    width = max((len(place) for place in places), default=1) or 1
+    return torch.tensor([place + [position] * (width - len(place)) for place in places])

@@ -1,0 +1,35 @@
+"""The command line: `mantis`, or `python -m pipelines`. The commands stand in cli_*.py."""
+
+import signal
+import sys
+import warnings
+from types import FrameType
+
+import typer
+
+from pipelines import cli_chain, cli_models
+
+app = typer.Typer(
+    help="MANTiS: train, measure, register and use task-adaptive image codecs.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+for command in (*cli_chain.COMMANDS, *cli_models.COMMANDS):
+    app.command()(command)
+
+
+def main() -> None:
+    """Runs one command. SIGTERM (`ray job stop`, a preempted machine) ends it as Ctrl-C does."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    if not sys.warnoptions:  # libraries' own deprecations; -W shows them
+        warnings.simplefilter("ignore", FutureWarning)
+    app(prog_name="mantis")
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,210 @@
+"""What an arm answers for a batch of images: real streams for codecs, plain networks otherwise.
+
+Runs inside Ray Data actors, one row out for each image and arm. Adds nothing up.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from data_prep.schema import DataConfig, Manifest
+from mantis_core.build import Problem, new_teacher
+from mantis_core.checkpoint import load_model
+from mantis_core.metrics import pixel_confusion
+from mantis_core.model import Mantis
+from mantis_core.recipes import individual_models
+from mantis_core.tasks import TaskSpec
+from mantis_core.teacher import Teacher, normalise
+from pipelines.evaluation import EXAMPLES, ArmSource, Arrays
+from pipelines.problem import problem_of
+from pipelines.settings import Settings
+from pipelines.trainer import CHECKPOINT
+from pipelines.worker import load_teacher, local_copy, stage_tensors
+
+
+class ArmEvaluator:
+    """A Ray Data actor that holds every arm's model and takes each batch through all of them."""
+
+    def __init__(
+        self,
+        *,
+        sources: Sequence[Mapping[str, Any]],
+        settings: Mapping[str, Any],
+        data: Mapping[str, Any],
+        manifest: Mapping[str, Any],
+        batch_size: int,
+        threads: int,
+    ) -> None:
+        torch.set_num_threads(threads)
+        problem = problem_of(Manifest.model_validate(manifest), DataConfig.model_validate(data))
+        self.problem, self.batch_size = problem, batch_size
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        resolved = Settings.model_validate(dict(settings))
+        self.arms: list[tuple[ArmSource, nn.Module]] = []
+        loaded: dict[str, nn.Module] = {}
+        for entry in sources:
+            source = ArmSource(**entry)
+            key = f"{'codec' if source.kind in CODECS else source.kind}:{source.folder}"
+            if key not in loaded:
+                loaded[key] = _load(source, resolved, problem).to(self.device).eval()
+            self.arms.append((source, loaded[key]))
+
+    def __call__(self, batch: Arrays) -> Arrays:
+        """A batch of the reader to rows of all arms, arm after arm."""
+        images = torch.from_numpy(np.ascontiguousarray(batch["image"]))
+        count = len(images)
+        if count < self.batch_size:  # one shape always: an answer never depends on companions
+            images = torch.cat([images, images[:1].expand(self.batch_size - count, -1, -1, -1)])
+        images = images.to(self.device)
+        parts = []
+        for number, (source, model) in enumerate(self.arms):
+            with torch.no_grad():
+                rows = RUNNERS[source.kind](model, images, batch, self.problem)
+            rows = {name: values[:count] for name, values in rows.items()}
+            rows["arm"] = np.full(count, number)
+            parts.append(rows)
+        out = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        for name in ("row_id", "class_label", "labels", "task_mask"):
+            out[name] = np.concatenate([batch[name]] * len(parts))
+        return out
+
+
+def run_codec(
+    model: Mantis, images: Tensor, batch: Arrays, problem: Problem, *, oracle: bool = False
+) -> Arrays:
+    """Client, wire and server: every image encoded to bytes and decoded from those bytes alone."""
+    count, tasks = len(images), problem.tasks
+    asked = None
+    if oracle:
+        asked = torch.zeros(count, len(tasks), dtype=torch.bool)
+        asked[: len(batch["task_mask"])] = torch.from_numpy(np.array(batch["task_mask"]))
+        asked[~asked.any(dim=1), 0] = True  # an image of no task still has to ask for one
+    encoded = model.encode_in_detail(images, asked)
+    answers = model.decode([each.data for each in encoded])
+    rows = _blank(count, tasks)
+    for index, (sent, answer) in enumerate(zip(encoded, answers, strict=True)):
+        rows["wire_bytes"][index] = len(sent.data)
+        rows["payload_bytes"][index] = sent.payload_bytes
+        rows["estimated_bits"][index] = sent.estimated_bits
+        rows["decoded"][index] = sent.mask
+        rows["class_index"][index] = answer.class_index
+        if index < EXAMPLES:
+            rows["answer"][index] = json.dumps(answer.to_dict())
+        if not oracle:
+            rows["probabilities"][index] = sent.probabilities
+        for k, task in enumerate(tasks):
+            rows["predicted"][index, k] = answer.labels.get(task.name, -1)
+        if index < len(batch["task_mask"]):
+            _count_pixels(rows, index, batch, tasks, answer.segmentation)
+    return rows
+
+
+def run_teacher(model: Teacher, images: Tensor, batch: Arrays, problem: Problem) -> Arrays:
+    """The uncompressed teacher: flat logits, or each head on its own tasks."""
+    outputs = model(normalise(images))
+    rows = _blank(len(images), problem.tasks)
+    if "logits" in outputs:
+        logits = outputs["logits"]
+        rows["class_index"] = logits.argmax(dim=1).cpu().numpy()
+        outputs = {
+            f"logits/{task.name}": logits[:, list(task.classes)]
+            for task in problem.tasks
+            if task.is_classification
+        }
+    return _with_heads(rows, outputs, batch, problem.tasks)
+
+
+def run_individual(model: nn.ModuleDict, images: Tensor, batch: Arrays, problem: Problem) -> Arrays:
+    """One uncompressed network a task, each asked about its own images (the task is known)."""
+    pixels = normalise(images)
+    outputs = {
+        f"logits/{task.name}": model[task.name](pixels)[f"logits/{task.name}"]
+        for task in problem.tasks
+    }
+    return _with_heads(_blank(len(images), problem.tasks), outputs, batch, problem.tasks)
+
+
+def _run_oracle(model: Mantis, images: Tensor, batch: Arrays, problem: Problem) -> Arrays:
+    return run_codec(model, images, batch, problem, oracle=True)
+
+
+def _with_heads(
+    rows: Arrays, outputs: Mapping[str, Tensor], batch: Arrays, tasks: Sequence[TaskSpec]
+) -> Arrays:
+    count = len(batch["task_mask"])
+    rows["decoded"][:count] = batch["task_mask"]
+    for k, task in enumerate(tasks):
+        output = outputs.get(f"logits/{task.name}")
+        if output is None:
+            rows["decoded"][:, k] = False
+        elif task.is_classification:
+            rows["predicted"][:, k] = output.argmax(dim=1).cpu().numpy()
+        else:
+            masks = output.argmax(dim=1).to(torch.uint8).cpu().numpy()
+            for index in range(count):
+                _count_pixels(rows, index, batch, [task], {task.name: masks[index]})
+    return rows
+
+
+def _blank(count: int, tasks: Sequence[TaskSpec]) -> Arrays:
+    """Rows that say nothing: -1 where an arm has no such answer."""
+    rows: Arrays = {
+        "wire_bytes": np.full(count, -1),
+        "payload_bytes": np.full(count, -1),
+        "estimated_bits": np.full(count, -1.0),
+        "decoded": np.zeros((count, len(tasks)), dtype=bool),
+        "predicted": np.full((count, len(tasks)), -1),
+        "probabilities": np.full((count, len(tasks)), -1.0, dtype=np.float32),
+        "class_index": np.full(count, -1),
+        "answer": np.full(count, "", dtype=object),
+    }
+    for task in tasks:
+        if not task.is_classification:
+            cells = task.num_classes * (task.num_classes + 1)
+            rows[f"confusion/{task.name}"] = np.zeros((count, cells), dtype=np.int64)
+    return rows
+
+
+def _count_pixels(
+    rows: Arrays,
+    index: int,
+    batch: Arrays,
+    tasks: Sequence[TaskSpec],
+    answers: Mapping[str, np.ndarray[Any, Any]],
+) -> None:
+    for task in tasks:
+        key = f"segmentation/{task.name}"
+        if not task.is_classification and key in batch:
+            counts = pixel_confusion(batch[key][index], answers.get(task.name), task.num_classes)
+            rows[f"confusion/{task.name}"][index] = counts.reshape(-1)
+
+
+def _load(source: ArmSource, settings: Settings, problem: Problem) -> nn.Module:
+    if source.kind == "teacher":
+        return load_teacher(settings, problem, source.folder)
+    assert source.folder is not None
+    if source.kind == "individual":
+        tensors = stage_tensors(source.folder)
+        untrained = new_teacher(settings.teacher, problem)
+        models = individual_models(settings.individual, untrained, problem.image_size)
+        models.load_state_dict(tensors)
+        return models
+    with local_copy(source.folder) as folder:
+        inner = folder / CHECKPOINT
+        return load_model(inner if inner.is_dir() else folder)
+
+
+CODECS = ("mantis", "none", "oracle")
+RUNNERS: dict[str, Any] = {
+    "mantis": run_codec,
+    "none": run_codec,
+    "oracle": _run_oracle,
+    "teacher": run_teacher,
+    "individual": run_individual,
+}

@@ -1,0 +1,302 @@
+"""Commands that run stages: run, prepare, teacher, stage1, stage2, evaluate."""
+
+from __future__ import annotations
+
+import logging
+import shlex
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from pipelines.cli_errors import (
+    FAILURE,
+    INTERRUPTED,
+    MISTAKE,
+    Stopped,
+    ending_well,
+    is_mistake,
+    print_json,
+)
+
+if TYPE_CHECKING:
+    from pipelines.console import Console
+    from pipelines.plan import StageKind
+    from pipelines.settings import Settings
+    from pipelines.stages import ChainResult, Plan
+
+logger = logging.getLogger(__name__)
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE", help="such as stage2.rate_weight=0.01"),
+]
+Config = Annotated[Path, typer.Option("--config", "-c", help="YAML file of the experiment")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="print the config and the plan only")]
+AsJson = Annotated[bool, typer.Option("--json", help="one JSON object on stdout, nothing else")]
+Address = Annotated[
+    str | None, typer.Option("--address", help="Ray cluster to join; default RAY_ADDRESS, or none")
+]
+
+
+@ending_well
+def run(
+    config: Config,
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+    address: Address = None,
+) -> None:
+    """The whole chain: prepare, train, evaluate, register. Finished stages are skipped."""
+    _chain("run", None, config, overrides, dry_run, as_json, address)
+
+
+@ending_well
+def prepare(
+    config: Config,
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+    address: Address = None,
+) -> None:
+    """Images and labels into Parquet shards."""
+    _chain("prepare", "prepare", config, overrides, dry_run, as_json, address)
+
+
+@ending_well
+def teacher(
+    config: Config,
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+    address: Address = None,
+) -> None:
+    """The uncompressed network that is distilled, where `teacher.weights` is `train`."""
+    _chain("teacher", "teacher", config, overrides, dry_run, as_json, address)
+
+
+@ending_well
+def stage1(
+    config: Config,
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+    address: Address = None,
+) -> None:
+    """The task-agnostic codec, and whatever it needs first."""
+    _chain("stage1", "stage1", config, overrides, dry_run, as_json, address)
+
+
+@ending_well
+def stage2(
+    config: Config,
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+    address: Address = None,
+) -> None:
+    """The task-aware codec (main arm), and whatever it needs first."""
+    _chain("stage2", "stage2", config, overrides, dry_run, as_json, address)
+
+
+@ending_well
+def evaluate(
+    overrides: Overrides = None,
+    config: Annotated[
+        Path | None, typer.Option("--config", "-c", help="evaluate every arm of an experiment")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", help="models:/mantis@champion or a checkpoint folder")
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option("--data", help="Parquet files or a folder of images by class")
+    ] = None,
+    root: Annotated[
+        str | None, typer.Option("--root", help="where `models:/...` is looked up")
+    ] = None,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+    address: Address = None,
+) -> None:
+    """Every arm of an experiment (--config), or one model on other images (--model --data)."""
+    if config is not None and model is None and data is None:
+        _chain("evaluate", "evaluate", config, overrides, dry_run, as_json, address)
+    elif model is not None and data is not None and config is None and not dry_run:
+        _evaluate_model(model, data, list(overrides or ()), root, as_json, address)
+    else:
+        raise Stopped(
+            "error: give --config for an experiment, or --model and --data for a model", MISTAKE
+        )
+
+
+COMMANDS = (run, prepare, teacher, stage1, stage2, evaluate)
+
+
+def _chain(
+    command: str,
+    until: StageKind | None,
+    config: Path,
+    overrides: Sequence[str] | None,
+    dry_run: bool,
+    as_json: bool,
+    address: str | None,
+) -> None:
+    from pipelines.settings import load_settings
+    from pipelines.stages import make_plan, run_chain
+
+    overrides = list(overrides or ())
+    joined = [*overrides, f"cluster.address={address}"] if address else overrides
+    plan = make_plan(load_settings(config, joined))
+    if until is not None and until not in {spec.name for spec in plan.specs}:
+        raise Stopped(
+            f"error: this config has no stage {until}: teacher.weights is "
+            f"{plan.settings.teacher.weights!r}, only `train` trains one",
+            MISTAKE,
+        )
+    if dry_run:
+        _print_plan(plan, until, as_json)
+        return
+    resume = shlex.join(["mantis", command, "--config", str(config), *joined])
+    with _console(plan.settings, as_json, resume) as console:
+        result = run_chain(plan, console=console, config_name=config.stem, until=until)
+        _show_result(plan, result, console)
+    if as_json:
+        print_json(asdict(result))
+
+
+@contextmanager
+def _console(settings: Settings, as_json: bool, resume: str) -> Iterator[Console]:
+    """The console of a run, its log, and what is said when the run does not end well."""
+    from pipelines.cluster import check_disk
+    from pipelines.console import Console
+    from pipelines.logs import captured_output
+    from pipelines.stages import StageFailed
+    from pipelines.storage import Store
+
+    root = Store(settings.storage.root).local_path()
+    if root is not None:
+        check_disk(root)
+    log = Path("runs/logs") if root is None else root / "logs"
+    try:
+        with (
+            captured_output(log) as (stdout, stderr, log),
+            Console(stderr if as_json else stdout) as console,
+        ):
+            try:
+                yield console
+            except Exception:
+                logger.exception("the command failed")
+                raise
+    except KeyboardInterrupt:
+        raise Stopped(f"interrupted. Resume with:\n  {resume}", INTERRUPTED) from None
+    except Exception as error:
+        cause = error.cause if isinstance(error, StageFailed) else error
+        if is_mistake(cause):
+            raise Stopped(f"error: {cause}", MISTAKE) from None
+        told = str(error) if error is not cause else f"{type(error).__name__}: {error}"
+        raise Stopped(f"{told}\nDetails are in {log}. Resume with:\n  {resume}", FAILURE) from None
+
+
+def _print_plan(plan: Plan, until: StageKind | None, as_json: bool) -> None:
+    from pipelines.plan import with_upstream
+    from pipelines.run_record import stage_state
+    from pipelines.settings import to_yaml
+    from pipelines.storage import Store
+
+    store, uri = Store(plan.settings.storage.root), plan.settings.tracking.uri
+    names = {"done": "skip", "started": "resume", "new": "run"}
+    specs = plan.specs if until is None else with_upstream(plan.specs, until)
+    stages = []
+    for spec in specs:
+        training = spec.config.get("teacher", {}).get("training") or spec.config.get(spec.kind, {})
+        action = names[stage_state(store, spec, uri)]
+        stages.append(
+            {
+                "stage": spec.name,
+                "key": spec.key,
+                "action": action,
+                "epochs": training.get("epochs"),
+            }
+        )
+    if as_json:
+        print_json({"config": plan.settings.model_dump(mode="json"), "stages": stages})
+        return
+    typer.echo(to_yaml(plan.settings))
+    width = max(len(stage["stage"]) for stage in stages)
+    for stage in stages:
+        epochs = f"  {stage['epochs']} epochs" if stage["epochs"] else ""
+        typer.echo(f"{stage['stage']:{width}}  {stage['key'][:12]}  {stage['action']}{epochs}")
+
+
+def _show_result(plan: Plan, result: ChainResult, console: Console) -> None:
+    from pipelines.storage import Store
+
+    folder = next((s.folder for s in plan.specs if s.kind == "evaluate"), "")
+    if "evaluate" in result.stages:
+        evaluation = Store(plan.settings.storage.root).read_json(f"{folder}/evaluation.json")
+        _show_arms(evaluation["arms"], console)
+        console.note(f"report: {folder}/report/report.html")
+    if result.model:
+        console.note(f"model: {result.model}")
+
+
+def _show_arms(arms: Sequence[dict[str, Any]], console: Console) -> None:
+    figures = ("val/top1", "val/bpp", "val/wire_bytes")
+    rows = []
+    for arm in arms:
+        values = (arm["metrics"].get(name) for name in figures)
+        shown = ("" if value is None else f"{value:.4g}" for value in values)
+        rows.append([arm["name"], *shown])
+    console.final_table("Results", ("arm", "top1", "bpp", "wire bytes"), rows)
+
+
+def _evaluate_model(
+    model: str,
+    data: str,
+    overrides: Sequence[str],
+    root: str | None,
+    as_json: bool,
+    address: str | None,
+) -> None:
+    from pipelines.cli_models import model_folder
+    from pipelines.cluster import connect
+    from pipelines.evaluation import evaluate_model
+    from pipelines.logs import captured_output
+    from pipelines.settings import with_overrides
+    from pipelines.storage import absolute_root
+
+    folder = model_folder(model, root)
+    joined = [*overrides, f"cluster.address={address}"] if address else overrides
+    settings = with_overrides(_settings_around(folder), joined)
+    runs = absolute_root(root or settings.storage.root)
+    logs = Path("runs/logs") if "://" in runs else Path(runs) / "logs"
+    with captured_output(logs), connect(settings.cluster, runs):
+        measured = evaluate_model(folder, absolute_root(data), settings)
+    if as_json:
+        print_json(measured)
+        return
+    typer.echo(f"{measured['rows']} images, {measured['rejected']} rejected")
+    for name, value in measured["metrics"].items():
+        typer.echo(f"{name}  {value:.6g}")
+
+
+def _settings_around(folder: Path) -> Settings:
+    """Default settings over a model's own data and tasks; `evaluate` and `cluster` count."""
+    import yaml
+
+    from mantis_core.checkpoint import read_meta
+    from pipelines.settings import Settings
+
+    preparation = read_meta(folder)["preparation"]
+    spec = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    tasks = []
+    for task in spec["tasks"]:
+        labels = {"labels": task["labels"]}
+        if task["kind"] == "classification":
+            labels = {"classes": [spec["classes"][index] for index in task["classes"]]}
+        tasks.append({"name": task["name"], "kind": task["kind"], **labels})
+    data = {**preparation["data"], "sources": preparation["sources"]}
+    return Settings.model_validate({"data": data, "tasks": tasks})

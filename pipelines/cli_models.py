@@ -1,0 +1,265 @@
+"""Commands on what runs have left: report, register, promote, models, lineage; encode, decode,
+info; check. They run no stage."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from pipelines.cli_errors import FAILURE, MISTAKE, Stopped, ending_well, print_json
+
+if TYPE_CHECKING:
+    from pipelines.tracking import Tracker
+
+BATCH = 32  # images encoded together
+
+AsJson = Annotated[bool, typer.Option("--json", help="one JSON object on stdout, nothing else")]
+Root = Annotated[
+    str | None,
+    typer.Option(
+        "--root", help="storage root of the run; default MLFLOW_TRACKING_URI, else ./runs"
+    ),
+]
+Run = Annotated[str, typer.Argument(metavar="RUN", help="MLflow run id of a pipeline, or `latest`")]
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL", help="models:/mantis@ALIAS, models:/mantis/VERSION or a checkpoint folder"
+    ),
+]
+StreamFile = Annotated[Path, typer.Argument(metavar="FILE.mts", help="a coded image")]
+
+
+@ending_well
+def report(
+    run: Run = "latest",
+    root: Root = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="folder; default report-<run>")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Writes the rate-accuracy table (CSV, JSON), the plot and one HTML page of a run."""
+    from pipelines.report import write_report
+    from pipelines.storage import Store
+
+    tracker = _tracker(root)
+    found = tracker.find_pipeline(run)
+    stage = tracker.stages(found).get("evaluate")
+    if stage is None or not Store(stage.folder).exists("evaluation.json"):
+        raise Stopped(
+            f"error: run {found.info.run_id} has no finished evaluation; finish it with "
+            "`mantis run`, then report",
+            MISTAKE,
+        )
+    folder = output or Path(f"report-{found.info.run_id[:8]}")
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = write_report(Store(stage.folder).read_json("evaluation.json"), folder)
+    written = {name: str(path) for name, path in vars(paths).items()}
+    if as_json:
+        print_json({"run_id": found.info.run_id, **written})
+    else:
+        typer.echo("\n".join(written.values()))
+
+
+@ending_well
+def register(run: Run = "latest", root: Root = None, as_json: AsJson = False) -> None:
+    """Registers a run's main arm; the alias `candidate` moves to it."""
+    from pipelines import registry
+
+    result = registry.register(_tracker(root), run)
+    print_json(result) if as_json else typer.echo(result["model"])
+
+
+@ending_well
+def promote(
+    version: Annotated[
+        str, typer.Argument(metavar="VERSION", help="one that `mantis models` lists")
+    ],
+    alias: Annotated[str, typer.Option("--alias")] = "champion",
+    root: Root = None,
+    as_json: AsJson = False,
+) -> None:
+    """Moves an alias to a version."""
+    from pipelines import registry
+
+    result = registry.promote(_tracker(root), version, alias)
+    print_json(result) if as_json else typer.echo(f"models:/mantis@{alias} is {result['model']}")
+
+
+@ending_well
+def models(
+    max_bpp: Annotated[float | None, typer.Option("--max-bpp", min=0)] = None,
+    min_top1: Annotated[float | None, typer.Option("--min-top1", min=0, max=1)] = None,
+    root: Root = None,
+    as_json: AsJson = False,
+) -> None:
+    """Lists the registered models, newest first."""
+    from pipelines import registry
+
+    found = registry.models(_tracker(root), max_bpp=max_bpp, min_top1=min_top1)
+    if as_json:
+        print_json({"models": found})
+    for entry in [] if as_json else found:
+        aliases = " ".join(f"@{alias}" for alias in entry["aliases"])
+        figures = f"top1 {_figure(entry['top1'])}  bpp {_figure(entry['bpp'])}"
+        typer.echo(f"{entry['model']}  {figures}  {entry['config']}  {aliases}".rstrip())
+
+
+@ending_well
+def lineage(run: Run = "latest", root: Root = None, as_json: AsJson = False) -> None:
+    """What a run was made of: commit, versions, stages and their ancestors, models."""
+    import yaml
+
+    from pipelines import registry
+
+    found = registry.lineage(_tracker(root), run)
+    print_json(found) if as_json else typer.echo(yaml.safe_dump(found, sort_keys=False).rstrip())
+
+
+@ending_well
+def encode(
+    model: Model,
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE", help="JPEG or PNG files")],
+    output: Annotated[
+        Path,
+        typer.Option("--output", "-o", help="OUT.mts; for several images a folder of IMAGE.mts"),
+    ],
+    task: Annotated[
+        list[str] | None, typer.Option("--task", help="send this task only; default: detect them")
+    ] = None,
+    root: Root = None,
+    as_json: AsJson = False,
+) -> None:
+    """Codes images: what a client would send."""
+    targets = _encoded_names(images, output)
+    codec = _load(model, root)
+    import torch
+
+    written = []
+    for start in range(0, len(images), BATCH):
+        group = images[start : start + BATCH]
+        batch = torch.stack([_read_image(codec, image) for image in group])
+        for image, data in zip(group, codec.encode(batch, task or None), strict=True):
+            targets[image].parent.mkdir(parents=True, exist_ok=True)
+            targets[image].write_bytes(data)
+            entry = {"image": str(image), "file": str(targets[image]), "wire_bytes": len(data)}
+            written.append(entry)
+    if as_json:
+        print_json({"streams": written})
+    for entry in [] if as_json else written:
+        typer.echo(f"{entry['file']}  {entry['wire_bytes']} bytes")
+
+
+@ending_well
+def decode(model: Model, file: StreamFile, root: Root = None, as_json: AsJson = False) -> None:
+    """Answers a coded image: what the server would say."""
+    data = _read(file)
+    answer = _load(model, root).decode([data])[0].to_dict()
+    if as_json:
+        print_json(answer)
+        return
+    if answer["class_name"] is not None:
+        typer.echo(f"class: {answer['class_name']} ({answer['class_probability']:.3f})")
+    for name in answer["tasks"]:
+        label = answer["label_names"].get(name) or answer["segmentation"].get(name)
+        typer.echo(f"{name}: {label} (task {answer['task_probability'][name]:.3f})")
+    typer.echo(f"{answer['wire_bytes']} bytes, {answer['payload_bytes']} of them payload")
+
+
+@ending_well
+def info(file: StreamFile, as_json: AsJson = False) -> None:
+    """What a coded image says of itself, without its model."""
+    from mantis_core.bitstream import peek
+
+    found = peek(_read(file))
+    if as_json:
+        print_json(found)
+    for name, value in {} if as_json else found.items():
+        typer.echo(f"{name}: {' '.join(value) if isinstance(value, list) else value}")
+
+
+@ending_well
+def check(as_json: AsJson = False) -> None:
+    """A self-test with random data through every component, in seconds."""
+    from pipelines.selfcheck import run
+
+    result = run()
+    if as_json:
+        print_json(result)
+    for name, value in {} if as_json else result.items():
+        typer.echo(f"{name}: {value}")
+    if not result.get("ok", True):
+        raise Stopped("the self-test failed", FAILURE)
+
+
+COMMANDS = (report, register, promote, models, lineage, encode, decode, info, check)
+
+
+def model_folder(model: str, root: str | None) -> Path:
+    """The local checkpoint folder of a MODEL argument."""
+    if not model.startswith("models:"):
+        return Path(model)
+    from pipelines.registry import resolve_model
+
+    return resolve_model(model, _tracker(root).location.uri)
+
+
+def _tracker(root: str | None) -> Tracker:
+    """Tracking of commands without a config: --root, else MLFLOW_TRACKING_URI, else ./runs."""
+    from pipelines.storage import absolute_root
+    from pipelines.tracking import Tracker, locate_tracking
+
+    uri = None if root else os.environ.get("MLFLOW_TRACKING_URI")
+    where = absolute_root(root or "./runs")
+    location = locate_tracking(uri, where)
+    store = location.uri.removeprefix("sqlite:///")
+    if store != location.uri and not Path(store).is_file():
+        raise Stopped(
+            f"error: there are no runs in {where}. Give --root, set MLFLOW_TRACKING_URI, or make "
+            "one with `mantis run --config ...`",
+            MISTAKE,
+        )
+    return Tracker(location, "mantis")
+
+
+def _load(model: str, root: str | None) -> Any:
+    from mantis_core.checkpoint import load_model
+
+    return load_model(model_folder(model, root))
+
+
+def _encoded_names(images: list[Path], output: Path) -> dict[Path, Path]:
+    if len(images) == 1 and not output.is_dir():
+        return {images[0]: output}
+    if output.suffix == ".mts" or output.is_file():
+        raise Stopped(
+            f"error: {output} would hold {len(images)} images, a stream holds one: give a folder",
+            MISTAKE,
+        )
+    targets = {image: output / f"{image.stem}.mts" for image in images}
+    if len(set(targets.values())) < len(images):
+        raise Stopped("error: two images have one name; encode them into two folders", MISTAKE)
+    return targets
+
+
+def _read_image(codec: Any, image: Path) -> Any:
+    data = _read(image)
+    try:
+        return codec.prepare_image(data)
+    except (OSError, ValueError) as error:
+        raise Stopped(f"error: {image} is no readable image: {error}", MISTAKE) from error
+
+
+def _read(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise Stopped(f"error: cannot read {file}: {error.strerror}", MISTAKE) from error
+
+
+def _figure(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"

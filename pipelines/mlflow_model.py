@@ -1,0 +1,51 @@
+"""The registered model as MLflow runs it: image bytes in, answers out, through a real bitstream.
+
+MLflow copies this file into the model and executes it to load one (models-from-code), so nothing
+is unpickled. It holds no codec; that is mantis_core, which travels beside it.
+"""
+
+import json
+from typing import Any
+
+import pandas as pd
+from mlflow.models import set_model
+from mlflow.pyfunc import PythonModel, PythonModelContext
+
+BATCH_SIZE = 32  # images decoded at a time, to bound memory
+
+
+class MantisModel(PythonModel):
+    """Client and server in one process: every row is encoded, then decoded from its own bytes."""
+
+    def load_context(self, context: PythonModelContext) -> None:
+        from mantis_core.checkpoint import load_model
+
+        self.codec = load_model(context.artifacts["checkpoint"])
+
+    def predict(self, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> Any:
+        """Column `image` (JPEG or PNG bytes) to one row each of what pipelines.registry declares.
+
+        `class_index` is -1 and `class_name` None where the image has no single class; `answer` is
+        the whole answer as JSON.
+        """
+        import torch
+
+        images = [self.codec.prepare_image(data) for data in model_input["image"]]
+        rows = []
+        for start in range(0, len(images), BATCH_SIZE):
+            streams = self.codec.encode(torch.stack(images[start : start + BATCH_SIZE]))
+            rows += [_row(answer) for answer in self.codec.decode(streams)]
+        return pd.DataFrame(rows, index=model_input.index)
+
+
+def _row(answer: Any) -> dict[str, Any]:
+    return {
+        "wire_bytes": answer.wire_bytes,
+        "tasks": list(answer.tasks),
+        "class_name": answer.class_name,
+        "class_index": answer.class_index,
+        "answer": json.dumps(answer.to_dict()),
+    }
+
+
+set_model(MantisModel())

@@ -1,0 +1,262 @@
+"""Which stages an experiment has, in which order and under which keys; pure planning, runs nothing.
+
+A stage's key is a hash over all that decides its result and nothing else: the part of the config it
+reads, the keys of the stages it builds on, the data, package versions and the code it runs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pipelines.settings import EvaluateConfig, Settings, with_overrides
+from pipelines.settings_errors import SettingsError
+from pipelines.source_hash import source_hash
+
+if TYPE_CHECKING:
+    from data_prep.schema import TaskTable
+
+StageKind = Literal["prepare", "teacher", "stage1", "stage2", "individual", "evaluate", "register"]
+TRAINING_KINDS = ("teacher", "stage1", "stage2", "individual")
+
+DECIDING_PACKAGES = (
+    "torch",
+    "torchvision",
+    "compressai",
+    "torchdistill",
+    "constriction",
+    "numpy",
+    "pillow",
+    "pyarrow",
+)
+
+# Fields of `data` that shape batches in training; all others but `root` shape what is prepared.
+READER_FIELDS = ("augmentation", "crop_padding", "min_crop_area", "flip", "shuffle_window_rows")
+_READER = tuple(f"data.{name}" for name in READER_FIELDS)
+
+# What each kind reads of the config. `storage`, `tracking` and `cluster` decide no result.
+SLICES: dict[StageKind, tuple[str, ...]] = {
+    "prepare": ("seed", "tasks", "data"),
+    "teacher": ("seed", *_READER, "teacher"),
+    "stage1": (
+        "seed",
+        *_READER,
+        "teacher.name",
+        "teacher.split",
+        "model.stem",
+        "model.detector",
+        "model.encoder",
+        "model.decoder.channels",
+        "model.decoder.blocks",
+        "model.quantizer",
+        "stage1",
+    ),
+    "stage2": ("seed", *_READER, "model", "stage2"),
+    "individual": ("seed", *_READER, "teacher.name", "teacher.split", "individual"),
+    "evaluate": ("evaluate.batch_size",),
+    "register": (),
+}
+
+# The modules each kind starts from; what these import counts too.
+ENTRIES: dict[StageKind, tuple[str, ...]] = {
+    "prepare": ("data_prep.shards",),
+    "teacher": ("pipelines.worker",),
+    "stage1": ("pipelines.worker",),
+    "stage2": ("pipelines.worker",),
+    "individual": ("pipelines.worker",),
+    "evaluate": ("pipelines.evaluation",),
+    "register": ("pipelines.mlflow_model",),
+}
+
+
+@dataclass(frozen=True)
+class StageSpec:
+    """One planned stage.
+
+    `name` is the kind, or `kind/arm`. `config` is the part of the config the key is made of;
+    `settings` is the whole config with the arm's overrides applied, from which the runner reads
+    the same fields. `upstream` names stages planned before it. `folder` is a full address.
+    """
+
+    name: str
+    kind: StageKind
+    arm: str
+    config: dict[str, Any]
+    upstream: tuple[str, ...]
+    key: str
+    folder: str
+    settings: Settings
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One line of the evaluation: a baseline or codec at one rate and seed.
+
+    `stage` is the stage whose checkpoint it measures, "" for a teacher that is not trained here.
+    """
+
+    name: str
+    kind: Literal["mantis", "none", "oracle", "individual", "teacher"]
+    rate_weight: float | None
+    seed: int
+    stage: str
+
+
+def plan_stages(
+    settings: Settings, table: TaskTable, data_fingerprint: str
+) -> tuple[StageSpec, ...]:
+    """All stages of the config, each after those it builds on.
+
+    Raises SettingsError if `teacher.weights` names a file that is not there.
+    """
+    planned: dict[str, StageSpec] = {}
+    versions = {name: metadata.version(name) for name in DECIDING_PACKAGES}
+
+    def add(
+        kind: StageKind,
+        upstream: tuple[str, ...],
+        *,
+        arm: str = "",
+        own: Settings = settings,
+        extra: Mapping[str, Any] | None = None,
+    ) -> None:
+        name = f"{kind}/{arm}" if arm else kind
+        config = {**config_slice(own, kind), **(extra or {})}
+        upstream = tuple(stage for stage in upstream if stage in planned)
+        key = _digest(
+            {
+                "kind": kind,
+                "config": config,
+                "upstream": {stage: planned[stage].key for stage in upstream},
+                "versions": versions,
+                "code": source_hash(*ENTRIES[kind]),
+            }
+        )
+        folder = f"{settings.storage.root}/stages/{name}-{key[:12]}"
+        planned[name] = StageSpec(name, kind, arm, config, upstream, key, folder, own)
+
+    classes = {"task_table": asdict(table), "data_fingerprint": data_fingerprint}
+    add("prepare", (), extra=classes)
+    trained = settings.teacher.weights == "train"
+    weights = {} if trained else {"teacher_weights": teacher_identity(settings)}
+    if trained:
+        add("teacher", ("prepare",))
+    add("stage1", ("prepare", "teacher"), extra=weights)
+    arms = tuple(plan_arms(settings))
+    for arm in arms:
+        if arm.kind in ("mantis", "none"):
+            own = _arm_settings(settings, arm)
+            add("stage2", ("prepare", "teacher", "stage1"), arm=_suffix(arm), own=own)
+        elif arm.kind == "individual":
+            own = _arm_settings(settings, arm)
+            add("individual", ("prepare", "teacher"), arm=_suffix(arm), own=own, extra=weights)
+    evaluated = tuple(name for name in planned if name != "stage1")
+    add("evaluate", evaluated, extra={"arms": [asdict(arm) for arm in arms]})
+    if settings.tracking.enabled:
+        add("register", ("stage2", "evaluate"))
+    return tuple(planned.values())
+
+
+def plan_arms(settings: Settings) -> Iterator[Arm]:
+    """What `evaluate` measures, the main arm first. Raises nothing: the settings were checked."""
+    evaluate, main_rate = settings.evaluate, settings.stage2.rate_weight
+    seeds = (settings.seed, *evaluate.seeds)
+    baseline_rates = evaluate.baseline_rate_weights
+    rates = (main_rate,) if baseline_rates is None else baseline_rates
+
+    def named(kind: str, rate: float, seed: int) -> str:
+        parts = [
+            *([kind] if kind == "none" else []),
+            *([f"rate-{rate!r}"] if rate != main_rate else []),
+            *([f"seed-{seed}"] if seed != settings.seed else []),
+        ]
+        first = {"mantis": "stage2", "none": "stage2"}.get(kind, kind)
+        return f"{first}/{'-'.join(parts)}" if parts else first
+
+    for seed in seeds:
+        for rate in (main_rate, *evaluate.rate_weights):
+            name = named("mantis", rate, seed)
+            yield Arm(name, "mantis", rate, seed, name)
+    for seed in seeds:
+        for rate in rates:
+            if "none" in evaluate.baselines:
+                name = named("none", rate, seed)
+                yield Arm(name, "none", rate, seed, name)
+            if "oracle" in evaluate.baselines:
+                measured = named("mantis", rate, seed)
+                yield Arm(named("oracle", rate, seed), "oracle", rate, seed, measured)
+        if "individual" in evaluate.baselines:
+            name = named("individual", main_rate, seed)
+            yield Arm(name, "individual", None, seed, name)
+    if "teacher" in evaluate.baselines:
+        trained = settings.teacher.weights == "train"
+        yield Arm("teacher", "teacher", None, settings.seed, "teacher" if trained else "")
+
+
+def config_slice(settings: Settings, kind: StageKind) -> dict[str, Any]:
+    """The part of the config a kind reads, as nested plain values."""
+    resolved = settings.model_dump(mode="json")
+    picked: dict[str, Any] = {}
+    for path in SLICES[kind]:
+        *above, last = path.split(".")
+        source, target = resolved, picked
+        for name in above:
+            source, target = source[name], target.setdefault(name, {})
+        target[last] = source[last]
+    if kind == "prepare":
+        unread = {"root", *READER_FIELDS}
+        picked["data"] = {k: v for k, v in picked["data"].items() if k not in unread}
+    return picked
+
+
+def teacher_identity(settings: Settings) -> str:
+    """What stands for the weights of a teacher that is not trained here: name or sha256."""
+    weights = settings.teacher.weights
+    if weights == "pretrained":
+        return f"pretrained:{settings.teacher.name}"
+    path = Path(weights)
+    if not path.is_file():
+        raise SettingsError(
+            f"teacher.weights: there is no file {weights}; give an existing .safetensors or .pth "
+            "file, `train` to train the teacher here, or `pretrained` to download it"
+        )
+    with path.open("rb") as file:
+        return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
+
+
+def plan_key(specs: tuple[StageSpec, ...]) -> str:
+    """Identifies a whole pipeline: a hash over its stages' names and keys."""
+    return _digest({spec.name: spec.key for spec in specs})
+
+
+def with_upstream(specs: tuple[StageSpec, ...], name: str) -> tuple[StageSpec, ...]:
+    """A stage and everything it builds on, in order."""
+    wanted = {name}
+    for spec in reversed(specs):
+        if spec.name in wanted:
+            wanted.update(spec.upstream)
+    return tuple(spec for spec in specs if spec.name in wanted)
+
+
+def _arm_settings(settings: Settings, arm: Arm) -> Settings:
+    overrides = [f"seed={arm.seed}"]
+    if arm.rate_weight is not None:
+        overrides.append(f"stage2.rate_weight={arm.rate_weight!r}")
+    if arm.kind == "none":
+        overrides += ["model.conditioning.kind=none", "model.prior=shared"]
+    # The arms of an arm are its own: none.
+    return with_overrides(settings.model_copy(update={"evaluate": EvaluateConfig()}), overrides)
+
+
+def _suffix(arm: Arm) -> str:
+    return arm.name.partition("/")[2]
+
+
+def _digest(value: Mapping[str, Any]) -> str:
+    canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()

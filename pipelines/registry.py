@@ -1,0 +1,265 @@
+"""Registered models: writing versions, moving aliases, finding and tracing them; no training.
+
+A version is a models-from-code file, the source of mantis_core and a checkpoint folder
+(safetensors, YAML, JSON). A reader never unpickles: it takes the checkpoint folder, nothing else.
+"""
+
+import re
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from mlflow import MlflowClient
+from mlflow.artifacts import download_artifacts
+from mlflow.entities import LoggedModelOutput
+from mlflow.entities.model_registry import ModelVersion
+from mlflow.exceptions import MlflowException
+
+from pipelines.metric_writer import bounded_client, failure_text, finite
+from pipelines.storage import Store
+from pipelines.tracking import StageRun, Tracker
+
+if TYPE_CHECKING:
+    from pipelines.plan import StageSpec
+    from pipelines.stages import StageContext
+
+NAME = "mantis"
+CHECKPOINT_FILES = ("weights.safetensors", "config.yaml", "meta.json")
+FIGURES = ("val/top1", "val/bpp", "val/wire_bytes")
+
+
+class RegistryError(ValueError):
+    """A model, version or run that cannot be used; the message says what is allowed."""
+
+
+def register_stage(spec: "StageSpec", context: "StageContext") -> dict[str, Any]:
+    """Register the main arm of a chain as the newest `candidate`.
+
+    Reads result.json of stage `stage2` (key `model_folder`, relative to the stage's folder) and
+    evaluation.json of stage `evaluate`. Returns {"model": "models:/mantis/<v>", "version": v}.
+    """
+    stages = {
+        name: StageRun(
+            name,
+            key=planned.key,
+            run_id=context.tracker.stage_run_id(planned.key) or "",
+            status="FINISHED",
+            folder=planned.folder,
+            upstream_keys=tuple(context.specs[upstream].key for upstream in planned.upstream),
+        )
+        for name, planned in context.specs.items()
+        if name in spec.upstream or name == "prepare"
+    }
+    version = _register(context.tracker, stages, context.config_name)
+    return {"model": f"models:/{NAME}/{version}", "version": version}
+
+
+def register(tracker: Tracker, run: str) -> dict[str, Any]:
+    """Register the main arm of a finished pipeline run (an id, or "latest") again."""
+    pipeline = tracker.find_pipeline(run)
+    stages = tracker.stages(pipeline)
+    missing = {"stage2", "evaluate"} - stages.keys()
+    if missing:
+        raise RegistryError(
+            f"run {pipeline.info.run_id} has no finished {' and no '.join(sorted(missing))}. "
+            "Finish it with `mantis run`, then register it."
+        )
+    version = _register(tracker, stages, pipeline.data.tags["mantis.name"])
+    return {"model": f"models:/{NAME}/{version}", "version": version}
+
+
+def promote(tracker: Tracker, version: str, alias: str = "champion") -> dict[str, Any]:
+    """Move `alias` to a version; returns the version as `models` lists it."""
+    client = tracker.client
+    found = _version(client, tracker.location.uri, f"models:/{NAME}/{version}")
+    client.set_registered_model_alias(NAME, alias, found.version)
+    return _summary(client.get_model_version(NAME, found.version))
+
+
+def models(
+    tracker: Tracker, *, max_bpp: float | None = None, min_top1: float | None = None
+) -> list[dict[str, Any]]:
+    """All versions, newest first, with their figures; a bound drops versions without the figure."""
+    found = tracker.client.search_model_versions(f"name = '{NAME}'", max_results=10_000)
+    # A search leaves the aliases out.
+    summaries = [_summary(tracker.client.get_model_version(NAME, v.version)) for v in found]
+    if max_bpp is not None:
+        summaries = [s for s in summaries if s["bpp"] is not None and s["bpp"] <= max_bpp]
+    if min_top1 is not None:
+        summaries = [s for s in summaries if s["top1"] is not None and s["top1"] >= min_top1]
+    return sorted(summaries, key=lambda summary: -int(summary["version"]))
+
+
+def lineage(tracker: Tracker, run: str) -> dict[str, Any]:
+    """What a pipeline run was made of: commit, versions, stages with their ancestors, models."""
+    pipeline = tracker.find_pipeline(run)
+    stages = tracker.stages(pipeline)
+    keys = {stage.key for stage in stages.values()}
+    registered = tracker.client.search_model_versions(f"name = '{NAME}'", max_results=10_000)
+    return {
+        "run_id": pipeline.info.run_id,
+        "name": pipeline.data.tags["mantis.name"],
+        "status": pipeline.info.status,
+        "git_commit": pipeline.data.tags.get("mlflow.source.git.commit"),
+        "uncommitted_changes": pipeline.data.tags.get("mantis.uncommitted_changes") == "true",
+        "versions": yaml.safe_load(pipeline.data.tags["mantis.versions"]),
+        "stages": [asdict(stage) for stage in stages.values()],
+        "models": [
+            _summary(tracker.client.get_model_version(NAME, version.version))
+            for version in registered
+            if version.tags.get("mantis.stage_key") in keys
+        ],
+    }
+
+
+def resolve_model(model: str, uri: str) -> Path:
+    """The local checkpoint folder of `models:/mantis@alias`, `models:/mantis/<v>` or a folder.
+
+    `uri` is the tracking URI. Nothing is loaded or unpickled; a remote store's files are
+    downloaded to a temporary folder.
+    """
+    if not model.startswith("models:"):
+        folder = Path(model)
+        _require_checkpoint(folder, model)
+        return folder
+    client = bounded_client(uri)
+    version = _version(client, uri, model)
+    try:
+        location = client.get_model_version_download_uri(NAME, version.version)
+        folder = Path(
+            download_artifacts(artifact_uri=f"{location}/artifacts/checkpoint", tracking_uri=uri)
+        )
+    except (MlflowException, OSError) as error:
+        raise RegistryError(
+            f"the files of {model} cannot be read: {failure_text(error, uri)}"
+        ) from error
+    _require_checkpoint(folder, model)
+    return folder
+
+
+def _register(tracker: Tracker, stages: Mapping[str, StageRun], config_name: str) -> str:
+    """One version for ever per stage-2 key: the same weights again only move the alias."""
+    main = stages["stage2"]
+    store = Store(main.folder)
+    checkpoint = store.read_json("result.json")["model_folder"]
+    evaluation = Store(stages["evaluate"].folder).read_json("evaluation.json")
+    tags = _tags(evaluation, stages, config_name)
+    client = tracker.client
+    try:
+        known = client.search_model_versions(
+            f"name = '{NAME}' and tags.`mantis.stage_key` = '{main.key}'"
+        )
+        if known:
+            version = str(known[0].version)
+        else:
+            with tempfile.TemporaryDirectory(prefix="mantis-register-") as scratch:
+                folder = Path(scratch) / "checkpoint"
+                folder.mkdir()
+                for name in CHECKPOINT_FILES:  # and no training state that lies beside them
+                    (folder / name).write_bytes(store.read_bytes(f"{checkpoint}/{name}"))
+                version = _write_version(tracker, folder, main, Path(scratch) / "model", tags)
+        for key, value in tags.items():
+            client.set_model_version_tag(NAME, version, key, value)
+        client.set_registered_model_alias(NAME, "candidate", version)
+    except (MlflowException, OSError) as error:
+        raise RegistryError(
+            f"the model could not be registered: MLflow at {tracker.place} says "
+            f"{failure_text(error, tracker.location.uri)}. The trained model is kept in "
+            f"{store.join(checkpoint)}; run the same command again when MLflow answers."
+        ) from error
+    return version
+
+
+def _write_version(
+    tracker: Tracker, checkpoint: Path, stage: StageRun, scratch: Path, tags: Mapping[str, str]
+) -> str:
+    from pipelines.model_package import write_package  # loads mlflow.pyfunc, which takes seconds
+
+    client = tracker.client
+    run_id = stage.run_id or None
+    logged = client.create_logged_model(
+        tracker.experiment_id, name=NAME, source_run_id=run_id, model_type="codec", tags=dict(tags)
+    )
+    write_package(scratch, checkpoint, run_id=run_id, model_id=logged.model_id)
+    client.log_model_artifacts(logged.model_id, str(scratch))
+    client.finalize_logged_model(logged.model_id, "READY")
+    if run_id is not None:
+        client.log_outputs(run_id, models=[LoggedModelOutput(logged.model_id, step=0)])
+    if not client.search_registered_models(f"name = '{NAME}'"):
+        client.create_registered_model(NAME)
+    if tracker.location.uri.startswith("http"):
+        source, model_id = f"models:/{logged.model_id}", logged.model_id
+    else:
+        # A store without a server looks a models:/ source, or a model of no run, up in MLflow's
+        # global tracking URI, which is not ours.
+        source, model_id = logged.artifact_location, logged.model_id if run_id else None
+    created = client.create_model_version(NAME, source, run_id, model_id=model_id)
+    return str(created.version)
+
+
+def _tags(
+    evaluation: Mapping[str, Any], stages: Mapping[str, StageRun], config_name: str
+) -> dict[str, str]:
+    key = stages["stage2"].key
+    arm = next(a for a in evaluation["arms"] if a["kind"] == "mantis" and a["stage_key"] == key)
+    figures = finite(arm["metrics"])
+    return {
+        "mantis.stage_key": key,
+        "mantis.evaluate_key": stages["evaluate"].key,
+        "mantis.data_key": stages["prepare"].key,
+        "mantis.config": config_name,
+        "mantis.tasks": ", ".join(task["name"] for task in evaluation["tasks"]),
+        "mantis.rate_weight": str(arm["rate_weight"]),
+        **{name: str(figures[name]) for name in FIGURES if name in figures},
+    }
+
+
+def _summary(version: ModelVersion) -> dict[str, Any]:
+    figures = {name: version.tags.get(name) for name in (*FIGURES, "mantis.rate_weight")}
+    top1, bpp, wire_bytes, rate_weight = (
+        None if value is None else float(value) for value in figures.values()
+    )
+    return {
+        "model": f"models:/{NAME}/{version.version}",
+        "version": str(version.version),
+        "aliases": sorted(version.aliases),
+        "top1": top1,
+        "bpp": bpp,
+        "wire_bytes": wire_bytes,
+        "rate_weight": rate_weight,
+        "config": version.tags.get("mantis.config"),
+        "tasks": version.tags.get("mantis.tasks"),
+        "data_key": version.tags.get("mantis.data_key"),
+        "stage_key": version.tags.get("mantis.stage_key"),
+        "run_id": version.run_id,
+    }
+
+
+def _version(client: MlflowClient, uri: str, model: str) -> ModelVersion:
+    match = re.fullmatch(rf"models:/{NAME}(?:@(?P<alias>[\w.-]+)|/(?P<version>\d+))", model)
+    if match is None:
+        raise RegistryError(
+            f"{model!r} names no model. Give models:/{NAME}@champion, models:/{NAME}/<version> "
+            "or a checkpoint folder."
+        )
+    try:
+        if match["alias"]:
+            return client.get_model_version_by_alias(NAME, match["alias"])
+        return client.get_model_version(NAME, match["version"])
+    except MlflowException as error:
+        raise RegistryError(
+            f"no model {model} ({failure_text(error, uri)}). `mantis models` lists what is there; "
+            "--root or MLFLOW_TRACKING_URI names another store."
+        ) from error
+
+
+def _require_checkpoint(folder: Path, model: str) -> None:
+    missing = [name for name in CHECKPOINT_FILES if not (folder / name).is_file()]
+    if missing:
+        raise RegistryError(
+            f"{model} is no checkpoint: {', '.join(missing)} not found. Give a folder that holds "
+            f"{', '.join(CHECKPOINT_FILES)}, or models:/{NAME}@champion."
+        )

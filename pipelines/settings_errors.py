@@ -1,0 +1,126 @@
+"""Turns pydantic's report on a config into lines that name the key, what came, what is allowed."""
+
+from __future__ import annotations
+
+import difflib
+import types
+from collections.abc import Iterable, Sequence
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+
+class SettingsError(ValueError):
+    """A user's mistake in a config file or an override."""
+
+
+def explain(error: ValidationError, model: type[BaseModel], raw: Any) -> str:
+    """One line per mistake, each naming the dotted key as the user would write it."""
+    lines = [_line(detail, model, raw) for detail in error.errors(include_url=False)]
+    return "\n".join(dict.fromkeys(lines))
+
+
+def refuse_conversions(raw: Any, read: Any, key: str = "") -> None:
+    """Raises SettingsError where pydantic took text or true/false for a number, or the reverse.
+
+    `raw` is what the user wrote, `read` the same place in the validated config.
+    """
+    if isinstance(raw, dict) and isinstance(read, dict):
+        for name in raw.keys() & read.keys():
+            refuse_conversions(raw[name], read[name], f"{key}.{name}".lstrip("."))
+    elif isinstance(raw, list) and isinstance(read, list):
+        for index, (came, taken) in enumerate(zip(raw, read, strict=False)):
+            refuse_conversions(came, taken, f"{key}.{index}")
+    elif isinstance(raw, str | bool) and isinstance(read, bool | int | float | str):
+        if type(raw) is not type(read):
+            raise SettingsError(f"{key}: got {raw!r}; input should be a valid {_kind(read)}")
+    elif isinstance(raw, int | float) and isinstance(read, bool):
+        raise SettingsError(f"{key}: got {raw!r}; input should be true or false")
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """ "; did you mean 'x'?" or, when nothing is near, the list of what is known."""
+    names = sorted(known)
+    near = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
+    return f"did you mean {near[0]!r}?" if near else f"known are: {', '.join(names)}"
+
+
+def _kind(value: bool | int | float | str) -> str:
+    names = {bool: "boolean: true or false", int: "integer", float: "number", str: "text"}
+    return names[type(value)]
+
+
+def _line(detail: ErrorDetails, model: type[BaseModel], raw: Any) -> str:
+    location = detail["loc"]
+    key = _dotted(location, raw)
+    if detail["type"] == "extra_forbidden":
+        fields = {name for found in _models_at(model, location[:-1]) for name in found.model_fields}
+        return f"{key}: unknown key; {did_you_mean(str(location[-1]), fields)}"
+    if detail["type"] == "missing":
+        return f"{key}: missing; add it to the config or as {key}=VALUE"
+    message = detail["msg"].removeprefix("Value error, ")
+    if detail["type"] in ("value_error", "assertion_error"):
+        return f"{key}: {message}" if key and not message.startswith(key) else message
+    came = detail["input"]
+    shown = repr(came) if not isinstance(came, dict | list) else f"a {type(came).__name__}"
+    hint = ""
+    if detail["type"] == "literal_error" and isinstance(came, str):
+        expected = detail["ctx"]["expected"].replace(" or ", ",")
+        allowed = [word.strip("' ") for word in expected.split(",")]
+        near = difflib.get_close_matches(came, allowed, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+    return f"{key}: got {shown}; {message[0].lower()}{message[1:]}{hint}"
+
+
+def _dotted(location: Sequence[int | str], raw: Any) -> str:
+    """The key in the user's file: pydantic adds union tags to a location, these are left out."""
+    parts: list[str] = []
+    node = raw
+    for depth, step in enumerate(location):
+        in_list = isinstance(node, list) and isinstance(step, int) and step < len(node)
+        if in_list or (isinstance(node, dict) and step in node):
+            node = node[step]
+        elif depth < len(location) - 1 or not isinstance(node, dict):
+            continue
+        parts.append(str(step))
+    return ".".join(parts)
+
+
+def _models_at(root: type[BaseModel], location: Sequence[int | str]) -> list[type[BaseModel]]:
+    """The config models that can stand at a location."""
+    places: list[Any] = [root]
+    for step in location:
+        below = [child for place in places for child in _children(place, step)]
+        if not below:  # a union tag: keep the members that carry it
+            below = [place for place in places if _is_tagged(place, step)] or places
+        places = below
+    return [place for place in places if isinstance(place, type) and issubclass(place, BaseModel)]
+
+
+def _children(place: Any, step: int | str) -> list[Any]:
+    if isinstance(place, type) and issubclass(place, BaseModel):
+        field = place.model_fields.get(str(step))
+        return _members(field.annotation) if field else []
+    origin, arguments = get_origin(place), get_args(place)
+    if origin in (tuple, list) and isinstance(step, int):
+        return _members(arguments[0])
+    if origin is dict:
+        return _members(arguments[1])
+    return []
+
+
+def _members(annotation: Any) -> list[Any]:
+    """The alternatives of an annotation, with Annotated[...] and unions opened."""
+    if get_origin(annotation) is Annotated:
+        return _members(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, types.UnionType):
+        return [member for part in get_args(annotation) for member in _members(part)]
+    return [annotation]
+
+
+def _is_tagged(place: Any, tag: int | str) -> bool:
+    if not (isinstance(place, type) and issubclass(place, BaseModel)):
+        return False
+    kinds = (field.annotation for field in place.model_fields.values())
+    return any(get_origin(kind) is Literal and tag in get_args(kind) for kind in kinds)

@@ -1,0 +1,177 @@
+"""Model folders: what is saved is what is loaded, and nothing else is."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from mantis_core.build import Problem
+from mantis_core.checkpoint import (
+    load_folder,
+    load_model,
+    load_training_state,
+    read_meta,
+    save_folder,
+    save_model,
+    save_training_state,
+    sha256_file,
+)
+from mantis_core.model import Mantis
+from mantis_core.tasks import Batch
+from mantis_core.teacher import ModelError
+
+
+@pytest.fixture
+def saved(codec: Mantis, tmp_path: Path) -> Path:
+    save_model(tmp_path / "model", codec, {"step": 12, "parents": ["abc"]})
+    return tmp_path / "model"
+
+
+def reseal(folder: Path) -> None:
+    """Makes meta.json agree with the weights that are there now."""
+    meta = read_meta(folder)
+    meta["weights_sha256"] = sha256_file(folder / "weights.safetensors")
+    (folder / "meta.json").write_text(json.dumps(meta))
+
+
+def test_a_loaded_model_codes_and_decodes_what_the_saved_one_did(
+    codec: Mantis, saved: Path, batch: Batch
+) -> None:
+    loaded = load_model(saved)
+    assert loaded.model_id() == codec.model_id()
+    assert not loaded.training
+    streams = codec.encode(batch.image)
+    assert loaded.encode(batch.image) == streams
+    assert [a.to_dict() for a in loaded.decode(streams)] == [
+        a.to_dict() for a in codec.decode(streams)
+    ]
+
+
+def test_a_folder_holds_three_plain_files_and_no_pickle(saved: Path) -> None:
+    assert sorted(p.name for p in saved.iterdir()) == [
+        "config.yaml",
+        "meta.json",
+        "weights.safetensors",
+    ]
+    meta = read_meta(saved)
+    assert (meta["step"], meta["parents"], meta["format_version"]) == (12, ["abc"], 1)
+    assert meta["weights_sha256"] == sha256_file(saved / "weights.safetensors")
+    assert yaml.safe_load((saved / "config.yaml").read_text())["teacher"] == "resnet18"
+
+
+@pytest.mark.parametrize("missing", ["weights.safetensors", "config.yaml", "meta.json"])
+def test_an_incomplete_folder_is_refused(missing: str, saved: Path) -> None:
+    (saved / missing).unlink()
+    with pytest.raises(ModelError, match=missing.replace(".", r"\.")):
+        load_model(saved)
+
+
+def test_damaged_weights_are_refused(saved: Path) -> None:
+    data = bytearray((saved / "weights.safetensors").read_bytes())
+    data[-1] ^= 1
+    (saved / "weights.safetensors").write_bytes(data)
+    with pytest.raises(ModelError, match="damaged or exchanged"):
+        load_model(saved)
+    (saved / "weights.safetensors").write_bytes(b"short")
+    reseal(saved)
+    with pytest.raises(ModelError, match="cannot be read"):
+        load_model(saved)
+
+
+def test_exchanged_weights_and_config_are_refused_even_with_a_fitting_hash(
+    codec: Mantis, saved: Path
+) -> None:
+    weights = load_file(saved / "weights.safetensors")
+    weights["server.decoder.last.bias"] += 1
+    save_file(weights, saved / "weights.safetensors")
+    reseal(saved)
+    with pytest.raises(ModelError, match="another model than the one it was saved as"):
+        load_model(saved)
+    save_model(saved, codec, {})
+    config = yaml.safe_load((saved / "config.yaml").read_text())
+    (saved / "config.yaml").write_text(yaml.safe_dump({**config, "short_side": 99}))
+    with pytest.raises(ModelError, match="another model than the one it was saved as"):
+        load_model(saved)
+
+
+def test_weights_that_do_not_fit_the_config_are_refused(saved: Path) -> None:
+    weights = load_file(saved / "weights.safetensors")
+    del weights["server.decoder.last.bias"]
+    save_file(weights, saved / "weights.safetensors")
+    reseal(saved)
+    with pytest.raises(ModelError, match="weights and config do not fit"):
+        load_model(saved)
+
+
+@pytest.mark.parametrize("text", ["[1, 2]", "teacher: resnet18", "a: [", "model: {stem: 3}"])
+def test_a_config_of_something_else_is_refused(text: str, saved: Path) -> None:
+    (saved / "config.yaml").write_text(text)
+    with pytest.raises(ModelError):
+        load_model(saved)
+
+
+@pytest.mark.parametrize("content", [b"{", b"\xff\xfe", b"[]", b'{"format_version": 9}'])
+def test_a_damaged_or_foreign_meta_is_refused(content: bytes, saved: Path) -> None:
+    (saved / "meta.json").write_bytes(content)
+    with pytest.raises(ModelError, match=r"meta\.json is (damaged|not of format 1)"):
+        load_folder(saved)
+
+
+def test_a_model_without_tables_is_not_saved(
+    problem: Problem, stage2_of: Callable[..., Any], tmp_path: Path
+) -> None:
+    with pytest.raises(RuntimeError, match="update_tables"):
+        save_model(tmp_path / "model", stage2_of(problem).student, {})
+    assert not (tmp_path / "model").exists()
+
+
+def test_shared_and_strided_tensors_are_saved_by_value(tmp_path: Path) -> None:
+    base = torch.arange(6.0).view(2, 3)
+    save_folder(tmp_path, {"a": base, "b": base.T, "c": base[0]}, {"k": 1}, {})
+    tensors, config, _ = load_folder(tmp_path)
+    assert torch.equal(tensors["b"], base.T)
+    assert torch.equal(tensors["c"], base[0])
+    assert config == {"k": 1}
+
+
+def test_training_state_comes_back_as_it_was(tmp_path: Path) -> None:
+    tensors = {"student/a": torch.randn(2, 2), "empty": torch.zeros(0, dtype=torch.int32)}
+    save_training_state(tmp_path, tensors, {"step": 3, "best": {"loss": 0.1}})
+    loaded, record = load_training_state(tmp_path)
+    assert loaded.keys() == tensors.keys()
+    assert all(torch.equal(loaded[k], v) for k, v in tensors.items())
+    assert (record["step"], record["best"]) == (3, {"loss": 0.1})
+
+
+def test_damaged_or_incomplete_training_state_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="no complete training state"):
+        load_training_state(tmp_path)
+    save_training_state(tmp_path, {"a": torch.ones(1)}, {"step": 3})
+    good = (tmp_path / "training_state.json").read_text()
+    (tmp_path / "training_state.json").write_text(good[:-3])
+    with pytest.raises(ModelError, match="damaged"):
+        load_training_state(tmp_path)
+    (tmp_path / "training_state.json").write_text(good)
+    save_file({"a": torch.zeros(1)}, tmp_path / "training_state.safetensors")
+    with pytest.raises(ModelError, match="not the file that was saved"):
+        load_training_state(tmp_path)
+
+
+def test_models_that_differ_in_server_weights_only_refuse_each_others_folders(
+    codec: Mantis, saved: Path
+) -> None:
+    other = copy.deepcopy(codec)
+    with torch.no_grad():
+        other.server.decoder.last.bias.add_(1)
+    other.finish()
+    save_folder(saved, other.state_dict(), other.spec.model_dump(mode="json"), read_meta(saved))
+    with pytest.raises(ModelError, match="another model"):
+        load_model(saved)

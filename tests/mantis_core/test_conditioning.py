@@ -1,0 +1,47 @@
+"""Modulation of the encoder; what holds for every kind is in tests/test_contracts.py."""
+
+from __future__ import annotations
+
+import torch
+
+from mantis_core.conditioning import FiLMGenerator, NoConditioning, modulate
+
+
+def test_film_is_identity_at_init() -> None:
+    film = FiLMGenerator(3, (4, 6), hidden=8)
+    for gamma_beta, channels in zip(film(torch.rand(5, 3)), (4, 6), strict=True):
+        x = torch.randn(5, channels, 2, 2)
+        assert torch.equal(modulate(x, gamma_beta), x)
+
+
+def test_film_differs_by_task_once_its_last_layer_has_weights() -> None:
+    film = FiLMGenerator(3, (4,), hidden=8)
+    torch.nn.init.normal_(film.last.weight)
+    (first, second) = (film(p)[0] for p in torch.eye(3)[:2, None])
+    assert first is not None
+    assert second is not None
+    assert not torch.allclose(first[0], second[0])
+    assert not torch.allclose(first[1], second[1])
+
+
+def test_films_first_step_reaches_its_last_layer() -> None:
+    film = FiLMGenerator(3, (4,), hidden=8)
+    x = torch.randn(2, 4, 3, 3)
+    modulate(x, film(torch.rand(2, 3))[0]).square().sum().backward()
+    assert film.last.weight.grad is not None
+    assert film.last.weight.grad.abs().sum() > 0
+    assert film.last.bias.grad is not None
+    assert film.last.bias.grad.abs().sum() > 0
+
+
+def test_modulation_is_gamma_x_plus_beta_for_each_channel() -> None:
+    x = torch.ones(1, 2, 1, 1)
+    gamma = torch.tensor([2.0, 3.0]).view(1, 2, 1, 1)
+    beta = torch.tensor([0.5, -1.0]).view(1, 2, 1, 1)
+    assert modulate(x, (gamma, beta)).flatten().tolist() == [2.5, 2.0]
+
+
+def test_none_leaves_every_layer_as_it_is_and_has_nothing_to_train() -> None:
+    none = NoConditioning(3, (4, 6), hidden=8)
+    assert none(torch.rand(2, 3)) == [None, None]
+    assert not list(none.parameters())

@@ -1,0 +1,379 @@
+"""What each stage computes from a batch, what it leaves alone, what it starts from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mantis_core.build import Problem, individual_recipe, teacher_recipe
+from mantis_core.config import (
+    ConditioningConfig,
+    IndividualConfig,
+    LossTerm,
+    ModelConfig,
+    Stage2Config,
+    TeacherConfig,
+    TrainingConfig,
+)
+from mantis_core.hits import label_hits
+from mantis_core.recipes import coverage_threshold, rate_weight
+from mantis_core.tasks import Batch
+from mantis_core.teacher import Teacher, normalise
+from mantis_core.training import Session
+
+TINY = TeacherConfig(name="resnet18", training=TrainingConfig(epochs=2, batch_size=4))
+
+
+def snapshot(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers, non-persistent ones too."""
+    named = [*module.named_parameters(), *module.named_buffers()]
+    return {name: value.detach().clone() for name, value in named}
+
+
+def changed(module: nn.Module, before: dict[str, Tensor]) -> list[str]:
+    now = snapshot(module)
+    return [name for name in before if not torch.equal(before[name], now[name])]
+
+
+def train(recipe: Any, batches: list[Batch]) -> None:
+    config = getattr(recipe, "config", TrainingConfig(epochs=1, batch_size=4))
+    session = Session(recipe, config, steps_per_epoch=len(batches), seed=0)
+    session.train_epoch(batches)
+
+
+def test_stage_2_changes_neither_stem_nor_teacher_parameters_nor_buffers(
+    problem: Problem, stage2_of: Callable[..., Any], batch_of: Callable[..., Batch]
+) -> None:
+    recipe = stage2_of(problem)
+    assert recipe.teacher is not None
+    stem, teacher = snapshot(recipe.student.client.stem), snapshot(recipe.teacher)
+    encoder = snapshot(recipe.student.client.encoder)
+    train(recipe, [batch_of(problem, seed=i) for i in range(3)])
+    assert changed(recipe.student.client.stem, stem) == []
+    assert changed(recipe.teacher, teacher) == []
+    assert changed(recipe.student.client.encoder, encoder)
+
+
+def test_stage_2_keeps_the_teachers_batch_norm_statistics_in_the_trunk(
+    problem: Problem, stage2_of: Callable[..., Any], batch_of: Callable[..., Batch]
+) -> None:
+    recipe = stage2_of(problem)
+    trunk = recipe.student.server.trunk
+    before = {name: value.clone() for name, value in trunk.named_buffers()}
+    train(recipe, [batch_of(problem, seed=i) for i in range(2)])
+    assert all(torch.equal(value, before[name]) for name, value in trunk.named_buffers())
+
+
+def test_stage_1_changes_neither_the_tail_nor_the_teacher(
+    problem: Problem, stage1_of: Callable[..., Any], batch_of: Callable[..., Batch]
+) -> None:
+    recipe = stage1_of(problem)
+    tail, teacher = snapshot(recipe.student.tail), snapshot(recipe.teacher)
+    stem = snapshot(recipe.student.client.stem)
+    train(recipe, [batch_of(problem, seed=i) for i in range(2)])
+    assert changed(recipe.student.tail, tail) == []
+    assert changed(recipe.teacher, teacher) == []
+    assert changed(recipe.student.client.stem, stem)
+
+
+@pytest.mark.parametrize("stage", ["stage1_of", "stage2_of"])
+def test_the_teacher_stays_in_eval_mode(
+    stage: str, problem: Problem, request: pytest.FixtureRequest
+) -> None:
+    recipe = request.getfixturevalue(stage)(problem)
+    recipe.train()
+    assert recipe.training
+    assert recipe.student.training
+    assert not any(module.training for module in recipe.teacher.modules())
+
+
+def without_gradient(module: nn.Module) -> list[str]:
+    return [n for n, p in module.named_parameters() if p.requires_grad and p.grad is None]
+
+
+@pytest.mark.parametrize("prior", ["shared", "per_task", "primary"])
+def test_every_parameter_has_a_gradient_in_stage_2_though_tasks_are_absent(
+    prior: str,
+    problem: Problem,
+    stage2_of: Callable[..., Any],
+    small_config: Callable[..., ModelConfig],
+    batch_of: Callable[..., Batch],
+) -> None:
+    recipe = stage2_of(problem, small_config(prior=prior)).train()
+    output = recipe(batch_of(problem, classes=(0, 1, 2)), 0.5)  # animals alone
+    output.loss.backward()
+    assert without_gradient(recipe) == []
+
+
+def test_every_parameter_has_a_gradient_with_segmentation_too(
+    mixed_problem: Problem, stage2_of: Callable[..., Any], batch_of: Callable[..., Batch]
+) -> None:
+    recipe = stage2_of(mixed_problem).train()
+    batch = batch_of(mixed_problem, classes=(0, 1, 2))
+    batch.task_mask[:, -1] = False
+    recipe(batch, 0.5).loss.backward()
+    assert without_gradient(recipe) == []
+
+
+@pytest.mark.parametrize("losses", [None, {"logits": LossTerm(criterion="TeacherLogits")}])
+def test_every_parameter_has_a_gradient_in_stage_1_with_or_without_a_detection_term(
+    losses: dict[str, LossTerm] | None,
+    problem: Problem,
+    stage1_of: Callable[..., Any],
+    batch: Batch,
+) -> None:
+    recipe = stage1_of(problem, **({} if losses is None else {"losses": losses})).train()
+    recipe(batch, 0.5).loss.backward()
+    assert without_gradient(recipe) == []
+
+
+def test_images_of_no_task_train_the_detector_and_give_a_finite_loss(
+    problem: Problem, stage2_of: Callable[..., Any], batch: Batch
+) -> None:
+    nothing = replace(
+        batch,
+        class_label=torch.full_like(batch.class_label, -1),
+        labels=torch.full_like(batch.labels, -1),
+        task_mask=torch.zeros_like(batch.task_mask),
+    )
+    recipe = stage2_of(problem).train()
+    output = recipe(nothing, 0.0)
+    output.loss.backward()
+    assert torch.isfinite(output.loss)
+    assert recipe.student.client.detector.mlp[-1].bias.grad.abs().sum() > 0
+
+
+def test_hooks_are_removed_after_forward_even_one_that_fails(
+    problem: Problem,
+    stage1_of: Callable[..., Any],
+    batch: Batch,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    recipe = stage1_of(problem)  # its default terms read modules of student and teacher
+    recipe(batch, 1.0)
+    assert not any(module._forward_hooks for module in recipe.modules())
+    monkeypatch.setattr(recipe.student.tail, "forward", lambda split: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        recipe(batch, 1.0)
+    assert not any(module._forward_hooks for module in recipe.modules())
+
+
+def test_the_loss_is_its_terms_and_the_weighted_bits(
+    problem: Problem, stage2_of: Callable[..., Any], batch: Batch
+) -> None:
+    recipe = stage2_of(problem, rate_weight=0.01).eval()
+    output = recipe(batch, 1.0)
+    terms = sum(value for name, value in output.sums.items() if name.startswith("loss/"))
+    expected = (terms + 0.01 * output.sums["bits"]) / len(batch)
+    torch.testing.assert_close(output.loss, expected)
+
+
+def test_rate_ramps_up_in_training_and_is_full_in_eval_mode() -> None:
+    config = Stage2Config(rate_weight=0.4, rate_ramp_fraction=0.5)
+    assert [rate_weight(config, p, training=True) for p in (0.0, 0.25, 0.5, 1.0)] == [
+        0.0,
+        0.2,
+        0.4,
+        0.4,
+    ]
+    assert rate_weight(config, 0.0, training=False) == 0.4
+
+
+def condition(recipe: Any, batch: Batch, progress: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    detected = torch.rand(len(batch), 3)
+    return (detected, *recipe._condition(detected, batch, progress))
+
+
+def test_forced_images_are_conditioned_on_non_empty_subsets_of_the_truth(
+    problem: Problem, stage2_of: Callable[..., Any], batch_of: Callable[..., Batch]
+) -> None:
+    recipe = stage2_of(problem, teacher_forcing=(1.0, 0.0), subset_fraction=0.5).train()
+    batch = batch_of(problem, 64, classes=(4, 0))
+    _, encoder_reads, mask, counted = condition(recipe, batch, 0.0)
+    assert torch.equal(encoder_reads, mask.float())
+    assert torch.equal(counted, mask)
+    assert (mask <= batch.task_mask).all()
+    assert mask.any(dim=1).all()
+    assert (mask != batch.task_mask).any()
+    whole = (mask == batch.task_mask).all(dim=1) & (batch.task_mask.sum(dim=1) == 2)
+    assert whole.any()
+
+
+def test_unforced_images_and_eval_mode_follow_the_detector(
+    problem: Problem, stage2_of: Callable[..., Any], batch: Batch
+) -> None:
+    recipe = stage2_of(problem, teacher_forcing=(1.0, 0.0))
+    for progress, mode in ((1.0, True), (0.0, False)):
+        recipe.train(mode)
+        detected, encoder_reads, mask, counted = condition(recipe, batch, progress)
+        assert torch.equal(encoder_reads, detected)
+        assert torch.equal(mask, recipe.student.select_mask(detected))
+        assert torch.equal(counted, batch.task_mask)
+
+
+def test_stage_2_starts_from_stage_1_and_the_teacher(
+    problem: Problem, stage1_of: Callable[..., Any], stage2_of: Callable[..., Any]
+) -> None:
+    first, second = stage1_of(problem), stage2_of(problem)
+    shipped, codec = first.student.shipped(), second.student.state_dict()
+    assert not any(name.startswith("tail.") for name in shipped)
+    for name in ("client.stem.0.weight", "client.encoder.to_latent.weight"):
+        assert torch.equal(codec[name], shipped[name])
+    assert torch.equal(codec["server.decoder.last.weight"], shipped["decoder.last.weight"])
+    rows = codec["bottleneck.density.matrices.0"].split(4)
+    assert len(rows) == 3
+    assert all(torch.equal(row, shipped["bottleneck.density.matrices.0"]) for row in rows)
+    tail = second.student.server.tails["kitchen"].linear
+    assert torch.equal(tail.weight[:-1], second.teacher.flat_head.weight[[4, 5]])
+    assert float(tail.weight[-1].detach().abs().sum()) == 0
+
+
+def test_at_init_stage_2_codes_as_stage_1_does(
+    problem: Problem, stage1_of: Callable[..., Any], stage2_of: Callable[..., Any]
+) -> None:
+    first, second = stage1_of(problem).student.eval(), stage2_of(problem).student.eval()
+    images = torch.randn(2, 3, 32, 32)
+    stem, logits = first.client(images)
+    expected = first.client.encode(stem, torch.sigmoid(logits))
+    stem, logits = second.client(images)
+    torch.testing.assert_close(second.client.encode(stem, torch.sigmoid(logits)), expected)
+
+
+def test_without_conditioning_stage_2_trains_too(
+    problem: Problem,
+    stage2_of: Callable[..., Any],
+    small_config: Callable[..., ModelConfig],
+    batch: Batch,
+) -> None:
+    none = small_config(conditioning=ConditioningConfig(kind="none", hidden=8))
+    recipe = stage2_of(problem, none).train()
+    recipe(batch, 0.5).loss.backward()
+    assert without_gradient(recipe) == []
+
+
+def test_the_threshold_keeps_the_coverage_asked_for_and_no_more_than_needed() -> None:
+    torch.manual_seed(0)
+    p = torch.rand(200, 5) ** 2
+    truth = torch.rand(200, 5) < p
+    for coverage in (0.5, 0.8, 0.95):
+        threshold = coverage_threshold(p, truth, coverage, limit=5)
+        best = torch.zeros_like(truth).scatter(1, p.argmax(1, keepdim=True), True)
+
+        def kept(at: float, best: Tensor = best) -> float:
+            return float((((p > at) | best) & truth).sum() / truth.sum())
+
+        assert kept(threshold) >= coverage
+        assert threshold == 0.5 or kept(threshold * 1.0001) < coverage
+
+
+def test_the_threshold_is_never_over_a_half_and_stops_at_what_can_be_reached() -> None:
+    sure = torch.tensor([[0.9, 0.1]])
+    assert coverage_threshold(sure, torch.tensor([[True, False]]), 1.0, limit=2) == 0.5
+    p = torch.tensor([[0.9, 0.4, 0.3]])
+    everything = torch.ones(1, 3, dtype=torch.bool)
+    assert coverage_threshold(p, everything, 1.0, limit=2) == pytest.approx(0.4, rel=1e-4)
+    assert coverage_threshold(p, torch.zeros_like(everything), 0.9, limit=2) == 0.5
+
+
+def test_stage_2_calibrates_the_threshold_to_the_configured_coverage(
+    problem: Problem,
+    stage2_of: Callable[..., Any],
+    small_config: Callable[..., ModelConfig],
+    batch_of: Callable[..., Batch],
+) -> None:
+    recipe = stage2_of(problem, small_config(coverage=0.8))
+    student = recipe.student
+    holdout = [batch_of(problem, 16, seed=i) for i in range(2)]
+    recipe.calibrate(student, holdout, lambda rows: rows)
+    hits = asked = 0
+    for batch in holdout:
+        encoded = student.client.eval()(normalise(batch.image))[1].sigmoid()
+        hits += int((student.select_mask(encoded) & batch.task_mask).sum())
+        asked += int(batch.task_mask.sum())
+    assert hits >= math.ceil(0.8 * asked)
+    assert 0 < float(student.mask_threshold) <= 0.5
+
+
+def test_a_teacher_is_trained_on_labels_flat_and_head_by_head(
+    problem: Problem, mixed_problem: Problem, batch_of: Callable[..., Batch]
+) -> None:
+    for each in (problem, mixed_problem):
+        recipe = teacher_recipe(TINY, each, seed=0).train()
+        output = recipe(batch_of(each), 0.0)
+        output.loss.backward()
+        assert torch.isfinite(output.loss)
+        assert without_gradient(recipe) == []
+
+
+def test_individual_models_start_from_the_teacher_and_train_on_their_own_images(
+    problem: Problem, teacher: Teacher, batch_of: Callable[..., Batch]
+) -> None:
+    recipe = individual_recipe(IndividualConfig(), teacher, problem, seed=0)
+    first = recipe.student["animals"].backbone.net.conv1.weight  # type: ignore[index]
+    assert torch.equal(first, teacher.backbone.net.conv1.weight)  # type: ignore[union-attr]
+    recipe.train()
+    recipe(batch_of(problem, classes=(0, 1)), 0.0).loss.backward()
+    assert without_gradient(recipe) == []
+
+
+def test_an_individual_model_answers_its_one_image_wherever_it_stands_in_the_batch(
+    problem: Problem, teacher: Teacher, batch_of: Callable[..., Batch]
+) -> None:
+    recipe = individual_recipe(IndividualConfig(), teacher, problem, seed=0).eval()
+    others, one = batch_of(problem, 5, classes=(0,)), batch_of(problem, 1, classes=(5,))
+    joined = Batch(
+        *(
+            torch.cat([getattr(others, key), getattr(one, key)])
+            for key in ("image", "class_label", "labels", "task_mask")
+        ),
+        segmentation={},
+        row_id=torch.arange(6),
+    )
+    with torch.no_grad():
+        alone, together, without = (recipe(b, 1.0).loss for b in (one, joined, others))
+    torch.testing.assert_close(together, alone + without, atol=1e-4, rtol=1e-4)
+
+
+def test_hits_count_right_answers_and_questions(problem: Problem, batch: Batch) -> None:
+    truth = {
+        f"logits/{t.name}": nn.functional.one_hot(batch.labels[:, k].clamp_min(0), 3).float()
+        for k, t in enumerate(problem.tasks)
+    }
+    sums = label_hits(truth, problem.tasks, batch)
+    assert int(sums["top1/hits"]) == int(sums["top1/asked"]) == int(batch.task_mask.sum())
+    flat = nn.functional.one_hot((batch.class_label + 1) % 6, 6).float()
+    assert int(label_hits({"logits": flat}, problem.tasks, batch)["top1/hits"]) == 0
+
+
+def test_an_image_alone_and_in_a_batch_gives_the_same_eval_figures(
+    problem: Problem, stage2_of: Callable[..., Any], batch: Batch
+) -> None:
+    recipe = stage2_of(problem).eval()
+    with torch.no_grad():
+        whole = recipe(batch, 1.0)
+        parts = []
+        for i in range(len(batch)):
+            one = slice(i, i + 1)
+            parts.append(
+                recipe(
+                    Batch(
+                        batch.image[one],
+                        batch.class_label[one],
+                        batch.labels[one],
+                        batch.task_mask[one],
+                        {},
+                        batch.row_id[one],
+                    ),
+                    1.0,
+                )
+            )
+    bits = sum(float(part.sums["bits"]) for part in parts)
+    assert bits == pytest.approx(float(whole.sums["bits"]), rel=0.02)
+    hits = sum(int(part.sums["detection/exact"]) for part in parts)
+    assert hits == int(whole.sums["detection/exact"])

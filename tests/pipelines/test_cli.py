@@ -1,0 +1,334 @@
+"""The command line: exit codes, messages, JSON, resume commands, and that `--help` stays light."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from pipelines import plan, stages
+from pipelines.__main__ import app
+from pipelines.cli_errors import USER_ERRORS
+
+CONFIG = """
+data: {sources: [{kind: shapes, train_rows: 20, val_rows: 10}]}
+tasks: [{name: outline, classes_from: shapes}]
+teacher: {weights: train}
+evaluate: {baselines: [none]}
+tracking: {enabled: false}
+"""
+EVALUATION = {
+    "arms": [
+        {"name": "stage2", "metrics": {"val/top1": 0.9, "val/bpp": 0.0123, "val/wire_bytes": 60.0}},
+        {"name": "teacher", "metrics": {"val/top1": 0.95}},
+    ]
+}
+
+
+@pytest.fixture
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(CONFIG)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    return path
+
+
+@pytest.fixture
+def fakes(monkeypatch: pytest.MonkeyPatch) -> dict[str, BaseException]:
+    """Stages that only note their figures, or raise what the test puts in under their name."""
+    failures: dict[str, BaseException] = {}
+
+    def runner(spec: plan.StageSpec, context: stages.StageContext) -> dict[str, Any]:
+        print("chatter of a library")
+        if spec.name in failures:
+            raise failures[spec.name]
+        if spec.kind == "evaluate":
+            context.store.write_json(f"{spec.folder}/evaluation.json", EVALUATION)
+            return {"metrics": EVALUATION["arms"][0]["metrics"]}
+        return {"metrics": {"holdout/loss": 0.5}}
+
+    @contextlib.contextmanager
+    def session(*_: object) -> Iterator[None]:
+        yield
+
+    monkeypatch.setattr(plan, "source_hash", lambda *entries: "code")
+    monkeypatch.setattr(stages, "_ray_session", session)
+    for kind in stages.RUNNERS:
+        monkeypatch.setitem(stages.RUNNERS, kind, runner)
+    return failures
+
+
+def mantis(*arguments: object) -> Any:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.mark.usefixtures("fakes")
+def test_run_prints_one_json_object_and_nothing_else_on_stdout(config: Path) -> None:
+    done = mantis("run", "--config", config, "--json")
+    assert done.exit_code == 0, done.output
+    (line,) = done.stdout.splitlines()
+    result = json.loads(line)
+    assert set(result) == {"run_id", "root", "model", "stages", "metrics"}
+    assert result["root"] == str(config.parent / "runs")
+    assert result["metrics"]["val/top1"] == 0.9
+    assert {stage["status"] for stage in result["stages"].values()} == {"ran"}
+    assert all(len(stage["key"]) == 64 for stage in result["stages"].values())
+    assert "chatter" not in done.output
+    (log,) = (config.parent / "runs" / "logs").iterdir()
+    assert "chatter of a library" in log.read_text()
+    again = json.loads(mantis("run", "--config", config, "--json").stdout)
+    assert {stage["status"] for stage in again["stages"].values()} == {"skipped"}
+    assert again["metrics"] == result["metrics"]
+
+
+@pytest.mark.usefixtures("fakes")
+def test_run_in_a_pipe_tells_each_stage_and_the_results(config: Path) -> None:
+    done = mantis("run", "--config", config)
+    lines = done.stdout.splitlines()
+    assert "stage2/none: started" in lines
+    assert any(line.startswith("evaluate: ran in") for line in lines)
+    assert any("stage2" in line and "0.0123" in line for line in lines)
+    assert any(line.startswith("report: ") for line in lines)
+
+
+@pytest.mark.usefixtures("fakes")
+def test_a_stage_command_stops_after_its_stage(config: Path) -> None:
+    done = mantis("stage1", "--config", config, "--json", "stage1.epochs=1")
+    assert list(json.loads(done.stdout)["stages"]) == ["prepare", "teacher", "stage1"]
+
+
+@pytest.mark.usefixtures("fakes")
+def test_a_dry_run_tells_what_would_run_and_writes_nothing(config: Path) -> None:
+    done = mantis("run", "--config", config, "--dry-run", "--json", "stage2.epochs=3")
+    planned = json.loads(done.stdout)
+    actions = {stage["stage"]: stage["action"] for stage in planned["stages"]}
+    assert set(actions.values()) == {"run"}
+    assert planned["config"]["stage2"]["epochs"] == 3
+    assert {s["stage"]: s["epochs"] for s in planned["stages"]}["stage2"] == 3
+    assert not (config.parent / "runs").exists()
+    mantis("stage1", "--config", config)
+    text = mantis("run", "--config", config, "--dry-run").stdout
+    assert "rate_weight: 0.001" in text
+    lines = {line.split()[0]: line for line in text.splitlines()[-6:]}
+    assert " skip" in lines["stage1"]
+    assert " run  4 epochs" in lines["stage2"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("run", "--config", "nowhere.yaml"), "cannot read the config nowhere.yaml"),
+        (("run", "--config", "tiny.yaml", "sead=1"), "did you mean 'seed'?"),
+        (("run", "--config", "tiny.yaml", "cluster.workers=999"), "asks for 999 CPUs"),
+        (("run", "--config", "tiny.yaml", "tasks.0.classes_from=shaped"), "shape"),
+        (("teacher", "--config", "tiny.yaml", "teacher.weights=pretrained"), "no stage teacher"),
+        (("evaluate",), "give --config for an experiment, or --model and --data"),
+        (("evaluate", "--model", "m", "--config", "tiny.yaml"), "give --config"),
+        (("evaluate", "--model", "m", "--data", "d"), "m is no model folder"),
+        (("report", "--root", "empty"), "there are no runs in"),
+        (("models",), "there are no runs in"),
+        (("encode", "nomodel", "a.png", "-o", "a.mts"), "nomodel is no model folder"),
+        (("encode", "m", "a.png", "b.png", "-o", "a.mts"), "a stream holds one: give a folder"),
+        (("decode", "m", "nowhere.mts"), "cannot read nowhere.mts"),
+        (("info", "tiny.yaml"), "stream"),
+        (("run",), "--config"),
+        (("frobnicate",), "frobnicate"),
+    ],
+)
+@pytest.mark.usefixtures("config", "fakes")
+def test_a_mistake_gets_one_message_and_exit_code_2(
+    arguments: tuple[str, ...], message: str
+) -> None:
+    done = mantis(*arguments)
+    assert done.exit_code == 2, done.output
+    assert message in done.stderr
+    assert "Traceback" not in done.output
+    assert done.stdout == ""
+
+
+def test_a_failed_run_exits_1_with_the_command_that_resumes_it(
+    config: Path, fakes: dict[str, BaseException]
+) -> None:
+    fakes["stage2"] = RuntimeError("the lights went out")
+    done = mantis("run", "--config", config, "stage2.rate_weight=0.01")
+    assert done.exit_code == 1
+    assert "stage2 failed: RuntimeError: the lights went out" in done.stderr
+    assert f"mantis run --config {config} stage2.rate_weight=0.01" in done.stderr
+    assert "Traceback" not in done.output
+    (log,) = (config.parent / "runs" / "logs").iterdir()
+    assert "Traceback" in log.read_text()
+    fakes.clear()
+    again = mantis("run", "--config", config, "stage2.rate_weight=0.01", "--json")
+    assert json.loads(again.stdout)["stages"]["stage2"]["status"] == "resumed"
+
+
+def test_a_mistake_found_in_the_data_by_a_stage_exits_2(
+    config: Path, fakes: dict[str, BaseException]
+) -> None:
+    from data_prep.schema import DataError
+
+    fakes["prepare"] = DataError("the mask of image 7 holds 9")
+    done = mantis("run", "--config", config)
+    assert done.exit_code == 2
+    assert done.stderr.splitlines() == ["error: the mask of image 7 holds 9"]
+
+
+def test_an_interrupt_exits_130_with_the_command_that_resumes_it(
+    config: Path, fakes: dict[str, BaseException]
+) -> None:
+    fakes["stage1"] = KeyboardInterrupt()
+    done = mantis("run", "--config", config, "--json")
+    assert done.exit_code == 130
+    assert done.stdout == ""
+    assert f"interrupted. Resume with:\n  mantis run --config {config}" in done.stderr
+
+
+def test_every_user_error_named_exists() -> None:
+    import importlib
+
+    for module, name in USER_ERRORS.items():
+        assert issubclass(getattr(importlib.import_module(module), name), ValueError)
+
+
+@pytest.fixture
+def codec(tmp_path: Path) -> Path:
+    """A tiny untrained codec, saved as a model folder."""
+    torch = pytest.importorskip("torch")
+    from mantis_core.build import Problem, model_spec, new_teacher
+    from mantis_core.checkpoint import save_model
+    from mantis_core.config import ModelConfig, TeacherConfig
+    from mantis_core.model import Mantis
+    from mantis_core.tasks import TaskSpec
+
+    torch.manual_seed(0)
+    labels = ("a", "b")
+    tasks = (
+        TaskSpec("one", "classification", 2, (0, 1), labels),
+        TaskSpec("two", "classification", 2, (2, 3), labels),
+    )
+    names = ("a", "b", "c", "d")
+    problem = Problem(tasks, names, names, True, (32, 32), 32)
+    teacher = new_teacher(TeacherConfig(name="resnet18", weights="train"), problem)
+    small = ModelConfig.model_validate(
+        {
+            "stem": {"channels": [8, 8]},
+            "detector": {"channels": 8, "hidden": 8},
+            "encoder": {"channels": 8, "latent_channels": 4},
+            "decoder": {"channels": 8, "task_channels": 8},
+        }
+    )
+    model = Mantis(model_spec(small, teacher, problem))
+    model.finish()
+    save_model(tmp_path / "model", model, {"stage": "stage2"})
+    return tmp_path / "model"
+
+
+def test_an_image_is_encoded_described_and_decoded(codec: Path, tmp_path: Path) -> None:
+    image = tmp_path / "photo.png"
+    Image.effect_noise((50, 40), 60).convert("RGB").save(image)
+    stream = tmp_path / "out.mts"
+    encoded = mantis("encode", codec, image, "-o", stream, "--json")
+    assert encoded.exit_code == 0, encoded.output
+    (entry,) = json.loads(encoded.stdout)["streams"]
+    assert entry["wire_bytes"] == stream.stat().st_size
+    described = json.loads(mantis("info", stream, "--json").stdout)
+    assert described["checksum_ok"] is True
+    answer = json.loads(mantis("decode", codec, stream, "--json").stdout)
+    assert answer["wire_bytes"] == entry["wire_bytes"]
+    assert answer["class_name"] in ("a", "b", "c", "d")
+    assert f"class: {answer['class_name']}" in mantis("decode", codec, stream).stdout
+    stream.write_bytes(stream.read_bytes()[:-1])
+    refused = mantis("decode", codec, stream)
+    assert refused.exit_code == 2
+    assert refused.stderr.startswith("error: ")
+
+
+def test_several_images_go_to_a_folder_and_a_task_can_be_asked_for(
+    codec: Path, tmp_path: Path
+) -> None:
+    images = []
+    for name in ("first", "second"):
+        images.append(tmp_path / f"{name}.png")
+        Image.effect_noise((32, 32), 60).convert("RGB").save(images[-1])
+    folder = tmp_path / "streams"
+    done = mantis("encode", codec, *images, "-o", folder, "--task", "two")
+    assert done.exit_code == 0, done.output
+    assert sorted(path.name for path in folder.iterdir()) == ["first.mts", "second.mts"]
+    answer = json.loads(mantis("decode", codec, folder / "first.mts", "--json").stdout)
+    assert answer["tasks"] == ["two"]
+    unknown = mantis("encode", codec, *images, "-o", folder, "--task", "three")
+    assert unknown.exit_code == 2
+    assert "this model has one, two" in unknown.stderr
+
+
+def test_what_is_no_image_is_named(codec: Path, config: Path, tmp_path: Path) -> None:
+    done = mantis("encode", codec, config, "-o", tmp_path / "x.mts")
+    assert done.exit_code == 2
+    assert f"{config} is no readable image" in done.stderr
+
+
+def python(*arguments: str, cwd: Path) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, cwd=cwd, check=False
+    )
+
+
+@pytest.mark.parametrize("command", ["", "run", "evaluate", "encode", "models"])
+def test_help_answers_without_heavy_imports(command: str, tmp_path: Path) -> None:
+    code = (
+        "import sys; from pipelines.__main__ import main; sys.argv.append('--help')\n"
+        "try: main()\n"
+        "except SystemExit as stop: code = stop.code\n"
+        "heavy = ('torch', 'ray', 'mlflow', 'pyarrow', 'pandas', 'matplotlib')\n"
+        "print([name for name in heavy if name in sys.modules], code)"
+    )
+    done = python("-c", code, *command.split(), cwd=tmp_path)
+    assert done.stdout.splitlines()[-1] == "[] 0", done.stdout + done.stderr
+
+
+def test_the_module_is_the_program_and_exits_2_on_a_mistake(tmp_path: Path) -> None:
+    done = python("-m", "pipelines", "run", "--config", "nowhere.yaml", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: cannot read the config nowhere.yaml")
+    assert done.stdout == ""
+
+
+def test_sigterm_ends_a_run_as_an_interrupt_does(config: Path) -> None:
+    code = """
+import contextlib, sys, time
+from pipelines import plan, stages
+from pipelines.__main__ import main
+
+def wait(spec, context):
+    context.console.note("waiting")
+    time.sleep(60)
+
+plan.source_hash = lambda *entries: "code"
+stages._ray_session = lambda *_: contextlib.nullcontext()
+stages.RUNNERS.update({kind: wait for kind in stages.RUNNERS})
+main()
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, "run", "--config", str(config)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line == "waiting\n":
+            break
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "interrupted. Resume with:" in errors

@@ -1,0 +1,101 @@
+"""Storage: the same behaviour on a local folder and behind a URI, and atomic writes."""
+
+import os
+import uuid
+from pathlib import Path
+
+import pytest
+
+from pipelines.storage import StorageError, Store, absolute_root, is_shared
+
+
+@pytest.fixture(params=["local", "file-uri", "fsspec-uri"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
+    roots = {
+        "local": str(tmp_path / "root"),
+        "file-uri": f"file://{tmp_path}/root",
+        "fsspec-uri": f"memory://{uuid.uuid4().hex}/root",
+    }
+    return Store(roots[request.param])
+
+
+def test_json_written_is_read_back(store: Store) -> None:
+    store.write_json("a/b/result.json", {"x": [1, 2.5, None], "name": "é"})
+    store.write_json("a/b/result.json", {"x": 2})
+    assert store.read_json("a/b/result.json") == {"x": 2}
+    assert store.list("a/b") == ["result.json"]
+
+
+def test_addresses_from_join_are_accepted_as_paths(store: Store) -> None:
+    address = store.join("stages", "prepare")
+    store.write_bytes(f"{address}/DONE", b"yes")
+    assert address.startswith(store.root)
+    assert store.read_bytes("stages/prepare/DONE") == b"yes"
+    assert store.exists(address)
+    assert store.join(address) == address
+
+
+def test_missing_things_are_reported_as_missing(store: Store) -> None:
+    assert not store.exists("nothing")
+    assert store.list("nothing") == []
+    store.delete("nothing")
+    with pytest.raises(FileNotFoundError, match="nothing"):
+        store.read_bytes("nothing")
+
+
+def test_a_folder_survives_upload_and_download(store: Store, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    (source / "nested").mkdir(parents=True)
+    (source / "weights").write_bytes(b"\x00\x01")
+    (source / "nested" / "meta").write_bytes(b"m")
+    store.upload_folder(source, "checkpoint")
+    copy = store.download_folder("checkpoint", tmp_path / "copy")
+    assert (copy / "weights").read_bytes() == b"\x00\x01"
+    assert (copy / "nested" / "meta").read_bytes() == b"m"
+    store.delete("checkpoint")
+    assert not store.exists("checkpoint/weights")
+
+
+def test_not_a_number_is_refused_rather_than_written(store: Store) -> None:
+    with pytest.raises(ValueError, match="JSON"):
+        store.write_json("x.json", {"loss": float("nan")})
+    assert not store.exists("x.json")
+
+
+def test_paths_that_leave_the_root_are_refused(store: Store) -> None:
+    with pytest.raises(StorageError, match="leaves the storage root"):
+        store.read_bytes("../outside")
+
+
+def test_a_failed_write_keeps_the_old_file_and_leaves_no_partial(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(tmp_path)
+    store.write_bytes("file", b"old")
+
+    def fail(*_: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        store.write_bytes("file", b"new")
+    assert store.read_bytes("file") == b"old"
+    assert store.list() == ["file"]
+
+
+def test_only_a_plain_path_is_local_and_unshared(tmp_path: Path) -> None:
+    assert Store(tmp_path).local_path("a") == tmp_path / "a"
+    assert Store("memory://somewhere").local_path("a") is None
+    assert not is_shared(str(tmp_path))
+    assert is_shared(f"file://{tmp_path}")
+    assert is_shared("s3://bucket/runs")
+
+
+def test_relative_roots_resolve_against_the_given_folder() -> None:
+    assert absolute_root("./runs", "/somewhere") == "/somewhere/runs"
+    assert absolute_root("s3://bucket/runs/", "/somewhere") == "s3://bucket/runs"
+
+
+def test_an_unknown_scheme_gets_one_clear_message() -> None:
+    with pytest.raises(StorageError, match="s3://bucket/folder"):
+        Store("nosuchscheme://x/y")

@@ -1,0 +1,205 @@
+"""What holds for every entry of each dict and every shipped config: a new one is tested unasked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import torch
+import yaml
+from torch import Tensor
+from torch.nn.functional import log_softmax
+
+from data_prep.source_base import SourceConfig
+from data_prep.sources import SOURCES
+from mantis_core.conditioning import CONDITIONING, modulate
+from mantis_core.config import ConditioningConfig
+from mantis_core.losses import CRITERIA, LOW_LEVEL, JointDecision
+from mantis_core.tasks import Batch, TaskSpec
+from pipelines.settings import load_settings, to_yaml
+
+CONFIGS = sorted((Path(__file__).resolve().parents[1] / "configs").glob("*.yaml"))
+LAYERS = (4, 6)
+TASKS = (
+    TaskSpec("animals", "classification", 3, (0, 1, 2)),
+    TaskSpec("tools", "classification", 2, (3, 4)),
+    TaskSpec("ground", "segmentation", 3),
+)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=[path.stem for path in CONFIGS])
+class TestEveryConfig:
+    def test_loads_and_reads_back_as_it_was(self, path: Path, tmp_path: Path) -> None:
+        settings = load_settings(path)
+        (tmp_path / "resolved.yaml").write_text(to_yaml(settings))
+        assert load_settings(tmp_path / "resolved.yaml") == settings
+
+    def test_keeps_its_runs_below_the_folder_it_is_started_in(
+        self, path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        assert Path(load_settings(path).storage.root) == tmp_path / "runs"
+
+    def test_says_at_its_top_what_it_is_and_how_it_is_run(self, path: Path) -> None:
+        head = path.read_text(encoding="utf-8").split("\n\n")[0]
+        assert head.startswith("# ")
+        assert path.name in path.read_text(encoding="utf-8")
+
+    def test_names_only_kinds_of_sources_there_are(self, path: Path) -> None:
+        assert {source.kind for source in load_settings(path).data.sources} <= set(SOURCES)
+
+
+def test_configs_extend_one_level_only() -> None:
+    for path in CONFIGS:
+        parent = yaml.safe_load(path.read_text(encoding="utf-8")).get("extends")
+        if parent:
+            assert "extends" not in yaml.safe_load((path.parent / parent).read_text("utf-8"))
+
+
+@pytest.mark.parametrize("kind", SOURCES)
+class TestEverySourceKind:
+    def test_has_a_frozen_config_that_refuses_unknown_keys(self, kind: str) -> None:
+        config = SOURCES[kind]
+        assert issubclass(config, SourceConfig)
+        assert (config.model_config.get("frozen"), config.model_config.get("extra")) == (
+            True,
+            "forbid",
+        )
+        assert config.model_fields["kind"].default == kind
+
+    def test_offers_what_preparing_asks_of_a_source(self, kind: str) -> None:
+        for method in ("listing", "read", "state", "declared_classes"):
+            assert callable(getattr(SOURCES[kind], method))
+
+
+def test_every_kind_of_conditioning_may_be_named_in_a_config() -> None:
+    allowed = get_args(ConditioningConfig.model_fields["kind"].annotation)
+    assert set(allowed) == set(CONDITIONING)
+
+
+@pytest.mark.parametrize("kind", CONDITIONING)
+class TestEveryConditioning:
+    def test_modulates_each_layer_image_by_image_or_leaves_it(self, kind: str) -> None:
+        modulation = CONDITIONING[kind](3, LAYERS, hidden=8)(torch.rand(5, 3))
+        assert len(modulation) == len(LAYERS)
+        for gamma_beta, channels in zip(modulation, LAYERS, strict=True):
+            x = torch.randn(5, channels, 2, 3)
+            assert modulate(x, gamma_beta).shape == x.shape
+            for part in gamma_beta or ():
+                assert part.shape == (5, channels, 1, 1)
+
+    def test_is_identity_at_init(self, kind: str) -> None:
+        for gamma_beta, channels in zip(
+            CONDITIONING[kind](3, LAYERS, hidden=8)(torch.rand(2, 3)), LAYERS, strict=True
+        ):
+            x = torch.randn(2, channels, 2, 2)
+            assert torch.equal(modulate(x, gamma_beta), x)
+
+    def test_can_be_trained(self, kind: str) -> None:
+        module = CONDITIONING[kind](3, LAYERS, hidden=8)
+        modulation = module(torch.rand(2, 3))
+        outputs = [
+            modulate(torch.randn(2, channels, 2, 2), gamma_beta).square().mean()
+            for gamma_beta, channels in zip(modulation, LAYERS, strict=True)
+        ]
+        if list(module.parameters()):
+            torch.stack(outputs).sum().backward()
+            assert all(p.grad is not None for p in module.parameters())
+
+
+def make_batch(count: int = 6) -> Batch:
+    """Images of classes 0 to 4 in turn, every other one with a segmentation mask."""
+    class_label = torch.arange(count) % 5
+    labels = torch.full((count, 3), -1)
+    labels[:, 0] = torch.where(class_label < 3, class_label, -1)
+    labels[:, 1] = torch.where(class_label >= 3, class_label - 3, -1)
+    mask = labels >= 0
+    mask[::2, 2] = True
+    truth = torch.randint(0, 3, (count, 8, 8), dtype=torch.uint8)
+    image = torch.zeros(count, 3, 8, 8, dtype=torch.uint8)
+    return Batch(image, class_label, labels, mask, {"ground": truth}, torch.arange(count))
+
+
+def all_outputs(batch: Batch, *, flat: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The leaves that were drawn, and every output a recipe hands to a criterion."""
+    torch.manual_seed(0)
+    count = len(batch)
+    sizes = {
+        "logits": (5,),
+        "task_logits": (3,),
+        "joint": (5,),
+        **{
+            f"{prefix}/{task.name}": (task.num_classes + extra,)
+            if task.is_classification
+            else (task.num_classes, 8, 8)
+            for prefix, extra in (("logits", 0), ("tasks", 1))
+            for task in TASKS
+        },
+    }
+    if not flat:
+        del sizes["logits"], sizes["joint"]
+    leaves = {k: torch.randn(count, *size, requires_grad=True) for k, size in sizes.items()}
+    outputs: dict[str, Any] = {k: v for k, v in leaves.items() if not k.startswith("tasks/")}
+    outputs["tasks"] = {
+        task.name: log_softmax(leaves[f"tasks/{task.name}"], 1)
+        if task.is_classification
+        else leaves[f"tasks/{task.name}"]
+        for task in TASKS
+    }
+    outputs["loss_mask"] = batch.task_mask
+    return leaves, outputs
+
+
+REACHES = {
+    "TeacherLogits": ("logits", "logits/animals"),
+    "TaskDetection": ("task_logits", "task_logits"),
+    "TaskLosses": ("tasks/animals", "tasks/ground"),
+    "JointDecision": ("joint", "joint"),
+    "TeacherDecision": ("joint", "tasks/animals"),
+    "FlatLabels": ("logits", "logits/ground"),
+}
+"""The output that a criterion's gradient must reach, where images have one class and where not."""
+
+
+def test_the_contract_test_knows_what_every_criterion_reads() -> None:
+    assert set(REACHES) == set(CRITERIA)
+
+
+@pytest.mark.parametrize(
+    ("name", "flat"), [(n, f) for n in CRITERIA for f in (True, False) if f or n != "JointDecision"]
+)
+def test_every_criterion_is_finite_and_its_gradient_reaches_what_it_should(
+    name: str, flat: bool
+) -> None:
+    build = CRITERIA[name]
+    criterion = build() if build is JointDecision else build(TASKS)
+    batch = make_batch()
+    leaves, ours = all_outputs(batch, flat=flat)
+    teachers, theirs = all_outputs(batch, flat=flat)
+    theirs = {k: v for k, v in theirs.items() if k.startswith("logits")}
+    theirs = {k: v.flip(0) for k, v in theirs.items()}
+    loss = criterion({"outputs": ours}, {"outputs": theirs}, batch)
+    assert loss.shape == ()
+    assert torch.isfinite(loss)
+    assert float(loss.detach()) > 0
+    loss.backward()
+    gradient = leaves[REACHES[name][0 if flat else 1]].grad
+    assert gradient is not None
+    assert torch.isfinite(gradient).all()
+    assert gradient.abs().sum() > 0
+    assert all(value.grad is None for value in teachers.values())
+
+
+@pytest.mark.parametrize("name", LOW_LEVEL)
+def test_every_low_level_criterion_compares_two_tensors(name: str) -> None:
+    criterion = LOW_LEVEL[name]()
+    value = torch.randn(2, 4, 3, 3, requires_grad=True)
+    target = torch.randn(2, 4, 3, 3)
+    loss = criterion(value, target)
+    assert loss.shape == ()
+    loss.backward()
+    assert value.grad is not None
+    assert torch.isfinite(value.grad).all()
+    assert value.grad.abs().sum() > 0
+    assert float(criterion(target, target)) == 0
