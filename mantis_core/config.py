@@ -25,6 +25,7 @@ class OptimConfig(Section):
     fine_tune_lr: float = Field(
         default=4e-4, ge=0, description="peak rate of parameters loaded trained"
     )
+    density_lr: float = Field(default=1e-2, ge=0, description="peak rate of the entropy model")
     weight_decay: float = Field(default=0.01, ge=0, description="on matrices and kernels only")
     momentum: float = Field(default=0.9, ge=0, lt=1, description="sgd only (Nesterov)")
     warmup_fraction: float = Field(default=0.1, ge=0, lt=1, description="share of all steps")

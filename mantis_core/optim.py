@@ -12,7 +12,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from mantis_core.config import OptimConfig
 
-GROUPS = ("new", "new_no_decay", "fine_tuned", "fine_tuned_no_decay")
+GROUPS = ("new", "new_no_decay", "fine_tuned", "fine_tuned_no_decay", "density")
 
 
 def parameter_groups(
@@ -21,9 +21,9 @@ def parameter_groups(
     """Every parameter of `student` in exactly one named group.
 
     "frozen" has no gradient; "quantiles" are CompressAI's, found by search when tables are built;
-    the others are trained: "fine_tuned" those whose name starts with one of the prefixes `loaded`,
-    "new" the rest, each split by whether weight decay applies (matrices and kernels outside the
-    entropy model only).
+    "density" is the rest of the entropy model. The others are "fine_tuned" where their name starts
+    with one of the prefixes `loaded`, else "new", each split by whether weight decay applies
+    (matrices and kernels only).
     """
     groups: dict[str, dict[str, nn.Parameter]] = {
         name: {} for name in (*GROUPS, "frozen", "quantiles")
@@ -33,10 +33,13 @@ def parameter_groups(
             group = "quantiles"
         elif not parameter.requires_grad:
             group = "frozen"
+        elif name.startswith("bottleneck."):
+            group = "density"
         else:
             trained = any(name.startswith(prefix) for prefix in loaded)
-            decays = parameter.ndim > 1 and "bottleneck" not in name
-            group = ("fine_tuned" if trained else "new") + ("" if decays else "_no_decay")
+            group = ("fine_tuned" if trained else "new") + (
+                "" if parameter.ndim > 1 else "_no_decay"
+            )
         groups[group][name] = parameter
     return groups
 
@@ -45,14 +48,15 @@ def build_optimizer(
     groups: dict[str, dict[str, nn.Parameter]], config: OptimConfig
 ) -> torch.optim.Optimizer:
     """AdamW or SGD over the trained groups, each with its own peak rate."""
+    peaks = {"new": config.lr, "fine_tuned": config.fine_tune_lr, "density": config.density_lr}
     wanted: list[dict[str, Any]] = []
     for name in GROUPS:
         if groups[name]:
             wanted.append(
                 {
                     "params": list(groups[name].values()),
-                    "lr": config.fine_tune_lr if name.startswith("fine_tuned") else config.lr,
-                    "weight_decay": 0.0 if name.endswith("no_decay") else config.weight_decay,
+                    "lr": peaks[name.removesuffix("_no_decay")],
+                    "weight_decay": config.weight_decay if name in ("new", "fine_tuned") else 0.0,
                 }
             )
     if config.kind == "adamw":

@@ -42,13 +42,7 @@ class Backbone(nn.Module):
 
     def __init__(self, name: str, *, pretrained: bool = False) -> None:
         super().__init__()
-        self.net, self.feature_size = _build_net(name, pretrained=pretrained)
-        blocks = getattr(self.net, "features", None)
-        if isinstance(blocks, nn.Sequential):
-            self.names = tuple(f"features.{i}" for i in range(len(blocks)))
-        else:
-            layers = [n for n, _ in self.net.named_children() if n not in ("avgpool", "fc")]
-            self.names = tuple(layers)
+        self.net, self.names, self.feature_size = _build_net(name, pretrained=pretrained)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, 3, H, W) normalised images to the last block's output (B, C, h, w)."""
@@ -251,26 +245,44 @@ def _torchvision_net(name: str, *, pretrained: bool) -> nn.Module:
     return net
 
 
-def _build_net(name: str, *, pretrained: bool) -> tuple[nn.Module, int]:
-    """The network without its classifier, and the size of its pooled feature."""
+def _build_net(name: str, *, pretrained: bool) -> tuple[nn.Module, tuple[str, ...], int]:
+    """The network without its classifier, its blocks' names, and the size of its pooled feature.
+
+    Raises ModelError for a network that is more than these blocks, mean pooling and one linear
+    layer: blocks run one after the other must give what the whole network gives.
+    """
     net = _torchvision_net(name, pretrained=pretrained)
-    head = getattr(net, "fc", None)
-    if hasattr(net, "layer4") and isinstance(head, nn.Linear):
-        net.fc = nn.Identity()
-        net.avgpool = nn.Identity()
-        return net, head.in_features
-    features, classifier = getattr(net, "features", None), getattr(net, "classifier", None)
-    if isinstance(features, nn.Sequential) and isinstance(classifier, nn.Sequential):
-        convolutions = [m for m in features.modules() if isinstance(m, nn.Conv2d)]
-        kinds = [type(m) for m in classifier]
-        linear = classifier[-1]
-        if kinds == [nn.Dropout, nn.Linear] and linear.in_features == convolutions[-1].out_channels:
-            net.classifier = nn.Identity()
-            return net, int(linear.in_features)
+    children = dict(net.named_children())
+    head = children.get("fc", children.get("classifier", nn.Identity()))
+    if isinstance(features := children.get("features"), nn.Sequential):
+        names = [f"features.{index}" for index in range(len(features))]
+    else:
+        names = [name for name in children if name not in ("avgpool", "fc", "classifier")]
+    linear = [module for module in head.modules() if isinstance(module, nn.Linear)]
+    if len(linear) == 1 and _is_row_of_blocks(net, names, linear[0]):
+        for name in {"avgpool", "fc", "classifier"} & children.keys():
+            setattr(net, name, nn.Identity())
+        return net, tuple(names), linear[0].in_features
     raise ModelError(
         f"teacher.name: {name} is not built as blocks, mean pooling and one linear layer; "
-        "take a ResNet, ResNeXt, Wide ResNet, MobileNetV2 or EfficientNet"
+        "take a ResNet, ResNeXt, Wide ResNet, RegNet, ShuffleNet, MobileNetV2 or EfficientNet"
     )
+
+
+def _is_row_of_blocks(net: nn.Module, names: Sequence[str], head: nn.Linear) -> bool:
+    x = torch.linspace(-1, 1, 3 * 64 * 64).view(1, 3, 64, 64)
+    was_training = net.training
+    net.eval()
+    try:
+        with torch.no_grad():
+            whole = net(x)
+            for name in names:
+                x = net.get_submodule(name)(x)
+            same = torch.allclose(head(x.mean(dim=(2, 3))), whole, atol=1e-4, rtol=1e-4)
+    except (RuntimeError, TypeError, AttributeError, IndexError):
+        same = False
+    net.train(was_training)
+    return same
 
 
 def _head_keys(name: str, state: Mapping[str, Tensor]) -> tuple[str, str]:

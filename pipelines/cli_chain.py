@@ -298,5 +298,7 @@ def _settings_around(folder: Path) -> Settings:
         if task["kind"] == "classification":
             labels = {"classes": [spec["classes"][index] for index in task["classes"]]}
         tasks.append({"name": task["name"], "kind": task["kind"], **labels})
-    data = {**preparation["data"], "sources": preparation["sources"]}
-    return Settings.model_validate({"data": data, "tasks": tasks})
+    evaluate = {"batch_size": preparation["batch_size"]}
+    return Settings.model_validate(
+        {"data": preparation["data"], "tasks": tasks, "evaluate": evaluate}
+    )

@@ -177,6 +177,7 @@ def _environment(cluster: ClusterConfig) -> Iterator[None]:
         wanted |= {
             "RAY_AUTH_MODE": "token",
             "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+            "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",
             # Despite its name, on Linux too: 0 keeps every Ray process on the loopback interface.
             "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         }

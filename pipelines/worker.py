@@ -228,6 +228,7 @@ def preparation(settings: Settings, manifest: Manifest) -> dict[str, Any]:
     return {
         "seed": manifest.seed,
         "data": data,
+        "batch_size": settings.evaluate.batch_size,
         "masks": list(table.masks),
         "ignored": [list(values) for values in table.ignored],
         "data_fingerprint": manifest.fingerprint,

@@ -64,9 +64,16 @@ def test_the_density_does_not_decay_and_its_quantiles_are_not_trained(
     problem: Problem, stage2_of: Callable[..., Any]
 ) -> None:
     groups = parameter_groups(stage2_of(problem).student)
-    density = {n for n in groups["new_no_decay"] if n.startswith("bottleneck.")}
-    assert any("matri" in name for name in density)
     assert list(groups["quantiles"]) == ["bottleneck.density.quantiles"]
+    assert groups["density"]
+    assert all(name.startswith("bottleneck.density.") for name in groups["density"])
+    config = OptimConfig(density_lr=0.3, weight_decay=0.5)
+    held = {
+        id(parameter): (group["lr"], group["weight_decay"])
+        for group in build_optimizer(groups, config).param_groups
+        for parameter in group["params"]
+    }
+    assert {held[id(parameter)] for parameter in groups["density"].values()} == {(0.3, 0.0)}
 
 
 @pytest.mark.parametrize("kind", ["adamw", "sgd"])

@@ -8,13 +8,6 @@ import pytest
 from pipelines.tracking import Tracker, TrackingLocation, locate_tracking
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    """Other people's deprecations: MLflow's loader strategy, its types, a graph library."""
-    config.addinivalue_line("filterwarnings", "ignore:The ``noload`` loader strategy")
-    config.addinivalue_line("filterwarnings", "ignore:.*Any type hint is inferred:UserWarning")
-    config.addinivalue_line("filterwarnings", "ignore:`torch.jit:FutureWarning")
-
-
 @pytest.fixture(scope="session")
 def mlflow_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A migrated sqlite file without runs; making one costs seconds."""
