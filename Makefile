@@ -6,7 +6,7 @@ PYTHON ?= $(shell for p in python3.12 python3.11 python3; do \
 BIN := .venv/bin
 STAMP := .venv/.mantis-setup
 
-.PHONY: help setup quickstart test test-slow test-gpu check format lock clean
+.PHONY: help setup quickstart test test-slow faults check format lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -34,8 +34,8 @@ test: setup ## the test suite: no GPU, no network
 test-slow: setup ## the tests that take minutes
 	@$(BIN)/python -m pytest -m slow
 
-test-gpu: setup ## the tests that need a CUDA device
-	@$(BIN)/python -m pytest -m gpu
+faults: setup ## the tests that kill processes on purpose
+	@$(BIN)/python -m pytest -m faults
 
 check: setup ## format, lint, types, fast tests: what every commit passes
 	@$(BIN)/ruff format --check .

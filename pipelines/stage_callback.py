@@ -5,6 +5,7 @@ the Train controller as plain values: MLflow is imported there with the first re
 workers train, not before they start.
 """
 
+import json
 from typing import TYPE_CHECKING, Any
 
 from ray.train import UserCallback
@@ -14,11 +15,16 @@ if TYPE_CHECKING:
 
 
 class StageCallback(UserCallback):
-    """Runs in the Train controller. It must not raise: Ray would end the training for it."""
+    """Runs in the Train controller. It must not raise: Ray would end the training for it.
+
+    A report may carry the figures of all epochs so far as JSON text, `history`: one whose report
+    was lost with a killed driver is logged with the next, in order. The writer skips logged ones.
+    """
 
     def __init__(self, writer: "MetricWriter"):
         self._address = (writer.uri, writer.run_id, writer.spool)
         self._writer: MetricWriter | None = None
+        self._last_epoch = -1.0
 
     def after_report(
         self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any
@@ -27,4 +33,8 @@ class StageCallback(UserCallback):
 
         if self._writer is None:
             self._writer = MetricWriter(*self._address)
-        self._writer.write(metrics[0])
+        newest = metrics[0]
+        for epoch in json.loads(newest.get("history", "[]")) or [newest]:
+            if epoch["epoch"] > self._last_epoch:
+                self._writer.write(epoch)
+                self._last_epoch = epoch["epoch"]

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 CHECKPOINT = "checkpoint"
 """Where, in a stage's folder, its model folder is."""
+HISTORY = "history"
+"""Figures of all epochs: a metric of every report (JSON text), in the end a file of the stage."""
 BEST = "best.json"
 """Figures of the best epoch, written when the model folder is complete."""
 
@@ -27,6 +29,9 @@ def train(spec: StageSpec, context: StageContext) -> dict[str, Any]:
     """Runs or resumes a training stage; returns its result (best holdout figures, model folder)."""
     if not context.store.exists(f"{spec.folder}/{BEST}"):  # written when all else is in place
         _fit(spec, context)
+    writer = context.tracker.metric_writer(context.stage_run_id, spec.key)
+    for epoch in context.store.read_json(f"{spec.folder}/{HISTORY}.json"):
+        writer.write(epoch)  # those already logged are skipped
     context.store.delete(context.store.join("training", spec.key))
     figures = context.store.read_json(f"{spec.folder}/{BEST}")
     shown = {k: figures[k] for k in ("holdout/loss", "holdout/bpp", "holdout/top1") if k in figures}

@@ -7,11 +7,12 @@ reports its figures.
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,7 +42,7 @@ from mantis_core.training import Session, fit, steps_per_epoch
 from pipelines.problem import problem_of
 from pipelines.settings import Settings
 from pipelines.storage import Store
-from pipelines.trainer import BEST, CHECKPOINT, training_config
+from pipelines.trainer import BEST, CHECKPOINT, HISTORY, training_config
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -71,10 +72,13 @@ def worker_loop(config: dict[str, Any]) -> None:
         device=device,
         rank=rank,
     )
+    history: list[dict[str, float]] = []
     checkpoint = ray_train.get_checkpoint()
     if checkpoint is not None:
         with checkpoint.as_directory() as folder:
-            session.load_state(*load_training_state(folder))
+            tensors, record = load_training_state(folder)
+        session.load_state(tensors, record)
+        history = record["history"]
     if world > 1:
         from torch.nn.parallel import DistributedDataParallel
 
@@ -101,9 +105,10 @@ def worker_loop(config: dict[str, Any]) -> None:
 
     on_step = _progress(config["name"], session) if rank == 0 else None
     for figures in fit(session, batches, holdout, on_step=on_step):
-        report_checkpoint(session, figures, config, rank)
+        history.append({name: value for name, value in figures.items() if math.isfinite(value)})
+        report_checkpoint(session, history, config, rank)
     if rank == 0:
-        ship(session, settings, manifest, config)
+        ship(session, settings, manifest, config, history)
 
 
 def build_recipe(
@@ -173,31 +178,40 @@ def holdout_batches(
 
 
 def report_checkpoint(
-    session: Session, figures: Mapping[str, float], config: Mapping[str, Any], rank: int
+    session: Session, history: Sequence[Mapping[str, float]], config: Mapping[str, Any], rank: int
 ) -> None:
-    """The epoch's figures and, from rank 0, a resumable checkpoint to Ray Train."""
+    """The epoch's figures and, from rank 0, a resumable checkpoint to Ray Train.
+
+    Every report carries all epochs so far: one whose report was lost with its driver is logged with
+    the next.
+    """
     from ray import train as ray_train
 
     from pipelines.progress import report_epoch
 
-    metrics = {name: value for name, value in figures.items() if math.isfinite(value)}
+    metrics = {**history[-1], HISTORY: json.dumps(list(history))}
     if rank != 0:
         ray_train.report(metrics)
         return
     folder = tempfile.mkdtemp(prefix="mantis-epoch-")
     try:
         tensors, record = session.state()
-        save_training_state(folder, tensors, {**record, "key": config["key"]})
+        record = {**record, "key": config["key"], "history": list(history)}
+        save_training_state(folder, tensors, record)
         ray_train.report(metrics, checkpoint=ray_train.Checkpoint.from_directory(folder))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    report_epoch(config["name"], {"epochs": session.config.epochs, **metrics})
+    report_epoch(config["name"], {"epochs": session.config.epochs, **history[-1]})
 
 
 def ship(
-    session: Session, settings: Settings, manifest: Manifest, config: Mapping[str, Any]
+    session: Session,
+    settings: Settings,
+    manifest: Manifest,
+    config: Mapping[str, Any],
+    history: Sequence[Mapping[str, float]],
 ) -> None:
-    """Writes the best student as the stage's model folder, and its holdout figures."""
+    """Writes the best student as the stage's model folder, and the epochs' figures."""
     student = session.best_student()
     meta = {
         "stage": config["name"],
@@ -215,6 +229,7 @@ def ship(
             save_folder(folder, tensors, {"kind": config["kind"]}, meta)
         store = Store(config["folder"])
         store.upload_folder(folder, CHECKPOINT)
+        store.write_json(f"{HISTORY}.json", list(history))
         store.write_json(BEST, session.best)
 
 

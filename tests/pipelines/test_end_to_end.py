@@ -3,94 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
-import numpy as np
 import pytest
-import torchvision
-import yaml
 from mlflow import MlflowClient
-from PIL import Image
-from safetensors.torch import save_file
 
-CLASSES = {"n02085620": 0, "n02085782": 1, "n02123045": 2, "n02123159": 3}
-ROWS = {"train": 34, "val": 9}
-SIZE = 32
-
-
-def paint(folder: Path) -> None:
-    """An ImageNet-layout folder: each class a colour, with noise."""
-    random = np.random.default_rng(0)
-    for split, count in ROWS.items():
-        for wnid, number in CLASSES.items():
-            (folder / split / wnid).mkdir(parents=True)
-            for index in range(count):
-                pixels = random.integers(0, 60, (SIZE, SIZE, 3))
-                pixels[..., number % 3] += 60 * (1 + number // 2)
-                image = Image.fromarray(pixels.astype(np.uint8))
-                image.save(folder / split / wnid / f"{wnid}_{index}.JPEG", quality=95)
-
-
-def write_config(folder: Path) -> Path:
-    teacher = torchvision.models.get_model("shufflenet_v2_x0_5", weights=None, num_classes=4)
-    weights = folder / "teacher.safetensors"
-    save_file(teacher.state_dict(), weights)
-    stage = {"epochs": 1, "batch_size": 16}
-    small = {"channels": 8, "blocks": 0}
-    config = {
-        "data": {
-            "root": str(folder / "images"),
-            "sources": [{"kind": "image_folder"}],
-            "image_size": SIZE,
-            "holdout_fraction": 0.2,
-            "max_bad_fraction": 0.1,
-        },
-        "tasks": [
-            {"name": "dogs", "classes": ["n02085620", "n02085782"]},
-            {"name": "cats", "classes": ["n02123045", "n02123159"]},
-        ],
-        "teacher": {"name": "shufflenet_v2_x0_5", "weights": str(weights), "split": "stage2"},
-        "model": {
-            "stem": {"channels": [8, 8]},
-            "detector": {**small, "hidden": 8},
-            "encoder": {**small, "latent_channels": 4},
-            "decoder": {**small, "task_channels": 8},
-        },
-        "stage1": stage,
-        "stage2": stage,
-        "evaluate": {"baselines": ["oracle", "teacher"], "batch_size": 16},
-        "cluster": {"workers": 2, "cpus_per_worker": 0.5, "threads_per_worker": 1},
-        "storage": {"root": str(folder / "runs")},
-    }
-    path = folder / "config.yaml"
-    path.write_text(yaml.safe_dump(config))
-    return path
-
-
-def mantis(*arguments: str, folder: Path, code: int = 0) -> subprocess.CompletedProcess[str]:
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(Path(__file__).parents[2]),
-        "OMP_NUM_THREADS": "1",
-    }
-    done = subprocess.run(
-        [sys.executable, "-m", "pipelines", *arguments],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=800,
-        check=False,
-    )
-    assert done.returncode == code, done.stdout[-3000:] + done.stderr[-3000:]
-    return done
-
-
-def last_json(done: subprocess.CompletedProcess[str]) -> dict:
-    return json.loads(done.stdout.strip().splitlines()[-1])
+from tests.pipelines.chain import CLASSES, SIZE, VAL_ROWS, last_json, mantis, paint, write_config
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +36,7 @@ def test_the_chain_runs_every_stage_and_measures_real_streams(finished):
     prepared = next((folder / "runs/stages").glob("prepare-*"))
     manifest = json.loads((prepared / "manifest.json").read_text())
     assert manifest["rejected"] == 1
-    assert manifest["splits"]["val"]["rows"] == ROWS["val"] * len(CLASSES)
+    assert manifest["splits"]["val"]["rows"] == VAL_ROWS * len(CLASSES)
 
 
 @pytest.mark.timeout(900)

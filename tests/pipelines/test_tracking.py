@@ -314,3 +314,17 @@ def test_a_real_ray_train_run_logs_every_epoch_once_across_a_resume(tracker, tmp
         ray.shutdown()
     expected = [(epoch, 1.0 / (epoch + 1)) for epoch in range(4)]
     assert history(tracker, run_id, "train/loss") == expected
+
+
+def test_an_epoch_whose_report_was_lost_is_logged_with_the_next(tracker: Tracker) -> None:
+    from pipelines.stage_callback import StageCallback
+
+    run_id = tracker.open_stage(None, "stage1", "lost", {}, folder="stages/stage1")
+    callback = StageCallback(tracker.metric_writer(run_id, "lost"))
+    epochs = [{"epoch": float(n), "train/loss": 1.0 / n} for n in (1, 2, 3)]
+    for done in (2, 3):  # the report of epoch 1 never came
+        report = {**epochs[done - 1], "history": json.dumps(epochs[:done])}
+        callback.after_report(None, [report], None)
+    assert run_id is not None
+    history = tracker.client.get_metric_history(run_id, "train/loss")
+    assert [(m.step, m.value) for m in history] == [(1, 1.0), (2, 0.5), (3, 1.0 / 3)]
