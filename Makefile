@@ -6,7 +6,7 @@ PYTHON ?= $(shell for p in python3.12 python3.11 python3; do \
 BIN := .venv/bin
 STAMP := .venv/.mantis-setup
 
-.PHONY: help setup quickstart test test-slow faults check format lock clean
+.PHONY: help setup quickstart test test-slow faults fuzz check format lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -36,6 +36,10 @@ test-slow: setup ## the tests that take minutes
 
 faults: setup ## the tests that kill processes on purpose
 	@$(BIN)/python -m pytest -m faults
+
+N ?= 100000
+fuzz: setup ## feed N damaged and forged streams to the stream reader: make fuzz N=1000000
+	@$(BIN)/python -m tests.fuzz_bitstream $(N)
 
 check: setup ## format, lint, types, fast tests: what every commit passes
 	@$(BIN)/ruff format --check .

@@ -14,10 +14,14 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True)
 class Encoded:
-    """One image's stream and what it was made of. probabilities and mask are (K,)."""
+    """One image's stream and what it was made of. probabilities and mask are (K,).
+
+    `payload_bytes` is the coded latent's share of the stream; the task field costs fractions of
+    bytes. `estimated_bits` is NaN where no density is at hand.
+    """
 
     data: bytes
-    payload_bytes: int
+    payload_bytes: float
     estimated_bits: float
     probabilities: NDArray[np.float32]
     mask: NDArray[np.bool_]
@@ -29,7 +33,8 @@ class Answer:
 
     `labels`, `label_names` and `segmentation` are by task, of decoded tasks; a mask is uint8
     (H, W). `class_index` is the joint decision over all decoded tasks, -1 where images have no
-    single class.
+    single class. The bytes are those of the image's own stream, or its share of one that holds
+    several.
     """
 
     tasks: tuple[str, ...]
@@ -41,13 +46,14 @@ class Answer:
     class_name: str | None
     class_probability: float
     segmentation: dict[str, NDArray[np.uint8]] = field(repr=False)
-    wire_bytes: int
-    payload_bytes: int
+    wire_bytes: float
+    payload_bytes: float
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values; a segmentation becomes the share of pixels by label value."""
         out = {key: value for key, value in self.__dict__.items() if key != "segmentation"}
         out["tasks"] = list(self.tasks)
+        out["payload_bytes"] = round(self.payload_bytes, 2)
         out["segmentation"] = {
             name: {str(value): round(float((mask == value).mean()), 4) for value in np.unique(mask)}
             for name, mask in self.segmentation.items()

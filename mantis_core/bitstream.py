@@ -1,36 +1,36 @@
-"""The container of a coded image: header, task field, payload, checksum. No entropy coding.
+"""The container of coded images: header, body, checksum. No entropy coding, no task field.
 
 Layout of format version 1, multi-byte fields big-endian:
 
     bytes         field
     2             magic AB 4D
-    1             version (high 4 bits), flags (low 4 bits: 1 primary, 2 levels, 4 shape, 8 rate)
+    1             version (high 4 bits), flags (low 4 bits: 1 several, 2 levels, 4 shape, 8 rate)
     4             model id
-    ceil(K / 8)   task mask: bit k % 8 of byte k // 8 is task k
-    1             index of the primary task, an active one                        (flag primary)
-    ceil(A / 2)   a 4-bit level for each of the A active tasks, low half first    (flag levels)
+    1..5          number of images as LEB128 varint                               (flag several)
     2..10         input height and width as LEB128 varints                        (flag shape)
-    n             payload: everything up to the checksum
+    n             body: everything up to the checksum, one range-coded number that holds each
+                  image's task field and latent
     4             CRC-32 (zlib) of everything before it
 
-Unused bits are zero, the shape is there only when it differs from the model's own, and varints take
-as few bytes as they can: each content has exactly one byte string. Flag 8 is reserved for a rate
-level. Mask only, own shape: 12 bytes up to 8 tasks, 13 up to 16.
+The shape is there only when it differs from the model's own, the number only from two images on,
+and varints take as few bytes as they can: each content has exactly one byte string. Flag 8 is
+reserved for a rate level. One image of the model's own shape: 11 bytes beside the body.
 """
 
-import math
 import zlib
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
 MAGIC = b"\xab\x4d"
 VERSION = 1
-MAX_LEVEL = 15
+MAX_IMAGES = 256
 
-_FLAG_NAMES = {1: "primary", 2: "levels", 4: "shape", 8: "rate"}
-_PRIMARY, _LEVELS, _SHAPE, _RATE = _FLAG_NAMES
+_FLAG_NAMES = {1: "several", 2: "levels", 4: "shape", 8: "rate"}
+_SEVERAL, _LEVELS, _SHAPE, _RATE = _FLAG_NAMES
 _PREFIX_BYTES = 3
 _ID_BYTES = 4
+_HEADER_BYTES = _PREFIX_BYTES + _ID_BYTES
 _CHECKSUM_BYTES = 4
 _MAX_VARINT_BYTES = 5
 
@@ -59,7 +59,8 @@ class StreamSpec:
     """What client and server know before a stream is sent.
 
     `input_shape` is the model's own (H, W) in pixels, `stride` the downsampling from input to
-    latent, `max_pixels` and `max_stream_bytes` bound what a stream may make its reader allocate.
+    latent. `max_pixels` of one image, `max_total_pixels` of all images of a stream and
+    `max_stream_bytes` bound what a stream may make its reader allocate.
     """
 
     model_id: bytes
@@ -68,6 +69,7 @@ class StreamSpec:
     latent_channels: int
     stride: int
     max_pixels: int = 2**24
+    max_total_pixels: int = 2**26
     max_stream_bytes: int = 2**24
 
     def __post_init__(self) -> None:
@@ -86,45 +88,33 @@ class StreamSpec:
 
 @dataclass(frozen=True)
 class Stream:
-    """One coded image.
+    """`num_images` coded images of one shape (H, W) in pixels.
 
-    `mask` holds K booleans, at least one of them true. `primary` is the index of the most probable
-    active task, where the prior needs it. `log2_levels` holds one level (see `quantise_log2`) per
-    active task, in the order of the tasks. `input_shape` is (H, W) in pixels.
+    `with_levels`: whether the task fields in `body` hold probabilities.
     """
 
-    mask: tuple[bool, ...]
-    primary: int | None
-    log2_levels: tuple[int, ...] | None
+    num_images: int
     input_shape: tuple[int, int]
-    payload: bytes
+    with_levels: bool
+    body: bytes
 
 
 def pack(stream: Stream, spec: StreamSpec) -> bytes:
     """The byte string of `stream`. BitstreamError where `unpack` would refuse what it says."""
     _check(stream, spec)
-    with_shape = stream.input_shape != spec.input_shape
-    flags = (
-        _PRIMARY * (stream.primary is not None)
-        | _LEVELS * (stream.log2_levels is not None)
-        | _SHAPE * with_shape
-    )
-    body = bytearray(MAGIC)
-    body.append(VERSION << 4 | flags)
-    body += spec.model_id
-    mask_bits = sum(1 << task for task, active in enumerate(stream.mask) if active)
-    body += mask_bits.to_bytes(_mask_bytes(spec), "little")
-    if stream.primary is not None:
-        body.append(stream.primary)
-    if stream.log2_levels is not None:
-        level_bits = sum(level << 4 * i for i, level in enumerate(stream.log2_levels))
-        body += level_bits.to_bytes((len(stream.log2_levels) + 1) // 2, "little")
+    several, with_shape = stream.num_images > 1, stream.input_shape != spec.input_shape
+    flags = _SEVERAL * several | _LEVELS * stream.with_levels | _SHAPE * with_shape
+    data = bytearray(MAGIC)
+    data.append(VERSION << 4 | flags)
+    data += spec.model_id
+    if several:
+        data += _varint(stream.num_images)
     if with_shape:
-        body += _varint(stream.input_shape[0]) + _varint(stream.input_shape[1])
-    body += stream.payload
-    if len(body) + _CHECKSUM_BYTES > spec.max_stream_bytes:
-        raise _too_many_bytes(len(body) + _CHECKSUM_BYTES, spec)
-    return bytes(body) + zlib.crc32(body).to_bytes(_CHECKSUM_BYTES, "big")
+        data += _varint(stream.input_shape[0]) + _varint(stream.input_shape[1])
+    data += stream.body
+    if len(data) + _CHECKSUM_BYTES > spec.max_stream_bytes:
+        raise _too_many_bytes(len(data) + _CHECKSUM_BYTES, spec)
+    return bytes(data) + zlib.crc32(data).to_bytes(_CHECKSUM_BYTES, "big")
 
 
 def unpack(data: bytes, spec: StreamSpec) -> Stream:
@@ -136,11 +126,7 @@ def unpack(data: bytes, spec: StreamSpec) -> Stream:
     if len(data) > spec.max_stream_bytes:
         raise _too_many_bytes(len(data), spec)
     flags = _read_prefix(data)
-    if not _checksum_holds(data):
-        raise BitstreamError(
-            Reason.CORRUPT,
-            f"the checksum of this {len(data)}-byte stream fails: damaged or cut short",
-        )
+    _require_checksum(data)
     if flags & _RATE:
         raise BitstreamError(
             Reason.VERSION, "the stream carries a rate level, unknown to this version"
@@ -152,50 +138,40 @@ def unpack(data: bytes, spec: StreamSpec) -> Stream:
             Reason.ANOTHER_MODEL,
             f"the stream was made by model {model_id.hex()}, this is model {spec.model_id.hex()}",
         )
-    mask = _bits(reader.take(_mask_bytes(spec)), spec.num_tasks)
-    primary = reader.take(1)[0] if flags & _PRIMARY else None
-    levels = _nibbles(reader, sum(mask)) if flags & _LEVELS else None
+    num_images = 1
+    if flags & _SEVERAL:
+        num_images = reader.varint()
+        if num_images == 1:
+            raise BitstreamError(Reason.CORRUPT, "a stream of one image says that it has several")
     shape = spec.input_shape
     if flags & _SHAPE:
         shape = (reader.varint(), reader.varint())
         if shape == spec.input_shape:
             raise BitstreamError(Reason.CORRUPT, "the model's own input shape is spelled out")
-    stream = Stream(mask, primary, levels, shape, reader.rest())
+    stream = Stream(num_images, shape, bool(flags & _LEVELS), reader.rest())
     _check(stream, spec)
     return stream
 
 
-def peek(data: bytes) -> dict[str, object]:
-    """What a stream says about itself without its model: version, flags, model id, sizes, checksum.
+def peek(data: bytes) -> dict[str, Any]:
+    """What a stream says about itself without its model; `input_shape` None is the model's own.
 
-    Raises BitstreamError if it is no stream of a known version; a failed checksum is only reported.
+    Raises BitstreamError if it is no stream of a known version or its checksum fails.
     """
     flags = _read_prefix(data)
-    header_bytes = _PREFIX_BYTES + _ID_BYTES
+    _require_checksum(data)
+    reader = _Reader(data[_HEADER_BYTES:-_CHECKSUM_BYTES])
+    num_images = reader.varint() if flags & _SEVERAL else 1
+    shape = [reader.varint(), reader.varint()] if flags & _SHAPE else None
     return {
         "version": VERSION,
         "flags": [name for bit, name in _FLAG_NAMES.items() if flags & bit],
-        "model_id": data[_PREFIX_BYTES:header_bytes].hex(),
+        "model_id": data[_PREFIX_BYTES:_HEADER_BYTES].hex(),
+        "images": num_images,
+        "input_shape": shape,
         "wire_bytes": len(data),
-        "task_field_and_payload_bytes": len(data) - header_bytes - _CHECKSUM_BYTES,
-        "checksum_ok": _checksum_holds(data),
+        "body_bytes": len(reader.rest()),
     }
-
-
-def quantise_log2(probability: float) -> int:
-    """The level 0..15 nearest to -2 log2(probability): half-bit steps from 1 to 2**-7.5."""
-    if math.isnan(probability):
-        raise ValueError("a task probability is NaN")
-    if probability <= 2.0 ** (-MAX_LEVEL / 2):
-        return MAX_LEVEL
-    return max(0, round(-2 * math.log2(probability)))
-
-
-def dequantise_level(level: int) -> float:
-    """The probability 2**(-level / 2) that a level stands for."""
-    if not 0 <= level <= MAX_LEVEL:
-        raise ValueError(f"level is {level}, must be 0 to {MAX_LEVEL}")
-    return float(2.0 ** (-level / 2))
 
 
 class _Reader:
@@ -238,7 +214,7 @@ def _read_prefix(data: bytes) -> int:
         raise BitstreamError(
             Reason.VERSION, f"the stream has format version {data[2] >> 4}, this reads {VERSION}"
         )
-    least = _PREFIX_BYTES + _ID_BYTES + 1 + _CHECKSUM_BYTES
+    least = _HEADER_BYTES + _CHECKSUM_BYTES
     if len(data) < least:
         raise BitstreamError(
             Reason.TRUNCATED, f"the stream has {len(data)} bytes, no stream has under {least}"
@@ -249,48 +225,24 @@ def _read_prefix(data: bytes) -> int:
 def _check(stream: Stream, spec: StreamSpec) -> None:
     """Holds what `pack` is given and what `unpack` found to the same rules."""
     height, width = stream.input_shape
-    active = sum(stream.mask)
+    if stream.num_images < 1 or height < 1 or width < 1:
+        raise BitstreamError(
+            Reason.CORRUPT, f"{stream.num_images} images of {height}x{width} hold no pixel"
+        )
     if height * width > spec.max_pixels:
         raise BitstreamError(
             Reason.TOO_LARGE, f"input of {height}x{width} is over {spec.max_pixels} pixels"
         )
-    if height < 1 or width < 1:
-        raise BitstreamError(Reason.CORRUPT, f"input of {height}x{width} holds no pixel")
-    if len(stream.mask) != spec.num_tasks or not active:
+    if stream.num_images > MAX_IMAGES:
         raise BitstreamError(
-            Reason.CORRUPT,
-            f"{active} active of {len(stream.mask)} tasks, must be at least 1 of {spec.num_tasks}",
+            Reason.TOO_LARGE, f"{stream.num_images} images are over {MAX_IMAGES} a stream"
         )
-    if stream.primary is not None and not (
-        0 <= stream.primary < spec.num_tasks and stream.mask[stream.primary]
-    ):
-        raise BitstreamError(Reason.CORRUPT, f"primary task {stream.primary} is not active")
-    levels = stream.log2_levels
-    if levels is not None and (
-        len(levels) != active or not all(0 <= level <= MAX_LEVEL for level in levels)
-    ):
+    if stream.num_images * height * width > spec.max_total_pixels:
         raise BitstreamError(
-            Reason.CORRUPT,
-            f"levels {levels}: need one of 0 to {MAX_LEVEL} for each of {active} tasks",
+            Reason.TOO_LARGE,
+            f"{stream.num_images} images of {height}x{width} are over {spec.max_total_pixels} "
+            "pixels a stream",
         )
-
-
-def _mask_bytes(spec: StreamSpec) -> int:
-    return (spec.num_tasks + 7) // 8
-
-
-def _bits(field: bytes, count: int) -> tuple[bool, ...]:
-    bits = int.from_bytes(field, "little")
-    if bits >> count:
-        raise BitstreamError(Reason.CORRUPT, f"the mask names a task beyond the model's {count}")
-    return tuple(bool(bits >> k & 1) for k in range(count))
-
-
-def _nibbles(reader: _Reader, count: int) -> tuple[int, ...]:
-    bits = int.from_bytes(reader.take((count + 1) // 2), "little")
-    if bits >> 4 * count:
-        raise BitstreamError(Reason.CORRUPT, "an unused half byte is not zero")
-    return tuple(bits >> 4 * i & 0x0F for i in range(count))
 
 
 def _varint(value: int) -> bytes:
@@ -302,9 +254,13 @@ def _varint(value: int) -> bytes:
     return bytes(encoded)
 
 
-def _checksum_holds(data: bytes) -> bool:
+def _require_checksum(data: bytes) -> None:
     stored = int.from_bytes(data[-_CHECKSUM_BYTES:], "big")
-    return zlib.crc32(data[:-_CHECKSUM_BYTES]) == stored
+    if zlib.crc32(data[:-_CHECKSUM_BYTES]) != stored:
+        raise BitstreamError(
+            Reason.CORRUPT,
+            f"the checksum of this {len(data)}-byte stream fails: damaged or cut short",
+        )
 
 
 def _too_many_bytes(count: int, spec: StreamSpec) -> BitstreamError:

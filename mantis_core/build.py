@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from mantis_core.client import STRIDE
 from mantis_core.config import IndividualConfig, ModelConfig, Stage1Config, Stage2Config
 from mantis_core.config import TeacherConfig as TeacherConfig
-from mantis_core.model import Mantis, ModelSpec
+from mantis_core.model import Mantis
 from mantis_core.recipes import (
     IndividualRecipe,
     Recipe,
@@ -22,6 +22,7 @@ from mantis_core.recipes import (
     individual_models,
 )
 from mantis_core.server import ClassificationTail
+from mantis_core.spec import ModelSpec
 from mantis_core.tasks import TaskSpec
 from mantis_core.teacher import Teacher, flat_teacher, load_teacher_file
 

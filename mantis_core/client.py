@@ -135,3 +135,20 @@ class Client(nn.Module):
     def encode(self, stem: Tensor, probabilities: Tensor) -> Tensor:
         """Stem features and p (B, K), or a multi-hot, to the latent y (B, C, h, w)."""
         return self.encoder(stem, self.conditioning(probabilities))  # type: ignore[no-any-return]
+
+
+def select_mask(probabilities: Tensor, threshold: Tensor | float, max_active: int) -> Tensor:
+    """Which tasks a stream carries, bool (B, K), from p (B, K).
+
+    Those above `threshold`, the most probable `max_active` at most, and the most probable one
+    always.
+    """
+    best = probabilities.topk(min(max_active, probabilities.shape[1]), dim=1).indices
+    allowed = torch.zeros_like(probabilities, dtype=torch.bool).scatter_(1, best, True)
+    mask = allowed & (probabilities > threshold)
+    return mask.scatter(1, best[:, :1], True)
+
+
+def primary_task(probabilities: Tensor, mask: Tensor) -> Tensor:
+    """Index (B,) of the most probable task among the active ones, p and mask being (B, K)."""
+    return probabilities.masked_fill(~mask, -1.0).argmax(dim=1)

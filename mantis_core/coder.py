@@ -6,12 +6,12 @@ A channel's table covers the symbols offset .. offset + length - 2; its last ent
 for any other symbol. Tables are cumulative counts out of 2**16, so nothing here depends on floating
 point.
 
-A payload is one range-coded number (constriction's RangeEncoder): the table entries, channel by
-channel; then, for the escaped symbols in the same order, all classes, all signs, and the mantissas
-class by class. An escape at distance d >= 0 beyond its table has class k = floor(log2(d + 1)),
-probability 2**-(k + 1), then a sign bit and the k low bits of d + 1 (Elias' gamma code, 1975). The
-number is cut to the fewest bytes that lie in the final interval when read with zeros behind; a
-reader refuses any other spelling.
+Everything coded is one number (constriction's RangeEncoder). A latent in it: the table entries,
+channel by channel; then, for the escaped symbols in the same order, all classes, all signs, and the
+mantissas class by class. An escape at distance d >= 0 beyond its table has class
+k = floor(log2(d + 1)), probability 2**-(k + 1), then a sign bit and the k low bits of d + 1 (Elias'
+gamma code, 1975). Of the coder's state only the fewest bytes are kept that, with zeros behind, lie
+in the final interval; a reader refuses any other spelling.
 """
 
 import hashlib
@@ -54,7 +54,7 @@ class Table:
     def models(self) -> tuple[Any, ...]:
         """One constriction model per channel."""
         return tuple(
-            _exact_model(np.diff(row[: length + 1]))
+            exact_model(np.diff(row[: length + 1]))
             for row, length in zip(self.cdf, self.lengths, strict=True)
         )
 
@@ -152,58 +152,160 @@ def to_symbols(latent: NDArray[np.float32]) -> Ints:
     return np.clip(np.rint(latent), -MAX_SYMBOL, MAX_SYMBOL).astype(np.int32)
 
 
-def encode_symbols(symbols: Ints, table: Table) -> bytes:
-    """The payload of `symbols` (C, h, w); ValueError on a wrong shape or one over +-MAX_SYMBOL."""
-    channels = len(table.lengths)
-    if symbols.ndim != 3 or symbols.shape[0] != channels or symbols.size == 0:
-        raise ValueError(f"symbols have shape {symbols.shape}, must be ({channels}, h, w)")
-    values = symbols.reshape(channels, -1).astype(np.int64)
-    if max(-int(values.min()), int(values.max())) > MAX_SYMBOL:
-        raise ValueError(f"a symbol is beyond +-{MAX_SYMBOL}")
-    entries = values - table.offsets[:, None]
-    escape = table.lengths[:, None] - 1
-    escaped = (entries < 0) | (entries >= escape)
-    entries = np.where(escaped, escape, entries).astype(np.int32)
+class RangeWriter:
+    """Writes values one after the other into one range-coded number."""
 
-    encoder = stream.queue.RangeEncoder()
-    for channel, model in enumerate(table.models):
-        encoder.encode(entries[channel], model)
-    if escaped.any():
-        channel_of = np.nonzero(escaped)[0]
-        _encode_escapes(encoder, values[escaped], *_range_of(table, channel_of))
-    return _terminate(encoder)
+    def __init__(self) -> None:
+        self._encoder = stream.queue.RangeEncoder()
+
+    def put(self, values: int | Ints, model: Any) -> None:
+        """One value, or a row of them (N,), under a constriction model."""
+        self._encoder.encode(values, model)
+
+    def put_symbols(self, symbols: Ints, table: Table) -> None:
+        """A latent (C, h, w); ValueError on a wrong shape or type or one over +-MAX_SYMBOL."""
+        channels = len(table.lengths)
+        if symbols.ndim != 3 or symbols.shape[0] != channels or symbols.size == 0:
+            raise ValueError(f"symbols have shape {symbols.shape}, must be ({channels}, h, w)")
+        if symbols.dtype != np.int32:
+            raise ValueError(f"symbols are {symbols.dtype}, must be int32")
+        values = symbols.reshape(channels, -1)
+        entries = values - table.offsets[:, None]
+        escape = table.lengths[:, None] - 1
+        escaped = entries.view(np.uint32) >= escape.astype(np.uint32)  # below 0 is a large number
+        some_escaped = bool(escaped.any())
+        if some_escaped:
+            if max(-int(values.min()), int(values.max())) > MAX_SYMBOL:
+                raise ValueError(f"a symbol is beyond +-{MAX_SYMBOL}")
+            entries = np.where(escaped, escape, entries)
+        for row, model in zip(entries, table.models, strict=True):
+            self._encoder.encode(row, model)
+        if some_escaped:
+            channel_of = np.nonzero(escaped)[0]
+            self._put_escapes(values[escaped].astype(np.int64), *_range_of(table, channel_of))
+
+    def close(self) -> bytes:
+        """The fewest bytes of the state that, with zeros behind, lie in the final interval.
+
+        Words that the coder has given out stay whole, even if they end in zeros: so a short string
+        never stands for a long message. constriction seals with one or two whole words. Its `pos`
+        gives the interval's lower end (modulo 2**64, the sealed words hold what is above) and
+        width, at `position` words plus the 64-bit state.
+        """
+        position, (lower, width) = self._encoder.pos()
+        words = self._encoder.get_compressed()
+        total_bytes = position * _WORD_BYTES + _STATE_BITS // 8
+        sealed = int.from_bytes(words.astype(">u4").tobytes(), "big")
+        sealed <<= 8 * (total_bytes - len(words) * _WORD_BYTES)
+        low = sealed - (sealed - lower) % (1 << _STATE_BITS)
+        for dropped in range(_STATE_BITS // 8, -1, -1):
+            rounded_up = -(-low >> 8 * dropped)
+            if rounded_up << 8 * dropped < low + width:
+                return int(rounded_up).to_bytes(total_bytes - dropped, "big")
+        raise AssertionError("the interval holds its own lower end")
+
+    def _put_escapes(self, values: NDArray[Any], first: NDArray[Any], last: NDArray[Any]) -> None:
+        above = values > last
+        distance = np.where(above, values - last, first - values)  # d + 1 of the docstring
+        classes = (np.frexp(distance)[1] - 1).astype(np.int32)
+        self.put(classes, GAMMA_CLASS)
+        self.put(above.astype(np.int32), stream.model.Uniform(2))
+        for k in range(1, _ESCAPE_CLASSES):
+            mantissas = distance[classes == k] - (1 << k)
+            if mantissas.size:
+                self.put(mantissas.astype(np.int32), stream.model.Uniform(1 << k))
+
+
+class RangeReader:
+    """Reads back what a RangeWriter wrote, given the same models in the same order.
+
+    Any bytes can be read; `close` tells whether they were the ones a writer makes.
+    """
+
+    def __init__(self, data: bytes) -> None:
+        padding = bytes(_STATE_BITS // 8 + -len(data) % _WORD_BYTES)
+        words = np.frombuffer(data + padding, ">u4").astype(np.uint32)
+        self._data = data
+        self._decoder = stream.queue.RangeDecoder(words)
+        self._read: list[tuple[Any, Any]] = []
+
+    def take(self, model: Any) -> int:
+        """One value under a constriction model; BitstreamError if no writer can have made it."""
+        return int(self._take(model))
+
+    def take_row(self, model: Any, count: int) -> Ints:
+        """`count` values (count,) under one model, else as `take`."""
+        return self._take(model, count)  # type: ignore[no-any-return]
+
+    def take_symbols(self, table: Table, shape: tuple[int, int, int]) -> Ints:
+        """A latent (C, h, w). BitstreamError (corrupt) for one over +-MAX_SYMBOL."""
+        channels, height, width = shape
+        if channels != len(table.lengths) or min(height, width) < 1:
+            raise ValueError(f"shape {shape} does not fit a table of {len(table.lengths)} channels")
+        entries = np.stack([self.take_row(model, height * width) for model in table.models])
+        symbols: Ints = entries + table.offsets[:, None]
+        escaped = entries == table.lengths[:, None] - 1
+        if escaped.any():
+            channel_of = np.nonzero(escaped)[0]
+            values = self._take_escapes(*_range_of(table, channel_of))
+            if np.abs(values).max() > MAX_SYMBOL:
+                raise BitstreamError(Reason.CORRUPT, f"a symbol is beyond +-{MAX_SYMBOL}")
+            symbols[escaped] = values
+        return symbols.reshape(shape)
+
+    def close(self) -> None:
+        """BitstreamError (corrupt) unless the data is exactly what codes the values read.
+
+        Codes them again: what is left over, missing or spelled otherwise is found.
+        """
+        writer = RangeWriter()
+        for values, model in self._read:
+            writer.put(values, model)
+        if writer.close() != self._data:
+            raise BitstreamError(
+                Reason.CORRUPT, "the coded part is not the coded form of what it decodes to"
+            )
+
+    def _take(self, model: Any, *count: int) -> Any:
+        try:
+            values = self._decoder.decode(model, *count)
+        except AssertionError as error:  # constriction's word for a number no encoder makes
+            raise BitstreamError(Reason.CORRUPT, "the coded part is no coded latent") from error
+        self._read.append((values, model))
+        return values
+
+    def _take_escapes(self, first: NDArray[Any], last: NDArray[Any]) -> NDArray[np.int64]:
+        classes = self.take_row(GAMMA_CLASS, len(first))
+        above = self.take_row(stream.model.Uniform(2), len(first)).astype(bool)
+        distance = np.ones(len(first), np.int64)
+        for k in range(1, _ESCAPE_CLASSES):
+            chosen = classes == k
+            count = int(chosen.sum())
+            if count:
+                distance[chosen] = (1 << k) + self.take_row(stream.model.Uniform(1 << k), count)
+        return np.where(above, last + distance, first - distance)
+
+
+def encode_symbols(symbols: Ints, table: Table) -> bytes:
+    """The payload of one latent alone; errors as RangeWriter.put_symbols."""
+    writer = RangeWriter()
+    writer.put_symbols(symbols, table)
+    return writer.close()
 
 
 def decode_symbols(payload: bytes, table: Table, shape: tuple[int, int, int]) -> Ints:
-    """The symbols (C, h, w) of `payload`, which must be just what `encode_symbols` makes of them.
+    """The latent (C, h, w) of `payload`, which must be just what `encode_symbols` makes of it.
 
     Raises BitstreamError (corrupt) if bytes are left over, are missing or were changed so that the
     payload is not the one spelling of what it decodes to.
     """
-    channels, height, width = shape
-    if channels != len(table.lengths) or min(height, width) < 1:
-        raise ValueError(f"shape {shape} does not fit a table of {len(table.lengths)} channels")
-    padding = bytes(_STATE_BITS // 8 + -len(payload) % _WORD_BYTES)
-    words = np.frombuffer(payload + padding, ">u4").astype(np.uint32)
-    decoder = stream.queue.RangeDecoder(words)
-    try:
-        entries = np.stack([decoder.decode(model, height * width) for model in table.models])
-        values = entries + table.offsets[:, None]
-        escaped = entries == table.lengths[:, None] - 1
-        if escaped.any():
-            channel_of = np.nonzero(escaped)[0]
-            values[escaped] = _decode_escapes(decoder, *_range_of(table, channel_of))
-    except AssertionError as error:  # constriction's word for a number no encoder can have made
-        raise BitstreamError(Reason.CORRUPT, "the payload is not a coded latent") from error
-    symbols: Ints = values.astype(np.int32).reshape(shape)
-    if np.abs(symbols).max() > MAX_SYMBOL or encode_symbols(symbols, table) != payload:
-        raise BitstreamError(
-            Reason.CORRUPT, "the payload is not the coded form of what it decodes to"
-        )
+    reader = RangeReader(payload)
+    symbols = reader.take_symbols(table, shape)
+    reader.close()
     return symbols
 
 
-def _exact_model(counts: NDArray[Any], precision: int = PRECISION) -> Any:
+def exact_model(counts: NDArray[Any], precision: int = PRECISION) -> Any:
     """constriction's model with exactly the probabilities counts / 2**precision, n of them.
 
     Categorical(perfect=False) places entry i at floor(sum(weights[:i]) * scale) + i out of 2**24,
@@ -218,7 +320,8 @@ def _exact_model(counts: NDArray[Any], precision: int = PRECISION) -> Any:
 # Classes 0..20 reach the distance 2**21 - 2 > MAX_SYMBOL + offset; the last takes what is left.
 _ESCAPE_CLASSES = 21
 _CLASS_COUNTS = np.array([*(1 << 23 - k for k in range(20)), 1 << 4])
-_CLASS_MODEL = _exact_model(_CLASS_COUNTS, _CODER_PRECISION)
+GAMMA_CLASS = exact_model(_CLASS_COUNTS, _CODER_PRECISION)
+"""Class k = floor(log2 n) of a number n >= 1, probability 2**-(k + 1): Elias' gamma code."""
 
 
 @lru_cache(maxsize=_TABLES_IN_MEMORY)
@@ -231,49 +334,3 @@ def _range_of(table: Table, channel: NDArray[np.int64]) -> tuple[NDArray[Any], N
     """First and last symbol in the tables of the channels, each (N,)."""
     first = table.offsets[channel].astype(np.int64)
     return first, first + table.lengths[channel] - 2
-
-
-def _encode_escapes(
-    encoder: Any, values: NDArray[Any], first: NDArray[Any], last: NDArray[Any]
-) -> None:
-    above = values > last
-    distance = np.where(above, values - last, first - values)  # d + 1 of the module's docstring
-    classes = (np.frexp(distance)[1] - 1).astype(np.int32)
-    encoder.encode(classes, _CLASS_MODEL)
-    encoder.encode(above.astype(np.int32), stream.model.Uniform(2))
-    for k in range(1, _ESCAPE_CLASSES):
-        mantissas = distance[classes == k] - (1 << k)
-        if mantissas.size:
-            encoder.encode(mantissas.astype(np.int32), stream.model.Uniform(1 << k))
-
-
-def _decode_escapes(decoder: Any, first: NDArray[Any], last: NDArray[Any]) -> NDArray[np.int64]:
-    classes = decoder.decode(_CLASS_MODEL, len(first))
-    above = decoder.decode(stream.model.Uniform(2), len(first)).astype(bool)
-    distance = np.ones(len(first), np.int64)
-    for k in range(1, _ESCAPE_CLASSES):
-        chosen = classes == k
-        count = int(chosen.sum())
-        if count:
-            distance[chosen] = (1 << k) + decoder.decode(stream.model.Uniform(1 << k), count)
-    return np.where(above, last + distance, first - distance)
-
-
-def _terminate(encoder: Any) -> bytes:
-    """The shortest bytes that, read as a number with zeros behind, lie in the encoder's interval.
-
-    constriction seals with one or two whole words. Its `pos` gives the interval's lower end (modulo
-    2**64, the sealed words hold what is above) and width, at `position` words plus the 64-bit
-    state.
-    """
-    position, (lower, width) = encoder.pos()
-    words = encoder.get_compressed()
-    total_bytes = position * _WORD_BYTES + _STATE_BITS // 8
-    sealed = int.from_bytes(words.astype(">u4").tobytes(), "big")
-    sealed <<= 8 * (total_bytes - len(words) * _WORD_BYTES)
-    low = sealed - (sealed - lower) % (1 << _STATE_BITS)
-    for dropped in range(_STATE_BITS // 8, -1, -1):
-        rounded_up = -(-low >> 8 * dropped)
-        if rounded_up << 8 * dropped < low + width:
-            return int(rounded_up).to_bytes(total_bytes - dropped, "big").rstrip(b"\0")
-    raise AssertionError("the interval holds its own lower end")

@@ -151,7 +151,7 @@ class Stage1Config(TrainingConfig):
         default=2e-3, ge=0, description="loss units per payload bit per image"
     )
     rate_ramp_fraction: float = Field(
-        default=0.1, ge=0, le=1, description="share of steps until full rate"
+        default=1.0, ge=0, le=1, description="share of steps until full rate"
     )
     losses: dict[str, LossTerm] = Field(
         default_factory=lambda: {

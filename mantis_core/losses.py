@@ -26,8 +26,8 @@ from torchdistill.losses.mid_level import SimpleLossWrapper
 from torchdistill.losses.registry import LOSS_DICT
 
 from mantis_core.config import LossTerm
+from mantis_core.errors import ModelError
 from mantis_core.tasks import IGNORE, Batch, TaskSpec
-from mantis_core.teacher import ModelError
 
 Io = Mapping[str, Any]
 

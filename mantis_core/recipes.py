@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torchdistill.core.forward_hook import ForwardHookManager
 
 from mantis_core.bottleneck import Bottleneck
-from mantis_core.client import Client
+from mantis_core.client import Client, primary_task
 from mantis_core.config import (
     IndividualConfig,
     LossTerm,
@@ -28,11 +28,13 @@ from mantis_core.config import (
     TeacherConfig,
 )
 from mantis_core.hits import decision_hits, label_hits
+from mantis_core.inference import still
 from mantis_core.losses import build_criterion, hooked_paths, weighted_terms
-from mantis_core.model import Mantis, primary_task, still
+from mantis_core.model import Mantis
+from mantis_core.preprocessing import normalise
 from mantis_core.server import FeatureDecoder
 from mantis_core.tasks import Batch, TaskSpec
-from mantis_core.teacher import Backbone, Teacher, freeze, normalise
+from mantis_core.teacher import Backbone, Teacher, freeze
 
 logger = logging.getLogger(__name__)
 

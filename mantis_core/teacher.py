@@ -16,22 +16,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from mantis_core.errors import ModelError
 from mantis_core.server import SegmentationHead
 from mantis_core.tasks import TaskSpec
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
-
-
-class ModelError(ValueError):
-    """A model, its weights or its classes do not fit what was asked of them."""
-
-
-def normalise(images: Tensor) -> Tensor:
-    """uint8 (B, 3, H, W) to float32 with ImageNet mean and deviation, on the images' device."""
-    mean = torch.tensor(IMAGENET_MEAN, device=images.device).view(1, 3, 1, 1)
-    deviation = torch.tensor(IMAGENET_STD, device=images.device).view(1, 3, 1, 1)
-    return ((images.float() / 255 - mean) / deviation).contiguous(memory_format=torch.channels_last)
 
 
 class Backbone(nn.Module):

@@ -18,9 +18,10 @@ from mantis_core.build import Problem, new_teacher
 from mantis_core.checkpoint import load_model
 from mantis_core.metrics import pixel_confusion
 from mantis_core.model import Mantis
+from mantis_core.preprocessing import normalise
 from mantis_core.recipes import individual_models
 from mantis_core.tasks import TaskSpec
-from mantis_core.teacher import Teacher, normalise
+from mantis_core.teacher import Teacher
 from pipelines.evaluation import EXAMPLES, ArmSource, Arrays
 from pipelines.problem import problem_of
 from pipelines.settings import Settings
@@ -156,7 +157,7 @@ def _blank(count: int, tasks: Sequence[TaskSpec]) -> Arrays:
     """Rows that say nothing: -1 where an arm has no such answer."""
     rows: Arrays = {
         "wire_bytes": np.full(count, -1),
-        "payload_bytes": np.full(count, -1),
+        "payload_bytes": np.full(count, -1.0),
         "estimated_bits": np.full(count, -1.0),
         "decoded": np.zeros((count, len(tasks)), dtype=bool),
         "predicted": np.full((count, len(tasks)), -1),

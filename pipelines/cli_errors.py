@@ -16,7 +16,7 @@ MISTAKE, FAILURE, INTERRUPTED = 2, 1, 130  # exit codes
 USER_ERRORS = {
     "data_prep.source_base": "DataError",
     "mantis_core.bitstream": "BitstreamError",
-    "mantis_core.teacher": "ModelError",
+    "mantis_core.errors": "ModelError",
     "pipelines.cluster": "PreflightError",
     "pipelines.registry": "RegistryError",
     "pipelines.report": "ReportError",

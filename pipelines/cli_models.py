@@ -30,7 +30,7 @@ Model = Annotated[
         metavar="MODEL", help="models:/mantis@ALIAS, models:/mantis/VERSION or a checkpoint folder"
     ),
 ]
-StreamFile = Annotated[Path, typer.Argument(metavar="FILE.mts", help="a coded image")]
+StreamFile = Annotated[Path, typer.Argument(metavar="FILE.mts", help="a stream of coded images")]
 
 
 @ending_well
@@ -126,7 +126,11 @@ def encode(
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE", help="JPEG or PNG files")],
     output: Annotated[
         Path,
-        typer.Option("--output", "-o", help="OUT.mts; for several images a folder of IMAGE.mts"),
+        typer.Option(
+            "--output",
+            "-o",
+            help="OUT.mts, one stream of all images; or a folder, of IMAGE.mts for each",
+        ),
     ],
     task: Annotated[
         list[str] | None, typer.Option("--task", help="send this task only; default: detect them")
@@ -134,52 +138,73 @@ def encode(
     root: Root = None,
     as_json: AsJson = False,
 ) -> None:
-    """Codes images: what a client would send."""
-    targets = _encoded_names(images, output)
-    codec = _load(model, root)
+    """Codes images: what a client would send. MODEL may be a client alone."""
+    together = output.suffix == ".mts" and not output.is_dir()
+    targets = {} if together else _encoded_names(images, output)
+    codec = _load("client", model, root)
     import torch
 
-    written = []
+    seen = []
     for start in range(0, len(images), BATCH):
         group = images[start : start + BATCH]
         batch = torch.stack([_read_image(codec, image) for image in group])
-        for image, data in zip(group, codec.encode(batch, task or None), strict=True):
-            targets[image].parent.mkdir(parents=True, exist_ok=True)
-            targets[image].write_bytes(data)
-            entry = {"image": str(image), "file": str(targets[image]), "wire_bytes": len(data)}
-            written.append(entry)
+        seen += codec.look(batch, task or None)
+    if together:
+        streams = {output: codec.write_together(seen)}
+    else:
+        streams = {
+            targets[image]: codec.write_together([each])
+            for image, each in zip(images, seen, strict=True)
+        }
+    written = []
+    for number, (file, data) in enumerate(streams.items()):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(data)
+        inside = [str(image) for image in (images if together else [images[number]])]
+        written.append({"file": str(file), "wire_bytes": len(data), "images": inside})
     if as_json:
         print_json({"streams": written})
     for entry in [] if as_json else written:
-        typer.echo(f"{entry['file']}  {entry['wire_bytes']} bytes")
+        count = len(entry["images"])
+        of_each = f", {entry['wire_bytes'] / count:.1f} an image" if count > 1 else ""
+        typer.echo(f"{entry['file']}  {entry['wire_bytes']} bytes{of_each}")
 
 
 @ending_well
 def decode(model: Model, file: StreamFile, root: Root = None, as_json: AsJson = False) -> None:
-    """Answers a coded image: what the server would say."""
+    """Answers a stream: what the server would say. MODEL may be a server alone."""
     data = _read(file)
-    answer = _load(model, root).decode([data])[0].to_dict()
+    answers = [answer.to_dict() for answer in _load("server", model, root).decode([data])]
     if as_json:
-        print_json(answer)
+        print_json({"wire_bytes": len(data), "images": answers})
         return
-    if answer["class_name"] is not None:
-        typer.echo(f"class: {answer['class_name']} ({answer['class_probability']:.3f})")
-    for name in answer["tasks"]:
-        label = answer["label_names"].get(name) or answer["segmentation"].get(name)
-        typer.echo(f"{name}: {label} (task {answer['task_probability'][name]:.3f})")
-    typer.echo(f"{answer['wire_bytes']} bytes, {answer['payload_bytes']} of them payload")
+    for number, answer in enumerate(answers, start=1):
+        if len(answers) > 1:
+            typer.echo(f"image {number} of {len(answers)}")
+        if answer["class_name"] is not None:
+            typer.echo(f"class: {answer['class_name']} ({answer['class_probability']:.3f})")
+        for name in answer["tasks"]:
+            label = answer["label_names"].get(name) or answer["segmentation"].get(name)
+            typer.echo(f"{name}: {label} (task {answer['task_probability'][name]:.3f})")
+        typer.echo(
+            f"{answer['wire_bytes']:.4g} bytes, {answer['payload_bytes']:.1f} of them payload"
+        )
 
 
 @ending_well
 def info(file: StreamFile, as_json: AsJson = False) -> None:
-    """What a coded image says of itself, without its model."""
+    """What a stream says of itself, without its model."""
     from mantis_core.bitstream import peek
 
     found = peek(_read(file))
     if as_json:
         print_json(found)
-    for name, value in {} if as_json else found.items():
-        typer.echo(f"{name}: {' '.join(value) if isinstance(value, list) else value}")
+        return
+    shape = found["input_shape"]
+    found["flags"] = " ".join(found["flags"]) or "none"
+    found["input_shape"] = "the model's own" if shape is None else f"{shape[0]}x{shape[1]}"
+    for name, value in found.items():
+        typer.echo(f"{name}: {value}")
 
 
 @ending_well
@@ -226,23 +251,22 @@ def _tracker(root: str | None) -> Tracker:
     return Tracker(location, "mantis")
 
 
-def _load(model: str, root: str | None) -> Any:
-    from mantis_core.checkpoint import load_model
+def _load(half: str, model: str, root: str | None) -> Any:
+    """The half of a codec that a command needs, from the whole or from that half alone."""
+    from mantis_core.checkpoint import load_client, load_server
 
-    return load_model(model_folder(model, root))
+    folder = model_folder(model, root)
+    return load_client(folder) if half == "client" else load_server(folder)
 
 
-def _encoded_names(images: list[Path], output: Path) -> dict[Path, Path]:
-    if len(images) == 1 and not output.is_dir():
-        return {images[0]: output}
-    if output.suffix == ".mts" or output.is_file():
-        raise Stopped(
-            f"error: {output} would hold {len(images)} images, a stream holds one: give a folder",
-            MISTAKE,
-        )
-    targets = {image: output / f"{image.stem}.mts" for image in images}
+def _encoded_names(images: list[Path], folder: Path) -> dict[Path, Path]:
+    if folder.is_file():
+        raise Stopped(f"error: {folder} is a file; give OUT.mts or a folder", MISTAKE)
+    targets = {image: folder / f"{image.stem}.mts" for image in images}
     if len(set(targets.values())) < len(images):
-        raise Stopped("error: two images have one name; encode them into two folders", MISTAKE)
+        raise Stopped(
+            "error: two images have one name; encode them into OUT.mts or into two folders", MISTAKE
+        )
     return targets
 
 

@@ -1,7 +1,9 @@
 """Registered models: writing versions, moving aliases, finding and tracing them; no training.
 
-A version is a models-from-code file, the source of mantis_core and a checkpoint folder
-(safetensors, YAML, JSON). A reader never unpickles: it takes the checkpoint folder, nothing else.
+Every codec is registered three times: whole, and as the two halves that are used apart. A version
+is a models-from-code file, the source of mantis_core and a checkpoint folder (safetensors, YAML,
+JSON). A reader never unpickles: it takes the checkpoint folder, nothing else. Versions that belong
+together have one `mantis.stage_key`.
 """
 
 import re
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from pipelines.stages import StageContext
 
 NAME = "mantis"
+NAMES = {"whole": NAME, "client": "mantis-client", "server": "mantis-server"}
 CHECKPOINT_FILES = ("weights.safetensors", "config.yaml", "meta.json")
 FIGURES = ("val/top1", "val/bpp", "val/wire_bytes")
 
@@ -72,10 +75,11 @@ def register(tracker: Tracker, run: str) -> dict[str, Any]:
 
 
 def promote(tracker: Tracker, version: str, alias: str = "champion") -> dict[str, Any]:
-    """Move `alias` to a version; returns the version as `models` lists it."""
+    """Move `alias` to a version, and to its halves; returns the version as `models` lists it."""
     client = tracker.client
     found = _version(client, tracker.location.uri, f"models:/{NAME}/{version}")
-    client.set_registered_model_alias(NAME, alias, found.version)
+    for name, own in _parts_of(client, found).items():
+        client.set_registered_model_alias(name, alias, own)
     return _summary(client.get_model_version(NAME, found.version))
 
 
@@ -118,6 +122,7 @@ def lineage(tracker: Tracker, run: str) -> dict[str, Any]:
 def resolve_model(model: str, uri: str) -> Path:
     """The local checkpoint folder of `models:/mantis@alias`, `models:/mantis/<v>` or a folder.
 
+    The halves `mantis-client` and `mantis-server` are named likewise.
     `uri` is the tracking URI. Nothing is loaded or unpickled; a remote store's files are
     downloaded to a temporary folder.
     """
@@ -128,7 +133,7 @@ def resolve_model(model: str, uri: str) -> Path:
     client = bounded_client(uri)
     version = _version(client, uri, model)
     try:
-        location = client.get_model_version_download_uri(NAME, version.version)
+        location = client.get_model_version_download_uri(version.name, version.version)
         folder = Path(
             download_artifacts(artifact_uri=f"{location}/artifacts/checkpoint", tracking_uri=uri)
         )
@@ -147,56 +152,94 @@ def _register(tracker: Tracker, stages: Mapping[str, StageRun], config_name: str
     checkpoint = store.read_json("result.json")["model_folder"]
     evaluation = Store(stages["evaluate"].folder).read_json("evaluation.json")
     tags = _tags(evaluation, stages, config_name)
+    tags |= _client_tags(store.read_json(f"{checkpoint}/meta.json"))
     client = tracker.client
     try:
-        known = client.search_model_versions(
-            f"name = '{NAME}' and tags.`mantis.stage_key` = '{main.key}'"
-        )
-        if known:
-            version = str(known[0].version)
-        else:
+        known = _versions_with(client, main.key)
+        missing = [part for part, name in NAMES.items() if name not in known]
+        if missing:
             with tempfile.TemporaryDirectory(prefix="mantis-register-") as scratch:
                 folder = Path(scratch) / "checkpoint"
                 folder.mkdir()
                 for name in CHECKPOINT_FILES:  # and no training state that lies beside them
                     (folder / name).write_bytes(store.read_bytes(f"{checkpoint}/{name}"))
-                version = _write_version(tracker, folder, main, Path(scratch) / "model", tags)
-        for key, value in tags.items():
-            client.set_model_version_tag(NAME, version, key, value)
-        client.set_registered_model_alias(NAME, "candidate", version)
+                for part in missing:
+                    own = _part_folder(folder, part)
+                    target = Path(scratch) / f"model-{part}"
+                    known[NAMES[part]] = _write_version(tracker, part, own, main, target, tags)
+        for name, version in known.items():
+            for key, value in tags.items():
+                client.set_model_version_tag(name, version, key, value)
+        for name, version in known.items():
+            client.set_registered_model_alias(name, "candidate", version)
     except (MlflowException, OSError) as error:
         raise RegistryError(
             f"the model could not be registered: MLflow at {tracker.place} says "
             f"{failure_text(error, tracker.location.uri)}. The trained model is kept in "
             f"{store.join(checkpoint)}; run the same command again when MLflow answers."
         ) from error
-    return version
+    return known[NAME]
+
+
+def _part_folder(whole: Path, part: str) -> Path:
+    """The folder of the whole codec, or that of a half, made beside it."""
+    if part == "whole":
+        return whole
+    from mantis_core.checkpoint import Half, save_half  # loads torch, which takes seconds
+
+    half: Half = "client" if part == "client" else "server"
+    folder = whole.with_name(f"checkpoint-{half}")
+    save_half(folder, whole, half)
+    return folder
+
+
+def _versions_with(client: MlflowClient, stage_key: str) -> dict[str, str]:
+    """Registered name to version of those made from one stage 2."""
+    found = {}
+    for name in NAMES.values():
+        versions = client.search_model_versions(
+            f"name = '{name}' and tags.`mantis.stage_key` = '{stage_key}'"
+        )
+        if versions:
+            found[name] = str(versions[0].version)
+    return found
+
+
+def _parts_of(client: MlflowClient, whole: ModelVersion) -> dict[str, str]:
+    """Registered name to version of a codec and its halves."""
+    key = whole.tags.get("mantis.stage_key")
+    return {**(_versions_with(client, key) if key else {}), NAME: str(whole.version)}
 
 
 def _write_version(
-    tracker: Tracker, checkpoint: Path, stage: StageRun, scratch: Path, tags: Mapping[str, str]
+    tracker: Tracker,
+    part: str,
+    checkpoint: Path,
+    stage: StageRun,
+    scratch: Path,
+    tags: Mapping[str, str],
 ) -> str:
     from pipelines.model_package import write_package  # loads mlflow.pyfunc, which takes seconds
 
-    client = tracker.client
+    client, name = tracker.client, NAMES[part]
     run_id = stage.run_id or None
     logged = client.create_logged_model(
-        tracker.experiment_id, name=NAME, source_run_id=run_id, model_type="codec", tags=dict(tags)
+        tracker.experiment_id, name=name, source_run_id=run_id, model_type="codec", tags=dict(tags)
     )
-    write_package(scratch, checkpoint, run_id=run_id, model_id=logged.model_id)
+    write_package(scratch, checkpoint, part=part, run_id=run_id, model_id=logged.model_id)
     client.log_model_artifacts(logged.model_id, str(scratch))
     client.finalize_logged_model(logged.model_id, "READY")
     if run_id is not None:
         client.log_outputs(run_id, models=[LoggedModelOutput(logged.model_id, step=0)])
-    if not client.search_registered_models(f"name = '{NAME}'"):
-        client.create_registered_model(NAME)
+    if not client.search_registered_models(f"name = '{name}'"):
+        client.create_registered_model(name)
     if tracker.location.uri.startswith("http"):
         source, model_id = f"models:/{logged.model_id}", logged.model_id
     else:
         # A store without a server looks a models:/ source, or a model of no run, up in MLflow's
         # global tracking URI, which is not ours.
         source, model_id = logged.artifact_location, logged.model_id if run_id else None
-    created = client.create_model_version(NAME, source, run_id, model_id=model_id)
+    created = client.create_model_version(name, source, run_id, model_id=model_id)
     return str(created.version)
 
 
@@ -217,6 +260,12 @@ def _tags(
     }
 
 
+def _client_tags(meta: Mapping[str, Any]) -> dict[str, str]:
+    """What a client costs, and the id that its streams carry."""
+    tags = {f"mantis.{name}": str(value) for name, value in meta.get("client", {}).items()}
+    return {**tags, "mantis.model_id": meta["model_id"]}
+
+
 def _summary(version: ModelVersion) -> dict[str, Any]:
     figures = {name: version.tags.get(name) for name in (*FIGURES, "mantis.rate_weight")}
     top1, bpp, wire_bytes, rate_weight = (
@@ -230,6 +279,9 @@ def _summary(version: ModelVersion) -> dict[str, Any]:
         "bpp": bpp,
         "wire_bytes": wire_bytes,
         "rate_weight": rate_weight,
+        "client_bytes": _whole_number(version.tags.get("mantis.client_bytes")),
+        "client_macs": _whole_number(version.tags.get("mantis.client_macs")),
+        "model_id": version.tags.get("mantis.model_id"),
         "config": version.tags.get("mantis.config"),
         "tasks": version.tags.get("mantis.tasks"),
         "data_key": version.tags.get("mantis.data_key"),
@@ -238,17 +290,24 @@ def _summary(version: ModelVersion) -> dict[str, Any]:
     }
 
 
+def _whole_number(tag: str | None) -> int | None:
+    return None if tag is None else int(tag)
+
+
 def _version(client: MlflowClient, uri: str, model: str) -> ModelVersion:
-    match = re.fullmatch(rf"models:/{NAME}(?:@(?P<alias>[\w.-]+)|/(?P<version>\d+))", model)
+    names = "|".join(NAMES.values())
+    match = re.fullmatch(
+        rf"models:/(?P<name>{names})(?:@(?P<alias>[\w.-]+)|/(?P<version>\d+))", model
+    )
     if match is None:
         raise RegistryError(
-            f"{model!r} names no model. Give models:/{NAME}@champion, models:/{NAME}/<version> "
-            "or a checkpoint folder."
+            f"{model!r} names no model. Give models:/{NAME}@champion, models:/{NAME}/<version>, "
+            f"the same of {NAMES['client']} or {NAMES['server']}, or a checkpoint folder."
         )
     try:
         if match["alias"]:
-            return client.get_model_version_by_alias(NAME, match["alias"])
-        return client.get_model_version(NAME, match["version"])
+            return client.get_model_version_by_alias(match["name"], match["alias"])
+        return client.get_model_version(match["name"], match["version"])
     except MlflowException as error:
         raise RegistryError(
             f"no model {model} ({failure_text(error, uri)}). `mantis models` lists what is there; "

@@ -2,28 +2,25 @@
 
 import zlib
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mantis_core.bitstream import (
+    MAX_IMAGES,
     BitstreamError,
     Reason,
     Stream,
     StreamSpec,
-    dequantise_level,
     pack,
     peek,
-    quantise_log2,
     unpack,
 )
 
 SPEC = StreamSpec(
     model_id=b"\x01\x02\x03\x04", num_tasks=10, input_shape=(64, 64), latent_channels=16, stride=8
 )
-MASK = (False, True, False, False, True, False, False, False, False, True)
-FULL = Stream(MASK, 4, (0, 15, 3), (300, 70), b"payload")
+FULL = Stream(3, (300, 70), True, b"payload")
 
 
 def sealed(body):
@@ -39,30 +36,24 @@ def reason_of(data, spec=SPEC):
 @settings(max_examples=200, deadline=None)
 @given(st.data())
 def test_any_stream_round_trips(data):
-    tasks = data.draw(st.integers(1, 40))
-    spec = StreamSpec(b"abcd", tasks, (32, 48), 4, 4)
-    mask = tuple(data.draw(st.lists(st.booleans(), min_size=tasks, max_size=tasks).filter(any)))
-    active = [k for k in range(tasks) if mask[k]]
-    levels = st.lists(st.integers(0, 15), min_size=len(active), max_size=len(active)).map(tuple)
+    spec = StreamSpec(b"abcd", data.draw(st.integers(1, 40)), (32, 48), 4, 4)
     stream = Stream(
-        mask,
-        data.draw(st.none() | st.sampled_from(active)),
-        data.draw(st.none() | levels),
+        data.draw(st.just(1) | st.integers(1, 4)),
         data.draw(st.just((32, 48)) | st.tuples(st.integers(1, 4000), st.integers(1, 4000))),
+        data.draw(st.booleans()),
         data.draw(st.binary(max_size=50)),
     )
     assert unpack(pack(stream, spec), spec) == stream
 
 
-@pytest.mark.parametrize(("tasks", "fixed"), [(1, 12), (8, 12), (10, 13), (16, 13), (17, 14)])
-def test_mask_only_at_the_models_own_shape_costs_12_to_14_bytes(tasks, fixed):
-    spec = StreamSpec(b"abcd", tasks, (64, 64), 16, 8)
-    stream = Stream((True,) * tasks, None, None, (64, 64), b"1234567")
-    assert len(pack(stream, spec)) == fixed + 7
+def test_one_image_of_the_models_own_shape_costs_11_bytes_several_one_or_two_more():
+    for count, fixed in [(1, 11), (2, 12), (127, 12), (128, 13), (256, 13)]:
+        stream = Stream(count, (64, 64), True, b"1234567")
+        assert len(pack(stream, SPEC)) == fixed + 7
 
 
-def test_a_frozen_stream_of_version_1_is_written_and_read_for_ever():
-    frozen = bytes.fromhex("ab4d17010203041202" + "04" + "f003" + "ac02" + "46" + "7061796c6f6164")
+def test_a_frozen_container_of_version_1_is_written_and_read_for_ever():
+    frozen = bytes.fromhex("ab4d17" + "01020304" + "03" + "ac02" + "46" + "7061796c6f6164")
     assert pack(FULL, SPEC) == sealed(frozen)
     assert unpack(sealed(frozen), SPEC) == FULL
 
@@ -109,7 +100,7 @@ def test_another_model_another_version_and_other_files_are_told_apart():
     assert reason_of(sealed(data[:2] + b"\x27" + data[3:-4])) is Reason.VERSION
     assert reason_of(b"\xff\xd8\xff\xe0" + data) is Reason.NOT_A_STREAM
     assert reason_of(b"") is Reason.TRUNCATED
-    assert reason_of(sealed(data[:9])) is Reason.TRUNCATED
+    assert reason_of(sealed(data[:6])) is Reason.TRUNCATED
 
 
 def test_the_reserved_rate_flag_is_refused():
@@ -117,8 +108,7 @@ def test_the_reserved_rate_flag_is_refused():
     assert reason_of(sealed(data[:2] + b"\x1f" + data[3:-4])) is Reason.VERSION
 
 
-HEADER = b"\xab\x4d"
-ID_AND_MASK = SPEC.model_id + b"\x12\x02"
+START = b"\xab\x4d"
 
 
 @pytest.mark.parametrize(
@@ -136,43 +126,47 @@ ID_AND_MASK = SPEC.model_id + b"\x12\x02"
     ],
 )
 def test_absurd_shapes_are_refused(shape, reason):
-    assert reason_of(sealed(HEADER + b"\x14" + ID_AND_MASK + shape)) is reason
+    assert reason_of(sealed(START + b"\x14" + SPEC.model_id + shape)) is reason
 
 
 @pytest.mark.parametrize(
-    ("flags", "fields"),
+    ("count", "reason"),
     [
-        (0x10, b"\x00\x00"),
-        (0x10, b"\x12\x06"),
-        (0x11, b"\x12\x02\x00"),
-        (0x11, b"\x12\x02\xc8"),
-        (0x12, b"\x12\x02\xf0\x13"),
+        (b"\x00", Reason.CORRUPT),
+        (b"\x01", Reason.CORRUPT),
+        (b"\x82\x00", Reason.CORRUPT),
+        (b"\x81\x02", Reason.TOO_LARGE),
+        (b"\xff\xff\xff\xff\x7f", Reason.TOO_LARGE),
+        (b"", Reason.TRUNCATED),
     ],
-    ids=["empty mask", "task 10 of 10", "inactive primary", "no such primary", "unused half byte"],
 )
-def test_a_wrong_task_field_is_corrupt_even_under_a_right_checksum(flags, fields):
-    assert reason_of(sealed(HEADER + bytes([flags]) + SPEC.model_id + fields)) is Reason.CORRUPT
+def test_absurd_numbers_of_images_are_refused(count, reason):
+    assert reason_of(sealed(START + b"\x11" + SPEC.model_id + count)) is reason
+
+
+def test_all_images_of_a_stream_share_one_limit_of_pixels():
+    spec = StreamSpec(b"abcd", 1, (64, 64), 1, 8, max_pixels=10_000, max_total_pixels=30_000)
+    assert unpack(pack(Stream(3, (100, 100), False, b""), spec), spec).num_images == 3
+    with pytest.raises(BitstreamError) as refused:
+        pack(Stream(4, (100, 100), False, b""), spec)
+    assert refused.value.reason is Reason.TOO_LARGE
 
 
 def test_streams_over_the_byte_cap_are_refused_before_they_are_read():
     spec = StreamSpec(b"abcd", 1, (8, 8), 1, 1, max_stream_bytes=100)
     assert reason_of(bytes(101), spec) is Reason.TOO_LARGE
     with pytest.raises(BitstreamError) as refused:
-        pack(Stream((True,), None, None, (8, 8), bytes(100)), spec)
+        pack(Stream(1, (8, 8), False, bytes(100)), spec)
     assert refused.value.reason is Reason.TOO_LARGE
 
 
 @pytest.mark.parametrize(
     "stream",
     [
-        Stream((True,), None, None, (64, 64), b""),
-        Stream((False,) * 10, None, None, (64, 64), b""),
-        Stream(MASK, 0, None, (64, 64), b""),
-        Stream(MASK, -1, None, (64, 64), b""),
-        Stream(MASK, None, (1, 2), (64, 64), b""),
-        Stream(MASK, None, (1, 2, 16), (64, 64), b""),
-        Stream(MASK, None, None, (0, 64), b""),
-        Stream(MASK, None, None, (2**13, 2**13), b""),
+        Stream(0, (64, 64), False, b""),
+        Stream(MAX_IMAGES + 1, (64, 64), False, b""),
+        Stream(1, (0, 64), False, b""),
+        Stream(1, (2**13, 2**13), False, b""),
     ],
 )
 def test_pack_refuses_what_unpack_would_refuse(stream):
@@ -196,24 +190,17 @@ def test_an_impossible_spec_is_refused(change):
 
 def test_peek_reads_a_stream_without_its_model():
     data = pack(FULL, SPEC)
-    seen = peek(data)
-    assert seen["model_id"] == "01020304"
-    assert seen["flags"] == ["primary", "levels", "shape"]
-    assert seen["wire_bytes"] == len(data)
-    assert seen["checksum_ok"] is True
-    assert peek(data[:-1])["checksum_ok"] is False
+    assert peek(data) == {
+        "version": 1,
+        "flags": ["several", "levels", "shape"],
+        "model_id": "01020304",
+        "images": 3,
+        "input_shape": [300, 70],
+        "wire_bytes": len(data),
+        "body_bytes": 7,
+    }
+    assert peek(pack(Stream(1, (64, 64), False, b""), SPEC))["input_shape"] is None
+    with pytest.raises(BitstreamError, match="checksum"):
+        peek(data[:-1])
     with pytest.raises(BitstreamError, match="not a MANTiS stream"):
         peek(b"GIF89a....................")
-
-
-def test_levels_are_half_bits_and_come_back_within_a_quarter_bit():
-    assert [quantise_log2(p) for p in (1.0, 0.5, 0.25, 0.0, 1.0000001, 2**-7.5)] == [
-        0, 2, 4, 15, 0, 15,
-    ]  # fmt: skip
-    for p in np.geomspace(2**-7.5, 1, 200):
-        assert abs(np.log2(dequantise_level(quantise_log2(p)) / p)) <= 0.25 + 1e-9
-    assert all(quantise_log2(dequantise_level(level)) == level for level in range(16))
-    with pytest.raises(ValueError, match="NaN"):
-        quantise_log2(float("nan"))
-    with pytest.raises(ValueError, match="0 to 15"):
-        dequantise_level(16)

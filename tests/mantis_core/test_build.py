@@ -21,7 +21,8 @@ from mantis_core.build import (
     teacher_recipe,
 )
 from mantis_core.config import IndividualConfig, ModelConfig, Stage1Config, TeacherConfig
-from mantis_core.teacher import ModelError, Teacher
+from mantis_core.errors import ModelError
+from mantis_core.teacher import Teacher
 
 TRAIN = TeacherConfig(name="resnet18", weights="train")
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -15,18 +17,22 @@ from safetensors.torch import load_file, save_file
 
 from mantis_core.build import Problem
 from mantis_core.checkpoint import (
+    Half,
+    load_client,
     load_folder,
     load_model,
+    load_server,
     load_training_state,
     read_meta,
     save_folder,
+    save_half,
     save_model,
     save_training_state,
     sha256_file,
 )
+from mantis_core.errors import ModelError
 from mantis_core.model import Mantis
 from mantis_core.tasks import Batch
-from mantis_core.teacher import ModelError
 
 
 @pytest.fixture
@@ -175,3 +181,75 @@ def test_models_that_differ_in_server_weights_only_refuse_each_others_folders(
     save_folder(saved, other.state_dict(), other.spec.model_dump(mode="json"), read_meta(saved))
     with pytest.raises(ModelError, match="another model"):
         load_model(saved)
+
+
+@pytest.fixture
+def halves(saved: Path) -> dict[Half, Path]:
+    folders: dict[Half, Path] = {}
+    for half in get_args(Half):
+        folders[half] = saved.with_name(half)
+        save_half(folders[half], saved, half)
+    return folders
+
+
+def test_two_halves_do_what_the_whole_does(
+    codec: Mantis, saved: Path, halves: dict[Half, Path], batch: Batch
+) -> None:
+    streams = codec.encode(batch.image)
+    answers = [answer.to_dict() for answer in codec.decode(streams)]
+    for client in (load_client(halves["client"]), load_client(saved)):
+        assert client.encode(batch.image) == streams
+        assert client.describe() == codec.client_codec().describe()
+    for server in (load_server(halves["server"]), load_server(saved)):
+        assert [answer.to_dict() for answer in server.decode(streams)] == answers
+
+
+def test_a_half_holds_no_weight_of_the_other(halves: dict[Half, Path]) -> None:
+    for half, folder in halves.items():
+        names = set(load_folder(folder)[0])
+        first = {name.split(".")[0] for name in names}
+        expected = {"client": {"client", "bottleneck", "mask_threshold"}}
+        assert first == expected.get(half, {"server", "bottleneck"})
+        assert {n for n in names if n.startswith("bottleneck.")} == {
+            f"bottleneck.table_{name}" for name in ("cdf", "offsets", "lengths")
+        }
+        assert read_meta(folder)["half"] == half
+
+
+def test_the_wrong_half_is_refused_with_what_it_is_for(halves: dict[Half, Path]) -> None:
+    with pytest.raises(ModelError, match="holds the server of a codec, this needs its client"):
+        load_client(halves["server"])
+    with pytest.raises(ModelError, match="holds the client of a codec, this needs its server"):
+        load_server(halves["client"])
+    with pytest.raises(ModelError, match="holds the client alone"):
+        load_model(halves["client"])
+    with pytest.raises(ModelError, match="this needs its server"):
+        save_half(halves["client"].with_name("again"), halves["client"], "server")
+
+
+@pytest.mark.parametrize(
+    ("half", "names"), [("client", ("torchvision", "compressai")), ("server", ("compressai",))]
+)
+def test_a_half_needs_none_of_the_others_packages(
+    half: Half, names: tuple[str, ...], halves: dict[Half, Path]
+) -> None:
+    code = (
+        f"import sys; from mantis_core.checkpoint import load_{half}\n"
+        f"load_{half}({str(halves[half])!r})\n"
+        f"print([name for name in {names!r} if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
+def test_a_half_without_its_tables_or_threshold_is_refused(halves: dict[Half, Path]) -> None:
+    tensors, config, meta = load_folder(halves["client"])
+    for name, message in [("mask_threshold", "lacks mask_threshold"), (None, "no coding tables")]:
+        left = {
+            key: value
+            for key, value in tensors.items()
+            if key != name and (name is not None or "table_cdf" not in key)
+        }
+        save_folder(halves["client"], left, config, meta)
+        with pytest.raises(ModelError, match=message):
+            load_client(halves["client"])

@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy, log_softmax
 
 from mantis_core.build import Problem
 from mantis_core.config import LossTerm
+from mantis_core.errors import ModelError
 from mantis_core.losses import (
     FlatLabels,
     JointDecision,
@@ -26,7 +27,6 @@ from mantis_core.losses import (
     weighted_terms,
 )
 from mantis_core.tasks import IGNORE, Batch
-from mantis_core.teacher import ModelError
 
 NOTHING: dict[str, Any] = {"outputs": {}}
 

@@ -22,9 +22,10 @@ from mantis_core.config import (
     TrainingConfig,
 )
 from mantis_core.hits import label_hits
+from mantis_core.preprocessing import normalise
 from mantis_core.recipes import coverage_threshold, rate_weight
 from mantis_core.tasks import Batch
-from mantis_core.teacher import Teacher, normalise
+from mantis_core.teacher import Teacher
 from mantis_core.training import Session
 
 TINY = TeacherConfig(name="resnet18", training=TrainingConfig(epochs=2, batch_size=4))

@@ -13,15 +13,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mantis_core.build import Problem
-from mantis_core.teacher import (
-    Backbone,
-    ModelError,
-    Teacher,
-    flat_teacher,
-    freeze,
-    load_teacher_file,
-    normalise,
-)
+from mantis_core.errors import ModelError
+from mantis_core.preprocessing import normalise
+from mantis_core.teacher import Backbone, Teacher, flat_teacher, freeze, load_teacher_file
 
 INDICES = (5, 900, 17, 3)
 

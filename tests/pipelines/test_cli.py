@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 from pipelines import plan, stages
 from pipelines.__main__ import app
 from pipelines.cli_errors import USER_ERRORS
+from pipelines.cli_models import BATCH
 
 CONFIG = """
 data: {sources: [{kind: shapes, train_rows: 20, val_rows: 10}]}
@@ -137,7 +138,8 @@ def test_a_dry_run_tells_what_would_run_and_writes_nothing(config: Path) -> None
         (("report", "--root", "empty"), "there are no runs in"),
         (("models",), "there are no runs in"),
         (("encode", "nomodel", "a.png", "-o", "a.mts"), "nomodel is no model folder"),
-        (("encode", "m", "a.png", "b.png", "-o", "a.mts"), "a stream holds one: give a folder"),
+        (("encode", "m", "x/a.png", "a.png", "-o", "out"), "two images have one name"),
+        (("encode", "m", "a.png", "-o", "tiny.yaml"), "tiny.yaml is a file; give OUT.mts"),
         (("decode", "m", "nowhere.mts"), "cannot read nowhere.mts"),
         (("info", "tiny.yaml"), "stream"),
         (("run",), "--config"),
@@ -241,9 +243,10 @@ def test_an_image_is_encoded_described_and_decoded(codec: Path, tmp_path: Path) 
     (entry,) = json.loads(encoded.stdout)["streams"]
     assert entry["wire_bytes"] == stream.stat().st_size
     described = json.loads(mantis("info", stream, "--json").stdout)
-    assert described["checksum_ok"] is True
-    answer = json.loads(mantis("decode", codec, stream, "--json").stdout)
-    assert answer["wire_bytes"] == entry["wire_bytes"]
+    assert (described["images"], described["input_shape"]) == (1, None)
+    decoded = json.loads(mantis("decode", codec, stream, "--json").stdout)
+    (answer,) = decoded["images"]
+    assert answer["wire_bytes"] == decoded["wire_bytes"] == entry["wire_bytes"]
     assert answer["class_name"] in ("a", "b", "c", "d")
     assert f"class: {answer['class_name']}" in mantis("decode", codec, stream).stdout
     stream.write_bytes(stream.read_bytes()[:-1])
@@ -263,11 +266,37 @@ def test_several_images_go_to_a_folder_and_a_task_can_be_asked_for(
     done = mantis("encode", codec, *images, "-o", folder, "--task", "two")
     assert done.exit_code == 0, done.output
     assert sorted(path.name for path in folder.iterdir()) == ["first.mts", "second.mts"]
-    answer = json.loads(mantis("decode", codec, folder / "first.mts", "--json").stdout)
-    assert answer["tasks"] == ["two"]
+    decoded = json.loads(mantis("decode", codec, folder / "first.mts", "--json").stdout)
+    assert [answer["tasks"] for answer in decoded["images"]] == [["two"]]
     unknown = mantis("encode", codec, *images, "-o", folder, "--task", "three")
     assert unknown.exit_code == 2
     assert "this model has one, two" in unknown.stderr
+
+
+def test_several_images_go_into_one_stream_that_a_server_alone_answers(
+    codec: Path, tmp_path: Path
+) -> None:
+    from mantis_core.checkpoint import save_half
+
+    for half in ("client", "server"):
+        save_half(tmp_path / half, codec, half)  # type: ignore[arg-type]
+    images = []
+    for number in range(BATCH + 1):
+        images.append(tmp_path / f"{number}.png")
+        Image.effect_noise((32, 32), 60).convert("RGB").save(images[-1])
+    stream = tmp_path / "all.mts"
+    done = mantis("encode", tmp_path / "client", *images, "-o", stream)
+    assert done.exit_code == 0, done.output
+    assert "an image" in done.stdout
+    assert f"images: {len(images)}" in mantis("info", stream).stdout
+    decoded = json.loads(mantis("decode", tmp_path / "server", stream, "--json").stdout)
+    assert len(decoded["images"]) == len(images)
+    total = sum(answer["wire_bytes"] for answer in decoded["images"])
+    assert total == pytest.approx(stream.stat().st_size)
+    assert f"image 2 of {len(images)}" in mantis("decode", codec, stream).stdout
+    wrong = mantis("decode", tmp_path / "client", stream)
+    assert wrong.exit_code == 2
+    assert "a server decodes" in wrong.stderr
 
 
 def test_what_is_no_image_is_named(codec: Path, config: Path, tmp_path: Path) -> None:

@@ -79,13 +79,16 @@ def test_scoring_the_registered_model_gives_the_chains_own_figures(finished):
 def test_the_registered_model_codes_an_image_file(finished):
     folder, _, _ = finished
     image = next((folder / "images/val/n02123045").iterdir())
-    model = "models:/mantis@candidate"
-    mantis("encode", model, str(image), "-o", "one.mts", folder=folder)
-    answer = last_json(mantis("decode", model, "one.mts", "--json", folder=folder))
-    assert answer["wire_bytes"] == (folder / "one.mts").stat().st_size
+    client, server = (f"models:/mantis-{half}@candidate" for half in ("client", "server"))
+    mantis("encode", client, str(image), "-o", "one.mts", folder=folder)
+    decoded = last_json(mantis("decode", server, "one.mts", "--json", folder=folder))
+    assert decoded["wire_bytes"] == (folder / "one.mts").stat().st_size
+    (answer,) = decoded["images"]
     assert 0 <= answer["class_index"] < len(CLASSES)
+    whole = "models:/mantis@candidate"
+    assert last_json(mantis("decode", whole, "one.mts", "--json", folder=folder)) == decoded
     damaged = bytearray((folder / "one.mts").read_bytes())
     damaged[-6] ^= 1
     (folder / "damaged.mts").write_bytes(damaged)
-    refused = mantis("decode", model, "damaged.mts", folder=folder, code=2)
+    refused = mantis("decode", server, "damaged.mts", folder=folder, code=2)
     assert len(refused.stderr.strip().splitlines()) == 1

@@ -16,7 +16,7 @@ from mlflow.exceptions import MlflowException
 from PIL import Image
 
 from mantis_core.build import Problem, model_spec, new_teacher
-from mantis_core.checkpoint import save_model
+from mantis_core.checkpoint import load_client, load_folder, save_model
 from mantis_core.config import (
     ConditioningConfig,
     DecoderConfig,
@@ -54,17 +54,22 @@ def audit(event, arguments):
 sys.addaudithook(audit)
 mlflow.set_tracking_uri(sys.argv[1])
 using = True
-model = mlflow.pyfunc.load_model("models:/mantis@candidate")
-images = [open(path, "rb").read() for path in sys.argv[2:]]
-answers = model.predict(pandas.DataFrame({"image": images}))
+images = pandas.DataFrame({"image": [open(path, "rb").read() for path in sys.argv[3:]]})
+if sys.argv[2] == "whole":
+    answers = mlflow.pyfunc.load_model("models:/mantis@candidate").predict(images)
+else:
+    streams = mlflow.pyfunc.load_model("models:/mantis-client@candidate").predict(images)
+    server = mlflow.pyfunc.load_model("models:/mantis-server@candidate")
+    answers = server.predict(streams[["stream"]])
+    assert list(streams["wire_bytes"]) == list(answers["wire_bytes"])
 using = False
 code = sys.modules["mantis_core.checkpoint"].__file__
 print(json.dumps({"unpickled": found, "code": code, "rows": answers.to_dict("records")}))
 """
 
 
-@pytest.fixture
-def codec(tmp_path) -> Path:
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
     """The checkpoint of a real codec of two tasks, untrained."""
     torch.manual_seed(0)
     tasks = (
@@ -83,18 +88,8 @@ def codec(tmp_path) -> Path:
     )
     model = Mantis(model_spec(config, teacher, problem))
     model.finish()
-    folder = tmp_path / "codec"
+    folder = tmp_path_factory.mktemp("codec") / "model"
     save_model(folder, model, {"step": 0})
-    return folder
-
-
-@pytest.fixture
-def checkpoint(tmp_path) -> Path:
-    """The files of a checkpoint that nobody loads."""
-    folder = tmp_path / "checkpoint"
-    folder.mkdir()
-    for name in registry.CHECKPOINT_FILES:
-        (folder / name).write_text(f"content of {name}")
     return folder
 
 
@@ -160,17 +155,15 @@ def image_file(path: Path, colour: str) -> Path:
     return path
 
 
-def test_the_candidate_answers_in_a_fresh_process_and_nothing_is_unpickled(
-    tracker, tmp_path, codec
-):
-    chain = Chain(tracker, tmp_path / "runs", codec)
+@pytest.mark.parametrize("parts", ["whole", "halves"])
+def test_the_candidate_answers_in_a_fresh_process_and_nothing_is_unpickled(chain, tmp_path, parts):
     assert chain.register() == {"model": "models:/mantis/1", "version": "1"}
     images = [image_file(tmp_path / f"{name}.jpg", name) for name in ("red", "blue")]
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     python = [sys.executable, "-W", "ignore", "-c", LOAD_IN_A_FRESH_PROCESS]
     done = subprocess.run(
-        [*python, chain.tracker.location.uri, *map(str, images)],
+        [*python, chain.tracker.location.uri, parts, *map(str, images)],
         cwd=elsewhere,
         capture_output=True,
         text=True,
@@ -199,11 +192,15 @@ def test_the_stored_model_holds_no_pickle_and_no_path_of_this_machine(chain, tmp
     assert not [
         file for file in texts if str(Path(model_package.__file__).parent) in file.read_text()
     ]
-    model = yaml.safe_load(next(file for file in files if file.name == "MLmodel").read_text())
-    assert model["flavors"]["python_function"]["model_code_path"] == "mlflow_model.py"
+    models = [yaml.safe_load(file.read_text()) for file in files if file.name == "MLmodel"]
+    assert {model["flavors"]["python_function"]["model_code_path"] for model in models} == {
+        "mlflow_model.py",
+        "mlflow_client.py",
+        "mlflow_server.py",
+    }
 
 
-def test_a_version_is_tagged_with_its_figures_and_sources(chain):
+def test_a_version_is_tagged_with_its_figures_and_sources(chain, checkpoint):
     chain.register()
     [version] = models(chain.tracker)
     assert version["aliases"] == ["candidate"]
@@ -213,6 +210,10 @@ def test_a_version_is_tagged_with_its_figures_and_sources(chain):
     assert version["tasks"] == "animals, vehicles"
     assert (version["stage_key"], version["data_key"]) == ("stage2-a", "prepare-a")
     assert version["run_id"] == chain.tracker.stage_run_id("stage2-a")
+    described = load_client(checkpoint).describe()
+    assert version["client_bytes"] == described["client_bytes"] > 0
+    assert version["client_macs"] == described["client_macs"] > 0
+    assert version["model_id"] == load_client(checkpoint).model_id.hex()
 
 
 def test_the_same_weights_are_registered_once_and_the_figures_follow(chain):
@@ -240,6 +241,19 @@ def test_candidate_moves_to_new_weights_and_champion_only_when_promoted(
     assert [v["version"] for v in models(tracker, min_top1=0.8)] == ["2"]
     assert models(tracker, max_bpp=0.6, min_top1=0.8) == []
     assert promote(tracker, "2")["aliases"] == ["candidate", "champion"]
+    for name in registry.NAMES.values():
+        for alias in ("candidate", "champion"):
+            found = tracker.client.get_model_version_by_alias(name, alias)
+            assert str(found.version) == "2"
+
+
+def test_a_half_that_was_lost_is_registered_again_beside_the_same_whole(chain, tracker):
+    first = chain.register()
+    tracker.client.delete_registered_model("mantis-server")
+    assert chain.register() == first
+    found = tracker.client.get_model_version_by_alias("mantis-server", "candidate")
+    assert found.tags["mantis.stage_key"] == "stage2-a"
+    assert len(tracker.client.search_model_versions("name = 'mantis-client'")) == 1
 
 
 def test_a_model_is_resolved_to_its_checkpoint_folder(chain, tracker, checkpoint):
@@ -248,6 +262,16 @@ def test_a_model_is_resolved_to_its_checkpoint_folder(chain, tracker, checkpoint
         folder = resolve_model(model, tracker.location.uri)
         weights = (folder / "weights.safetensors").read_bytes()
         assert weights == (checkpoint / "weights.safetensors").read_bytes()
+
+
+def test_each_half_is_a_model_of_its_own_without_the_others_weights(chain, tracker):
+    chain.register()
+    for half, other in (("client", "server."), ("server", "client.")):
+        folder = resolve_model(f"models:/mantis-{half}@candidate", tracker.location.uri)
+        tensors, _, meta = load_folder(folder)
+        assert meta["half"] == half
+        assert any(name.startswith(f"{half}.") for name in tensors)
+        assert not any(name.startswith(other) for name in tensors)
 
 
 @pytest.mark.parametrize(

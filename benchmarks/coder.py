@@ -1,0 +1,145 @@
+"""Our coder beside CompressAI's on the same symbols: throughput, sizes, the arithmetic ideal.
+
+    python -m benchmarks.coder [--pairs 15] [--json]
+
+Both get the latent as a float tensor and give it back as one, on one thread, one image a time, in
+alternating runs. CompressAI codes by the tables it makes of the same density. The last line is one
+JSON object; ratios are CompressAI's time over ours, from the medians.
+"""
+
+import argparse
+import json
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table as RichTable
+
+from mantis_core.coder import TOTAL, Ints, Table, decode_symbols, encode_symbols, to_symbols
+
+warnings.filterwarnings("ignore", category=FutureWarning)  # torch-geometric's, at its import
+
+from mantis_core.bottleneck import Bottleneck  # noqa: E402  (imports CompressAI)
+
+LATENTS = ((16, 8, 8), (16, 16, 16), (48, 28, 28), (24, 55, 55))
+SMALL = LATENTS[0]
+BURST_SECONDS = 0.02  # a timing repeats its call for about this long
+
+
+def trained_bottleneck(channels: int, steps: int = 150) -> tuple[Bottleneck, torch.Tensor]:
+    """A density fitted to Laplace latents, and the scale of each channel (C, 1, 1): 0.1 to 4."""
+    torch.manual_seed(0)
+    bottleneck = Bottleneck(channels, 1, "shared")
+    scales = torch.logspace(-1, 0.6, channels)[:, None, None]
+    optimiser = torch.optim.Adam(bottleneck.parameters(), lr=3e-2)
+    mask, primary = torch.ones(8, 1, dtype=torch.bool), torch.zeros(8, dtype=torch.long)
+    for _ in range(steps):
+        optimiser.zero_grad()
+        bottleneck(draw(scales, (8, channels, 8, 8)), mask, primary).bits.mean().backward()
+        optimiser.step()
+    bottleneck.update_tables()
+    bottleneck.density.update(force=True, update_quantiles=True)
+    return bottleneck.eval(), scales
+
+
+def draw(scales: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """A Laplace latent (..., C, h, w) with a scale a channel."""
+    return torch.distributions.Laplace(0.0, 1.0).sample(shape) * scales
+
+
+def ideal_bytes(symbols: Ints, table: Table) -> float:
+    """-log2 of the integer probabilities of all symbols (C, h, w), escapes with their own code."""
+    bits = 0.0
+    for values, row, offset, length in zip(
+        symbols.reshape(len(symbols), -1), table.cdf, table.offsets, table.lengths, strict=True
+    ):
+        entries = values.astype(np.int64) - offset
+        outside = (entries < 0) | (entries >= length - 1)
+        counts = np.diff(row)[np.where(outside, length - 1, entries)]
+        distance = np.where(entries < 0, -entries, entries - length + 2)[outside]
+        bits += -np.log2(counts / TOTAL).sum() + (2 * np.floor(np.log2(distance)) + 2).sum()
+    return float(bits / 8)
+
+
+def seconds_of(call: Callable[[], object]) -> float:
+    """Mean seconds of one call over a short burst of them."""
+    started = time.perf_counter()
+    count = 0
+    while (spent := time.perf_counter() - started) < BURST_SECONDS or count == 0:
+        call()
+        count += 1
+    return spent / count
+
+
+@torch.no_grad()
+def measure(shape: tuple[int, int, int], pairs: int) -> dict[str, float | str]:
+    """Times and sizes at one latent shape (C, h, w), from `pairs` alternating pairs of runs."""
+    with torch.enable_grad():
+        bottleneck, scales = trained_bottleneck(shape[0])
+    density, table = bottleneck.density, bottleneck.tables().table_for((True,), 0)
+    latent = draw(scales, (1, *shape))
+    symbols = to_symbols(latent[0].numpy())
+    payload, theirs = encode_symbols(symbols, table), density.compress(latent)
+
+    def decode() -> torch.Tensor:
+        return torch.from_numpy(decode_symbols(payload, table, shape)).float()
+
+    assert torch.equal(decode(), density.decompress(theirs, shape[1:])[0])
+    calls: dict[str, Callable[[], object]] = {
+        "encode": lambda: encode_symbols(to_symbols(latent[0].numpy()), table),
+        "compressai_encode": lambda: density.compress(latent),
+        "decode": decode,
+        "compressai_decode": lambda: density.decompress(theirs, shape[1:]),
+    }
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(pairs):
+        for name, call in calls.items():
+            times[name].append(seconds_of(call))
+    median = {name: statistics.median(values) for name, values in times.items()}
+    ideal = ideal_bytes(symbols, table)
+    return {
+        "latent": "x".join(map(str, shape)),
+        "encode_us": round(median["encode"] * 1e6, 1),
+        "decode_us": round(median["decode"] * 1e6, 1),
+        "compressai_encode_us": round(median["compressai_encode"] * 1e6, 1),
+        "compressai_decode_us": round(median["compressai_decode"] * 1e6, 1),
+        "encode_ratio": round(median["compressai_encode"] / median["encode"], 2),
+        "decode_ratio": round(median["compressai_decode"] / median["decode"], 2),
+        "payload_bytes": len(payload),
+        "compressai_bytes": len(theirs[0]),
+        "ideal_bytes": round(ideal, 2),
+        "over_ideal_bytes": round(len(payload) - ideal, 2),
+    }
+
+
+def main() -> None:
+    """Measures all latents, prints a table and, last, one JSON object."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--pairs", type=int, default=15, help="alternating pairs of runs")
+    parser.add_argument("--json", action="store_true", help="the JSON object alone")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    rows = [measure(shape, arguments.pairs) for shape in LATENTS]
+    if not arguments.json:
+        shown = RichTable(*rows[0])
+        for row in rows:
+            shown.add_row(*map(str, row.values()))
+        Console(stderr=True).print(shown)
+    small, large = rows[0], rows[1:]
+    result = {
+        "encode_ratio": min(row["encode_ratio"] for row in large),
+        "decode_ratio": min(row["decode_ratio"] for row in large),
+        "small_encode_ratio": small["encode_ratio"],
+        "small_decode_ratio": small["decode_ratio"],
+        "payload_over_ideal_bytes": max(row["over_ideal_bytes"] for row in rows),
+        "latents": rows,
+    }
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,28 @@
+"""Running a module as it is shipped: eval mode, float32, and back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class still:
+    """Context in which a module is in eval mode without autocast, float32."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.was_training = module.training
+        device = next(module.parameters()).device.type
+        self.autocast = torch.autocast(device, enabled=False)
+
+    def __enter__(self) -> None:
+        if self.was_training:
+            self.module.eval()
+        self.autocast.__enter__()  # type: ignore[no-untyped-call]
+
+    def __exit__(self, *error: Any) -> None:
+        self.autocast.__exit__(*error)
+        if self.was_training:
+            self.module.train()

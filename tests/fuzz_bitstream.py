@@ -1,0 +1,225 @@
+"""A bounded, seeded fuzzer of the stream reader: `make fuzz N=1000000`, a small run in the suite.
+
+Every input is refused with a BitstreamError or decoded within the model's caps. What is accepted
+without a checksum made for it must be one of the streams that were written. Counts what it fed,
+refused and accepted, and the CPU time and memory that the worst input took.
+"""
+
+import argparse
+import faulthandler
+import json
+import resource
+import sys
+import time
+import tracemalloc
+import zlib
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+from rich.console import Console
+from rich.progress import track
+
+from mantis_core.bitstream import BitstreamError, StreamSpec
+from mantis_core.coder import Prior, TableSet
+from mantis_core.wire import read_stream, write_stream
+from tests.golden.cases import random_image, random_tables
+
+LIMIT_SECONDS = 0.05
+LIMIT_BYTES = 32 * 2**20
+STREAMS_A_MODEL = 40
+HEADER = 7  # magic, version and flags, model id
+
+
+@dataclass(frozen=True)
+class Model:
+    """What a reader knows, and streams that were written for it."""
+
+    tables: TableSet
+    spec: StreamSpec
+    streams: tuple[bytes, ...]
+
+
+@dataclass
+class Tally:
+    """What a run has seen. `wrongly_accepted` and `beyond_limits` must stay empty."""
+
+    by_kind: Counter[str] = field(default_factory=Counter)
+    refused: Counter[str] = field(default_factory=Counter)
+    accepted: Counter[str] = field(default_factory=Counter)
+    wrongly_accepted: list[str] = field(default_factory=list)
+    beyond_limits: list[str] = field(default_factory=list)
+    slowest_seconds: float = 0.0
+    largest_bytes: int = 0
+
+
+def make_model(prior: Prior, tasks: int, channels: int, size: int, seed: int) -> Model:
+    """A model of `size` pixels square with its streams: single, of another shape, several."""
+    tables = random_tables(prior, 1 if prior == "shared" else tasks, channels, seed)
+    spec = StreamSpec(
+        seed.to_bytes(4, "big"),
+        tasks,
+        (size, size),
+        channels,
+        8,
+        max_pixels=16 * size * size,
+        max_total_pixels=256 * size * size,
+    )
+    streams = []
+    for number in range(STREAMS_A_MODEL):
+        count = 1 if number % 4 else 1 + number % 5
+        shape = (size, size) if number % 3 else (size + 8, size)
+        latent = spec.latent_shape(shape)
+        levels = bool(number % 2)
+        images = [
+            random_image(tasks, latent, levels=levels, seed=1000 * number + i, reach=2 + number % 9)
+            for i in range(count)
+        ]
+        streams.append(write_stream(images, shape, tables, spec).data)
+    return Model(tables, spec, tuple(streams))
+
+
+def models() -> list[Model]:
+    """Every prior; one task and many; 120 streams in all."""
+    return [
+        make_model("primary", 10, 6, 32, 1),
+        make_model("per_task", 5, 3, 16, 2),
+        make_model("shared", 1, 2, 16, 3),
+    ]
+
+
+def thorough(model: Model) -> Iterator[tuple[str, bytes]]:
+    """Each stream with each bit flipped, cut at each byte, and with a byte appended."""
+    for data in model.streams:
+        for bit in range(8 * len(data)):
+            damaged = bytearray(data)
+            damaged[bit // 8] ^= 1 << bit % 8
+            yield "flip", bytes(damaged)
+        for length in range(len(data)):
+            yield "cut", data[:length]
+        for extra in (0, 1, 255):
+            yield "appended", data + bytes([extra])
+
+
+def random_inputs(model: Model, rng: np.random.Generator) -> Iterator[tuple[str, bytes]]:
+    """Without end: splices, noise, several flips, and forgeries under a right checksum."""
+    while True:
+        one, two = (model.streams[i] for i in rng.integers(len(model.streams), size=2))
+        yield "splice", one[: rng.integers(len(one))] + two[rng.integers(len(two)) :]
+        yield "noise", rng.bytes(int(rng.integers(0, 120)))
+        damaged = bytearray(one)
+        for position in rng.integers(len(one), size=rng.integers(2, 6)):
+            damaged[position] = rng.integers(256)
+        yield "bytes changed", bytes(damaged)
+        flags = int(rng.integers(16))
+        start = one[:2] + bytes([0x10 | flags]) + model.spec.model_id
+        lengths = b"".join(_varint(rng) for _ in range(int(rng.integers(0, 4))))
+        yield "forged header", _sealed(start + lengths + one[HEADER:-4])
+        yield "forged noise", _sealed(start + lengths + rng.bytes(int(rng.integers(0, 80))))
+        body = bytearray(one[:-4])
+        for position in rng.integers(HEADER, len(body), size=rng.integers(1, 4)):
+            body[position] ^= 1 << int(rng.integers(8))
+        yield "forged body", _sealed(bytes(body))
+        cut = int(rng.integers(HEADER, len(one) - 4))
+        yield "forged cut", _sealed(one[:cut])
+        yield "forged splice", _sealed(one[:cut] + two[HEADER:-4])
+        zeros = bytes([0xFF * int(rng.integers(2))]) * int(rng.integers(0, 400))
+        yield "forged run", _sealed(start + lengths + zeros)
+
+
+def run(count: int, seed: int = 0, *, show_progress: bool = False) -> Tally:
+    """Feeds at least `count` inputs, or all flips and cuts if these are more.
+
+    Any exception but BitstreamError ends it, as does an input that takes ten seconds.
+    """
+    tally = Tally()
+    rng = np.random.default_rng(seed)
+    known = models()
+    fed = 0
+    for model in known:
+        written = set(model.streams)
+        for kind, data in thorough(model):
+            _feed(model, written, kind, data, tally)
+            fed += 1
+    endless = [(model, set(model.streams), random_inputs(model, rng)) for model in known]
+    steps = range(max(0, count - fed))
+    shown = track(steps, console=Console(stderr=True)) if show_progress else steps
+    for step in shown:
+        model, written, inputs = endless[step % len(endless)]
+        kind, data = next(inputs)
+        _feed(model, written, kind, data, tally)
+    return tally
+
+
+def _feed(model: Model, written: set[bytes], kind: str, data: bytes, tally: Tally) -> None:
+    tally.by_kind[kind] += 1
+    measured = sum(tally.by_kind.values()) % 100 == 0  # tracing slows what it measures
+    faulthandler.dump_traceback_later(10, exit=True)
+    if measured:
+        tracemalloc.start()
+    started = time.thread_time()
+    try:
+        found = read_stream(data, model.tables, model.spec)
+    except BitstreamError as error:
+        tally.refused[error.reason] += 1
+        found = None
+    seconds = time.thread_time() - started
+    if measured:
+        tally.largest_bytes = max(tally.largest_bytes, tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    faulthandler.cancel_dump_traceback_later()
+    if not measured:
+        tally.slowest_seconds = max(tally.slowest_seconds, seconds)
+    if found is not None:
+        tally.accepted[kind] += 1
+        again = write_stream(found.images, found.input_shape, model.tables, model.spec).data
+        if again != data or (not kind.startswith("forged") and data not in written):
+            tally.wrongly_accepted.append(f"{kind}: {data.hex()}")
+    if tally.largest_bytes > LIMIT_BYTES or (not measured and seconds > LIMIT_SECONDS):
+        tally.beyond_limits.append(f"{kind}: {seconds:.3f} s: {data.hex()}")
+
+
+def _varint(rng: np.random.Generator) -> bytes:
+    value = int(rng.integers(2 ** int(rng.integers(1, 36))))
+    out = bytearray()
+    while value >= 0x80:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    return bytes([*out, value])
+
+
+def _sealed(body: bytes) -> bytes:
+    return body + zlib.crc32(body).to_bytes(4, "big")
+
+
+def main() -> int:
+    """Prints one JSON object; exit code 1 if anything was believed wrongly or broke a limit."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("count", type=int, help="inputs to feed")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    models()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    tally = run(arguments.count, arguments.seed, show_progress=True)
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    result = {
+        "inputs": sum(tally.by_kind.values()),
+        "streams": STREAMS_A_MODEL * len(models()),
+        "by_kind": dict(tally.by_kind),
+        "refused": dict(tally.refused),
+        "accepted": dict(tally.accepted),
+        "wrongly_accepted": len(tally.wrongly_accepted),
+        "beyond_limits": len(tally.beyond_limits),
+        "slowest_cpu_seconds": round(tally.slowest_seconds, 4),
+        "largest_traced_bytes": tally.largest_bytes,
+        "process_grew_by_bytes": grown * 1024,
+    }
+    for line in [*tally.wrongly_accepted[:5], *tally.beyond_limits[:5]]:
+        print(line, file=sys.stderr)
+    print(json.dumps(result))
+    return 1 if tally.wrongly_accepted or tally.beyond_limits or grown * 1024 > LIMIT_BYTES else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,35 @@
+"""A small run of the fuzzer, and a proof that it would notice what it looks for."""
+
+import pytest
+
+from mantis_core.wire import Unpacked
+from tests import fuzz_bitstream
+
+
+@pytest.fixture
+def few_streams(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fuzz_bitstream, "STREAMS_A_MODEL", 4)
+
+
+@pytest.mark.usefixtures("few_streams")
+def test_every_input_is_refused_or_is_what_it_decodes_to() -> None:
+    tally = fuzz_bitstream.run(20_000, seed=1)
+    assert sum(tally.by_kind.values()) >= 20_000
+    assert tally.wrongly_accepted == []
+    assert tally.largest_bytes <= fuzz_bitstream.LIMIT_BYTES
+    assert {"flip", "cut", "splice", "noise", "forged body", "forged header"} <= set(tally.by_kind)
+    assert set(tally.refused) >= {"not_a_stream", "truncated", "corrupt", "version", "too_large"}
+    assert sum(tally.accepted.values()) > 0
+
+
+@pytest.mark.usefixtures("few_streams")
+def test_a_reader_that_believes_damage_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = fuzz_bitstream.models()[0]
+    honest = fuzz_bitstream.read_stream(model.streams[1], model.tables, model.spec)
+
+    def gullible(*_: object) -> Unpacked:
+        return honest
+
+    monkeypatch.setattr(fuzz_bitstream, "models", lambda: [model])
+    monkeypatch.setattr(fuzz_bitstream, "read_stream", gullible)
+    assert fuzz_bitstream.run(0).wrongly_accepted
