@@ -3,21 +3,34 @@
 from __future__ import annotations
 
 import fnmatch
+import io
 import json
 import posixpath
 from collections.abc import Iterator
 from typing import Any, Literal
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from PIL import Image
 from pyarrow import fs
-from pydantic import Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from data_prep.imagenet import imagenet_wnids
 from data_prep.source_base import DataError, RawRow, SourceConfig, missing, references
 from data_prep.storage import filesystem, join
 
 READ_ROWS = 64
+
+
+class Presence(BaseModel):
+    """An image-level class read off a mask: `name` where enough pixels have the value."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    mask: str  # a key of mask_columns
+    value: int = Field(ge=0, le=255)
+    min_pixels: int = Field(default=1, ge=1)
 
 
 class ParquetFiles(SourceConfig):
@@ -30,6 +43,18 @@ class ParquetFiles(SourceConfig):
     class_ids: Literal["imagenet"] | dict[str, str] | None = None  # label -> class id;
     # "imagenet" maps 0..999 to WordNet ids; without it a label stands for itself
     mask_columns: dict[str, str] = Field(default={})  # mask name -> column of masks
+    presence: dict[str, Presence] = Field(default={})  # class "<name>" or "no <name>" off a mask;
+    # masks are read once while listing
+
+    @model_validator(mode="after")
+    def _presence_names_masks(self) -> ParquetFiles:
+        for name, found in self.presence.items():
+            if found.mask not in self.mask_columns:
+                raise ValueError(
+                    f"presence.{name}.mask: {found.mask!r} is no key of mask_columns "
+                    f"({', '.join(self.mask_columns) or 'none'})"
+                )
+        return self
 
     @property
     def mask_names(self) -> tuple[str, ...]:
@@ -62,7 +87,9 @@ class ParquetFiles(SourceConfig):
                     for index in range(footer.num_row_groups)
                 ]
             yield f"{path}\t{size}\t{groups}"
-        yield json.dumps([self.image, self.class_column, self.class_ids, self.mask_columns])
+        presence = {name: found.model_dump() for name, found in self.presence.items()}
+        read = [self.image, self.class_column, self.class_ids, self.mask_columns]
+        yield json.dumps([*read, presence] if presence else read)
 
     def files(self, root: str, split: str) -> list[tuple[str, int]]:
         """(path below self.path, bytes) of the split's files, sorted; DataError if none match."""
@@ -90,15 +117,38 @@ class ParquetFiles(SourceConfig):
                 labels: list[Any] = [None] * sum(sizes)
             else:
                 labels = file.read([self.class_column])[self.class_column].to_pylist()
+            seen = self._presence(file)
         positions = [index for index, size in enumerate(sizes) for _ in range(size)]
         rows = [row for size in sizes for row in range(size)]
         return references(
             [f"{path}:{number}" for number in range(len(labels))],
-            [self._class_ids(label, where) for label in labels],
+            [
+                self._class_ids(label, where) + present
+                for label, present in zip(labels, seen or [[]] * len(labels), strict=True)
+            ],
             [path] * len(labels),
             positions,
             rows,
         )
+
+    def _presence(self, file: pq.ParquetFile) -> list[list[str]]:
+        """For each row the classes that its masks show; [] if none are asked for."""
+        if not self.presence:
+            return []
+        columns = sorted({self.mask_columns[found.mask] for found in self.presence.values()})
+        rows = []
+        for batch in file.iter_batches(READ_ROWS, columns=columns):
+            for row in batch.to_pylist():
+                counts = {column: _value_counts(_encoded(row[column])) for column in columns}
+                rows.append(
+                    [
+                        name
+                        if counts[self.mask_columns[found.mask]][found.value] >= found.min_pixels
+                        else f"no {name}"
+                        for name, found in self.presence.items()
+                    ]
+                )
+        return rows
 
     def _class_ids(self, label: Any, where: str) -> list[str]:
         if label is None:
@@ -183,6 +233,15 @@ def _need_columns(source: ParquetFiles, where: str, schema: pa.Schema) -> None:
             f"{where} has no column '{absent[0]}'; it has {', '.join(schema.names)}. "
             f"Set image, class_column or mask_columns of source '{source.source_name}'"
         )
+
+
+def _value_counts(mask: bytes | None) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """How many pixels of an encoded mask have each value 0 to 255; none if it cannot be read."""
+    try:
+        with Image.open(io.BytesIO(mask or b"")) as image:
+            return np.bincount(np.asarray(image.convert("L")).ravel(), minlength=256)
+    except (OSError, ValueError):  # the row is listed, and refused when it is prepared
+        return np.zeros(256, np.int64)
 
 
 def _encoded(value: Any) -> bytes | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from mantis_core.client import STRIDE
 from mantis_core.config import IndividualConfig, ModelConfig, Stage1Config, Stage2Config
 from mantis_core.config import TeacherConfig as TeacherConfig
+from mantis_core.errors import ModelError
 from mantis_core.model import Mantis
 from mantis_core.recipes import (
     IndividualRecipe,
@@ -24,7 +25,7 @@ from mantis_core.recipes import (
 from mantis_core.server import ClassificationTail
 from mantis_core.spec import ModelSpec
 from mantis_core.tasks import TaskSpec
-from mantis_core.teacher import Teacher, flat_teacher, load_teacher_file
+from mantis_core.teacher import Teacher, flat_teacher, load_backbone, load_teacher_file
 
 
 @dataclass(frozen=True)
@@ -80,9 +81,12 @@ def ready_teacher(
 
 
 def teacher_recipe(config: TeacherConfig, problem: Problem, *, seed: int) -> Recipe:
-    """Stage `teacher`, from random weights."""
+    """Stage `teacher`, from random weights or from the backbone in `config.start`."""
     torch.manual_seed(seed)
-    return TeacherRecipe(new_teacher(config, problem), config)
+    teacher = new_teacher(config, problem)
+    if config.start is not None:
+        load_backbone(teacher, load_teacher_file(config.start))
+    return TeacherRecipe(teacher, config)
 
 
 def stage1_recipe(
@@ -111,8 +115,13 @@ def stage2_recipe(
     *,
     seed: int,
 ) -> Recipe:
-    """Stage 2: the whole codec, from stage 1's weights and the teacher's tail and rows."""
+    """Stage 2: the whole codec, from stage 1's weights and the teacher's tail and rows.
+
+    Raises ModelError where one task of all classes is asked for and images have no single class.
+    """
     torch.manual_seed(seed)
+    if model.single_task:
+        problem = one_task(problem)
     codec = Mantis(
         model_spec(model, teacher, problem), trunk=teacher.backbone.tail_after(teacher.split)
     )
@@ -147,8 +156,23 @@ def model_spec(model: ModelConfig, teacher: Teacher, problem: Problem) -> ModelS
     )
 
 
+def one_task(problem: Problem) -> Problem:
+    """The problem with all its classes as one task. ModelError if images have no single class."""
+    if not problem.single_class:
+        raise ModelError(
+            "model.single_task needs images of one class each; this data has images of several "
+            "tasks: leave out the baseline `student`"
+        )
+    labels = tuple(problem.class_names)
+    every = TaskSpec("all", "classification", len(labels), tuple(range(len(labels))), labels)
+    return replace(problem, tasks=(every,))
+
+
 def start_from_stage1(model: Mantis, stage1: Mapping[str, Tensor]) -> None:
-    """Loads stem, encoder, detector, density (every row alike) and decoder of stage 1."""
+    """Loads stem, encoder, detector, density (every row alike) and decoder of stage 1.
+
+    A detector of another number of tasks keeps its own last layer.
+    """
     own = model.state_dict()
     start: dict[str, Tensor] = {}
     for name, value in stage1.items():
@@ -164,7 +188,7 @@ def start_from_stage1(model: Mantis, stage1: Mapping[str, Tensor]) -> None:
         name
         for name in own
         if name.startswith(("client.stem", "client.encoder", "server.decoder.", "client.detector"))
-        and name not in start
+        and (name not in start and own[name].shape[:1] != (len(model.spec.tasks),))
     ]
     assert not missing, f"stage 1 lacks {missing[:3]}"
     model.load_state_dict({**own, **start})

@@ -5,6 +5,8 @@ Shapes: B batch, K tasks, C latent channels, H W input pixels, h w = H/8, W/8 la
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -152,3 +154,21 @@ def select_mask(probabilities: Tensor, threshold: Tensor | float, max_active: in
 def primary_task(probabilities: Tensor, mask: Tensor) -> Tensor:
     """Index (B,) of the most probable task among the active ones, p and mask being (B, K)."""
     return probabilities.masked_fill(~mask, -1.0).argmax(dim=1)
+
+
+def coverage_threshold(
+    probabilities: Tensor, truth: Tensor, coverage: float, *, limit: int
+) -> float:
+    """The highest threshold, at most 0.5, that keeps the share `coverage` of the true tasks.
+
+    Both are (N, K). An image's most probable task is kept whatever the threshold, and none beyond
+    its `limit` most probable: only true tasks between them can be won by a lower threshold.
+    """
+    order = probabilities.argsort(dim=1, descending=True).argsort(dim=1)
+    sure = int((truth & (order == 0)).sum())
+    needed = math.ceil(coverage * int(truth.sum())) - sure
+    others = probabilities[truth & (order > 0) & (order < limit)].sort(descending=True).values
+    if needed <= 0 or len(others) == 0:
+        return 0.5
+    lowest = float(others[min(needed, len(others)) - 1])
+    return min(0.5, lowest * (1 - 1e-6))

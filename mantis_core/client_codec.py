@@ -19,7 +19,7 @@ from mantis_core.answer import Encoded
 from mantis_core.client import Client, primary_task, select_mask
 from mantis_core.coder import TableSet, to_symbols
 from mantis_core.errors import ModelError
-from mantis_core.inference import still
+from mantis_core.inference import one_thread, still
 from mantis_core.preprocessing import normalise, prepare_image
 from mantis_core.spec import ModelSpec
 from mantis_core.task_field import TaskField, quantise_log2
@@ -95,18 +95,23 @@ class ClientCodec:
     def look(self, images: Tensor, tasks: Sequence[str] | Tensor | None = None) -> Iterator[Seen]:
         """The task field and symbols of each of `images`; arguments and errors as `encode`.
 
-        On a CPU each image passes the network alone: what is sent of it must not depend on the
-        images beside it, and kernels round differently for other batch sizes.
+        On a CPU each image passes the network alone and on one thread: what is sent of it must not
+        depend on the images beside it or on the machine's cores, and kernels round differently for
+        other batch sizes and numbers of threads.
         """
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
             raise ModelError(
                 f"images are {images.dtype} {tuple(images.shape)}; allowed: uint8 (B, 3, H, W)"
             )
         asked = self._asked(tasks, len(images), images.device)
-        step = 1 if images.device.type == "cpu" else len(images)
-        for start in range(0, len(images), step):
-            rows = slice(start, start + step)
-            yield from self._look(images[rows], None if asked is None else asked[rows])
+        if images.device.type != "cpu":
+            yield from self._look(images, asked)
+            return
+        for row in range(len(images)):
+            own = slice(row, row + 1)
+            with one_thread():
+                seen = list(self._look(images[own], None if asked is None else asked[own]))
+            yield from seen
 
     def prepare_image(self, data: bytes) -> Tensor:
         """An image file's bytes to uint8 (3, H, W) as in evaluation: short side, centre crop."""

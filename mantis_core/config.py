@@ -78,6 +78,11 @@ class TeacherConfig(Section):
     weights: str = Field(
         default="pretrained", description="train | pretrained | a local .safetensors or .pth file"
     )
+    start: str | None = Field(
+        default=None,
+        description="with weights: train, a file of this network's weights from other data to "
+        "begin with; its classifier is not used",
+    )
     split: str = Field(default="layer2", description="layer whose output the decoder reconstructs")
     training: TrainingConfig = TrainingConfig(
         epochs=12, optim=OptimConfig(kind="sgd", lr=0.1, weight_decay=5e-4), ema_decay=0.0
@@ -138,6 +143,10 @@ class ModelConfig(Section):
         gt=0,
         le=1,
         description="share of true tasks the calibrated mask threshold must keep",
+    )
+    single_task: bool = Field(
+        default=False,
+        description="one task of all classes, nothing to detect: the entropic-student baseline",
     )
     max_active_tasks: int = Field(
         default=4, ge=1, description="mask size at which a detected mask is cut"

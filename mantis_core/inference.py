@@ -1,4 +1,4 @@
-"""Running a module as it is shipped: eval mode, float32, and back."""
+"""Running a module as it is shipped: eval mode, float32, one result whatever the threads."""
 
 from __future__ import annotations
 
@@ -26,3 +26,14 @@ class still:
         self.autocast.__exit__(*error)
         if self.was_training:
             self.module.train()
+
+
+class one_thread:
+    """Context in which torch computes on one CPU thread: kernels round differently with more."""
+
+    def __enter__(self) -> None:
+        self.threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+
+    def __exit__(self, *error: Any) -> None:
+        torch.set_num_threads(self.threads)

@@ -117,10 +117,7 @@ class TaskLosses(nn.Module):
                 others = ~batch.task_mask[:, k]
                 total = total + self.not_mine * _mean_over(-output[:, -1], others)
             else:
-                truth = batch.segmentation[task.name].long()
-                valid = (truth != IGNORE) & active[:, None, None]
-                pixel = cross_entropy(output, truth.masked_fill(~valid, 0), reduction="none")
-                total = total + _mean_over(pixel, valid)
+                total = total + _pixel_loss(output, batch.segmentation[task.name], active)
         return total
 
 
@@ -194,10 +191,7 @@ class FlatLabels(nn.Module):
                 )
                 total = total + _mean_over(loss, active)
             else:
-                truth = batch.segmentation[task.name].long()
-                valid = (truth != IGNORE) & active[:, None, None]
-                pixel = cross_entropy(output, truth.masked_fill(~valid, 0), reduction="none")
-                total = total + _mean_over(pixel, valid)
+                total = total + _pixel_loss(output, batch.segmentation[task.name], active)
         return total
 
 
@@ -278,6 +272,13 @@ def _wiring(name: str, term: LossTerm, *, split: str, last: str) -> dict[str, An
 
 def _teacher_path(path: str | None, split: str, last: str) -> str:
     return {"@split": split, "@last": last}.get(path or "", path or "")
+
+
+def _pixel_loss(logits: Tensor, truth: Tensor, active: Tensor) -> Tensor:
+    """Mean cross-entropy (B, n, H, W) over labelled pixels (B, H, W) of active images (B,)."""
+    valid = (truth != IGNORE) & active[:, None, None]
+    target = truth.long().masked_fill(~valid, 0)
+    return _mean_over(cross_entropy(logits, target, reduction="none"), valid)
 
 
 def _mean_over(values: Tensor, keep: Tensor) -> Tensor:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from torchdistill.core.forward_hook import ForwardHookManager
 
 from mantis_core.bottleneck import Bottleneck
-from mantis_core.client import Client, primary_task
+from mantis_core.client import Client, coverage_threshold, primary_task
 from mantis_core.config import (
     IndividualConfig,
     LossTerm,
@@ -251,6 +250,7 @@ class Stage2Recipe(Recipe):
         return self
 
     def forward(self, batch: Batch, progress: float) -> StepOutput:
+        batch = self._own(batch)
         images, student = normalise(batch.image), self.student
         teacher_io = self.teach(images)
 
@@ -293,7 +293,7 @@ class Stage2Recipe(Recipe):
             for batch in holdout:
                 _, logits = student.client(normalise(batch.image))
                 found.append(torch.sigmoid(logits.float()))
-                truth.append(batch.task_mask)
+                truth.append(self._own(batch).task_mask)
         limit = student.spec.model.max_active_tasks
         threshold = coverage_threshold(
             gather(torch.cat(found)),
@@ -302,6 +302,10 @@ class Stage2Recipe(Recipe):
             limit=limit,
         )
         student.mask_threshold.fill_(threshold)
+
+    def _own(self, batch: Batch) -> Batch:
+        """The batch with this codec's tasks, which may be one of all classes."""
+        return batch.as_one_task() if self.student.spec.model.single_task else batch
 
     def _condition(
         self, detected: Tensor, batch: Batch, progress: float
@@ -357,24 +361,6 @@ def rate_weight(config: Stage1Config | Stage2Config, progress: float, *, trainin
     if not training or config.rate_ramp_fraction == 0:
         return config.rate_weight
     return config.rate_weight * min(1.0, progress / config.rate_ramp_fraction)
-
-
-def coverage_threshold(
-    probabilities: Tensor, truth: Tensor, coverage: float, *, limit: int
-) -> float:
-    """The highest threshold, at most 0.5, that keeps the share `coverage` of the true tasks.
-
-    Both are (N, K). An image's most probable task is kept whatever the threshold, and none beyond
-    its `limit` most probable: only true tasks between them can be won by a lower threshold.
-    """
-    order = probabilities.argsort(dim=1, descending=True).argsort(dim=1)
-    sure = int((truth & (order == 0)).sum())
-    needed = math.ceil(coverage * int(truth.sum())) - sure
-    others = probabilities[truth & (order > 0) & (order < limit)].sort(descending=True).values
-    if needed <= 0 or len(others) == 0:
-        return 0.5
-    lowest = float(others[min(needed, len(others)) - 1])
-    return min(0.5, lowest * (1 - 1e-6))
 
 
 def _watch(

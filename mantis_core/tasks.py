@@ -6,7 +6,7 @@ Shapes: B batch, K tasks, C channels, H W pixels of the input image.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -54,6 +54,12 @@ class Batch:
 
     def __len__(self) -> int:
         return int(self.image.shape[0])
+
+    def as_one_task(self) -> Batch:
+        """The same images with one task of all classes, active where the image has a class."""
+        return replace(
+            self, labels=self.class_label[:, None], task_mask=self.class_label[:, None] >= 0
+        )
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, Any], device: torch.device | str = "cpu") -> Batch:

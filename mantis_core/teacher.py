@@ -197,16 +197,25 @@ def flat_teacher(
             "classes; they must be equal, or the head have 1000 and every class be a wnid"
         )
     teacher = Teacher(name, split=split, flat_classes=num_classes, image_size=image_size)
-    body = {k: v for k, v in state.items() if k not in (weight_key, bias_key)}
-    body = {k: v for k, v in body.items() if not k.startswith("AuxLogits.")}
+    load_backbone(teacher, state)
+    teacher.flat_head.load_state_dict({"weight": weight, "bias": bias})
+    return teacher
+
+
+def load_backbone(teacher: Teacher, state: Mapping[str, Tensor]) -> None:
+    """Gives the teacher the body of a torchvision state dict, leaving its classifier out.
+
+    Raises ModelError if the weights are another network's.
+    """
+    name = teacher.name
+    heads = _head_keys(name, state)
+    body = {k: v for k, v in state.items() if k not in heads and not k.startswith("AuxLogits.")}
     missing, unexpected = teacher.backbone.net.load_state_dict(body, strict=False)
     if missing or unexpected:
         raise ModelError(
             f"the teacher's weights do not fit {name}: missing {missing[:3]}, "
             f"unexpected {unexpected[:3]}"
         )
-    teacher.flat_head.load_state_dict({"weight": weight, "bias": bias})
-    return teacher
 
 
 def freeze(module: nn.Module) -> nn.Module:

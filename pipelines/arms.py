@@ -23,6 +23,7 @@ from mantis_core.recipes import individual_models
 from mantis_core.tasks import TaskSpec
 from mantis_core.teacher import Teacher
 from pipelines.evaluation import EXAMPLES, ArmSource, Arrays
+from pipelines.image_codecs import IMAGE_CODECS
 from pipelines.problem import problem_of
 from pipelines.settings import Settings
 from pipelines.trainer import CHECKPOINT
@@ -51,7 +52,7 @@ class ArmEvaluator:
         loaded: dict[str, nn.Module] = {}
         for entry in sources:
             source = ArmSource(**entry)
-            key = f"{'codec' if source.kind in CODECS else source.kind}:{source.folder}"
+            key = f"{LOADED_AS[source.kind]}:{source.folder}"
             if key not in loaded:
                 loaded[key] = _load(source, resolved, problem).to(self.device).eval()
             self.arms.append((source, loaded[key]))
@@ -66,7 +67,10 @@ class ArmEvaluator:
         parts = []
         for number, (source, model) in enumerate(self.arms):
             with torch.no_grad():
-                rows = RUNNERS[source.kind](model, images, batch, self.problem)
+                if source.kind in IMAGE_CODECS:
+                    rows = run_image_codec(model, images, batch, self.problem, source)
+                else:
+                    rows = RUNNERS[source.kind](model, images, batch, self.problem)
             rows = {name: values[:count] for name, values in rows.items()}
             rows["arm"] = np.full(count, number)
             parts.append(rows)
@@ -106,6 +110,23 @@ def run_codec(
     return rows
 
 
+def run_student(model: Mantis, images: Tensor, batch: Arrays, problem: Problem) -> Arrays:
+    """A codec of one task of all classes: its class is the answer to the image's true tasks."""
+    encoded = model.encode_in_detail(images)
+    answers = model.decode([each.data for each in encoded])
+    rows = _blank(len(images), problem.tasks)
+    rows["decoded"][: len(batch["task_mask"])] = batch["task_mask"]
+    for index, (sent, answer) in enumerate(zip(encoded, answers, strict=True)):
+        rows["wire_bytes"][index] = len(sent.data)
+        rows["payload_bytes"][index] = sent.payload_bytes
+        rows["estimated_bits"][index] = sent.estimated_bits
+        rows["class_index"][index] = answer.class_index
+        for k, task in enumerate(problem.tasks):
+            if answer.class_index in task.classes:
+                rows["predicted"][index, k] = task.classes.index(answer.class_index)
+    return rows
+
+
 def run_teacher(model: Teacher, images: Tensor, batch: Arrays, problem: Problem) -> Arrays:
     """The uncompressed teacher: flat logits, or each head on its own tasks."""
     outputs = model(normalise(images))
@@ -119,6 +140,22 @@ def run_teacher(model: Teacher, images: Tensor, batch: Arrays, problem: Problem)
             if task.is_classification
         }
     return _with_heads(rows, outputs, batch, problem.tasks)
+
+
+def run_image_codec(
+    model: Teacher, images: Tensor, batch: Arrays, problem: Problem, source: ArmSource
+) -> Arrays:
+    """Every image to a file and back, then the teacher; the file is what is sent."""
+    codec = IMAGE_CODECS[source.kind]
+    assert source.quality is not None
+    files = [
+        codec.encode(image, source.quality) for image in images.permute(0, 2, 3, 1).cpu().numpy()
+    ]
+    decoded = torch.from_numpy(np.stack([codec.decode(data) for data in files]))
+    rows = run_teacher(model, decoded.permute(0, 3, 1, 2).to(images.device), batch, problem)
+    rows["wire_bytes"][:] = [len(data) for data in files]
+    rows["payload_bytes"][:] = [codec.coded_bytes(data) for data in files]
+    return rows
 
 
 def run_individual(model: nn.ModuleDict, images: Tensor, batch: Arrays, problem: Problem) -> Arrays:
@@ -187,7 +224,7 @@ def _count_pixels(
 
 
 def _load(source: ArmSource, settings: Settings, problem: Problem) -> nn.Module:
-    if source.kind == "teacher":
+    if LOADED_AS[source.kind] == "teacher":
         return load_teacher(settings, problem, source.folder)
     assert source.folder is not None
     if source.kind == "individual":
@@ -201,11 +238,17 @@ def _load(source: ArmSource, settings: Settings, problem: Problem) -> nn.Module:
         return load_model(inner if inner.is_dir() else folder)
 
 
-CODECS = ("mantis", "none", "oracle")
 RUNNERS: dict[str, Any] = {
     "mantis": run_codec,
     "none": run_codec,
+    "none_prior": run_codec,
+    "student": run_student,
     "oracle": _run_oracle,
     "teacher": run_teacher,
     "individual": run_individual,
+}
+# Arms that share weights share one loaded model.
+LOADED_AS = {kind: "codec" for kind in ("mantis", "none", "none_prior", "student", "oracle")} | {
+    "individual": "individual",
+    **dict.fromkeys(("teacher", *IMAGE_CODECS), "teacher"),
 }

@@ -263,7 +263,6 @@ def _evaluate_model(
 ) -> None:
     from pipelines.cli_models import model_folder
     from pipelines.cluster import connect
-    from pipelines.evaluation import evaluate_model
     from pipelines.logs import captured_output
     from pipelines.settings import with_overrides
     from pipelines.storage import absolute_root
@@ -274,6 +273,8 @@ def _evaluate_model(
     runs = absolute_root(root or settings.storage.root)
     logs = Path("runs/logs") if "://" in runs else Path(runs) / "logs"
     with captured_output(logs), connect(settings.cluster, runs):
+        from pipelines.evaluation import evaluate_model  # imports ray: what it reads is set by now
+
         measured = evaluate_model(folder, absolute_root(data), settings)
     if as_json:
         print_json(measured)

@@ -39,9 +39,14 @@ Arrays = dict[str, np.ndarray[Any, Any]]
 LABELS = {
     "mantis": "MANTiS",
     "none": "no conditioning",
+    "none_prior": "no conditioning, task prior",
+    "student": "entropic student",
     "oracle": "oracle tasks",
     "individual": "individual models, uncompressed",
     "teacher": "teacher, uncompressed",
+    "jpeg": "JPEG, then the teacher",
+    "webp": "WebP, then the teacher",
+    "avif": "AVIF, then the teacher",
 }
 
 
@@ -51,11 +56,14 @@ class EvaluationError(RuntimeError):
 
 @dataclass(frozen=True)
 class ArmSource:
-    """An arm and its weights: a stage's folder, a model folder, or none (a teacher's file)."""
+    """An arm and its weights: a stage's folder, a model folder, or none (a teacher's file).
+
+    `quality` is that of an image codec."""
 
     name: str
     kind: str
     folder: str | None
+    quality: int | None = None
 
 
 class ArmActor:
@@ -91,6 +99,7 @@ def run(spec: StageSpec, context: StageContext) -> dict[str, Any]:
             name=arm.name,
             kind=arm.kind,
             folder=context.specs[arm.stage].folder if arm.stage else None,
+            quality=arm.quality,
         )
         for arm in plan_arms(settings)
     ]
@@ -112,6 +121,7 @@ def run(spec: StageSpec, context: StageContext) -> dict[str, Any]:
             "label": LABELS[arm.kind],
             "kind": arm.kind,
             "rate_weight": arm.rate_weight,
+            "quality": arm.quality,
             "seed": arm.seed,
             "stage_key": context.specs[arm.stage].key if arm.stage else "",
         }

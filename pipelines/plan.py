@@ -24,6 +24,15 @@ if TYPE_CHECKING:
 StageKind = Literal["prepare", "teacher", "stage1", "stage2", "individual", "evaluate", "register"]
 TRAINING_KINDS = ("teacher", "stage1", "stage2", "individual")
 
+# Arms without conditioning, by what they change: with one prior; with the main arm's own; and, the
+# entropic student of Matsubara et al. (WACV 2022), without tasks.
+UNCONDITIONED: dict[str, tuple[str, ...]] = {
+    "none": ("model.conditioning.kind=none", "model.prior=shared"),
+    "none_prior": ("model.conditioning.kind=none",),
+    "student": ("model.conditioning.kind=none", "model.prior=shared", "model.single_task=true"),
+}
+CODEC_KINDS = ("mantis", *UNCONDITIONED)  # each a stage 2 of its own
+
 DECIDING_PACKAGES = (
     "torch",
     "torchvision",
@@ -97,14 +106,16 @@ class StageSpec:
 class Arm:
     """One line of the evaluation: a baseline or codec at one rate and seed.
 
+    `kind` is a key of `pipelines.evaluation.LABELS`; `quality` an image codec's.
     `stage` is the stage whose checkpoint it measures, "" for a teacher that is not trained here.
     """
 
     name: str
-    kind: Literal["mantis", "none", "oracle", "individual", "teacher"]
+    kind: str
     rate_weight: float | None
     seed: int
     stage: str
+    quality: int | None = None
 
 
 def plan_stages(
@@ -145,11 +156,16 @@ def plan_stages(
     trained = settings.teacher.weights == "train"
     weights = {} if trained else {"teacher_weights": teacher_identity(settings)}
     if trained:
-        add("teacher", ("prepare",))
+        start = settings.teacher.start
+        add(
+            "teacher",
+            ("prepare",),
+            extra={"start": _file_identity("start", start)} if start else {},
+        )
     add("stage1", ("prepare", "teacher"), extra=weights)
     arms = tuple(plan_arms(settings))
     for arm in arms:
-        if arm.kind in ("mantis", "none"):
+        if arm.kind in CODEC_KINDS:
             own = _arm_settings(settings, arm)
             add("stage2", ("prepare", "teacher", "stage1"), arm=_suffix(arm), own=own)
         elif arm.kind == "individual":
@@ -171,11 +187,11 @@ def plan_arms(settings: Settings) -> Iterator[Arm]:
 
     def named(kind: str, rate: float, seed: int) -> str:
         parts = [
-            *([kind] if kind == "none" else []),
+            *([kind] if kind in UNCONDITIONED else []),
             *([f"rate-{rate!r}"] if rate != main_rate else []),
             *([f"seed-{seed}"] if seed != settings.seed else []),
         ]
-        first = {"mantis": "stage2", "none": "stage2"}.get(kind, kind)
+        first = "stage2" if kind in CODEC_KINDS else kind
         return f"{first}/{'-'.join(parts)}" if parts else first
 
     for seed in seeds:
@@ -184,18 +200,23 @@ def plan_arms(settings: Settings) -> Iterator[Arm]:
             yield Arm(name, "mantis", rate, seed, name)
     for seed in seeds:
         for rate in rates:
-            if "none" in evaluate.baselines:
-                name = named("none", rate, seed)
-                yield Arm(name, "none", rate, seed, name)
+            for kind in UNCONDITIONED:
+                if kind in evaluate.baselines:
+                    name = named(kind, rate, seed)
+                    yield Arm(name, kind, rate, seed, name)
             if "oracle" in evaluate.baselines:
                 measured = named("mantis", rate, seed)
                 yield Arm(named("oracle", rate, seed), "oracle", rate, seed, measured)
         if "individual" in evaluate.baselines:
             name = named("individual", main_rate, seed)
             yield Arm(name, "individual", None, seed, name)
+    teacher = "teacher" if settings.teacher.weights == "train" else ""
+    for codec, qualities in evaluate.codecs.items():
+        for quality in qualities:
+            name = f"{codec}/quality-{quality}"
+            yield Arm(name, codec, None, settings.seed, teacher, quality)
     if "teacher" in evaluate.baselines:
-        trained = settings.teacher.weights == "train"
-        yield Arm("teacher", "teacher", None, settings.seed, "teacher" if trained else "")
+        yield Arm("teacher", "teacher", None, settings.seed, teacher)
 
 
 def config_slice(settings: Settings, kind: StageKind) -> dict[str, Any]:
@@ -211,6 +232,8 @@ def config_slice(settings: Settings, kind: StageKind) -> dict[str, Any]:
     if kind == "prepare":
         unread = {"root", *READER_FIELDS}
         picked["data"] = {k: v for k, v in picked["data"].items() if k not in unread}
+    if kind == "teacher":  # the file counts, not where it lies
+        picked["teacher"] = {k: v for k, v in picked["teacher"].items() if k != "start"}
     return picked
 
 
@@ -219,14 +242,7 @@ def teacher_identity(settings: Settings) -> str:
     weights = settings.teacher.weights
     if weights == "pretrained":
         return f"pretrained:{settings.teacher.name}"
-    path = Path(weights)
-    if not path.is_file():
-        raise SettingsError(
-            f"teacher.weights: there is no file {weights}; give an existing .safetensors or .pth "
-            "file, `train` to train the teacher here, or `pretrained` to download it"
-        )
-    with path.open("rb") as file:
-        return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
+    return _file_identity("weights", weights)
 
 
 def plan_key(specs: tuple[StageSpec, ...]) -> str:
@@ -243,12 +259,23 @@ def with_upstream(specs: tuple[StageSpec, ...], name: str) -> tuple[StageSpec, .
     return tuple(spec for spec in specs if spec.name in wanted)
 
 
+def _file_identity(field: str, file: str) -> str:
+    """A file of weights by its sha256; SettingsError if it is not there."""
+    path = Path(file)
+    if not path.is_file():
+        raise SettingsError(
+            f"teacher.{field}: there is no file {file}; give an existing .safetensors or .pth "
+            "file, `train` to train the teacher here, or `pretrained` to download it"
+        )
+    with path.open("rb") as opened:
+        return f"sha256:{hashlib.file_digest(opened, 'sha256').hexdigest()}"
+
+
 def _arm_settings(settings: Settings, arm: Arm) -> Settings:
     overrides = [f"seed={arm.seed}"]
     if arm.rate_weight is not None:
         overrides.append(f"stage2.rate_weight={arm.rate_weight!r}")
-    if arm.kind == "none":
-        overrides += ["model.conditioning.kind=none", "model.prior=shared"]
+    overrides += UNCONDITIONED.get(arm.kind, ())
     # The arms of an arm are its own: none.
     return with_overrides(settings.model_copy(update={"evaluate": EvaluateConfig()}), overrides)
 

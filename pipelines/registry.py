@@ -182,13 +182,13 @@ def _register(tracker: Tracker, stages: Mapping[str, StageRun], config_name: str
 
 
 def _part_folder(whole: Path, part: str) -> Path:
-    """The folder of the whole codec, or that of a half, made beside it."""
+    """The folder of the whole codec, or that of a half, made beside it under the same name."""
     if part == "whole":
         return whole
     from mantis_core.checkpoint import Half, save_half  # loads torch, which takes seconds
 
     half: Half = "client" if part == "client" else "server"
-    folder = whole.with_name(f"checkpoint-{half}")
+    folder = whole.parent / half / whole.name  # the name it will have in the model
     save_half(folder, whole, half)
     return folder
 

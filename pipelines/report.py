@@ -17,6 +17,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from pipelines.image_codecs import IMAGE_CODECS
 from pipelines.report_figures import (
     COMPRESSED,
     LOOKS,
@@ -30,7 +31,7 @@ from pipelines.report_figures import (
     to_svg,
 )
 
-IDENTITY = ("name", "label", "kind", "rate_weight", "seed", "stage_key")
+IDENTITY = ("name", "label", "kind", "rate_weight", "quality", "seed", "stage_key")
 TABLE = {  # column -> metric, factor, decimals
     "top-1 %": ("val/top1", 100, 1),
     "wire bytes": ("val/wire_bytes", 1, 1),
@@ -130,7 +131,7 @@ def _page(evaluation: Mapping[str, Any], title: str) -> str:
         curve_wide=Markup(to_svg(rd_figure(arms, width=WIDE), "rd-wide")),
         curve_narrow=Markup(to_svg(rd_figure(arms, width=NARROW), "rd-narrow")),
         looks=LOOKS,
-        columns=["arm", *columns[:2], "rate weight", "seed", *columns[2:]],
+        columns=["arm", *columns[:2], "rate", "seed", *columns[2:]],
         rows=[_table_row(arm, main) for arm in shown],
         task_text=(
             "Colours as above, one set of axes; accuracy within the task, of the images for which "
@@ -213,6 +214,8 @@ def _curve_alt(arms: Sequence[Mapping[str, Any]]) -> str:
 
 def _table_row(arm: Mapping[str, Any], main: Mapping[str, Any]) -> dict[str, Any]:
     rate = DASH if arm["rate_weight"] is None else f"{arm['rate_weight']:g}"
+    if arm["quality"] is not None:
+        rate = f"quality {arm['quality']}"
     figures = [
         f"{factor * arm['metrics'][metric]:,.{decimals}f}" if metric in arm["metrics"] else DASH
         for metric, factor, decimals in TABLE.values()
@@ -316,13 +319,27 @@ def _notes(evaluation: Mapping[str, Any], main: Mapping[str, Any]) -> list[str]:
         notes.append(
             "No conditioning: the same architecture and schedule without FiLM and with one prior."
         )
+    if "student" in kinds:
+        notes.append(
+            "Entropic student: the same client and schedule with one task of all classes, so "
+            "nothing is detected and no task sent."
+        )
+    if kinds & IMAGE_CODECS.keys():
+        notes.append(
+            "Image codecs: whole files as Pillow writes them, in front of the uncompressed "
+            "teacher; payload bytes leave out container headers."
+        )
     return notes
 
 
 def _finite_metrics(evaluation: Mapping[str, Any]) -> dict[str, Any]:
     """A figure that is not a finite number is treated as absent, like one never measured."""
     arms = [
-        {**arm, "metrics": {k: v for k, v in arm["metrics"].items() if math.isfinite(v)}}
+        {
+            "quality": None,  # not there in evaluations of before image codecs
+            **arm,
+            "metrics": {k: v for k, v in arm["metrics"].items() if math.isfinite(v)},
+        }
         for arm in evaluation["arms"]
     ]
     return {**evaluation, "arms": arms}

@@ -47,8 +47,13 @@ LOOKS = {
     "oracle": Look("oracle tasks", "#009E73", "^"),
     "individual": Look("individual models", "#B5568B", "D"),
     "teacher": Look("teacher", "#6B6B6B", "v"),
+    "none_prior": Look("no conditioning, task prior", "#C99700", "P"),
+    "student": Look("entropic student", "#A23B3B", "<"),
+    "jpeg": Look("JPEG + teacher", "#8A6D5B", "X"),
+    "webp": Look("WebP + teacher", "#7A5FB0", "p"),
+    "avif": Look("AVIF + teacher", "#4F7F86", "h"),
 }
-COMPRESSED = ("mantis", "none", "oracle")
+COMPRESSED = ("mantis", "none", "none_prior", "student", "oracle", "jpeg", "webp", "avif")
 LEVEL_DASHES = {"individual": (0, (1, 2)), "teacher": (0, (5, 3))}  # uncompressed: a height alone
 
 
@@ -114,13 +119,13 @@ def task_metric(task: Mapping[str, Any]) -> str:
 
 
 def curve(arms: Sequence[Mapping[str, Any]], kind: str, metric: str) -> list[Point]:
-    """Points of one kind by rising size: one a rate weight, the mean over its seeds."""
+    """Points of one kind by rising size: one a rate weight or quality, the mean over its seeds."""
     by_rate: dict[Any, list[tuple[float, float]]] = {}
     for arm in arms:
         found = arm["metrics"]
         if arm["kind"] == kind and metric in found and "val/wire_bytes" in found:
             point = (found["val/wire_bytes"], 100 * found[metric])
-            by_rate.setdefault(arm["rate_weight"], []).append(point)
+            by_rate.setdefault((arm["rate_weight"], arm["quality"]), []).append(point)
     points = [
         Point(fmean(x for x, _ in seeds), fmean(y for _, y in seeds), tuple(seeds))
         for seeds in by_rate.values()

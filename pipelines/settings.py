@@ -29,7 +29,9 @@ from pipelines.settings_errors import SettingsError, explain, refuse_conversions
 from pipelines.storage import absolute_root
 
 Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Baseline = Literal["none", "oracle", "individual", "teacher"]
+Baseline = Literal["none", "none_prior", "student", "oracle", "individual", "teacher"]
+CodecName = Literal["jpeg", "webp", "avif"]
+Quality = Annotated[int, Field(ge=0, le=100)]
 TEACHER_KEYWORDS = ("train", "pretrained")  # other values of teacher.weights are files
 
 
@@ -75,8 +77,12 @@ class EvaluateConfig(_Section):
 
     rate_weights: tuple[Rate, ...] = Field((), description="further stage-2 arms")
     baselines: tuple[Baseline, ...] = ("none", "oracle", "teacher")
+    codecs: dict[CodecName, tuple[Quality, ...]] = Field(
+        default_factory=dict,
+        description="image codecs in front of the teacher, each with Pillow's qualities",
+    )
     baseline_rate_weights: tuple[Rate, ...] | None = Field(
-        None, description="rates of `none` and `oracle`; none: the main rate alone"
+        None, description="rates of compressed baselines; none: the main rate alone"
     )
     batch_size: int = Field(128, ge=1, description="images an actor takes at a time")
     seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field(
@@ -283,6 +289,8 @@ def _with_absolute_paths(settings: Settings) -> Settings:
     teacher = settings.teacher
     if teacher.weights not in TEACHER_KEYWORDS:
         teacher = teacher.model_copy(update={"weights": absolute_root(teacher.weights)})
+    if teacher.start is not None:
+        teacher = teacher.model_copy(update={"start": absolute_root(teacher.start)})
     storage = settings.storage.model_copy(update={"root": absolute_root(settings.storage.root)})
     data = settings.data.model_copy(update={"root": absolute_root(settings.data.root)})
     return settings.model_copy(update={"storage": storage, "data": data, "teacher": teacher})

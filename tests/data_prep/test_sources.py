@@ -185,3 +185,38 @@ def test_a_bare_path_is_scored_as_val(image_folder: Path, tmp_path: Path) -> Non
     assert next(named.read(str(tmp_path), named.listing(str(tmp_path), "val"))).image == b"x"
     with pytest.raises(DataError, match="nothing to score"):
         source_for_path(str(tmp_path / "absent"), like)
+
+
+def street_mask(walkers: int) -> bytes:
+    """A mask of road (3) with so many pixels of a pedestrian (9)."""
+    values = np.full((8, 8), 3, np.uint8)
+    values.ravel()[:walkers] = 9
+    stream = io.BytesIO()
+    Image.fromarray(values).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def test_what_a_mask_shows_is_a_class_of_its_image(tmp_path: Path) -> None:
+    masks = [street_mask(0), street_mask(5), street_mask(30), b"damaged"]
+    write_parquet(tmp_path / "train.parquet", image=masks, mask=masks)
+    settings: dict[str, Any] = {"train": "train.parquet", "class_column": None}
+    source = ParquetFiles(
+        **settings,
+        mask_columns={"scene": "mask"},
+        presence={
+            "walker": {"mask": "scene", "value": 9, "min_pixels": 6},
+            "road": {"mask": "scene", "value": 3},
+        },
+    )
+    classes = [ids for _, ids in listed(source, tmp_path)]
+    assert classes == [
+        ["no walker", "road"],
+        ["no walker", "road"],
+        ["walker", "road"],
+        ["no walker", "no road"],
+    ]
+    plain = ParquetFiles(**settings, mask_columns={"scene": "mask"})
+    root = str(tmp_path)
+    assert list(plain.state(root, "train")) != list(source.state(root, "train"))
+    with pytest.raises(ValueError, match=r"presence\.walker\.mask: 'depth' is no key"):
+        ParquetFiles(**settings, presence={"walker": {"mask": "depth", "value": 9}})

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,9 +19,17 @@ from mantis_core.build import (
     new_teacher,
     ready_teacher,
     stage1_recipe,
+    stage2_recipe,
     teacher_recipe,
 )
-from mantis_core.config import IndividualConfig, ModelConfig, Stage1Config, TeacherConfig
+from mantis_core.config import (
+    ConditioningConfig,
+    IndividualConfig,
+    ModelConfig,
+    Stage1Config,
+    Stage2Config,
+    TeacherConfig,
+)
 from mantis_core.errors import ModelError
 from mantis_core.teacher import Teacher
 
@@ -100,3 +109,46 @@ def test_a_codec_may_be_cut_at_a_split_of_another_resolution(
 def test_individual_models_may_have_another_backbone(problem: Problem, teacher: Teacher) -> None:
     recipe = individual_recipe(IndividualConfig(backbone="mobilenet_v2"), teacher, problem, seed=0)
     assert list(recipe.student.children())[0].name == "mobilenet_v2"  # noqa: RUF015
+
+
+def test_one_task_of_all_classes_is_trained_from_the_same_stage1_and_codes_the_class(
+    problem: Problem,
+    mixed_problem: Problem,
+    teacher: Teacher,
+    small_config: Callable[..., ModelConfig],
+    batch_of: Callable[..., Any],
+) -> None:
+    teacher.tasks = problem.tasks
+    first = stage1_recipe(Stage1Config(), small_config(), teacher, problem, seed=0)
+    config = small_config(
+        conditioning=ConditioningConfig(kind="none"), prior="shared", single_task=True
+    )
+    shipped = first.student.shipped()
+    recipe = stage2_recipe(Stage2Config(), config, teacher, problem, shipped, seed=0)
+    codec, batch = recipe.student, batch_of(problem)
+    assert codec.spec.task_names == ("all",)
+    stem = "client.stem.0.weight"
+    assert torch.equal(codec.state_dict()[stem], shipped[stem])
+    assert torch.isfinite(recipe.train()(batch, 0.5).loss)
+    recipe.calibrate(codec, [batch], lambda part: part)
+    codec.finish()
+    for answer in codec.decode(codec.encode(batch.image)):
+        assert answer.tasks == ("all",)
+        assert answer.class_name == problem.class_names[answer.class_index]
+    with pytest.raises(ModelError, match="leave out the baseline `student`"):
+        stage2_recipe(Stage2Config(), config, teacher, mixed_problem, shipped, seed=0)
+
+
+def test_a_teacher_may_begin_with_the_body_of_other_weights(
+    problem: Problem, tmp_path: Path
+) -> None:
+    torch.manual_seed(3)
+    other = torchvision.models.resnet18(num_classes=7).state_dict()
+    save_file(other, tmp_path / "other.safetensors")
+    config = TRAIN.model_copy(update={"start": str(tmp_path / "other.safetensors")})
+    teacher = teacher_recipe(config, problem, seed=0).student
+    assert torch.equal(teacher.state_dict()["backbone.net.conv1.weight"], other["conv1.weight"])
+    wrong = TRAIN.model_copy(update={"name": "mobilenet_v2", "split": "features.6"})
+    wrong = wrong.model_copy(update={"start": config.start})
+    with pytest.raises(ModelError, match="do not fit mobilenet_v2"):
+        teacher_recipe(wrong, problem, seed=0)

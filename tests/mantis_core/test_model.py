@@ -228,6 +228,17 @@ def test_what_is_sent_of_an_image_does_not_depend_on_its_companions(codec: Manti
         assert alone.estimated_bits == encoded.estimated_bits
 
 
+def test_encoding_leaves_the_number_of_threads_as_it_was(codec: Mantis) -> None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        looking = codec.client_codec().look(images(2))
+        next(looking)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
+
+
 def test_several_images_share_one_stream_and_its_header(codec: Mantis) -> None:
     client, pixels = codec.client_codec(), images(5)
     data = client.write_together(list(client.look(pixels)))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mantis_core.build import Problem, individual_recipe, teacher_recipe
+from mantis_core.client import coverage_threshold
 from mantis_core.config import (
     ConditioningConfig,
     IndividualConfig,
@@ -23,7 +24,7 @@ from mantis_core.config import (
 )
 from mantis_core.hits import label_hits
 from mantis_core.preprocessing import normalise
-from mantis_core.recipes import coverage_threshold, rate_weight
+from mantis_core.recipes import rate_weight
 from mantis_core.tasks import Batch
 from mantis_core.teacher import Teacher
 from mantis_core.training import Session

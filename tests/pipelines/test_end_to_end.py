@@ -64,6 +64,17 @@ def test_a_second_run_skips_everything(finished):
 
 
 @pytest.mark.timeout(900)
+def test_image_codecs_stand_beside_the_codec_with_their_whole_files(finished):
+    folder, _, _ = finished
+    (report,) = folder.glob("runs/stages/evaluate-*/evaluation.json")
+    arms = {arm["name"]: arm for arm in json.loads(report.read_text())["arms"]}
+    small, large = (arms[f"webp/quality-{quality}"]["metrics"] for quality in (5, 75))
+    assert 0 < small["val/payload_bytes"] < small["val/wire_bytes"] < large["val/wire_bytes"]
+    assert 0 <= small["val/top1"] <= 1
+    assert "val/wire_bytes" not in arms["teacher"]["metrics"]
+
+
+@pytest.mark.timeout(900)
 def test_scoring_the_registered_model_gives_the_chains_own_figures(finished):
     folder, _, result = finished
     data = str(folder / "images")

@@ -105,8 +105,32 @@ def test_the_evaluation_is_told_each_arm_and_the_stage_it_measures(config: Path)
         "rate_weight": None,
         "seed": 0,
         "stage": "teacher",
+        "quality": None,
     }
     assert all(arm["stage"] in stages for arm in arms.values())
+
+
+def test_image_codecs_are_measured_in_front_of_the_teacher_and_train_nothing(config: Path) -> None:
+    override = "evaluate.codecs={webp: [0, 75], jpeg: [20]}"
+    plain, stages = planned(load_settings(config)), planned(load_settings(config, [override]))
+    assert stages.keys() == plain.keys()
+    arms = {arm["name"]: arm for arm in stages["evaluate"].config["arms"]}
+    shown = [(a["kind"], a["quality"], a["stage"]) for n, a in arms.items() if "/quality" in n]
+    assert shown == [("webp", 0, "teacher"), ("webp", 75, "teacher"), ("jpeg", 20, "teacher")]
+    assert stages["evaluate"].key != plain["evaluate"].key
+    assert stages["stage2"].key == plain["stage2"].key
+
+
+def test_baselines_without_conditioning_differ_by_prior_and_tasks(config: Path) -> None:
+    stages = planned(load_settings(config, ["evaluate.baselines=[none, none_prior, student]"]))
+    models = {
+        name: stages[f"stage2/{name}"].settings.model for name in ("none", "none_prior", "student")
+    }
+    assert {model.conditioning.kind for model in models.values()} == {"none"}
+    assert [model.prior for model in models.values()] == ["shared", "primary", "shared"]
+    assert [model.single_task for model in models.values()] == [False, False, True]
+    assert len({stages[f"stage2/{name}"].key for name in models}) == 3
+    assert sum(spec.kind == "stage1" for spec in stages.values()) == 1
 
 
 def test_a_finished_teacher_has_no_stage_but_enters_the_keys(config: Path, tmp_path: Path) -> None:
@@ -157,6 +181,7 @@ FIRST_CHANGED: dict[str, tuple[str, ...]] = {
     "model.send_probabilities": ("stage2", "evaluate", "register"),
     "model.coverage": ("stage2", "evaluate", "register"),
     "model.max_active_tasks": ("stage2", "evaluate", "register"),
+    "model.single_task": ("stage2", "evaluate", "register"),
     "stage1": ("stage1", "stage2", "evaluate", "register"),
     "stage2": ("stage2", "evaluate", "register"),
     "individual": ("individual", "evaluate", "register"),
@@ -208,7 +233,7 @@ def test_each_field_changes_the_keys_it_should_and_no_others(
     for path, value in leaves(settings.model_dump(mode="json")):
         if path[0] == "evaluate" and path[1] != "batch_size":
             continue  # these add arms; their own tests stand above
-        if path == ("teacher", "weights") or path == ("tracking", "enabled"):
+        if path in (("teacher", "weights"), ("teacher", "start"), ("tracking", "enabled")):
             continue  # these add or drop a stage
         changed = mutated(settings, path, another(value))
         after = {spec.name: spec.key for spec in plan_stages(changed, table, "f")}
@@ -310,3 +335,15 @@ def test_what_a_stage_starts_from_exists_and_training_reaches_the_science() -> N
         assert set(entries) <= reached_modules(entries)
     reached = reached_modules(plan.ENTRIES["stage2"])
     assert {"mantis_core.model", "mantis_core.losses", "data_prep.reader"} <= reached
+
+
+def test_the_file_a_teacher_begins_with_counts_by_its_content(config: Path, tmp_path: Path) -> None:
+    keys = []
+    for name, content in (("a.pth", b"one"), ("b.pth", b"one"), ("b.pth", b"two")):
+        (tmp_path / name).write_bytes(content)
+        stages = planned(load_settings(config, [f"teacher.start={tmp_path / name}"]))
+        keys.append(stages["teacher"].key)
+    assert keys[0] == keys[1] != keys[2]
+    assert keys[0] != planned(load_settings(config))["teacher"].key
+    with pytest.raises(SettingsError, match=r"teacher\.start: there is no file"):
+        planned(load_settings(config, ["teacher.start=nowhere.pth"]))

@@ -68,6 +68,25 @@ print(json.dumps({"unpickled": found, "code": code, "rows": answers.to_dict("rec
 """
 
 
+COMMANDS_UNDER_AUDIT = """
+import json, sys
+
+found = []
+sys.addaudithook(
+    lambda event, arguments: found.append(arguments) if event == "pickle.find_class" else None
+)
+from pipelines.__main__ import main
+
+for command in json.loads(sys.argv[1]):
+    sys.argv = ["mantis", *command]
+    try:
+        main()
+    except SystemExit as stop:
+        assert not stop.code, command
+print(json.dumps({"unpickled": found, "torch": "torch" in sys.modules}))
+"""
+
+
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
     """The checkpoint of a real codec of two tasks, untrained."""
@@ -179,6 +198,28 @@ def test_the_candidate_answers_in_a_fresh_process_and_nothing_is_unpickled(chain
         assert row["wire_bytes"] == answer["wire_bytes"] > 0
         assert row["tasks"] == answer["tasks"]
         assert row["class_name"] in ("cat", "dog", "car", "bus")
+
+
+def test_the_commands_from_image_to_answer_unpickle_nothing(chain, tmp_path):
+    chain.register()
+    root, stream = str(tmp_path / "runs"), str(tmp_path / "out.mts")
+    images = [str(image_file(tmp_path / f"{name}.jpg", name)) for name in ("red", "blue")]
+    client, server = (f"models:/mantis-{half}@candidate" for half in ("client", "server"))
+    commands = [
+        ["encode", client, *images, "-o", stream, "--root", root],
+        ["info", stream],
+        ["decode", server, stream, "--json", "--root", root],
+    ]
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", COMMANDS_UNDER_AUDIT, json.dumps(commands)],
+        cwd=Path(registry.__file__).parents[1],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    *_, answers, seen = done.stdout.splitlines()
+    assert len(json.loads(answers)["images"]) == 2
+    assert json.loads(seen) == {"unpickled": [], "torch": True}
 
 
 def test_the_stored_model_holds_no_pickle_and_no_path_of_this_machine(chain, tmp_path):

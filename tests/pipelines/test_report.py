@@ -20,7 +20,7 @@ TASKS = [
 ]
 
 
-def arm(kind, *, name="", rate=None, seed=0, top1=0.5, size=None, **metrics):
+def arm(kind, *, name="", rate=None, quality=None, seed=0, top1=0.5, size=None, **metrics):
     measured = {"val/top1": top1, "val/task/animals/top1": top1, "val/task/road/miou": 0.4}
     if size is not None:
         measured |= {"val/wire_bytes": size, "val/payload_bytes": size - 10}
@@ -30,6 +30,7 @@ def arm(kind, *, name="", rate=None, seed=0, top1=0.5, size=None, **metrics):
         "label": name or kind,
         "kind": kind,
         "rate_weight": rate,
+        "quality": quality,
         "seed": seed,
         "stage_key": "abc",
         "metrics": {**measured, **metrics},
@@ -128,8 +129,10 @@ def test_the_main_figures_come_with_what_they_are_worth(tmp_path):
 
 def test_what_was_not_measured_is_named(tmp_path):
     seen = text_of(write_report(evaluation(), tmp_path).html)
-    missing = "no conditioning, oracle tasks, individual models, teacher"
-    assert f"Not measured here: {missing}." in seen
+    missing = (
+        "no conditioning, oracle tasks, individual models, teacher, no conditioning, task prior"
+    )
+    assert f"Not measured here: {missing}, " in seen
 
 
 def test_images_of_several_labels_get_no_interval_and_another_reading(tmp_path):
