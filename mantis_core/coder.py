@@ -58,6 +58,11 @@ class Table:
             for row, length in zip(self.cdf, self.lengths, strict=True)
         )
 
+    @cached_property
+    def bounds(self) -> tuple[Ints, Ints]:
+        """First symbol and index of the escape entry of each channel, (C, 1) each."""
+        return self.offsets[:, None], np.ascontiguousarray(self.lengths[:, None] - 1)
+
 
 @dataclass(frozen=True, eq=False)
 class TableSet:
@@ -170,9 +175,9 @@ class RangeWriter:
         if symbols.dtype != np.int32:
             raise ValueError(f"symbols are {symbols.dtype}, must be int32")
         values = symbols.reshape(channels, -1)
-        entries = values - table.offsets[:, None]
-        escape = table.lengths[:, None] - 1
-        escaped = entries.view(np.uint32) >= escape.astype(np.uint32)  # below 0 is a large number
+        first, escape = table.bounds
+        entries = values - first
+        escaped = entries.view(np.uint32) >= escape.view(np.uint32)  # below 0 is a large number
         some_escaped = bool(escaped.any())
         if some_escaped:
             if max(-int(values.min()), int(values.max())) > MAX_SYMBOL:

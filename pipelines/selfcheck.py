@@ -51,7 +51,7 @@ def run() -> dict[str, Any]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # everything here is too small to share
     problem, batch = _problem(), _batch()
-    teacher_config = TeacherConfig(name="resnet18", weights="train")
+    teacher_config = TeacherConfig(name="shufflenet_v2_x0_5", weights="train", split="stage2")
     found: dict[str, Any] = {}
 
     def trained(name: str, recipe: Recipe, config: Any) -> Session:
