@@ -139,7 +139,9 @@ def collect(step: Step, protocol: str, known: set[str]) -> list[dict[str, Any]]:
             RESULTS / "images" / f"{point}.npz",
             wire_bytes=images["wire_bytes"].astype(np.int32),
             payload_bytes=images["payload_bytes"].astype(np.float32),
-            hits=np.packbits(images["class_index"] == images["class_label"]),
+            hits=np.packbits(
+                (images["class_index"] == images["class_label"]) & (images["class_label"] >= 0)
+            ),
         )
         values = (point, step.name, protocol, arm.kind, arm.seed, arm.rate_weight, arm.quality)
         row = dict(zip(COLUMNS, (*values, commit), strict=True))
@@ -232,7 +234,8 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             values = [row[name] for row in own if row[name] is not None]
             if values:
                 point[name] = round(float(np.mean(values)), 5)
-                point[f"{name}_std"] = round(float(np.std(values, ddof=len(values) > 1)), 5)
+            if len(values) > 1:
+                point[f"{name}_std"] = round(float(np.std(values, ddof=1)), 5)
         if own[0]["classes"] and "payload_bytes" in point:
             floor = label_floor_bits(int(own[0]["classes"]), point["top1"])
             point["floor_bits"] = round(floor, 3)

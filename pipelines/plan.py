@@ -79,7 +79,11 @@ ENTRIES: dict[StageKind, tuple[str, ...]] = {
     "stage2": ("pipelines.worker",),
     "individual": ("pipelines.worker",),
     "evaluate": ("pipelines.evaluation",),
-    "register": ("pipelines.mlflow_model",),
+    "register": (
+        "pipelines.mlflow_model",
+        "pipelines.mlflow_client",
+        "pipelines.mlflow_server",
+    ),
 }
 
 
