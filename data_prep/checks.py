@@ -69,16 +69,9 @@ def clean_mask(
 
     Rejection if it does not decode or fit the image. DataError if it has colours or a value that is
     neither a label nor ignored: a wrong label list spoils every mask, not this one."""
-    try:
-        with Image.open(io.BytesIO(data)) as opened:
-            opened.load()
-            mask = opened.copy()
-    except Exception as error:
-        return Rejection(f"mask: {_decoding_reason(error)}")
-    values = np.asarray(mask)
-    if values.ndim != 2:
-        raise DataError(f"a mask has mode {mask.mode}; masks have one channel of label values")
-    labels = values.astype(np.int64)
+    labels = mask_values(data)
+    if isinstance(labels, Rejection):
+        return labels
     labels[np.isin(labels, ignored)] = IGNORE
     wrong = labels[(labels != IGNORE) & ((labels < 0) | (labels >= num_labels))]
     if wrong.size:
@@ -99,6 +92,20 @@ def clean_mask(
         )
     size = (image.width, image.height)
     return _encoded(clean.resize(size, Image.Resampling.NEAREST), "PNG", {})
+
+
+def mask_values(data: bytes) -> NDArray[np.int64] | Rejection:
+    """The values of an encoded mask (H, W) as they are stored: of a palette the indices.
+
+    Rejection if it does not decode; DataError if it has colours."""
+    try:
+        with Image.open(io.BytesIO(data)) as opened:
+            mode, values = opened.mode, np.asarray(opened)
+    except Exception as error:
+        return Rejection(f"mask: {_decoding_reason(error)}")
+    if values.ndim != 2:
+        raise DataError(f"a mask has mode {mode}; masks have one channel of label values")
+    return values.astype(np.int64)
 
 
 def _cleaned(

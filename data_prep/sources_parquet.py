@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import fnmatch
-import io
 import json
 import posixpath
 from collections.abc import Iterator
 from typing import Any, Literal
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image
 from pyarrow import fs
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from data_prep.checks import Rejection, mask_values
 from data_prep.imagenet import imagenet_wnids
 from data_prep.source_base import DataError, RawRow, SourceConfig, missing, references
 from data_prep.storage import filesystem, join
@@ -132,20 +130,26 @@ class ParquetFiles(SourceConfig):
         )
 
     def _presence(self, file: pq.ParquetFile) -> list[list[str]]:
-        """For each row the classes that its masks show; [] if none are asked for."""
+        """For each row the classes that its masks show; [] if none are asked for.
+
+        A mask that is missing or does not decode says nothing, neither that a class is there nor
+        that it is not."""
         if not self.presence:
             return []
-        columns = sorted({self.mask_columns[found.mask] for found in self.presence.values()})
+        names = sorted({found.mask for found in self.presence.values()})
+        columns = [self.mask_columns[name] for name in names]
         rows = []
         for batch in file.iter_batches(READ_ROWS, columns=columns):
             for row in batch.to_pylist():
-                counts = {column: _value_counts(_encoded(row[column])) for column in columns}
+                masks = {
+                    name: mask_values(_encoded(row[column]) or b"")
+                    for name, column in zip(names, columns, strict=True)
+                }
                 rows.append(
                     [
-                        name
-                        if counts[self.mask_columns[found.mask]][found.value] >= found.min_pixels
-                        else f"no {name}"
+                        name if (values == found.value).sum() >= found.min_pixels else f"no {name}"
                         for name, found in self.presence.items()
+                        if not isinstance(values := masks[found.mask], Rejection)
                     ]
                 )
         return rows
@@ -233,15 +237,6 @@ def _need_columns(source: ParquetFiles, where: str, schema: pa.Schema) -> None:
             f"{where} has no column '{absent[0]}'; it has {', '.join(schema.names)}. "
             f"Set image, class_column or mask_columns of source '{source.source_name}'"
         )
-
-
-def _value_counts(mask: bytes | None) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """How many pixels of an encoded mask have each value 0 to 255; none if it cannot be read."""
-    try:
-        with Image.open(io.BytesIO(mask or b"")) as image:
-            return np.bincount(np.asarray(image.convert("L")).ravel(), minlength=256)
-    except (OSError, ValueError):  # the row is listed, and refused when it is prepared
-        return np.zeros(256, np.int64)
 
 
 def _encoded(value: Any) -> bytes | None:

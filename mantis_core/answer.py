@@ -5,6 +5,7 @@ Holds records only. Shapes: K tasks, H W input pixels.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,6 +49,16 @@ class Answer:
     segmentation: dict[str, NDArray[np.uint8]] = field(repr=False)
     wire_bytes: float
     payload_bytes: float
+
+    def to_row(self) -> dict[str, Any]:
+        """As a row of the registered models' output; `answer` holds the whole of it as JSON."""
+        return {
+            "wire_bytes": self.wire_bytes,
+            "tasks": list(self.tasks),
+            "class_name": self.class_name,
+            "class_index": self.class_index,
+            "answer": json.dumps(self.to_dict()),
+        }
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values; a segmentation becomes the share of pixels by label value."""

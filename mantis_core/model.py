@@ -17,6 +17,7 @@ from mantis_core.client import Client, select_mask
 from mantis_core.client_codec import ClientCodec
 from mantis_core.coder import TableSet
 from mantis_core.inference import still
+from mantis_core.preprocessing import prepare_image
 from mantis_core.server_codec import ServerCodec, new_joint, new_server
 from mantis_core.spec import ModelSpec
 
@@ -108,7 +109,7 @@ class Mantis(nn.Module):
 
     def prepare_image(self, data: bytes) -> Tensor:
         """An image file's bytes to uint8 (3, H, W) as in evaluation: short side, centre crop."""
-        return self.client_codec().prepare_image(data)
+        return prepare_image(data, self.spec.image_size, self.spec.short_side)
 
     def describe(self) -> dict[str, Any]:
         """What a person or the registry wants to know: tasks, sizes, multiply-adds, id."""

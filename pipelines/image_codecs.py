@@ -32,13 +32,16 @@ class ImageCodec:
     coded_bytes: Callable[[bytes], int]
     options: Mapping[str, Any] = field(default_factory=dict)
 
-    def encode(self, image: Pixels, quality: int) -> bytes:
-        """The file of `image`; CodecError if Pillow cannot write this format."""
+    def require(self) -> None:
+        """CodecError if this Pillow cannot write the format."""
         if not features.check(self.feature):
             raise CodecError(
                 f"this Pillow was built without {self.label}; leave it out of evaluate.codecs, or "
                 "install a Pillow wheel that has it"
             )
+
+    def encode(self, image: Pixels, quality: int) -> bytes:
+        """The file of `image`."""
         stream = io.BytesIO()
         Image.fromarray(image).save(stream, self.format, quality=quality, **self.options)
         return stream.getvalue()

@@ -4,7 +4,6 @@ MLflow copies this file into the model and executes it to load one (models-from-
 is unpickled. It holds no codec; that is mantis_core, which travels beside it.
 """
 
-import json
 from typing import Any
 
 import pandas as pd
@@ -23,7 +22,7 @@ class MantisModel(PythonModel):
         self.codec = load_model(context.artifacts["checkpoint"])
 
     def predict(self, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> Any:
-        """Column `image` (JPEG or PNG bytes) to one row each of what pipelines.registry declares.
+        """Column `image` (JPEG or PNG bytes) to a row each, as model_package declares.
 
         `class_index` is -1 and `class_name` None where the image has no single class; `answer` is
         the whole answer as JSON.
@@ -34,18 +33,8 @@ class MantisModel(PythonModel):
         rows = []
         for start in range(0, len(images), BATCH_SIZE):
             streams = self.codec.encode(torch.stack(images[start : start + BATCH_SIZE]))
-            rows += [_row(answer) for answer in self.codec.decode(streams)]
+            rows += [answer.to_row() for answer in self.codec.decode(streams)]
         return pd.DataFrame(rows, index=model_input.index)
-
-
-def _row(answer: Any) -> dict[str, Any]:
-    return {
-        "wire_bytes": answer.wire_bytes,
-        "tasks": list(answer.tasks),
-        "class_name": answer.class_name,
-        "class_index": answer.class_index,
-        "answer": json.dumps(answer.to_dict()),
-    }
 
 
 set_model(MantisModel())

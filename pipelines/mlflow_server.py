@@ -4,7 +4,6 @@ MLflow copies this file into the model and executes it to load one (models-from-
 is unpickled. It holds no codec; that is mantis_core, which travels beside it.
 """
 
-import json
 from typing import Any
 
 import pandas as pd
@@ -32,19 +31,9 @@ class MantisServer(PythonModel):
         rows = []
         for start in range(0, len(streams), BATCH_SIZE):
             rows += [
-                _row(answer) for answer in self.codec.decode(streams[start : start + BATCH_SIZE])
+                answer.to_row() for answer in self.codec.decode(streams[start : start + BATCH_SIZE])
             ]
         return pd.DataFrame(rows, index=model_input.index)
-
-
-def _row(answer: Any) -> dict[str, Any]:
-    return {
-        "wire_bytes": answer.wire_bytes,
-        "tasks": list(answer.tasks),
-        "class_name": answer.class_name,
-        "class_index": answer.class_index,
-        "answer": json.dumps(answer.to_dict()),
-    }
 
 
 set_model(MantisServer())

@@ -14,6 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from pipelines.image_codecs import IMAGE_CODECS
 from pipelines.settings import EvaluateConfig, Settings, with_overrides
 from pipelines.settings_errors import SettingsError
 from pipelines.source_hash import source_hash
@@ -127,8 +128,10 @@ def plan_stages(
 ) -> tuple[StageSpec, ...]:
     """All stages of the config, each after those it builds on.
 
-    Raises SettingsError if `teacher.weights` names a file that is not there.
+    Raises SettingsError if a file of teacher weights is not there or an arm does not fit the tasks,
+    CodecError for an image codec that cannot be written here.
     """
+    _check_arms(settings, table)
     planned: dict[str, StageSpec] = {}
     versions = {name: metadata.version(name) for name in DECIDING_PACKAGES}
 
@@ -261,6 +264,18 @@ def with_upstream(specs: tuple[StageSpec, ...], name: str) -> tuple[StageSpec, .
         if spec.name in wanted:
             wanted.update(spec.upstream)
     return tuple(spec for spec in specs if spec.name in wanted)
+
+
+def _check_arms(settings: Settings, table: TaskTable) -> None:
+    """Refuses before anything is trained what would fail when the arm's turn comes."""
+    masks = [task.name for task in table.tasks if task.kind == "segmentation"]
+    if "student" in settings.evaluate.baselines and masks:
+        raise SettingsError(
+            f"evaluate.baselines: `student` needs images of one class each, and task '{masks[0]}' "
+            "is a segmentation; leave `student` out"
+        )
+    for codec in settings.evaluate.codecs:
+        IMAGE_CODECS[codec].require()
 
 
 def _file_identity(field: str, file: str) -> str:

@@ -187,17 +187,20 @@ def test_a_bare_path_is_scored_as_val(image_folder: Path, tmp_path: Path) -> Non
         source_for_path(str(tmp_path / "absent"), like)
 
 
-def street_mask(walkers: int) -> bytes:
-    """A mask of road (3) with so many pixels of a pedestrian (9)."""
+def street_mask(walkers: int, *, palette: bool = False) -> bytes:
+    """A mask of road (3) with so many pixels of a pedestrian (9), plain or with colours to see."""
     values = np.full((8, 8), 3, np.uint8)
     values.ravel()[:walkers] = 9
+    mask = Image.fromarray(values)
+    if palette:
+        mask.putpalette([value for index in range(256) for value in (255 - index, index, 7)])
     stream = io.BytesIO()
-    Image.fromarray(values).save(stream, "PNG")
+    mask.save(stream, "PNG")
     return stream.getvalue()
 
 
 def test_what_a_mask_shows_is_a_class_of_its_image(tmp_path: Path) -> None:
-    masks = [street_mask(0), street_mask(5), street_mask(30), b"damaged"]
+    masks = [street_mask(n) for n in (0, 5, 30)] + [street_mask(30, palette=True), b"damaged"]
     write_parquet(tmp_path / "train.parquet", image=masks, mask=masks)
     settings: dict[str, Any] = {"train": "train.parquet", "class_column": None}
     source = ParquetFiles(
@@ -213,7 +216,8 @@ def test_what_a_mask_shows_is_a_class_of_its_image(tmp_path: Path) -> None:
         ["no walker", "road"],
         ["no walker", "road"],
         ["walker", "road"],
-        ["no walker", "no road"],
+        ["walker", "road"],
+        [],
     ]
     plain = ParquetFiles(**settings, mask_columns={"scene": "mask"})
     root = str(tmp_path)

@@ -52,4 +52,4 @@ def test_what_is_no_such_file_is_refused() -> None:
 def test_a_format_pillow_lacks_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(features, "check", lambda _: False)
     with pytest.raises(CodecError, match="built without WebP"):
-        IMAGE_CODECS["webp"].encode(photograph(), 50)
+        IMAGE_CODECS["webp"].require()

@@ -8,6 +8,7 @@ import pytest
 
 from data_prep.subgroups import resolve_tasks
 from pipelines import plan
+from pipelines.image_codecs import CodecError
 from pipelines.plan import StageSpec, config_slice, plan_key, plan_stages, with_upstream
 from pipelines.settings import Settings, load_settings
 from pipelines.settings_errors import SettingsError
@@ -347,3 +348,20 @@ def test_the_file_a_teacher_begins_with_counts_by_its_content(config: Path, tmp_
     assert keys[0] != planned(load_settings(config))["teacher"].key
     with pytest.raises(SettingsError, match=r"teacher\.start: there is no file"):
         planned(load_settings(config, ["teacher.start=nowhere.pth"]))
+
+
+def test_an_arm_that_cannot_be_measured_is_refused_before_anything_is_trained(
+    config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    segmented = load_settings(
+        config,
+        [
+            "evaluate.baselines=[student]",
+            "tasks.0={name: regions, kind: segmentation, labels: [a, b]}",
+        ],
+    )
+    with pytest.raises(SettingsError, match="'regions' is a segmentation; leave `student` out"):
+        planned(segmented)
+    monkeypatch.setattr("PIL.features.check", lambda _: False)
+    with pytest.raises(CodecError, match="built without AVIF"):
+        planned(load_settings(config, ["evaluate.codecs={avif: [30]}"]))
