@@ -7,10 +7,14 @@ Every seed is one run of the stage chain (`mantis evaluate`), resumable and keye
 is trained twice. A finished point is a row of results/rate_accuracy.csv and its images' sizes and
 hits a file below results/images: a point that is there is not trained again, on whatever machine it
 was made. The last line is one JSON object. `--data PATH` then scores the models on other images.
+
+`--plain SHARDS --jobs N` trains and measures without Ray and MLflow, N processes at once, on shards
+that `mantis prepare` wrote: for a machine with a GPU and little else.
 """
 
 import argparse
 import csv
+import itertools
 import json
 import subprocess
 import sys
@@ -28,7 +32,7 @@ from rich.table import Table
 from mantis_core.rate_accuracy import Curve, CurveError, label_floor_bits, over_seeds
 from pipelines.plan import Arm, StageSpec, plan_arms
 from pipelines.settings import load_settings
-from pipelines.stages import make_plan
+from pipelines.stages import Plan, make_plan
 
 RESULTS = Path("results")
 FIGURES = {
@@ -68,13 +72,19 @@ PROTOCOLS = {
 
 @dataclass(frozen=True)
 class Step:
-    """One run of the chain: a seed with some baselines, its arms and the stages they come from."""
+    """One run of the chain: a seed with some baselines, its arms and the stages they come from.
 
+    Steps of one `phase` may run side by side."""
+
+    phase: int
     overrides: tuple[str, ...]
     arms: tuple[Arm, ...]
-    specs: Mapping[str, StageSpec]
-    root: str
+    plan: Plan
     name: str
+
+    @property
+    def specs(self) -> Mapping[str, StageSpec]:
+        return {spec.name: spec for spec in self.plan.specs}
 
     def point_of(self, arm: Arm) -> str:
         """Names a point by the key of the weights it measures, for ever."""
@@ -99,15 +109,14 @@ def steps(protocol: Protocol, config: str, overrides: Sequence[str]) -> Iterator
             ]
             if number == len(protocol.phases) - 1 and seed == protocol.seeds[0]:
                 own.append(f"evaluate.codecs={protocol.codecs}")
+                own.append("evaluate.codec_teachers=true")
             settings = load_settings(config, own)
-            plan = make_plan(settings)
-            specs = {spec.name: spec for spec in plan.specs}
             arms = tuple(plan_arms(settings))
-            yield Step(tuple(own), arms, specs, settings.storage.root, Path(config).stem)
+            yield Step(number, tuple(own), arms, make_plan(settings), Path(config).stem)
 
 
 def run_step(step: Step, config: str) -> None:
-    """Trains and measures what the step lacks; ends the program if the chain fails."""
+    """Trains and measures what the step lacks by the stage chain; ends the program if it fails."""
     command = [sys.executable, "-m", "pipelines", "evaluate", "--config", config, *step.overrides]
     done = subprocess.run(command, check=False)
     if done.returncode:
@@ -270,18 +279,27 @@ def main() -> None:
     parser.add_argument("--protocol", choices=PROTOCOLS, required=True)
     parser.add_argument("--data", help="score the trained models on these images too")
     parser.add_argument("--report-only", action="store_true", help="train nothing")
+    parser.add_argument("--plain", metavar="SHARDS", help="without Ray, on these prepared shards")
+    parser.add_argument("--jobs", type=int, default=1, help="with --plain: processes at once")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     arguments = parser.parse_args()
     protocol = PROTOCOLS[arguments.protocol]
     table = RESULTS / "rate_accuracy.csv"
-    done = []
+    done: list[Step] = []
     if not arguments.report_only:
-        for step in steps(protocol, arguments.config, arguments.overrides):
+        done = list(steps(protocol, arguments.config, arguments.overrides))
+        for _, phase in itertools.groupby(done, key=lambda step: step.phase):
             known = {row["point"] for row in read_rows(table)}
-            if any(step.point_of(arm) not in known for arm in step.arms):
-                run_step(step, arguments.config)
+            missing = [s for s in phase if any(s.point_of(arm) not in known for arm in s.arms)]
+            if arguments.plain and missing:
+                from benchmarks.plain_chain import run_plain
+
+                plans = [step.plan for step in missing]
+                run_plain(plans, prepared=arguments.plain, jobs=arguments.jobs, say=_say)
+            for step in missing:
+                if not arguments.plain:
+                    run_step(step, arguments.config)
                 append_rows(table, collect(step, arguments.protocol, known))
-            done.append(step)
     wanted = (Path(arguments.config).stem, arguments.protocol)
     rows = [row for row in read_rows(table) if (row["config"], row["protocol"]) == wanted]
     points = summarise(rows)
@@ -295,6 +313,10 @@ def main() -> None:
     if arguments.data:
         result["elsewhere"] = score_elsewhere(done, arguments.data)
     print(json.dumps(result))
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def _show(points: Sequence[Mapping[str, Any]]) -> None:

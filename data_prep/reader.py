@@ -8,20 +8,23 @@ a local shuffle buffer yields short batches). local_batches() gives the same bat
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import ray
 from numpy.typing import NDArray
-from ray.data import Dataset
 
 from data_prep.decoding import Batch, Decoder, concatenated
-from data_prep.ray_data import map_tables
 from data_prep.schema import DataConfig, DataError, Manifest, SplitInfo
 from data_prep.storage import absolute, filesystem, join
+
+if TYPE_CHECKING:
+    from ray.data import Dataset
 
 DECODE_ROWS = 64  # rows decoded between two hand-overs
 PREFETCH_BATCHES = 4
@@ -120,6 +123,8 @@ def train_batches(
     if not windows:
         return
     if max_tasks is None:
+        import ray  # only here and in _dataset: local_batches works where there is no Ray
+
         max_tasks = max(1, int(ray.cluster_resources().get("CPU", 1)) // world_size - 1)
     decoder = Decoder.of(manifest, data, (seed, epoch))
     dataset = _dataset(folder, windows, decoder, num_cpus, max_tasks)
@@ -149,9 +154,12 @@ def local_batches(
     rank: int = 0,
     world_size: int = 1,
     start_step: int = 0,
+    threads: int = 0,
 ) -> Iterator[Batch]:
     """The batches of train_batches, in plain Python. With `epoch` None: all rows of
-    the split once, in order, centre-cropped, the last batch short."""
+    the split once, in order, centre-cropped, the last batch short.
+
+    `threads` > 0 decode ahead of the consumer, two parts each at most."""
     info = manifest.split(split)
     batch_rows = global_batch // world_size
     if epoch is None:
@@ -169,8 +177,7 @@ def local_batches(
         )
     windows = _section(windows, start_step * batch_rows, sum(len(w.picks) for w in windows))
     decoder = Decoder.of(manifest, data, augment)
-    parts = (part for window in windows for part in _read(absolute(folder), window, decoder))
-    yield from _rebatched(parts, batch_rows)
+    yield from _rebatched(_parts(absolute(folder), windows, decoder, threads), batch_rows)
 
 
 def read_window(plan: pa.Table, *, folder: str, decoder: Decoder) -> Iterator[Batch]:
@@ -183,6 +190,8 @@ def read_window(plan: pa.Table, *, folder: str, decoder: Decoder) -> Iterator[Ba
 def _dataset(
     folder: str, windows: list[Window], decoder: Decoder, num_cpus: float, max_tasks: int | None
 ) -> Dataset:
+    from data_prep.ray_data import map_tables
+
     return map_tables(
         [_plan_table(window) for window in windows],
         read_window,
@@ -223,16 +232,44 @@ def _section(windows: list[Window], start: int, end: int) -> list[Window]:
     return kept
 
 
+def _parts(
+    folder: str, windows: Sequence[Window], decoder: Decoder, threads: int
+) -> Iterator[Batch]:
+    """Decoded rows of all windows in order, by threads that work ahead if there are any."""
+    if not threads:
+        for window in windows:
+            yield from _read(folder, window, decoder)
+        return
+    waiting: deque[Future[Batch]] = deque()
+    with ThreadPoolExecutor(threads) as pool:
+        try:
+            for window in windows:
+                for rows in _tables(folder, window, decoder.columns):
+                    waiting.append(pool.submit(decoder.decode, rows))
+                    if len(waiting) > 2 * threads:
+                        yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
 def _read(folder: str, window: Window, decoder: Decoder) -> Iterator[Batch]:
     """Decoded rows of a window in order, DECODE_ROWS at a time."""
+    yield from map(decoder.decode, _tables(folder, window, decoder.columns))
+
+
+def _tables(folder: str, window: Window, columns: list[str]) -> Iterator[pa.Table]:
+    """Rows of a window in order, not decoded, DECODE_ROWS at a time."""
     tables = []
     for group in window.groups:
         store, inner = filesystem(join(folder, group.shard))
         with pq.ParquetFile(inner, filesystem=store) as file:
-            tables.append(file.read_row_group(group.index, columns=decoder.columns))
+            tables.append(file.read_row_group(group.index, columns=columns))
     rows = pa.concat_tables(tables)
     for start in range(0, len(window.picks), DECODE_ROWS):
-        yield decoder.decode(rows.take(window.picks[start : start + DECODE_ROWS]))
+        yield rows.take(window.picks[start : start + DECODE_ROWS])
 
 
 def _rebatched(parts: Iterable[Batch], batch_rows: int) -> Iterator[Batch]:

@@ -8,24 +8,28 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from mantis_core.client import STRIDE
-from mantis_core.config import IndividualConfig, ModelConfig, Stage1Config, Stage2Config
+from mantis_core.client import latent_size
+from mantis_core.config import (
+    CodecTeacherConfig,
+    IndividualConfig,
+    ModelConfig,
+    Stage1Config,
+    Stage2Config,
+)
 from mantis_core.config import TeacherConfig as TeacherConfig
 from mantis_core.errors import ModelError
 from mantis_core.model import Mantis
-from mantis_core.recipes import (
-    IndividualRecipe,
-    Recipe,
-    Stage1Recipe,
-    Stage1Student,
-    Stage2Recipe,
-    TeacherRecipe,
-    individual_models,
-)
+from mantis_core.recipes import Recipe, Stage1Recipe, Stage1Student, Stage2Recipe
 from mantis_core.server import ClassificationTail
 from mantis_core.spec import ModelSpec
 from mantis_core.tasks import TaskSpec
 from mantis_core.teacher import Teacher, flat_teacher, load_backbone, load_teacher_file
+from mantis_core.uncompressed_recipes import (
+    CodecTeacherRecipe,
+    IndividualRecipe,
+    TeacherRecipe,
+    individual_models,
+)
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,11 @@ def teacher_recipe(config: TeacherConfig, problem: Problem, *, seed: int) -> Rec
     return TeacherRecipe(teacher, config)
 
 
+def codec_teacher_recipe(config: CodecTeacherConfig, teacher: Teacher) -> Recipe:
+    """The baseline: `teacher`, trained already, fine-tuned on decoded images."""
+    return CodecTeacherRecipe(teacher.requires_grad_(True), config)
+
+
 def stage1_recipe(
     config: Stage1Config, model: ModelConfig, teacher: Teacher, problem: Problem, *, seed: int
 ) -> Recipe:
@@ -100,7 +109,7 @@ def stage1_recipe(
         len(problem.tasks),
         image_size=problem.image_size,
         split_shape=split_shape,
-        latent_size=_latent_size(problem),
+        latent_size=latent_size(problem.image_size, model.encoder.stride),
         tail=teacher.backbone.tail_after(teacher.split),
     )
     return Stage1Recipe(student, teacher, config)
@@ -216,8 +225,3 @@ def start_tails_from_teacher(model: Mantis, teacher: Teacher) -> None:
             tail.bias[:-1].copy_(bias)
             tail.weight[-1].zero_()
             tail.bias[-1].fill_(0.0)
-
-
-def _latent_size(problem: Problem) -> tuple[int, int]:
-    height, width = problem.image_size
-    return -(-height // STRIDE), -(-width // STRIDE)

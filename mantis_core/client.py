@@ -1,6 +1,6 @@
 """The client half: stem, task detector, conditioning and encoder. Knows no decoder, no labels.
 
-Shapes: B batch, K tasks, C latent channels, H W input pixels, h w = H/8, W/8 latent size.
+Shapes: B batch, K tasks, C latent channels, H W input pixels, h w latent size.
 """
 
 from __future__ import annotations
@@ -12,9 +12,6 @@ from torch import Tensor, nn
 
 from mantis_core.conditioning import CONDITIONING, Modulation, modulate
 from mantis_core.config import ModelConfig
-
-STRIDE = 8
-"""Input pixels per latent position, each way."""
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
@@ -93,16 +90,22 @@ class FiLMedEncoder(nn.Module):
     """Stem features to the latent, modulated after every block and at the latent itself.
 
     stem ─ residual s2 ─ FiLM ─ [residual ─ FiLM] x blocks ─ conv1x1 ─ FiLM ─▶ y (B, C, h, w)
+
+    `stride` is that from input to latent, 8 or 16; at 16 there are two halving blocks.
     """
 
-    def __init__(self, inputs: int, *, channels: int, blocks: int, latent_channels: int) -> None:
+    def __init__(
+        self, inputs: int, *, channels: int, blocks: int, latent_channels: int, stride: int
+    ) -> None:
         super().__init__()
+        halving = [ResidualBlock(inputs, channels, stride=2)]
+        if stride == 16:
+            halving.append(ResidualBlock(channels, channels, stride=2))
         self.blocks = nn.ModuleList(
-            [ResidualBlock(inputs, channels, stride=2)]
-            + [ResidualBlock(channels, channels) for _ in range(blocks)]
+            halving + [ResidualBlock(channels, channels) for _ in range(blocks)]
         )
         self.to_latent = nn.Conv2d(channels, latent_channels, 1)
-        self.modulated_channels = (channels,) * (1 + blocks) + (latent_channels,)
+        self.modulated_channels = (channels,) * len(self.blocks) + (latent_channels,)
 
     def forward(self, stem: Tensor, modulation: Modulation | None = None) -> Tensor:
         """(B, inputs, H/4, W/4) to y (B, C, h, w); no modulation is the task-agnostic encoder."""
@@ -111,6 +114,12 @@ class FiLMedEncoder(nn.Module):
         for block, gamma_beta in zip(self.blocks, layers, strict=False):
             x = block(x, gamma_beta)
         return modulate(self.to_latent(x), layers[-1])
+
+
+def latent_size(image_size: tuple[int, int], stride: int) -> tuple[int, int]:
+    """(h, w) of the latent of an input of (H, W) pixels."""
+    height, width = image_size
+    return -(-height // stride), -(-width // stride)
 
 
 class Client(nn.Module):

@@ -1,4 +1,4 @@
-"""What turns task probabilities into modulation of the encoder: one class a kind, one dict.
+"""What turns task probabilities into modulation of en- and decoder: one class a kind, one dict.
 
 Shapes: B batch, K tasks, C channels of a modulated layer, h w its height and width.
 """
@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
+
+from mantis_core.task_field import MAX_LEVEL
 
 Modulation = list[tuple[Tensor, Tensor] | None]
 """For each modulated layer gamma and beta, (B, C, 1, 1) each, or None for identity."""
@@ -51,6 +53,18 @@ class NoConditioning(nn.Module):
     def forward(self, probabilities: Tensor) -> Modulation:
         """(B, K) is not looked at; every layer stays as it is."""
         return [None] * self.layers
+
+
+def as_sent(probabilities: Tensor, mask: Tensor, *, levels: bool) -> Tensor:
+    """What a stream says of the tasks, (B, K) from p (B, K) and the mask (B, K); no gradient.
+
+    p to the nearest half bit, 1 to 2**-7.5, where a task is active, else 0; without `levels`, which
+    a stream may leave out, 1 where active. The arithmetic of task_field.quantise_log2.
+    """
+    if not levels:
+        return mask.float()
+    steps = (-2 * probabilities.detach().float().clamp_min(1e-6).log2()).round()
+    return torch.exp2(-steps.clamp(0, MAX_LEVEL) / 2) * mask
 
 
 def modulate(x: Tensor, gamma_beta: tuple[Tensor, Tensor] | None) -> Tensor:

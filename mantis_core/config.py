@@ -90,6 +90,18 @@ class TeacherConfig(Section):
     label_smoothing: float = Field(default=0.1, ge=0, lt=1, description="when trained")
 
 
+class CodecTeacherConfig(TrainingConfig):
+    """The baseline of a teacher fine-tuned on what an image codec leaves of its images."""
+
+    epochs: int = Field(default=2, ge=1)
+    optim: OptimConfig = OptimConfig(kind="sgd", lr=0.01, weight_decay=5e-4)
+    ema_decay: float = Field(default=0.0, ge=0, lt=1)
+    codec: Literal["jpeg", "webp", "avif"] = Field(default="webp", description="set for each arm")
+    qualities: tuple[int, ...] = Field(
+        default=(50,), min_length=1, description="set for each arm: one drawn for each image"
+    )
+
+
 class StemConfig(Section):
     channels: tuple[int, int] = Field(
         default=(32, 48), description="after each of its two halvings"
@@ -104,7 +116,10 @@ class DetectorConfig(Section):
 
 class ConditioningConfig(Section):
     kind: Literal["film", "none"] = "film"
-    hidden: int = Field(default=64, ge=1, description="of the generator's MLP")
+    hidden: int = Field(default=64, ge=1, description="of each generator's MLP")
+    decoder: bool = Field(
+        default=False, description="the server's decoder too, by the tasks a stream carries"
+    )
 
 
 class EncoderConfig(Section):
@@ -113,6 +128,9 @@ class EncoderConfig(Section):
         default=1, ge=0, description="FiLMed residual blocks after the last halving"
     )
     latent_channels: int = Field(default=16, ge=1)
+    stride: Literal[8, 16] = Field(
+        default=8, description="input pixels per latent position, each way"
+    )
 
 
 class DecoderConfig(Section):

@@ -53,6 +53,8 @@ def figures(
 
     `val/top1` is end to end: with one class an image the share of images whose class is named, else
     the share of (image, true classification task) pairs decoded and right.
+    `val/detection/top1_if_right` and `_if_wrong` are top1 of the images whose most probable task
+    is, or is not, a true one.
     """
     out: dict[str, float] = {}
     known = records.class_label >= 0
@@ -73,6 +75,8 @@ def figures(
         share = _share(answered.sum(), active.sum())
         if share is not None:
             out[f"val/task/{task.name}/decoded"] = share
+            if records.wire_bytes is not None:
+                out[f"val/task/{task.name}/wire_bytes"] = float(records.wire_bytes[active].mean())
         if task.is_classification:
             value = _share((right[:, k] & answered).sum(), answered.sum())
             if value is not None:
@@ -83,6 +87,12 @@ def figures(
                 out[f"val/task/{task.name}/miou"] = value
     if records.probabilities is not None:
         out |= detection_figures(records.probabilities, records.decoded, records.task_mask)
+        first = records.probabilities.argmax(axis=1)[:, None]
+        right_first = np.take_along_axis(records.task_mask, first, axis=1)[:, 0]
+        for name, which in (("right", right_first), ("wrong", ~right_first)):
+            value = _share((hits & which).sum(), (known & which).sum()) if decides else None
+            if value is not None:
+                out[f"val/detection/top1_if_{name}"] = value
     out |= _sizes(records, pixels)
     return out
 
@@ -107,6 +117,21 @@ def detection_figures(probabilities: Array, mask: Array, truth: Array) -> dict[s
             np.take_along_axis(truth, probabilities.argmax(axis=1)[:, None], axis=1).mean()
         ),
     }
+
+
+def detection_curve(probabilities: Array, truth: Array) -> list[tuple[float, float]]:
+    """What a threshold buys: (mean active tasks, share of true tasks kept), both (N, K).
+
+    Of a row of thresholds from 1/2 down to 2**-12; an image's most probable task is always kept.
+    """
+    first = np.zeros_like(truth, dtype=bool)
+    np.put_along_axis(first, probabilities.argmax(axis=1)[:, None], True, axis=1)
+    curve = []
+    for threshold in 2.0 ** -np.arange(1, 12.25, 0.25):
+        mask = first | (probabilities > threshold)
+        share = _share((mask & truth).sum(), truth.sum())
+        curve.append((float(mask.sum(axis=1).mean()), share or 0.0))
+    return curve
 
 
 def detector_confusion(probabilities: Array, truth: Array) -> list[list[int]]:

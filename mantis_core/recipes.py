@@ -6,7 +6,6 @@ K tasks, C latent channels.
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,13 +17,12 @@ from torchdistill.core.forward_hook import ForwardHookManager
 
 from mantis_core.bottleneck import Bottleneck
 from mantis_core.client import Client, coverage_threshold, primary_task
+from mantis_core.conditioning import as_sent
 from mantis_core.config import (
-    IndividualConfig,
     LossTerm,
     ModelConfig,
     Stage1Config,
     Stage2Config,
-    TeacherConfig,
 )
 from mantis_core.hits import decision_hits, label_hits
 from mantis_core.inference import still
@@ -33,7 +31,7 @@ from mantis_core.model import Mantis
 from mantis_core.preprocessing import normalise
 from mantis_core.server import FeatureDecoder
 from mantis_core.tasks import Batch, TaskSpec
-from mantis_core.teacher import Backbone, Teacher, freeze
+from mantis_core.teacher import Teacher, freeze
 
 logger = logging.getLogger(__name__)
 
@@ -105,48 +103,6 @@ class Recipe(nn.Module):
         terms = weighted_terms(self.criterion, student, teacher, batch)
         loss = torch.stack([value.float() for value in terms.values()]).sum()
         return loss, {f"loss/{name}": value.detach() * len(batch) for name, value in terms.items()}
-
-
-class TeacherRecipe(Recipe):
-    """Trains a teacher, flat or one head a task, on labels."""
-
-    def __init__(self, teacher: Teacher, config: TeacherConfig) -> None:
-        smoothing = {"label_smoothing": config.label_smoothing}
-        super().__init__(
-            teacher.tasks, {"labels": LossTerm(criterion="FlatLabels", kwargs=smoothing)}
-        )
-        self.student = teacher
-        self.set_teacher(None)
-
-    def forward(self, batch: Batch, progress: float) -> StepOutput:
-        student = {"outputs": self.student(normalise(batch.image))}
-        loss, sums = self.total(student, {"outputs": {}}, batch)
-        sums |= label_hits(student["outputs"], self.tasks, batch)
-        return StepOutput(loss, sums, len(batch))
-
-
-class IndividualRecipe(Recipe):
-    """One uncompressed network a task, all in one fit: the upper baseline of task accuracy."""
-
-    def __init__(self, models: nn.ModuleDict, tasks: Sequence[TaskSpec]) -> None:
-        super().__init__(tasks, {"labels": LossTerm(criterion="FlatLabels")})
-        self.student = models
-        self.set_teacher(None)
-
-    def forward(self, batch: Batch, progress: float) -> StepOutput:
-        images = normalise(batch.image)
-        outputs: dict[str, Tensor] = {}
-        for k, task in enumerate(self.tasks):
-            key = f"logits/{task.name}"
-            active = batch.task_mask[:, k]
-            first = active.int().argsort(descending=True, stable=True)  # active images first
-            rows = first[: max(2, int(active.sum()))]  # two at least: batch norm needs them
-            own = self.student[task.name](images[rows])[key]  # type: ignore[index]
-            full = own.new_zeros(len(batch), *own.shape[1:])
-            outputs[key] = full.index_copy(0, rows, own)
-        loss, sums = self.total({"outputs": outputs}, {"outputs": {}}, batch)
-        sums |= label_hits(outputs, self.tasks, batch)
-        return StepOutput(loss, sums, len(batch))
 
 
 class Stage1Student(nn.Module):
@@ -261,7 +217,8 @@ class Stage2Recipe(Recipe):
             latent = student.client.encode(stem, condition)
             primary = primary_task(detected.detach(), mask)
             received = student.bottleneck(latent, mask, primary)
-            tasks = student.server(received.y_hat, (images.shape[2], images.shape[3]))
+            sent = as_sent(condition, mask, levels=student.spec.model.send_probabilities)
+            tasks = student.server(received.y_hat, sent, (images.shape[2], images.shape[3]))
             out = {
                 "bits": received.bits,
                 "task_logits": task_logits,
@@ -272,8 +229,8 @@ class Stage2Recipe(Recipe):
             if student.joint is not None:
                 log_p = torch.nn.functional.logsigmoid(task_logits.float())
                 out["joint"] = student.joint(tasks, log_p)
-                sent = log_p.detach().masked_fill(~mask, -torch.inf)
-                out["decision"] = student.joint(tasks, sent).argmax(dim=1)
+                prior = log_p.detach().masked_fill(~mask, -torch.inf)
+                out["decision"] = student.joint(tasks, prior).argmax(dim=1)
             return out
 
         io = self.student_io(images, run)
@@ -337,25 +294,6 @@ class Stage2Recipe(Recipe):
         )
 
 
-def individual_models(
-    config: IndividualConfig, teacher: Teacher, image_size: tuple[int, int]
-) -> nn.ModuleDict:
-    """One network a task: the teacher's trained backbone to start from, or another by name."""
-    models = nn.ModuleDict()
-    for task in teacher.tasks:
-        name = config.backbone or teacher.name
-        own = Teacher(
-            name,
-            split=teacher.split if name == teacher.name else _any_split(name),
-            tasks=(task,),
-            image_size=image_size,
-        )
-        if name == teacher.name:
-            own.backbone.load_state_dict(copy.deepcopy(teacher.backbone.state_dict()))
-        models[task.name] = own
-    return models
-
-
 def rate_weight(config: Stage1Config | Stage2Config, progress: float, *, training: bool) -> float:
     """The rate weight at `progress`: a linear ramp at the start of training, full in eval mode."""
     if not training or config.rate_ramp_fraction == 0:
@@ -375,8 +313,3 @@ def _watch(
         return {**hooks.pop_io_dict(), "outputs": outputs}
     finally:
         hooks.clear()
-
-
-def _any_split(name: str) -> str:
-    names = Backbone(name).names
-    return names[len(names) // 2]

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from mantis_core.client import STRIDE, ResidualBlock, group_norm
-from mantis_core.config import DecoderConfig
+from mantis_core.client import ResidualBlock, group_norm
+from mantis_core.conditioning import CONDITIONING, Modulation, modulate
+from mantis_core.config import ConditioningConfig, DecoderConfig
 from mantis_core.tasks import TaskSpec, class_slots
 
 
@@ -21,6 +22,8 @@ class FeatureDecoder(nn.Module):
     """The received latent back to the teacher's feature at its split; serves every task.
 
     y_hat (B, C, h, w) ─ conv3x3 ─ residual blocks ─ [up or down by 2] ─ conv1x1 ─▶ (B, C', h', w')
+
+    Modulated, where it is, after the first convolution and after every block.
     """
 
     def __init__(
@@ -50,10 +53,15 @@ class FeatureDecoder(nn.Module):
                 scale.append(ResidualBlock(channels, channels, stride=2))
         self.scale = nn.Sequential(*scale)
         self.last = nn.Conv2d(channels, target[0], 1)
+        self.modulated_channels = (channels,) * (1 + blocks)
 
-    def forward(self, latent: Tensor) -> Tensor:
+    def forward(self, latent: Tensor, modulation: Modulation | None = None) -> Tensor:
         """(B, C, h, w) to the non-negative feature (B, C', h', w') at the teacher's split."""
-        return torch.relu(self.last(self.scale(self.blocks(self.first(latent)))))
+        layers = modulation or [None] * len(self.modulated_channels)
+        x = modulate(self.first(latent), layers[0])
+        for block, gamma_beta in zip(self.blocks, layers[1:], strict=True):
+            x = block(x, gamma_beta)
+        return torch.relu(self.last(self.scale(x)))
 
 
 class SegmentationHead(nn.Module):
@@ -114,11 +122,13 @@ class ClassificationTail(nn.Module):
 class Server(nn.Module):
     """All that runs where the bits arrive.
 
-    y_hat ─ decoder ─┬─ trunk ─┬─ decoder_k ─ tail_k   for each active task k
-                     └─────────┴─▶ segmentation tails read both depths
+    tasks ─ conditioning ─┐ gamma, beta
+                  y_hat ─ decoder ─┬─ trunk ─┬─ decoder_k ─ tail_k   for each active task k
+                                   └─────────┴─▶ segmentation tails read both depths
 
-    `trunk` is a copy of the teacher's blocks behind its split, fine-tuned in stage 2; its batch
-    norms keep the teacher's statistics.
+    What a latent means depends on the tasks it was encoded for, and the stream says which these
+    are: the decoder is modulated by them as the encoder was. `trunk` is a copy of the teacher's
+    blocks behind its split, fine-tuned in stage 2; its batch norms keep the teacher's statistics.
     """
 
     def __init__(
@@ -127,20 +137,23 @@ class Server(nn.Module):
         tasks: Sequence[TaskSpec],
         *,
         latent_channels: int,
-        image_size: tuple[int, int],
+        latent_size: tuple[int, int],
         split_shape: tuple[int, int, int],
         last_shape: tuple[int, int, int],
         trunk: nn.Module,
+        conditioning: ConditioningConfig,
     ) -> None:
         super().__init__()
         self.tasks = tuple(tasks)
-        latent_size = (-(-image_size[0] // STRIDE), -(-image_size[1] // STRIDE))
         self.decoder = FeatureDecoder(
             latent_channels,
             split_shape,
             latent_size,
             channels=config.channels,
             blocks=config.blocks,
+        )
+        self.conditioning = CONDITIONING[conditioning.kind if conditioning.decoder else "none"](
+            len(tasks), self.decoder.modulated_channels, hidden=conditioning.hidden
         )
         self.trunk = trunk
         self.task_decoders = nn.ModuleDict()
@@ -153,9 +166,12 @@ class Server(nn.Module):
                 else SegmentationHead(split_shape[0], last_shape[0], task.num_classes)
             )
 
-    def features(self, latent: Tensor) -> tuple[Tensor, Tensor]:
-        """y_hat (B, C, h, w) to the split feature and the trunk's last feature."""
-        split = self.decoder(latent)
+    def features(self, latent: Tensor, tasks: Tensor) -> tuple[Tensor, Tensor]:
+        """y_hat (B, C, h, w) to the split feature and the trunk's last feature.
+
+        `tasks` (B, K) is what the stream says of the tasks, as `conditioning.as_sent` gives it.
+        """
+        split = self.decoder(latent, self.conditioning(tasks))
         return split, self.trunk(split)
 
     def answer(self, task: TaskSpec, split: Tensor, last: Tensor, size: tuple[int, int]) -> Tensor:
@@ -165,9 +181,9 @@ class Server(nn.Module):
             return self.tails[task.name](own)  # type: ignore[no-any-return]
         return self.tails[task.name](split, own, size)  # type: ignore[no-any-return]
 
-    def forward(self, latent: Tensor, size: tuple[int, int]) -> dict[str, Tensor]:
+    def forward(self, latent: Tensor, tasks: Tensor, size: tuple[int, int]) -> dict[str, Tensor]:
         """Every task's output, for training: all decoders take part in every step."""
-        split, last = self.features(latent)
+        split, last = self.features(latent, tasks)
         return {task.name: self.answer(task, split, last, size) for task in self.tasks}
 
     def train(self, mode: bool = True) -> Server:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mantis_core.answer import Answer
+from mantis_core.client import latent_size
 from mantis_core.coder import TableSet
 from mantis_core.inference import still
 from mantis_core.server import JointDecision, Server
@@ -79,7 +80,7 @@ class ServerCodec:
         with still(self.server):
             latent = torch.from_numpy(symbols).to(device).float()
             latent = latent.contiguous(memory_format=torch.channels_last)
-            split, last = self.server.features(latent)
+            split, last = self.server.features(latent, log_p.exp())
             outputs = {
                 task.name: self._task_output(k, mask, split, last, shape)
                 for k, task in enumerate(self.spec.tasks)
@@ -143,10 +144,11 @@ def new_server(spec: ModelSpec, trunk: nn.Module | None = None) -> Server:
         spec.model.decoder,
         spec.tasks,
         latent_channels=spec.model.encoder.latent_channels,
-        image_size=spec.image_size,
+        latent_size=latent_size(spec.image_size, spec.model.encoder.stride),
         split_shape=spec.split_shape,
         last_shape=spec.last_shape,
         trunk=Backbone(spec.teacher).tail_after(spec.split) if trunk is None else trunk,
+        conditioning=spec.model.conditioning,
     )
 
 

@@ -11,7 +11,6 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from mantis_core.bitstream import MAX_IMAGES, StreamSpec
-from mantis_core.client import STRIDE
 from mantis_core.config import ModelConfig
 from mantis_core.tasks import TaskSpec
 
@@ -48,7 +47,7 @@ class ModelSpec(BaseModel):
             num_tasks=len(self.tasks),
             input_shape=self.image_size,
             latent_channels=self.model.encoder.latent_channels,
-            stride=STRIDE,
+            stride=self.model.encoder.stride,
             max_pixels=_MAX_AREA_RATIO * own,
             max_total_pixels=MAX_IMAGES * own,
         )
@@ -66,7 +65,7 @@ class ModelSpec(BaseModel):
             "short_side": self.short_side,
             "prior": self.model.prior,
             "send_probabilities": self.model.send_probabilities,
-            "stride": STRIDE,
+            "stride": self.model.encoder.stride,
         }
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
         for name, tensor in sorted(state.items()):

@@ -16,16 +16,17 @@ from torch import Tensor, nn
 from data_prep.schema import DataConfig, Manifest
 from mantis_core.build import Problem, new_teacher
 from mantis_core.checkpoint import load_model
+from mantis_core.image_codecs import IMAGE_CODECS
 from mantis_core.metrics import pixel_confusion
 from mantis_core.model import Mantis
 from mantis_core.preprocessing import normalise
-from mantis_core.recipes import individual_models
 from mantis_core.tasks import TaskSpec
 from mantis_core.teacher import Teacher
-from pipelines.evaluation import EXAMPLES, ArmSource, Arrays
-from pipelines.image_codecs import IMAGE_CODECS
+from mantis_core.uncompressed_recipes import individual_models
+from pipelines.plan import TUNED
 from pipelines.problem import problem_of
 from pipelines.settings import Settings
+from pipelines.split_pass import EXAMPLES, ArmSource, Arrays
 from pipelines.trainer import CHECKPOINT
 from pipelines.worker import load_teacher, local_copy, stage_tensors
 
@@ -67,7 +68,7 @@ class ArmEvaluator:
         parts = []
         for number, (source, model) in enumerate(self.arms):
             with torch.no_grad():
-                if source.kind in IMAGE_CODECS:
+                if source.quality is not None:
                     rows = run_image_codec(model, images, batch, self.problem, source)
                 else:
                     rows = RUNNERS[source.kind](model, images, batch, self.problem)
@@ -134,6 +135,7 @@ def run_teacher(model: Teacher, images: Tensor, batch: Arrays, problem: Problem)
     if "logits" in outputs:
         logits = outputs["logits"]
         rows["class_index"] = logits.argmax(dim=1).cpu().numpy()
+        rows["probabilities"] = _group_posteriors(logits, problem.tasks)
         outputs = {
             f"logits/{task.name}": logits[:, list(task.classes)]
             for task in problem.tasks
@@ -146,13 +148,14 @@ def run_image_codec(
     model: Teacher, images: Tensor, batch: Arrays, problem: Problem, source: ArmSource
 ) -> Arrays:
     """Every image to a file and back, then the teacher; the file is what is sent."""
-    codec = IMAGE_CODECS[source.kind]
+    codec = IMAGE_CODECS[source.kind.removesuffix(TUNED)]
     assert source.quality is not None
     files = [
         codec.encode(image, source.quality) for image in images.permute(0, 2, 3, 1).cpu().numpy()
     ]
     decoded = torch.from_numpy(np.stack([codec.decode(data) for data in files]))
     rows = run_teacher(model, decoded.permute(0, 3, 1, 2).to(images.device), batch, problem)
+    rows["probabilities"][:] = -1.0  # nothing is detected
     rows["wire_bytes"][:] = [len(data) for data in files]
     rows["payload_bytes"][:] = [codec.coded_bytes(data) for data in files]
     return rows
@@ -166,6 +169,13 @@ def run_individual(model: nn.ModuleDict, images: Tensor, batch: Arrays, problem:
         for task in problem.tasks
     }
     return _with_heads(_blank(len(images), problem.tasks), outputs, batch, problem.tasks)
+
+
+def _group_posteriors(logits: Tensor, tasks: Sequence[TaskSpec]) -> np.ndarray[Any, Any]:
+    """P of each task (B, K): the sum of the flat softmax over its classes."""
+    soft = torch.softmax(logits.float(), dim=1)
+    groups = [soft[:, list(task.classes)].sum(dim=1) for task in tasks]
+    return torch.stack(groups, dim=1).cpu().numpy()
 
 
 def _run_oracle(model: Mantis, images: Tensor, batch: Arrays, problem: Problem) -> Arrays:
@@ -224,6 +234,11 @@ def _count_pixels(
 
 
 def _load(source: ArmSource, settings: Settings, problem: Problem) -> nn.Module:
+    if source.kind.endswith(TUNED):
+        assert source.folder is not None
+        teacher = new_teacher(settings.teacher, problem)
+        teacher.load_state_dict(stage_tensors(source.folder))
+        return teacher
     if LOADED_AS[source.kind] == "teacher":
         return load_teacher(settings, problem, source.folder)
     assert source.folder is not None
@@ -250,5 +265,5 @@ RUNNERS: dict[str, Any] = {
 # Arms that share weights share one loaded model.
 LOADED_AS = {kind: "codec" for kind in ("mantis", "none", "none_prior", "student", "oracle")} | {
     "individual": "individual",
-    **dict.fromkeys(("teacher", *IMAGE_CODECS), "teacher"),
+    **dict.fromkeys(("teacher", *IMAGE_CODECS, *(f"{c}{TUNED}" for c in IMAGE_CODECS)), "teacher"),
 }

@@ -18,7 +18,7 @@ USER_ERRORS = {
     "mantis_core.bitstream": "BitstreamError",
     "mantis_core.errors": "ModelError",
     "pipelines.cluster": "PreflightError",
-    "pipelines.image_codecs": "CodecError",
+    "mantis_core.image_codecs": "CodecError",
     "pipelines.registry": "RegistryError",
     "pipelines.report": "ReportError",
     "pipelines.run_record": "StageBusy",

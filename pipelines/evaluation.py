@@ -1,7 +1,7 @@
-"""Measures every arm on the whole evaluation split, each image by its own bitstream, on Ray Data.
+"""The `evaluate` stage and the scoring of one model: what is measured, and what is written of it.
 
-`ArmActor` runs in Ray Data actors and gives one row an image and arm; the driver only adds up, and
-writes evaluation.json and predictions.parquet into the stage's folder.
+Images are coded and decoded in split_pass.py; evaluation.json and predictions.parquet, in the
+stage's folder, hold what came out.
 """
 
 from __future__ import annotations
@@ -9,10 +9,8 @@ from __future__ import annotations
 import base64
 import io
 import json
-import os
 import tempfile
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,21 +19,23 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from data_prep.reader import eval_rows, local_batches
+from data_prep.reader import local_batches
 from data_prep.schema import DataConfig, DataError, Manifest, read_manifest
-from mantis_core.metrics import ImageRecords, detector_confusion, figures
-from mantis_core.tasks import TaskSpec
-from pipelines.task_specs import tasks_of
+from pipelines.split_pass import (
+    EXAMPLES,
+    SPLIT,
+    ArmSource,
+    Evaluated,
+    arm_figures,
+    evaluate_split,
+)
 
 if TYPE_CHECKING:
     from pipelines.plan import StageSpec
     from pipelines.settings import Settings
     from pipelines.stages import StageContext
+    from pipelines.storage import Store
 
-SPLIT = "val"
-EXAMPLES = 8
-"""Images of each batch whose whole answer is kept, for the report."""
-Arrays = dict[str, np.ndarray[Any, Any]]
 LABELS = {
     "mantis": "MANTiS",
     "none": "no conditioning",
@@ -47,73 +47,58 @@ LABELS = {
     "jpeg": "JPEG, then the teacher",
     "webp": "WebP, then the teacher",
     "avif": "AVIF, then the teacher",
+    "jpeg_tuned": "JPEG, then a teacher tuned on it",
+    "webp_tuned": "WebP, then a teacher tuned on it",
+    "avif_tuned": "AVIF, then a teacher tuned on it",
 }
-
-
-class EvaluationError(RuntimeError):
-    """The evaluation lost or doubled rows; its figures are not written."""
-
-
-@dataclass(frozen=True)
-class ArmSource:
-    """An arm and its weights: a stage's folder, a model folder, or none (a teacher's file).
-
-    `quality` is that of an image codec."""
-
-    name: str
-    kind: str
-    folder: str | None
-    quality: int | None = None
-
-
-class ArmActor:
-    """The Ray Data actor: an `ArmEvaluator`, whose libraries only the actor imports."""
-
-    def __init__(self, **arguments: Any) -> None:
-        from pipelines.arms import ArmEvaluator
-
-        self.evaluator = ArmEvaluator(**arguments)
-
-    def __call__(self, batch: Arrays) -> Arrays:
-        return self.evaluator(batch)
-
-
-@dataclass(frozen=True)
-class Evaluated:
-    """What one pass over a split gave: by arm name the columns of its answers, in row order."""
-
-    answers: dict[str, Arrays]
-    tasks: tuple[TaskSpec, ...]
-    single_class: bool
-    image_size: tuple[int, int]
 
 
 def run(spec: StageSpec, context: StageContext) -> dict[str, Any]:
     """The `evaluate` stage: every planned arm; returns the main arm's figures."""
-    from pipelines.plan import plan_arms
-
     settings = context.settings
-    manifest = read_manifest(context.manifest_folder)
-    sources = [
-        ArmSource(
-            name=arm.name,
-            kind=arm.kind,
-            folder=context.specs[arm.stage].folder if arm.stage else None,
-            quality=arm.quality,
-        )
-        for arm in plan_arms(settings)
-    ]
     done = evaluate_split(
         context.manifest_folder,
-        manifest,
+        read_manifest(context.manifest_folder),
         settings.data,
-        sources,
+        arm_sources(settings, context.specs),
         settings=settings,
         batch_size=settings.evaluate.batch_size,
         on_rows=lambda rows, total: context.console.progress(
             spec.name, {"step": rows, "steps": total}
         ),
     )
+    return write_evaluation(
+        spec, settings, context.specs, context.store, context.manifest_folder, done
+    )
+
+
+def arm_sources(settings: Settings, specs: Mapping[str, StageSpec]) -> list[ArmSource]:
+    """Every planned arm with the folder of the stage it measures, the main arm first."""
+    from pipelines.plan import plan_arms
+
+    return [
+        ArmSource(
+            name=arm.name,
+            kind=arm.kind,
+            folder=specs[arm.stage].folder if arm.stage else None,
+            quality=arm.quality,
+        )
+        for arm in plan_arms(settings)
+    ]
+
+
+def write_evaluation(
+    spec: StageSpec,
+    settings: Settings,
+    specs: Mapping[str, StageSpec],
+    store: Store,
+    manifest_folder: str,
+    done: Evaluated,
+) -> dict[str, Any]:
+    """Writes evaluation.json and predictions.parquet; returns the stage's result."""
+    from pipelines.plan import plan_arms
+
+    manifest = read_manifest(manifest_folder)
     arms = []
     for arm in plan_arms(settings):
         record = {
@@ -123,7 +108,7 @@ def run(spec: StageSpec, context: StageContext) -> dict[str, Any]:
             "rate_weight": arm.rate_weight,
             "quality": arm.quality,
             "seed": arm.seed,
-            "stage_key": context.specs[arm.stage].key if arm.stage else "",
+            "stage_key": specs[arm.stage].key if arm.stage else "",
         }
         arms.append({**record, **arm_figures(done, arm.name)})
     main = arms[0]
@@ -137,10 +122,10 @@ def run(spec: StageSpec, context: StageContext) -> dict[str, Any]:
         ],
         "single_class": manifest.single_class,
         "arms": arms,
-        "examples": examples(context.manifest_folder, manifest, settings.data, done, main["name"]),
+        "examples": examples(manifest_folder, manifest, settings.data, done, main["name"]),
     }
-    context.store.write_bytes(f"{spec.folder}/predictions.parquet", _parquet(done))
-    context.store.write_json(f"{spec.folder}/evaluation.json", evaluation)
+    store.write_bytes(f"{spec.folder}/predictions.parquet", _parquet(done))
+    store.write_json(f"{spec.folder}/evaluation.json", evaluation)
     metrics = main["metrics"]
     shown = [
         f"{name.removeprefix('val/')} {metrics[name]:.4g}"
@@ -199,98 +184,6 @@ def evaluate_model(model_folder: Path, data_path: str, settings: Settings) -> di
             "unassigned": manifest.unassigned.get(SPLIT, 0),
             "metrics": arm_figures(done, "model")["metrics"],
         }
-
-
-def evaluate_split(
-    folder: str,
-    manifest: Manifest,
-    data: DataConfig,
-    sources: Sequence[ArmSource],
-    *,
-    settings: Settings,
-    batch_size: int,
-    on_rows: Any = None,
-) -> Evaluated:
-    """Runs all arms over the split in one pass; checks that no row was lost or seen twice."""
-    import ray
-
-    rows = manifest.split(SPLIT).rows
-    gpus = settings.cluster.gpus_per_worker
-    free = ray.cluster_resources().get("GPU" if gpus else "CPU", 1.0)
-    wanted = settings.cluster.evaluation_actors or max(1, int(free if gpus else free - 1))
-    actors = max(1, min(wanted, -(-rows // batch_size)))
-    dataset = eval_rows(folder, manifest, data, SPLIT).map_batches(
-        ArmActor,
-        fn_constructor_kwargs={
-            "sources": [asdict(source) for source in sources],
-            "settings": settings.model_dump(mode="json"),
-            "data": data.model_dump(mode="json"),
-            "manifest": manifest.model_dump(mode="json"),
-            "batch_size": batch_size,
-            "threads": max(1, len(os.sched_getaffinity(0)) // actors),
-        },
-        batch_size=batch_size,
-        batch_format="numpy",
-        compute=ray.data.ActorPoolStrategy(size=actors),
-        num_cpus=1,
-        num_gpus=gpus or None,
-    )
-    parts: list[Arrays] = []
-    seen = 0
-    for batch in dataset.iter_batches(batch_size=None, batch_format="numpy"):
-        parts.append(batch)
-        seen += len(batch["arm"])
-        if on_rows is not None:
-            on_rows(seen // max(1, len(sources)), rows)
-    found = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    answers = {}
-    for number, source in enumerate(sources):
-        own = np.flatnonzero(found["arm"] == number)
-        own = own[np.argsort(found["row_id"][own], kind="stable")]
-        ids = found["row_id"][own]
-        if len(ids) != rows or len(np.unique(ids)) != rows:
-            raise EvaluationError(
-                f"{source.name}: {len(ids)} answers ({len(np.unique(ids))} different rows) for the "
-                f"{rows} rows of {SPLIT}; run the evaluation again"
-            )
-        answers[source.name] = {name: values[own] for name, values in found.items()}
-    return Evaluated(answers, tasks_of(manifest), manifest.single_class, manifest.image_size)
-
-
-def arm_figures(done: Evaluated, name: str) -> dict[str, Any]:
-    """An arm's `metrics`, and its `detector_confusion` if it detects."""
-    records = to_records(done.answers[name], done.tasks)
-    height, width = done.image_size
-    metrics = figures(records, done.tasks, single_class=done.single_class, pixels=height * width)
-    confusion = None
-    if records.probabilities is not None:
-        confusion = detector_confusion(records.probabilities, records.task_mask)
-    return {"metrics": metrics, "detector_confusion": confusion}
-
-
-def to_records(own: Arrays, tasks: Sequence[TaskSpec]) -> ImageRecords:
-    """An arm's columns as records; a column of -1 stands for what the arm has not."""
-    sends, detects = own["wire_bytes"][0] >= 0, own["probabilities"][0, 0] >= 0
-    confusion = {
-        task.name: own[f"confusion/{task.name}"]
-        .sum(axis=0)
-        .reshape(task.num_classes, task.num_classes + 1)
-        for task in tasks
-        if not task.is_classification
-    }
-    return ImageRecords(
-        class_label=own["class_label"],
-        labels=own["labels"],
-        task_mask=own["task_mask"].astype(bool),
-        class_index=own["class_index"],
-        predicted=own["predicted"],
-        decoded=own["decoded"].astype(bool),
-        probabilities=own["probabilities"] if detects else None,
-        wire_bytes=own["wire_bytes"] if sends else None,
-        payload_bytes=own["payload_bytes"] if sends else None,
-        estimated_bits=own["estimated_bits"] if sends else None,
-        confusion=confusion,
-    )
 
 
 def examples(

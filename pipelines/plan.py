@@ -14,7 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pipelines.image_codecs import IMAGE_CODECS
+from mantis_core.image_codecs import IMAGE_CODECS
 from pipelines.settings import EvaluateConfig, Settings, with_overrides
 from pipelines.settings_errors import SettingsError
 from pipelines.source_hash import source_hash
@@ -22,8 +22,19 @@ from pipelines.source_hash import source_hash
 if TYPE_CHECKING:
     from data_prep.schema import TaskTable
 
-StageKind = Literal["prepare", "teacher", "stage1", "stage2", "individual", "evaluate", "register"]
-TRAINING_KINDS = ("teacher", "stage1", "stage2", "individual")
+StageKind = Literal[
+    "prepare",
+    "teacher",
+    "stage1",
+    "stage2",
+    "individual",
+    "codec_teacher",
+    "evaluate",
+    "register",
+]
+TRAINING_KINDS = ("teacher", "stage1", "stage2", "individual", "codec_teacher")
+TUNED = "_tuned"
+"""Ends the kind of an arm whose teacher was fine-tuned on its codec's images."""
 
 # Arms without conditioning, by what they change: with one prior; with the main arm's own; and, the
 # entropic student of Matsubara et al. (WACV 2022), without tasks.
@@ -68,6 +79,7 @@ SLICES: dict[StageKind, tuple[str, ...]] = {
     ),
     "stage2": ("seed", *_READER, "model", "stage2"),
     "individual": ("seed", *_READER, "teacher.name", "teacher.split", "individual"),
+    "codec_teacher": ("seed", *_READER, "teacher.name", "teacher.split", "codec_teacher"),
     "evaluate": ("evaluate.batch_size",),
     "register": (),
 }
@@ -79,6 +91,7 @@ ENTRIES: dict[StageKind, tuple[str, ...]] = {
     "stage1": ("pipelines.worker",),
     "stage2": ("pipelines.worker",),
     "individual": ("pipelines.worker",),
+    "codec_teacher": ("pipelines.worker",),
     "evaluate": ("pipelines.evaluation",),
     "register": (
         "pipelines.mlflow_model",
@@ -178,6 +191,10 @@ def plan_stages(
         elif arm.kind == "individual":
             own = _arm_settings(settings, arm)
             add("individual", ("prepare", "teacher"), arm=_suffix(arm), own=own, extra=weights)
+        elif arm.stage.startswith("codec_teacher/") and arm.stage not in planned:
+            codec = arm.stage.partition("/")[2]
+            own = _codec_settings(settings, codec)
+            add("codec_teacher", ("prepare", "teacher"), arm=codec, own=own, extra=weights)
     evaluated = tuple(name for name in planned if name != "stage1")
     add("evaluate", evaluated, extra={"arms": [asdict(arm) for arm in arms]})
     if settings.tracking.enabled:
@@ -222,6 +239,10 @@ def plan_arms(settings: Settings) -> Iterator[Arm]:
         for quality in qualities:
             name = f"{codec}/quality-{quality}"
             yield Arm(name, codec, None, settings.seed, teacher, quality)
+            if evaluate.codec_teachers:
+                tuned = f"codec_teacher/{codec}"
+                kind = codec + TUNED
+                yield Arm(f"{kind}/quality-{quality}", kind, None, settings.seed, tuned, quality)
     if "teacher" in evaluate.baselines:
         yield Arm("teacher", "teacher", None, settings.seed, teacher)
 
@@ -296,6 +317,12 @@ def _arm_settings(settings: Settings, arm: Arm) -> Settings:
         overrides.append(f"stage2.rate_weight={arm.rate_weight!r}")
     overrides += UNCONDITIONED.get(arm.kind, ())
     # The arms of an arm are its own: none.
+    return with_overrides(settings.model_copy(update={"evaluate": EvaluateConfig()}), overrides)
+
+
+def _codec_settings(settings: Settings, codec: str) -> Settings:
+    qualities = list(settings.evaluate.codecs[codec])  # type: ignore[index]
+    overrides = [f"codec_teacher.codec={codec}", f"codec_teacher.qualities={qualities}"]
     return with_overrides(settings.model_copy(update={"evaluate": EvaluateConfig()}), overrides)
 
 

@@ -17,12 +17,14 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from pipelines.image_codecs import IMAGE_CODECS
+from mantis_core.image_codecs import IMAGE_CODECS
 from pipelines.report_figures import (
     COMPRESSED,
     LOOKS,
     curve,
+    detection_figure,
     level,
+    ranking_arms,
     rd_figure,
     styled,
     task_figure,
@@ -141,6 +143,11 @@ def _page(evaluation: Mapping[str, Any], title: str) -> str:
         tasks_narrow=Markup(to_svg(task_figure(arms, tasks, width=NARROW), "tasks-narrow")),
         tasks=[_task_row(task, main) for task in tasks],
         confusion=_confusion(main, tasks),
+        detection=[
+            Markup(to_svg(detection_figure(arms, width=size), name))
+            for size, name in ((WIDE * 0.6, "detection-wide"), (NARROW, "detection-narrow"))
+            if ranking_arms(arms)
+        ],
         examples=[_example(e) for e in evaluation["examples"][:MAX_EXAMPLES]],
         notes=_notes(evaluation, main),
     )
@@ -233,12 +240,14 @@ def _task_row(task: Mapping[str, Any], main: Mapping[str, Any]) -> dict[str, str
         value = main["metrics"].get(metric)
         return DASH if value is None else f"{100 * value:.1f}"
 
+    size = main["metrics"].get(f"val/task/{task['name']}/wire_bytes")
     measure = " (mean IoU)" if task["kind"] == "segmentation" else ""
     return {
         "name": task["name"] + measure,
         "labels": str(len(task["labels"])),
         "accuracy": percent(task_metric(task)),
         "decoded": percent(f"val/task/{task['name']}/decoded"),
+        "bytes": DASH if size is None else f"{size:.1f}",
     }
 
 
@@ -323,6 +332,11 @@ def _notes(evaluation: Mapping[str, Any], main: Mapping[str, Any]) -> list[str]:
         notes.append(
             "Entropic student: the same client and schedule with one task of all classes, so "
             "nothing is detected and no task sent."
+        )
+    if kinds & {f"{codec}_tuned" for codec in IMAGE_CODECS}:
+        notes.append(
+            "Tuned teachers: the teacher trained on after its codec's decoded images, of all the "
+            "qualities shown."
         )
     if kinds & IMAGE_CODECS.keys():
         notes.append(

@@ -52,8 +52,12 @@ LOOKS = {
     "jpeg": Look("JPEG + teacher", "#8A6D5B", "X"),
     "webp": Look("WebP + teacher", "#7A5FB0", "p"),
     "avif": Look("AVIF + teacher", "#4F7F86", "h"),
+    "jpeg_tuned": Look("JPEG + tuned teacher", "#8A6D5C", "X"),
+    "webp_tuned": Look("WebP + tuned teacher", "#7A5FB1", "p"),
+    "avif_tuned": Look("AVIF + tuned teacher", "#4F7F87", "h"),
 }
-COMPRESSED = ("mantis", "none", "none_prior", "student", "oracle", "jpeg", "webp", "avif")
+COMPRESSED = tuple(kind for kind in LOOKS if kind not in ("individual", "teacher"))
+HOLLOW = ("oracle", "jpeg_tuned", "webp_tuned", "avif_tuned")
 LEVEL_DASHES = {"individual": (0, (1, 2)), "teacher": (0, (5, 3))}  # uncompressed: a height alone
 
 
@@ -110,6 +114,40 @@ def task_figure(
     kinds = {task["kind"] for task in tasks}
     figure.supylabel(_axis_label(task_metric(tasks[0])) if len(kinds) == 1 else "%", fontsize=10)
     return figure
+
+
+def detection_figure(arms: Sequence[Mapping[str, Any]], *, width: float) -> Figure:
+    """Share of true tasks kept over the mean number of active tasks, for arms that rank tasks."""
+    figure = Figure(figsize=(width, min(3.6, width * 0.9)), layout="constrained")
+    axes = figure.add_subplot()
+    most = 1.0
+    for kind, arm in ranking_arms(arms).items():
+        sizes, shares = zip(*arm["detection_curve"], strict=True)
+        most = max(most, *sizes)
+        look = LOOKS[kind]
+        dashes = LEVEL_DASHES.get(kind, "solid")
+        percent = [100 * share for share in shares]
+        name = "teacher's own" if kind == "teacher" else f"{look.label}'s detector"
+        axes.plot(sizes, percent, color=look.colour, linestyle=dashes, linewidth=1.8, label=name)
+        metrics = arm["metrics"]
+        if "val/detection/coverage" in metrics:
+            chosen = metrics["val/detection/active_tasks"], 100 * metrics["val/detection/coverage"]
+            axes.plot(*chosen, look.marker, color=look.colour, markersize=7)
+    axes.set_xlim(1, min(most, 6.0))
+    axes.set_xlabel("mean active tasks per image")
+    axes.set_ylabel("true tasks among them (%)")
+    axes.grid(axis="y", color="#888888", alpha=0.25, linewidth=0.7)
+    axes.legend(frameon=False, loc="lower right")
+    return figure
+
+
+def ranking_arms(arms: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    """The first MANTiS arm and the teacher, where they have a detection curve."""
+    found = {}
+    for kind in ("mantis", "teacher"):
+        own = [a for a in arms if a["kind"] == kind and a.get("detection_curve")]
+        found.update({kind: own[0]} if own else {})
+    return found
 
 
 def task_metric(task: Mapping[str, Any]) -> str:
@@ -177,7 +215,7 @@ def _draw_rd(axes: Axes, arms: Sequence[Mapping[str, Any]], metric: str, limits:
             [point.value for point in points],
             color=look.colour,
             marker=look.marker,
-            markerfacecolor="none" if kind == "oracle" else look.colour,
+            markerfacecolor="none" if kind in HOLLOW else look.colour,
             markersize=7,
             markeredgewidth=1.5,
             linewidth=1.8,

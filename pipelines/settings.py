@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from data_prep.schema import DataConfig, TaskConfig
 from mantis_core.config import (
+    CodecTeacherConfig,
     IndividualConfig,
     ModelConfig,
     Stage1Config,
@@ -81,6 +82,9 @@ class EvaluateConfig(_Section):
         default_factory=dict,
         description="image codecs in front of the teacher, each with Pillow's qualities",
     )
+    codec_teachers: bool = Field(
+        False, description="each image codec also in front of a teacher fine-tuned on it"
+    )
     baseline_rate_weights: tuple[Rate, ...] | None = Field(
         None, description="rates of compressed baselines; none: the main rate alone"
     )
@@ -102,6 +106,7 @@ class Settings(_Section):
     stage1: Stage1Config = Stage1Config()
     stage2: Stage2Config = Stage2Config()
     individual: IndividualConfig = IndividualConfig()
+    codec_teacher: CodecTeacherConfig = CodecTeacherConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     cluster: ClusterConfig = ClusterConfig()
     tracking: TrackingConfig = TrackingConfig()

@@ -313,6 +313,7 @@ RUNNERS: dict[StageKind, Runner] = {
     "stage1": _run_training,
     "stage2": _run_training,
     "individual": _run_training,
+    "codec_teacher": _run_training,
     "evaluate": _run_evaluate,
     "register": _run_register,
 }

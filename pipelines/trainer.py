@@ -104,4 +104,5 @@ TRAINING_SECTIONS: dict[str, Callable[[Settings], TrainingConfig]] = {
     "stage1": lambda settings: settings.stage1,
     "stage2": lambda settings: settings.stage2,
     "individual": lambda settings: settings.individual,
+    "codec_teacher": lambda settings: settings.codec_teacher,
 }

@@ -21,6 +21,7 @@ from data_prep.schema import Manifest, read_manifest
 from data_prep.subgroups import resolve_tasks
 from mantis_core.build import (
     Problem,
+    codec_teacher_recipe,
     individual_recipe,
     ready_teacher,
     stage1_recipe,
@@ -119,6 +120,8 @@ def build_recipe(
     if kind == "teacher":
         return teacher_recipe(settings.teacher, problem, seed=settings.seed)
     teacher = load_teacher(settings, problem, upstream.get("teacher"))
+    if kind == "codec_teacher":
+        return codec_teacher_recipe(settings.codec_teacher, teacher)
     if kind == "individual":
         return individual_recipe(settings.individual, teacher, problem, seed=settings.seed)
     if kind == "stage1":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import numpy as np
@@ -108,6 +109,24 @@ def test_a_resumed_epoch_continues_where_it_stopped(shapes: Any) -> None:
     rest = local_batches(shapes.folder, shapes.manifest, shapes.data, start_step=5, **settings)
     for left, right in zip(whole[5:], rest, strict=True):
         same(left, right)
+
+
+def test_threads_change_nothing_but_the_wait(shapes: Any) -> None:
+    for epoch, split in ((0, "train"), (None, "val")):
+        settings: dict[str, Any] = {"split": split, "epoch": epoch, "seed": 3, "global_batch": 16}
+        alone = list(local_batches(shapes.folder, shapes.manifest, shapes.data, **settings))
+        ahead = local_batches(shapes.folder, shapes.manifest, shapes.data, threads=3, **settings)
+        for left, right in zip(alone, ahead, strict=True):
+            same(left, right)
+
+
+def test_a_reader_left_early_lets_its_threads_go(shapes: Any) -> None:
+    before = threading.active_count()
+    batches = local_batches(shapes.folder, shapes.manifest, shapes.data, global_batch=5, threads=3)
+    next(batches)
+    assert threading.active_count() > before
+    batches.close()  # type: ignore[attr-defined]
+    assert threading.active_count() == before
 
 
 def test_batches_have_the_shapes_and_values_of_the_contract(shapes: Any) -> None:

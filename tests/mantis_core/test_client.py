@@ -7,8 +7,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from mantis_core.client import STRIDE, Client, ResidualBlock, group_norm
-from mantis_core.config import ConditioningConfig, ModelConfig
+from mantis_core.client import Client, ResidualBlock, group_norm, latent_size
+from mantis_core.config import ConditioningConfig, EncoderConfig, ModelConfig
 
 
 @pytest.fixture
@@ -17,14 +17,18 @@ def client(small_config: Callable[..., ModelConfig]) -> Client:
     return Client(small_config(), num_tasks=3).eval()
 
 
+@pytest.mark.parametrize("stride", [8, 16])
 @pytest.mark.parametrize(("height", "width"), [(32, 32), (40, 24), (36, 50)])
 def test_latent_is_the_input_over_the_stride_rounded_up(
-    client: Client, height: int, width: int
+    small_config: Callable[..., ModelConfig], height: int, width: int, stride: int
 ) -> None:
+    encoder = EncoderConfig(channels=8, blocks=1, latent_channels=4, stride=stride)
+    client = Client(small_config(encoder=encoder), num_tasks=3).eval()
     stem, logits = client(torch.randn(2, 3, height, width))
     latent = client.encode(stem, torch.sigmoid(logits))
     assert logits.shape == (2, 3)
-    assert latent.shape == (2, 4, -(-height // STRIDE), -(-width // STRIDE))
+    assert latent.shape == (2, 4, -(-height // stride), -(-width // stride))
+    assert latent.shape[2:] == latent_size((height, width), stride)
 
 
 def test_encoder_without_modulation_equals_film_at_init(client: Client) -> None:

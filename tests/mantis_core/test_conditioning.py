@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from mantis_core.conditioning import FiLMGenerator, NoConditioning, modulate
+from mantis_core.conditioning import FiLMGenerator, NoConditioning, as_sent, modulate
+from mantis_core.task_field import dequantise_level, quantise_log2
 
 
 def test_film_is_identity_at_init() -> None:
@@ -45,3 +46,14 @@ def test_none_leaves_every_layer_as_it_is_and_has_nothing_to_train() -> None:
     none = NoConditioning(3, (4, 6), hidden=8)
     assert none(torch.rand(2, 3)) == [None, None]
     assert not list(none.parameters())
+
+
+def test_what_the_server_is_told_is_what_the_stream_says() -> None:
+    p = torch.tensor([[1.0, 0.7, 0.5, 0.013], [1e-9, 0.25, 0.999, 0.06]])
+    mask = torch.tensor([[True, True, False, True], [True, False, True, True]])
+    told = as_sent(p, mask, levels=True)
+    for row in range(2):
+        for k in range(4):
+            stands_for = dequantise_level(quantise_log2(float(p[row, k])))
+            assert abs(float(told[row, k]) - stands_for * bool(mask[row, k])) < 1e-6
+    assert torch.equal(as_sent(p, mask, levels=False), mask.float())

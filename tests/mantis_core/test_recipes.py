@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,9 +12,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mantis_core.build import Problem, individual_recipe, teacher_recipe
+from mantis_core.build import Problem, codec_teacher_recipe, individual_recipe, teacher_recipe
 from mantis_core.client import coverage_threshold
 from mantis_core.config import (
+    CodecTeacherConfig,
     ConditioningConfig,
     IndividualConfig,
     LossTerm,
@@ -23,6 +25,7 @@ from mantis_core.config import (
     TrainingConfig,
 )
 from mantis_core.hits import label_hits
+from mantis_core.image_codecs import IMAGE_CODECS
 from mantis_core.preprocessing import normalise
 from mantis_core.recipes import rate_weight
 from mantis_core.tasks import Batch
@@ -322,6 +325,25 @@ def test_individual_models_start_from_the_teacher_and_train_on_their_own_images(
     recipe.train()
     recipe(batch_of(problem, classes=(0, 1)), 0.0).loss.backward()
     assert without_gradient(recipe) == []
+
+
+def test_a_tuned_teacher_sees_what_its_codec_leaves(
+    problem: Problem, teacher: Teacher, batch_of: Callable[..., Batch], batch: Batch
+) -> None:
+    config = CodecTeacherConfig(codec="jpeg", qualities=(5, 90))
+    recipe = codec_teacher_recipe(config, copy.deepcopy(teacher)).eval()
+    seen: list[Tensor] = []
+    recipe.student.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    with torch.no_grad():
+        recipe(batch, 1.0)
+    codec = IMAGE_CODECS["jpeg"]
+    for index, image in enumerate(batch.image.permute(0, 2, 3, 1).numpy()):
+        left = codec.decode(codec.encode(image, (5, 90)[index % 2]))
+        expected = normalise(torch.from_numpy(left.copy()).permute(2, 0, 1)[None])[0]
+        torch.testing.assert_close(seen[0][index], expected)
+    before = snapshot(recipe.student)
+    train(recipe, [batch_of(problem, seed=i) for i in range(2)])
+    assert "backbone.net.conv1.weight" in changed(recipe.student, before)
 
 
 def test_an_individual_model_answers_its_one_image_wherever_it_stands_in_the_batch(

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mantis_core.config import DecoderConfig
+from mantis_core.config import ConditioningConfig, DecoderConfig
 from mantis_core.server import (
     ClassificationTail,
     FeatureDecoder,
@@ -84,26 +84,46 @@ def test_a_tail_that_says_not_mine_loses_to_one_that_does_not() -> None:
     assert JointDecision(tasks, 2)(outputs, torch.zeros(1, 2)).argmax() == 1
 
 
-def make_server() -> Server:
+def make_server(conditioning: ConditioningConfig | None = None) -> Server:
     tasks = [TaskSpec("a", "classification", 2, (0, 1)), TaskSpec("road", "segmentation", 3)]
     trunk = nn.Sequential(nn.Conv2d(8, 16, 3, 2, 1), nn.BatchNorm2d(16), nn.ReLU())
     return Server(
         DecoderConfig(channels=8, blocks=0, task_channels=8),
         tasks,
         latent_channels=4,
-        image_size=(32, 32),
+        latent_size=(4, 4),
         split_shape=(8, 4, 4),
         last_shape=(16, 2, 2),
         trunk=trunk,
+        conditioning=conditioning or ConditioningConfig(decoder=True),
     )
 
 
 def test_the_server_answers_every_task_in_training() -> None:
-    outputs = make_server()(torch.randn(2, 4, 4, 4), (32, 32))
+    outputs = make_server()(torch.randn(2, 4, 4, 4), torch.rand(2, 2), (32, 32))
     assert {name: tuple(out.shape) for name, out in outputs.items()} == {
         "a": (2, 3),
         "road": (2, 3, 32, 32),
     }
+
+
+def test_the_decoder_knows_the_tasks_it_is_told_once_its_modulation_has_weights() -> None:
+    server = make_server()
+    latent, tasks = torch.randn(1, 4, 4, 4), torch.eye(2)
+    before = [server.features(latent, each[None])[0] for each in tasks]
+    assert torch.equal(*before)  # the identity at init
+    torch.nn.init.normal_(server.conditioning.last.weight)  # type: ignore[arg-type,union-attr]
+    after = [server.features(latent, each[None])[0] for each in tasks]
+    assert not torch.allclose(*after)
+
+
+@pytest.mark.parametrize(
+    "conditioning", [ConditioningConfig(kind="none", decoder=True), ConditioningConfig()]
+)
+def test_a_decoder_without_conditioning_has_none_of_its_weights(
+    conditioning: ConditioningConfig,
+) -> None:
+    assert not list(make_server(conditioning).conditioning.parameters())
 
 
 def test_the_trunks_batch_norms_keep_the_teachers_statistics_in_training() -> None:
@@ -111,7 +131,7 @@ def test_the_trunks_batch_norms_keep_the_teachers_statistics_in_training() -> No
     norm = server.trunk[1]
     assert isinstance(norm, nn.BatchNorm2d)
     before = norm.running_mean.clone()  # type: ignore[union-attr]
-    server(torch.randn(2, 4, 4, 4), (32, 32))
+    server(torch.randn(2, 4, 4, 4), torch.rand(2, 2), (32, 32))
     assert server.training
     assert not norm.training
     assert torch.equal(norm.running_mean, before)  # type: ignore[arg-type]

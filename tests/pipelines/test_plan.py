@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from data_prep.subgroups import resolve_tasks
+from mantis_core.image_codecs import CodecError
 from pipelines import plan
-from pipelines.image_codecs import CodecError
 from pipelines.plan import StageSpec, config_slice, plan_key, plan_stages, with_upstream
 from pipelines.settings import Settings, load_settings
 from pipelines.settings_errors import SettingsError
@@ -24,7 +24,8 @@ tasks:
 teacher: {weights: train}
 evaluate: {baselines: [none, oracle, individual, teacher]}
 """
-CHAIN = ("prepare", "teacher", "stage1", "stage2", "individual", "evaluate", "register")
+TUNED = "codec_teacher/webp"
+CHAIN = ("prepare", "teacher", "stage1", "stage2", "individual", TUNED, "evaluate", "register")
 
 
 @pytest.fixture(autouse=True)
@@ -50,7 +51,7 @@ def test_stages_stand_after_those_they_build_on(config: Path) -> None:
     for name, spec in stages.items():
         assert set(spec.upstream) <= seen
         seen.add(name)
-    assert [name for name in stages if "/" not in name] == list(CHAIN)
+    assert [n for n in stages if "/" not in n] == [n for n in CHAIN if n != TUNED]
 
 
 def test_every_rate_seed_and_baseline_is_an_arm_over_one_stage1(config: Path) -> None:
@@ -122,6 +123,19 @@ def test_image_codecs_are_measured_in_front_of_the_teacher_and_train_nothing(con
     assert stages["stage2"].key == plain["stage2"].key
 
 
+def test_a_tuned_teacher_is_trained_once_a_codec_on_all_its_qualities(config: Path) -> None:
+    overrides = ["evaluate.codecs={webp: [0, 75], jpeg: [20]}", "evaluate.codec_teachers=true"]
+    stages = planned(load_settings(config, overrides))
+    tuned = {name: spec for name, spec in stages.items() if spec.kind == "codec_teacher"}
+    assert tuned.keys() == {"codec_teacher/webp", "codec_teacher/jpeg"}
+    section = tuned["codec_teacher/webp"].settings.codec_teacher
+    assert (section.codec, section.qualities) == ("webp", (0, 75))
+    arms = [(a["kind"], a["quality"], a["stage"]) for a in stages["evaluate"].config["arms"]]
+    assert ("webp_tuned", 75, "codec_teacher/webp") in arms
+    assert ("jpeg_tuned", 20, "codec_teacher/jpeg") in arms
+    assert set(tuned) <= set(stages["evaluate"].upstream)
+
+
 def test_baselines_without_conditioning_differ_by_prior_and_tasks(config: Path) -> None:
     stages = planned(load_settings(config, ["evaluate.baselines=[none, none_prior, student]"]))
     models = {
@@ -186,6 +200,7 @@ FIRST_CHANGED: dict[str, tuple[str, ...]] = {
     "stage1": ("stage1", "stage2", "evaluate", "register"),
     "stage2": ("stage2", "evaluate", "register"),
     "individual": ("individual", "evaluate", "register"),
+    "codec_teacher": (TUNED, "evaluate", "register"),
     "evaluate": ("evaluate", "register"),
 }
 
@@ -226,9 +241,11 @@ def another(value: Any) -> Any:
 def test_each_field_changes_the_keys_it_should_and_no_others(
     config: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = load_settings(config, ["evaluate.baselines=[individual, teacher]"])
+    overrides = ["evaluate.baselines=[individual, teacher]", "evaluate.codecs={webp: [50]}"]
+    settings = load_settings(config, [*overrides, "evaluate.codec_teachers=true"])
     table = resolve_tasks(settings.tasks, settings.data)
-    monkeypatch.setattr(plan, "_arm_settings", lambda settings, arm: settings)
+    for name in ("_arm_settings", "_codec_settings"):
+        monkeypatch.setattr(plan, name, lambda settings, arm: settings)
     before = {spec.name: spec.key for spec in plan_stages(settings, table, "f")}
     seen = 0
     for path, value in leaves(settings.model_dump(mode="json")):

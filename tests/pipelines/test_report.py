@@ -35,6 +35,7 @@ def arm(kind, *, name="", rate=None, quality=None, seed=0, top1=0.5, size=None, 
         "stage_key": "abc",
         "metrics": {**measured, **metrics},
         "detector_confusion": [[8, 2], [0, 0]] if kind == "mantis" else None,
+        "detection_curve": [(1.0, 0.6), (2.5, 0.9)] if kind in ("mantis", "teacher") else None,
     }
 
 

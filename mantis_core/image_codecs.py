@@ -56,7 +56,8 @@ def jpeg_scan_bytes(data: bytes) -> int:
     """Entropy-coded bytes of a JPEG: what follows the scan headers, up to the next marker."""
     total, position = 0, 2
     while position + 4 <= len(data):
-        marker, length = data[position + 1], struct.unpack_from(">H", data, position + 2)[0]
+        marker = data[position + 1]
+        length = int(struct.unpack_from(">H", data, position + 2)[0])
         position += 2 + length
         if marker != 0xDA:
             continue

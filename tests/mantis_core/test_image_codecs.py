@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import features
 
-from pipelines.image_codecs import IMAGE_CODECS, CodecError, avif_media_bytes, webp_frame_bytes
+from mantis_core.image_codecs import IMAGE_CODECS, CodecError, avif_media_bytes, webp_frame_bytes
 
 
 def photograph(size: int = 64, seed: int = 0) -> np.ndarray:

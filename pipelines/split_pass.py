@@ -1,0 +1,195 @@
+"""One pass of all arms over the evaluation split, on Ray Data or in this process.
+
+`ArmActor` runs in Ray Data actors and gives one row an image and arm; here rows are only put
+together, counted and added up. Writes nothing.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from data_prep.reader import eval_rows, local_batches
+from data_prep.schema import DataConfig, Manifest
+from mantis_core.metrics import ImageRecords, detection_curve, detector_confusion, figures
+from mantis_core.tasks import TaskSpec
+from pipelines.task_specs import tasks_of
+
+if TYPE_CHECKING:
+    from pipelines.settings import Settings
+
+SPLIT = "val"
+EXAMPLES = 8
+"""Images of each batch whose whole answer is kept, for the report."""
+Arrays = dict[str, np.ndarray[Any, Any]]
+
+
+class EvaluationError(RuntimeError):
+    """The evaluation lost or doubled rows; its figures are not written."""
+
+
+@dataclass(frozen=True)
+class ArmSource:
+    """An arm and its weights: a stage's folder, a model folder, or none (a teacher's file).
+
+    `quality` is that of an image codec."""
+
+    name: str
+    kind: str
+    folder: str | None
+    quality: int | None = None
+
+
+class ArmActor:
+    """The Ray Data actor: an `ArmEvaluator`, whose libraries only the actor imports."""
+
+    def __init__(self, **arguments: Any) -> None:
+        from pipelines.arms import ArmEvaluator
+
+        self.evaluator = ArmEvaluator(**arguments)
+
+    def __call__(self, batch: Arrays) -> Arrays:
+        return self.evaluator(batch)
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """What one pass over a split gave: by arm name the columns of its answers, in row order."""
+
+    answers: dict[str, Arrays]
+    tasks: tuple[TaskSpec, ...]
+    single_class: bool
+    image_size: tuple[int, int]
+
+
+def evaluate_split(
+    folder: str,
+    manifest: Manifest,
+    data: DataConfig,
+    sources: Sequence[ArmSource],
+    *,
+    settings: Settings,
+    batch_size: int,
+    on_rows: Any = None,
+) -> Evaluated:
+    """Runs all arms over the split in one pass; checks that no row was lost or seen twice."""
+    import ray
+
+    rows = manifest.split(SPLIT).rows
+    gpus = settings.cluster.gpus_per_worker
+    free = ray.cluster_resources().get("GPU" if gpus else "CPU", 1.0)
+    wanted = settings.cluster.evaluation_actors or max(1, int(free if gpus else free - 1))
+    actors = max(1, min(wanted, -(-rows // batch_size)))
+    dataset = eval_rows(folder, manifest, data, SPLIT).map_batches(
+        ArmActor,
+        fn_constructor_kwargs={
+            "sources": [asdict(source) for source in sources],
+            "settings": settings.model_dump(mode="json"),
+            "data": data.model_dump(mode="json"),
+            "manifest": manifest.model_dump(mode="json"),
+            "batch_size": batch_size,
+            "threads": max(1, len(os.sched_getaffinity(0)) // actors),
+        },
+        batch_size=batch_size,
+        batch_format="numpy",
+        compute=ray.data.ActorPoolStrategy(size=actors),
+        num_cpus=1,
+        num_gpus=gpus or None,
+    )
+    parts: list[Arrays] = []
+    seen = 0
+    for batch in dataset.iter_batches(batch_size=None, batch_format="numpy"):
+        parts.append(batch)
+        seen += len(batch["arm"])
+        if on_rows is not None:
+            on_rows(seen // max(1, len(sources)), rows)
+    return collected(parts, sources, manifest)
+
+
+def evaluate_locally(
+    folder: str,
+    manifest: Manifest,
+    data: DataConfig,
+    sources: Sequence[ArmSource],
+    *,
+    settings: Settings,
+    batch_size: int,
+) -> Evaluated:
+    """As evaluate_split, in this process and without Ray."""
+    import torch
+
+    actor = ArmActor(
+        sources=[asdict(source) for source in sources],
+        settings=settings.model_dump(mode="json"),
+        data=data.model_dump(mode="json"),
+        manifest=manifest.model_dump(mode="json"),
+        batch_size=batch_size,
+        threads=torch.get_num_threads(),
+    )
+    batches = local_batches(folder, manifest, data, split=SPLIT, global_batch=batch_size)
+    return collected([actor(batch) for batch in batches], sources, manifest)
+
+
+def collected(
+    parts: Sequence[Arrays], sources: Sequence[ArmSource], manifest: Manifest
+) -> Evaluated:
+    """The answers of all batches by arm. EvaluationError if a row is missing or doubled."""
+    rows = manifest.split(SPLIT).rows
+    found = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    answers = {}
+    for number, source in enumerate(sources):
+        own = np.flatnonzero(found["arm"] == number)
+        own = own[np.argsort(found["row_id"][own], kind="stable")]
+        ids = found["row_id"][own]
+        if len(ids) != rows or len(np.unique(ids)) != rows:
+            raise EvaluationError(
+                f"{source.name}: {len(ids)} answers ({len(np.unique(ids))} different rows) for the "
+                f"{rows} rows of {SPLIT}; run the evaluation again"
+            )
+        answers[source.name] = {name: values[own] for name, values in found.items()}
+    return Evaluated(answers, tasks_of(manifest), manifest.single_class, manifest.image_size)
+
+
+def arm_figures(done: Evaluated, name: str) -> dict[str, Any]:
+    """An arm's `metrics`; its `detector_confusion` if it detects; its `detection_curve`, which a
+    teacher of flat classes has too."""
+    own = done.answers[name]
+    records = to_records(own, done.tasks)
+    height, width = done.image_size
+    metrics = figures(records, done.tasks, single_class=done.single_class, pixels=height * width)
+    confusion = None
+    if records.probabilities is not None:
+        confusion = detector_confusion(records.probabilities, records.task_mask)
+    ranks = own["probabilities"][0, 0] >= 0 and records.task_mask.any()
+    curve = detection_curve(own["probabilities"], records.task_mask) if ranks else None
+    return {"metrics": metrics, "detector_confusion": confusion, "detection_curve": curve}
+
+
+def to_records(own: Arrays, tasks: Sequence[TaskSpec]) -> ImageRecords:
+    """An arm's columns as records; a column of -1 stands for what the arm has not."""
+    sends = own["wire_bytes"][0] >= 0
+    detects = sends and own["probabilities"][0, 0] >= 0
+    confusion = {
+        task.name: own[f"confusion/{task.name}"]
+        .sum(axis=0)
+        .reshape(task.num_classes, task.num_classes + 1)
+        for task in tasks
+        if not task.is_classification
+    }
+    return ImageRecords(
+        class_label=own["class_label"],
+        labels=own["labels"],
+        task_mask=own["task_mask"].astype(bool),
+        class_index=own["class_index"],
+        predicted=own["predicted"],
+        decoded=own["decoded"].astype(bool),
+        probabilities=own["probabilities"] if detects else None,
+        wire_bytes=own["wire_bytes"] if sends else None,
+        payload_bytes=own["payload_bytes"] if sends else None,
+        estimated_bits=own["estimated_bits"] if sends else None,
+        confusion=confusion,
+    )

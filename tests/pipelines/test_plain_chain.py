@@ -1,0 +1,71 @@
+"""The stage chain without Ray and MLflow: the same stages, under the same keys."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipelines.plan import with_upstream
+from pipelines.run_record import stage_state
+from pipelines.settings import load_settings
+from pipelines.stages import make_plan
+from pipelines.storage import Store
+from tests.pipelines.chain import CLASSES, VAL_ROWS, mantis, paint, write_config
+
+ROOT = Path(__file__).resolve().parents[2]
+# As on a machine that has neither: an import of either fails.
+RUN = """
+import sys
+sys.modules["ray"] = sys.modules["mlflow"] = None
+from benchmarks.plain_chain import run_plain
+from pipelines.settings import load_settings
+from pipelines.stages import make_plan
+
+if __name__ == "__main__":
+    config, prepared, *overrides = sys.argv[1:]
+    plan = make_plan(load_settings(config, overrides))
+    run_plain([plan], prepared=prepared, jobs=2, say=print)
+"""
+
+
+@pytest.mark.timeout(600)
+def test_it_finishes_the_stages_that_the_chain_would(tmp_path):
+    paint(tmp_path / "images", train=12)
+    config = write_config(tmp_path)
+    mantis("prepare", "--config", str(config), folder=tmp_path)
+    prepared = next((tmp_path / "runs/stages").glob("prepare-*"))
+    script = tmp_path / "plain.py"
+    script.write_text(RUN)
+    root = tmp_path / "plain"
+    tuned = "codec_teacher={epochs: 1, batch_size: 16}"
+    overrides = [f"storage.root={root}", "evaluate.codec_teachers=true", tuned]
+    done = subprocess.run(
+        [sys.executable, str(script), str(config), str(prepared), *overrides],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert [line.split()[0] for line in done.stdout.splitlines()] == [
+        "stage1",
+        "stage2",
+        "codec_teacher/webp",
+        "evaluate",
+    ]
+    plan = make_plan(load_settings(str(config), overrides))
+    specs = {spec.name: spec for spec in with_upstream(plan.specs, "evaluate")}
+    states = {name: stage_state(Store(str(root)), spec, None) for name, spec in specs.items()}
+    assert states.pop("prepare") == "new"
+    assert states == dict.fromkeys(("stage1", "stage2", "codec_teacher/webp", "evaluate"), "done")
+    evaluation = json.loads(Path(specs["evaluate"].folder, "evaluation.json").read_text())
+    assert evaluation["rows"] == VAL_ROWS * len(CLASSES)
+    by_kind = {arm["kind"]: arm["metrics"] for arm in evaluation["arms"]}
+    assert by_kind.keys() == {"mantis", "oracle", "teacher", "webp", "webp_tuned"}
+    assert by_kind["mantis"]["val/wire_bytes"] > by_kind["mantis"]["val/payload_bytes"] > 0
