@@ -145,7 +145,7 @@ def _page(evaluation: Mapping[str, Any], title: str) -> str:
         confusion=_confusion(main, tasks),
         detection=[
             Markup(to_svg(detection_figure(arms, width=size), name))
-            for size, name in ((WIDE * 0.6, "detection-wide"), (NARROW, "detection-narrow"))
+            for size, name in ((WIDE, "detection-wide"), (NARROW, "detection-narrow"))
             if ranking_arms(arms)
         ],
         examples=[_example(e) for e in evaluation["examples"][:MAX_EXAMPLES]],
