@@ -275,7 +275,8 @@ def _read_image(codec: Any, image: Path) -> Any:
     try:
         return codec.prepare_image(data)
     except (OSError, ValueError) as error:
-        raise Stopped(f"error: {image} is no readable image: {error}", MISTAKE) from error
+        reason = str(error).partition(" <")[0]  # Pillow ends with an object in memory
+        raise Stopped(f"error: {image} is no readable image: {reason}", MISTAKE) from error
 
 
 def _read(file: Path) -> bytes:

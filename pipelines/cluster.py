@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import os
 import re
@@ -16,6 +17,8 @@ from typing import Any
 
 from pipelines.settings import ClusterConfig, Settings
 from pipelines.storage import Store, is_shared
+
+logger = logging.getLogger(__name__)
 
 MIN_FREE_BYTES = 2**30
 TRACKING_SCHEMES = ("sqlite", "http", "https", "postgresql", "mysql", "mssql")
@@ -135,7 +138,7 @@ def _connected(cluster: ClusterConfig, root: str) -> Iterator[None]:
     address = cluster_address(cluster)
     interrupt, terminate = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     try:
-        ray.init(**_init_arguments(cluster, address))
+        _start(_init_arguments(cluster, address))
     except ConnectionError as error:
         raise PreflightError(
             f"there is no Ray cluster at {address}: {error}. Set cluster.address or RAY_ADDRESS "
@@ -149,6 +152,20 @@ def _connected(cluster: ClusterConfig, root: str) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _start(arguments: dict[str, Any]) -> None:
+    """Ray gives its processes 30 s to start and knows no setting for it; a busy machine gets 60."""
+    import ray
+
+    try:
+        ray.init(**arguments)
+    except Exception as error:
+        if "timed out during startup" not in str(error):
+            raise
+        logger.warning("Ray took over 30 s to start; trying once more")
+        ray.shutdown()
+        ray.init(**arguments)
 
 
 def _init_arguments(cluster: ClusterConfig, address: str) -> dict[str, Any]:

@@ -17,7 +17,11 @@ class SettingsError(ValueError):
 
 def explain(error: ValidationError, model: type[BaseModel], raw: Any) -> str:
     """One line per mistake, each naming the dotted key as the user would write it."""
-    lines = [_line(detail, model, raw) for detail in error.errors(include_url=False)]
+    details = error.errors(include_url=False)
+    # A list that lost its wrong items is called too short as well.
+    inner = {each["loc"][:depth] for each in details for depth in range(len(each["loc"]))}
+    details = [d for d in details if d["type"] != "too_short" or d["loc"] not in inner]
+    lines = [_line(detail, model, raw) for detail in details]
     return "\n".join(dict.fromkeys(lines))
 
 

@@ -99,6 +99,25 @@ def test_a_local_ray_always_has_a_cpu_for_data(workers: int, machine: int) -> No
     )
 
 
+@pytest.mark.parametrize(("message", "starts"), [("timed out during startup", 2), ("no", 1)])
+def test_a_ray_that_was_slow_to_start_is_started_once_more(
+    monkeypatch: pytest.MonkeyPatch, message: str, starts: int
+) -> None:
+    import ray
+
+    seen: list[str] = []
+
+    def init(**arguments: object) -> None:
+        seen.append("init")
+        raise RuntimeError(f"The current node {message}.")
+
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(ray, "shutdown", lambda: seen.append("shutdown"))
+    with pytest.raises(RuntimeError, match=message):
+        cluster._start({})
+    assert seen == ["init", "shutdown", "init"][: 2 * starts - 1]
+
+
 def test_a_local_ray_listens_on_loopback_only_and_ends_with_the_block(tmp_path: Path) -> None:
     code = """
 import json, os, signal, sys, time

@@ -118,6 +118,14 @@ def test_a_missing_section_is_named(tmp_path: Path) -> None:
         load_settings(path)
 
 
+def test_a_list_with_a_wrong_item_is_not_called_too_short_as_well(config: Path) -> None:
+    with pytest.raises(SettingsError) as caught:
+        load_settings(config, ["data.sources.0.colour=1"])
+    assert len(str(caught.value).splitlines()) == 1
+    with pytest.raises(SettingsError, match=r"data\.sources: got a list; .*at least 1"):
+        load_settings(config, ["data.sources=[]"])
+
+
 def test_every_mistake_of_a_file_is_told_at_once(config: Path) -> None:
     with pytest.raises(SettingsError, match="sead") as caught:
         load_settings(config, ["sead=1", "stage1.epochs=-1"])
