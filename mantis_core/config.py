@@ -167,7 +167,7 @@ class ModelConfig(Section):
         description="one task of all classes, nothing to detect: the entropic-student baseline",
     )
     max_active_tasks: int = Field(
-        default=4, ge=1, description="mask size at which a detected mask is cut"
+        default=6, ge=1, description="mask size at which a detected mask is cut"
     )
 
 
