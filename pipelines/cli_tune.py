@@ -110,20 +110,17 @@ def _one_of(option: str, came: str, allowed: tuple[str, ...]) -> None:
 
 def _show(result: SearchResult, stream: TextIO) -> None:
     from pipelines.console import Console
+    from pipelines.search_view import describe_params
 
     with Console(stream, live=False) as console:
-        rows = []
-        for point in result.front:
-            sample = ", ".join(
-                f"{key.split('.', 1)[1]}={value:.3g}"
-                if isinstance(value, float)
-                else f"{key.split('.', 1)[1]}={value}"
-                for key, value in point.params.items()
-            )
-            figures = (f"{point.top1:.4g}", f"{point.wire_bytes:.1f}")
-            rows.append([str(point.trial), *figures, sample, point.model or ""])
-        columns = ("trial", "top1", "bytes, estimated", "sample", "model")
+        rows = [
+            [str(point.trial), f"{point.top1:.4g}", f"{point.wire_bytes:.1f}", point.model or ""]
+            for point in result.front
+        ]
+        columns = ("trial", "top1", "bytes, estimated", "model")
         console.final_table("Pareto front, held-back rows", columns, rows)
+        for point in result.front:
+            console.note(f"trial {point.trial}: {describe_params(point.params)}")
         counts = ", ".join(f"{count} {state}" for state, count in result.trials.items())
         console.note(f"trials: {counts}; {result.epochs} epochs; {result.seconds:.0f} s")
         if result.overhead is not None:

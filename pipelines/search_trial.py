@@ -1,6 +1,6 @@
-"""One trial, as it runs inside Ray Tune: the stage chain of a config with a sample applied.
+"""One trial, as it runs below Ray Tune: the stage chain of a config with a sample applied.
 
-The process that runs it asks for next to no CPU: the training below it is a Ray Train run of its
+The processes that run it ask for next to no CPU: the training below them is a Ray Train run of its
 own, which is what takes resources.
 """
 
@@ -83,8 +83,21 @@ def search_settings(settings: Settings) -> Settings:
 
 
 def run_trial(config: Mapping[str, Any], task: SearchTask, concurrent: int) -> dict[str, str]:
-    """What Tune calls in a trial's process. A failure of the trial is an outcome, not an error:
-    only a lost process makes Tune try again."""
+    """What Tune calls in a trial's process: runs `train_trial` in a process beside it.
+
+    Whatever a Tune trial starts, and what that starts, is placed into the trial's own placement
+    group, where the small tasks of Ray Data never find a CPU. A task with a strategy of its own is
+    not. Raises what Ray raises if the process is lost: then Tune tries again.
+    """
+    import ray
+
+    beside = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy="DEFAULT")(train_trial)
+    outcome: TrialOutcome = ray.get(beside.remote(dict(config), task, concurrent))
+    return {OUTCOME: outcome.to_json()}
+
+
+def train_trial(config: Mapping[str, Any], task: SearchTask, concurrent: int) -> TrialOutcome:
+    """Trains a sample. A failure of the trial is an outcome, not an error."""
     began = time.time()
     epochs: list[dict[str, float]] = []
     figures: dict[str, float] = {}
@@ -100,10 +113,9 @@ def run_trial(config: Mapping[str, Any], task: SearchTask, concurrent: int) -> d
     except Exception as error:
         logger.exception("trial %s failed", config["number"])
         state, reason = "failed", first_line(f"{type(error).__name__}: {error}")
-    outcome = TrialOutcome(
+    return TrialOutcome(
         state, reason, tuple(epochs), figures, process_started(), began, time.time()
     )
-    return {OUTCOME: outcome.to_json()}
 
 
 def first_line(text: str) -> str:

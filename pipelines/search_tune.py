@@ -27,7 +27,9 @@ from pipelines.search_referee import Referee
 from pipelines.search_trial import OUTCOME, TrialOutcome, run_trial
 from pipelines.settings import ClusterConfig, Settings
 
-TRIAL_CPUS = 0.01  # of the process that starts a trial's training; Tune takes no 0
+# What a trial's own process claims: Tune takes no 0, and a fraction of a CPU would leave a small
+# machine one less than the whole CPU that Ray Data's metadata tasks ask for.
+TRIAL_RESOURCES = {"memory": 2**20}
 POLL_S = 0.5
 LEAST = 1e-9  # against rounding, where fractions of a GPU are counted
 
@@ -70,7 +72,7 @@ def run_trials(driver: SearchDriver, halving: Halving | None, *, concurrent: int
         tune.Tuner(
             tune.with_resources(
                 tune.with_parameters(run_trial, task=driver.task, concurrent=concurrent),
-                {"cpu": TRIAL_CPUS},
+                TRIAL_RESOURCES,
             ),
             tune_config=tune.TuneConfig(
                 search_alg=_Source(link),

@@ -16,6 +16,7 @@ from rich.text import Text
 from pipelines.console import duration
 from pipelines.search_journal import TrialRecord
 from pipelines.search_points import RdPoint, pareto_front
+from pipelines.search_space import Params
 
 STATES = ("running", "finished", "stopped", "failed", "equal")
 MAX_ROWS = 12  # of the front, in the live table
@@ -57,14 +58,14 @@ class SearchView:
         if self._live is not None:
             self._live.start()
         ended = sum(record.state != "running" for record in trials.values())
-        known = f", {ended} of them known from before" if trials else ""
+        known = f", {ended} of them over before" if ended else ""
         self._line(f"search: {total} trials{known}, {concurrent} at a time")
 
     def began(self, record: TrialRecord) -> None:
         self._keep(record)
         self._line(
             f"trial {record.number}: {'resuming' if record.epochs else 'started'}, "
-            f"{describe_params(record)}"
+            f"{describe_params(record.params)}"
         )
 
     def epoch(self, record: TrialRecord) -> None:
@@ -135,17 +136,16 @@ class SearchView:
                     f"{len(record.epochs)}/{self._epochs}",
                     f"{point.top1:.4g}" if point else "",
                     f"{point.wire_bytes:.1f}" if point else "",
-                    describe_params(record),
+                    describe_params(record.params),
                 )
         return Group(head, body)
 
 
-def describe_params(record: TrialRecord) -> str:
-    """A trial's sample in a line."""
-    values = record.params.items()
+def describe_params(params: Params) -> str:
+    """A sample in a line."""
     return ", ".join(
         f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}"
-        for key, value in values
+        for key, value in params.items()
     )
 
 
