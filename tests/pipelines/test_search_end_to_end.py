@@ -30,7 +30,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Any]
     config["stage2"]["epochs"] = 2
     path.write_text(yaml.safe_dump(config))
     command = ("tune", "--config", str(path), "--space", "film", "--trials", str(TRIALS))
-    result = last_json(mantis(*command, "--json", folder=folder))
+    result = last_json(mantis(*command, "--register", "--json", folder=folder))
     return folder, path, result
 
 
@@ -80,23 +80,30 @@ def test_mlflow_has_the_search_its_trials_and_their_stages(
 
 
 @pytest.mark.timeout(900)
-def test_a_finished_search_registers_its_front_and_trains_nothing_again(
+def test_the_front_is_registered_and_found_by_its_bits_from_elsewhere(
     finished: tuple[Path, Path, Any],
 ) -> None:
-    folder, path, result = finished
-    stamps = {p: p.stat().st_mtime for p in (folder / "runs/stages").glob("stage2-*/DONE")}
-    command = ("tune", "--config", str(path), "--space", "film", "--trials", str(TRIALS))
-    again = last_json(mantis(*command, "--resume", "--register", "--json", folder=folder))
-    assert again["run_id"] == result["run_id"]
-    assert [point["trial"] for point in again["front"]] == [p["trial"] for p in result["front"]]
-    assert all(point["model"] for point in again["front"])
-    assert {p: p.stat().st_mtime for p in stamps} == stamps
+    folder, _, result = finished
+    assert all(point["model"] for point in result["front"])
     listed = json.loads(elsewhere(folder, "models", "--max-bpp", "100000", "--json"))["models"]
-    assert len(listed) == len(again["front"])
+    assert len(listed) == len(result["front"])
     assert listed[0]["top1"] == max(model["top1"] for model in listed)
     client = MlflowClient(tracking_uri=f"sqlite:///{folder / 'runs/mlflow.db'}")
     version = client.get_model_version("mantis", listed[0]["version"])
-    assert version.tags["mantis.trial"] in {str(point["trial"]) for point in again["front"]}
+    assert version.tags["mantis.trial"] in {str(point["trial"]) for point in result["front"]}
+
+
+@pytest.mark.timeout(900)
+def test_a_finished_search_is_told_again_and_nothing_of_it_is_run_again(
+    finished: tuple[Path, Path, Any],
+) -> None:
+    folder, path, result = finished
+    stamps = {p: p.stat().st_mtime for p in (folder / "runs/stages").glob("*/DONE")}
+    command = ("tune", "--config", str(path), "--space", "film", "--trials", str(TRIALS))
+    again = last_json(mantis(*command, "--resume", "--json", folder=folder))
+    assert again["run_id"] == result["run_id"]
+    assert [point["trial"] for point in again["front"]] == [p["trial"] for p in result["front"]]
+    assert {p: p.stat().st_mtime for p in stamps} == stamps
 
 
 def elsewhere(folder: Path, *arguments: str) -> str:
