@@ -123,18 +123,24 @@ class Halving:
         return tuple(found)
 
     def goes_on(self, own: Losses, others: Sequence[Losses], weight: float) -> bool:
-        """Whether a trial is among the best 1/factor of those that have reached its rung.
+        """Whether a trial is among the best 1/factor of those at its rung, or beaten by none there.
 
-        `others` are theirs at that rung. With fewer than `factor` in all nobody is stopped.
+        `others` are their losses at that rung. With fewer than `factor` in all nobody is stopped.
+        The random weight alone would stop most of the front: it seldom suits where a trial lies.
         """
         everyone = [own, *others]
-        if len(everyone) < self.factor:
+        if len(everyone) < self.factor or not any(_beats(other, own) for other in others):
             return True
         low = tuple(min(values) for values in zip(*everyone, strict=True))
         high = tuple(max(values) for values in zip(*everyone, strict=True))
         cost = scalar_cost(own, weight, low, high)
         better = sum(scalar_cost(other, weight, low, high) < cost for other in others)
         return better < len(everyone) // self.factor
+
+
+def _beats(one: Losses, other: Losses) -> bool:
+    """Whether one is nowhere worse and somewhere better."""
+    return one != other and all(a <= b for a, b in zip(one, other, strict=True))
 
 
 def _pareto(figures: Figures, point: RdPoint) -> Losses:

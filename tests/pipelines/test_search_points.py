@@ -153,10 +153,17 @@ def test_of_three_trials_at_a_rung_the_best_goes_on() -> None:
 
 
 def test_a_trial_is_judged_by_its_own_weight() -> None:
-    halving, others = Halving(9, 1, 3), [(2.0, -0.9), (2.2, -0.5)]
+    halving, others = Halving(9, 1, 3), [(0.9, -0.2), (2.0, -0.9), (2.2, -0.5), (2.5, -0.1)]
     cheap = (1.0, -0.1)
-    assert halving.goes_on(cheap, others, 0.99)
-    assert not halving.goes_on(cheap, others, 0.01)
+    assert halving.goes_on(cheap, [*others, (3.0, -0.05)], 0.99)
+    assert not halving.goes_on(cheap, [*others, (3.0, -0.05)], 0.01)
+
+
+def test_a_trial_that_no_other_beats_goes_on_whatever_its_weight() -> None:
+    halving, others = Halving(9, 1, 3), [(2.0, -0.9), (2.2, -0.5), (2.1, -0.8)]
+    for weight in (0.01, 0.5, 0.99):
+        assert halving.goes_on((1.0, -0.1), others, weight)
+        assert not halving.goes_on((2.3, -0.4), others, weight)
 
 
 @given(st.lists(st.floats(-1e3, 1e3), min_size=3, max_size=30, unique=True), st.integers(2, 4))
