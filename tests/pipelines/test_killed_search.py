@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -108,10 +107,9 @@ def check_resumed(folder: Path, command: list[str], before: Journal) -> Any:
 @pytest.mark.timeout(1200)
 def test_a_killed_driver_loses_no_finished_trial(experiment: tuple[Path, list[str]]) -> None:
     folder, command = experiment
-    driver = start(folder, command)
-    until(driver, "trial 1: epoch 2/")
-    driver.send_signal(signal.SIGKILL)
-    driver.wait()
+    with start(folder, command) as driver:
+        until(driver, "trial 1: epoch 2/")
+        driver.send_signal(signal.SIGKILL)
     before = journal(folder)
     assert before.trials[0].state == "finished"
     assert before.trials[1].state == "running"
@@ -124,19 +122,18 @@ def test_a_killed_worker_costs_an_epoch_at_most_and_no_trial(
     experiment: tuple[Path, list[str]],
 ) -> None:
     folder, command = experiment
-    driver = start(folder, [*command, "--json"])
-    assert driver.stdout is not None
-    told = []
-    killed = False
-    for line in driver.stdout:
-        told.append(line)
-        if line.startswith("trial 1: epoch 1/") and not killed:
-            workers = children(driver, "ray::RayTrainWorker")
-            assert workers
-            for worker in workers:
-                worker.kill()
-            killed = True
-    assert driver.wait() == 0, "".join(told)[-3000:]
+    told, killed = [], False
+    with start(folder, [*command, "--json"]) as driver:
+        assert driver.stdout is not None
+        for line in driver.stdout:
+            told.append(line)
+            if line.startswith("trial 1: epoch 1/") and not killed:
+                workers = children(driver, "ray::RayTrainWorker")
+                assert workers
+                for worker in workers:
+                    worker.kill()
+                killed = True
+    assert driver.returncode == 0, "".join(told)[-3000:]
     assert killed
     record = journal(folder).trials[1]
     assert (record.state, sorted(record.epochs)) == ("finished", list(range(1, EPOCHS + 1)))
@@ -148,14 +145,12 @@ def test_a_killed_raylet_ends_the_search_and_a_resume_ends_it_well(
     experiment: tuple[Path, list[str]],
 ) -> None:
     folder, command = experiment
-    driver = start(folder, command)
-    until(driver, "trial 1: epoch 1/")
-    raylets = children(driver, "raylet")
-    assert raylets
-    for raylet in raylets:
-        raylet.kill()
-    began = time.monotonic()
-    driver.communicate(timeout=300)
+    with start(folder, command) as driver:
+        until(driver, "trial 1: epoch 1/")
+        raylets = children(driver, "raylet")
+        assert raylets
+        for raylet in raylets:
+            raylet.kill()
+        driver.communicate(timeout=300)
     assert driver.returncode != 0
-    assert time.monotonic() - began < 300
     check_resumed(folder, command, journal(folder))
