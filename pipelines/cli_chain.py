@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
@@ -169,9 +169,20 @@ def _chain(
 
 @contextmanager
 def _console(settings: Settings, as_json: bool, resume: str) -> Iterator[Console]:
-    """The console of a run, its log, and what is said when the run does not end well."""
-    from pipelines.cluster import check_disk
+    """The console of a run."""
     from pipelines.console import Console
+
+    with terminal(settings, as_json, resume) as stream, Console(stream) as console:
+        yield console
+
+
+@contextmanager
+def terminal(settings: Settings, as_json: bool, resume: str) -> Iterator[TextIO]:
+    """Where a run may write while its log takes all else; what is said when it does not end well.
+
+    Also used by cli_tune.
+    """
+    from pipelines.cluster import check_disk
     from pipelines.logs import captured_output
     from pipelines.stages import StageFailed
     from pipelines.storage import Store
@@ -181,12 +192,9 @@ def _console(settings: Settings, as_json: bool, resume: str) -> Iterator[Console
         check_disk(root)
     log = Path("runs/logs") if root is None else root / "logs"
     try:
-        with (
-            captured_output(log) as (stdout, stderr, log),
-            Console(stderr if as_json else stdout) as console,
-        ):
+        with captured_output(log) as (stdout, stderr, log):
             try:
-                yield console
+                yield stderr if as_json else stdout
             except Exception:
                 logger.exception("the command failed")
                 raise

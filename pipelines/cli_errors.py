@@ -10,7 +10,7 @@ from typing import Any
 
 import typer
 
-MISTAKE, FAILURE, INTERRUPTED = 2, 1, 130  # exit codes
+MISTAKE, FAILURE, SOME_FAILED, INTERRUPTED = 2, 1, 3, 130  # exit codes
 
 # What a user can have got wrong, by module: looked up only among modules already imported.
 USER_ERRORS = {

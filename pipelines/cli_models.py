@@ -97,7 +97,7 @@ def models(
     root: Root = None,
     as_json: AsJson = False,
 ) -> None:
-    """Lists the registered models, newest first."""
+    """Lists the registered models, newest first; with --max-bpp the most accurate first."""
     from pipelines import registry
 
     found = registry.models(_tracker(root), max_bpp=max_bpp, min_top1=min_top1)

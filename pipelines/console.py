@@ -20,6 +20,7 @@ SYMBOLS = {
     "ran": "✓",
     "resumed": "✓",
     "skipped": "=",
+    "stopped": "■",
     "failed": "✗",
 }
 
@@ -80,11 +81,11 @@ class Console:
         self._line(f"{name}: {_describe(values)}")
 
     def stage_finished(self, name: str, status: str, seconds: float, summary: str = "") -> None:
-        """`status` is ran, resumed, skipped or failed."""
+        """`status` is ran, resumed, skipped, stopped or failed."""
         with self._lock:
             row = self._rows.setdefault(name, _Row())
             row.state, row.seconds, row.summary = status, seconds, summary
-        took = f" in {_duration(seconds)}" if status != "skipped" else ""
+        took = f" in {duration(seconds)}" if status != "skipped" else ""
         self._line(f"{name}: {status}{took}{f', {summary}' if summary else ''}")
 
     def note(self, message: str) -> None:
@@ -125,10 +126,19 @@ class Console:
                     _of(row.values, "epoch", "epochs"),
                     _of(row.values, "step", "steps") or _of(row.values, "done", "total"),
                     *(_number(_find(row.values, short)) for short in SHOWN),
-                    "" if elapsed is None else _duration(elapsed),
-                    "" if left is None else _duration(left),
+                    "" if elapsed is None else duration(elapsed),
+                    "" if left is None else duration(left),
                 )
         return table
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person reads them: 7.5 s, 12 min 05 s, 1 h 03 min."""
+    if seconds < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
 
 
 def _describe(values: Mapping[str, Any]) -> str:
@@ -171,11 +181,3 @@ def _number(value: Any) -> str:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return ""
     return str(value) if isinstance(value, int) else f"{value:.4g}"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 60:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"

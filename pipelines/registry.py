@@ -86,7 +86,10 @@ def promote(tracker: Tracker, version: str, alias: str = "champion") -> dict[str
 def models(
     tracker: Tracker, *, max_bpp: float | None = None, min_top1: float | None = None
 ) -> list[dict[str, Any]]:
-    """All versions, newest first, with their figures; a bound drops versions without the figure."""
+    """All versions with their figures; a bound drops versions without the figure.
+
+    Newest first; under a limit on bits the most accurate first.
+    """
     found = tracker.client.search_model_versions(f"name = '{NAME}'", max_results=10_000)
     # A search leaves the aliases out.
     summaries = [_summary(tracker.client.get_model_version(NAME, v.version)) for v in found]
@@ -94,7 +97,10 @@ def models(
         summaries = [s for s in summaries if s["bpp"] is not None and s["bpp"] <= max_bpp]
     if min_top1 is not None:
         summaries = [s for s in summaries if s["top1"] is not None and s["top1"] >= min_top1]
-    return sorted(summaries, key=lambda summary: -int(summary["version"]))
+    newest = sorted(summaries, key=lambda summary: -int(summary["version"]))
+    if max_bpp is None:
+        return newest
+    return sorted(newest, key=lambda summary: -(summary["top1"] or 0.0))
 
 
 def lineage(tracker: Tracker, run: str) -> dict[str, Any]:

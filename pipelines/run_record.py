@@ -26,7 +26,14 @@ def claim(store: Store, spec: StageSpec) -> Iterator[None]:
 
     Raises StageBusy.
     """
-    folder = store.local_path(spec.folder)
+    with locked(store, spec.folder, spec.name):
+        yield
+
+
+@contextlib.contextmanager
+def locked(store: Store, path: str, name: str) -> Iterator[None]:
+    """Under a local root, one process at a time works in a folder. Raises StageBusy."""
+    folder = store.local_path(path)
     if folder is None:
         yield
         return
@@ -36,7 +43,7 @@ def claim(store: Store, spec: StageSpec) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise StageBusy(
-                f"another process works on {spec.name} in {folder}: wait for it, then run again"
+                f"another process works on {name} in {folder}: wait for it, then run again"
             ) from None
         yield
 

@@ -94,6 +94,18 @@ class EvaluateConfig(_Section):
     )
 
 
+class TuneConfig(_Section):
+    """How `mantis tune` learns and stops trials early; its options say what it searches."""
+
+    stop_early: bool = Field(True, description="false: every trial trains all epochs of stage 2")
+    first_epochs: int = Field(1, ge=1, description="of stage 2 before a trial is judged at all")
+    reduction_factor: int = Field(
+        3, ge=2, description="of so many trials one goes on; also the ratio of epochs between halts"
+    )
+    startup_trials: int = Field(8, ge=1, description="drawn evenly before the search learns")
+    max_failures: int = Field(2, ge=0, description="restarts of a trial whose process was lost")
+
+
 class Settings(_Section):
     """The root of a config file."""
 
@@ -108,6 +120,7 @@ class Settings(_Section):
     individual: IndividualConfig = IndividualConfig()
     codec_teacher: CodecTeacherConfig = CodecTeacherConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    tune: TuneConfig = TuneConfig()
     cluster: ClusterConfig = ClusterConfig()
     tracking: TrackingConfig = TrackingConfig()
 

@@ -10,7 +10,7 @@ import logging
 import signal
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -91,6 +91,10 @@ class Plan:
         return plan_key(self.specs)
 
 
+class TrainingStopped(RuntimeError):
+    """A training was ended on purpose before its last epoch; run again, it goes on from there."""
+
+
 class StageFailed(RuntimeError):
     """A stage ended with an error: `cause` is the first one, out of Ray's wrappings."""
 
@@ -128,34 +132,23 @@ def run_chain(
         run_id = recall_run(store, plan.key)
         return _chain_result(plan, store, specs, outcomes, run_id)
     check_machine(plan.settings)
-    tracker = _make_tracker(plan.settings, console)
-    outcomes = {}
+    tracker = make_tracker(plan.settings, console)
     try:
         shown = plan.settings.model_dump(mode="json")
         run_id = tracker.open_pipeline(config_name, shown, plan.key)
         remember_run(store, plan.key, run_id)
-        context = StageContext(
-            settings=plan.settings,
-            store=store,
-            tracker=tracker,
-            console=console,
-            specs={spec.name: spec for spec in plan.specs},
-            manifest_folder=specs[0].folder,
-            table=plan.table,
-            config_name=config_name,
-            run_id=run_id,
-        )
         waiting = [spec.kind for spec in specs if states[spec.name] != "done"]
         needs_ray = waiting != ["register"]
         with _ray_session(plan.settings, console) if needs_ray else contextlib.nullcontext():
-            for spec in specs:
-                if states[spec.name] == "done":
-                    _open_stage_run(spec, context, finished=True)
-                    outcomes[spec.name] = _skip(spec, console)
-                else:
-                    resumed = states[spec.name] == "started"
-                    with claim(store, spec):
-                        outcomes[spec.name] = _run_stage(spec, context, resumed=resumed)
+            outcomes = run_stages(
+                plan,
+                specs,
+                store=store,
+                tracker=tracker,
+                console=console,
+                config_name=config_name,
+                run_id=run_id,
+            )
         tracker.finish(run_id, "FINISHED")
     except (KeyboardInterrupt, SystemExit) as stop:
         # Ray Train leaves by SystemExit(0) on Ctrl-C: an interrupt must not look like success.
@@ -165,6 +158,48 @@ def run_chain(
         tracker.close("FAILED")
         raise
     return _chain_result(plan, store, specs, outcomes, run_id)
+
+
+def run_stages(
+    plan: Plan,
+    specs: Sequence[StageSpec],
+    *,
+    store: Store,
+    tracker: Tracker,
+    console: Console,
+    config_name: str,
+    run_id: str | None,
+) -> dict[str, StageOutcome]:
+    """Runs those of `specs`, stages of `plan` in order, that are not done, below an MLflow run.
+
+    Ray must be connected. Raises StageFailed, or StageBusy where another process works on one.
+    """
+    context = StageContext(
+        settings=plan.settings,
+        store=store,
+        tracker=tracker,
+        console=console,
+        specs={spec.name: spec for spec in plan.specs},
+        manifest_folder=plan.specs[0].folder,
+        table=plan.table,
+        config_name=config_name,
+        run_id=run_id,
+    )
+    uri = plan.settings.tracking.uri
+    outcomes = {}
+    for spec in specs:
+        if stage_state(store, spec, uri) == "done":
+            _open_stage_run(spec, context, finished=True)
+            outcomes[spec.name] = _skip(spec, console)
+            continue
+        with claim(store, spec):
+            state = stage_state(store, spec, uri)  # another process may just have finished it
+            if state == "done":
+                _open_stage_run(spec, context, finished=True)
+                outcomes[spec.name] = _skip(spec, console)
+            else:
+                outcomes[spec.name] = _run_stage(spec, context, resumed=state == "started")
+    return outcomes
 
 
 def _run_stage(spec: StageSpec, context: StageContext, *, resumed: bool) -> StageOutcome:
@@ -179,10 +214,16 @@ def _run_stage(spec: StageSpec, context: StageContext, *, resumed: bool) -> Stag
         result = RUNNERS[spec.kind](spec, replace(context, stage_run_id=stage_run_id))
         result = mark_done(store, spec, result, uri)
     except Exception as error:
-        logger.exception("stage %s failed", spec.name)
-        console.stage_finished(spec.name, "failed", time.monotonic() - began)
-        context.tracker.finish(stage_run_id, "FAILED")
-        raise StageFailed(spec.name, _first_cause(error)) from error
+        cause = _first_cause(error)
+        stopped = isinstance(cause, TrainingStopped)
+        if not stopped:
+            logger.exception("stage %s failed", spec.name)
+        status = "stopped" if stopped else "failed"
+        console.stage_finished(spec.name, status, time.monotonic() - began)
+        context.tracker.finish(stage_run_id, "KILLED" if stopped else "FAILED")
+        if stopped:
+            raise cause from error
+        raise StageFailed(spec.name, cause) from error
     finally:
         with contextlib.suppress(ValueError):  # Ray Train keeps its Ctrl-C handler after a fit
             signal.signal(signal.SIGINT, interrupt)
@@ -218,7 +259,8 @@ def _ray_session(settings: Settings, console: Console) -> Iterator[None]:
         yield
 
 
-def _make_tracker(settings: Settings, console: Console) -> Tracker:
+def make_tracker(settings: Settings, console: Console) -> Tracker:
+    """The tracker of these settings; it says on `console` when MLflow is away."""
     from pipelines.tracking import Tracker, locate_tracking
 
     tracking = settings.tracking
@@ -250,6 +292,7 @@ def _first_cause(error: BaseException) -> BaseException:
     """The error of the task or worker inside what Ray raises on the driver."""
     failures = getattr(error, "worker_failures", None)
     inner = next(iter(failures.values())) if failures else getattr(error, "cause", None)
+    inner = inner or getattr(error, "controller_failure", None)
     return _first_cause(inner) if isinstance(inner, BaseException) else error
 
 

@@ -136,7 +136,7 @@ class Tracker:
         """
         params = {section: value for section, value in settings.items() if section != "tracking"}
         tags = {"mantis.pipeline_key": plan_key, "mantis.name": name}
-        return self._attempt(
+        return self.attempt(
             lambda: self._open_run(name, "mantis.pipeline_key", plan_key, tags, params, "RUNNING")
         )
 
@@ -173,7 +173,21 @@ class Tracker:
             self.metric_writer(run_id, key).replay()
             return run_id
 
-        return self._attempt(open_run)
+        return self.attempt(open_run)
+
+    def open_run(
+        self,
+        name: str,
+        identity: tuple[str, str],
+        *,
+        tags: Mapping[str, str],
+        params: Mapping[str, Any],
+    ) -> str | None:
+        """A run of another kind (a search, a trial), known for ever by a tag: reopened or made."""
+        tag, value = identity
+        return self.attempt(
+            lambda: self._open_run(name, tag, value, {**tags, tag: value}, params, "RUNNING")
+        )
 
     def metric_writer(self, run_id: str | None, key: str) -> MetricWriter:
         """The writer a training stage's callback carries."""
@@ -207,7 +221,7 @@ class Tracker:
             self._open.discard(run_id)
 
         if run_id is not None:
-            self._attempt(end)
+            self.attempt(end)
 
     def close(self, status: str) -> None:
         """End every run this tracker opened and nobody finished, as on an interrupt."""
@@ -237,7 +251,12 @@ class Tracker:
                 f"no run {run!r} in {self.place} ({error.message}). "
                 "Give a pipeline run id or `latest`, or name another --root."
             ) from error
-        if "mantis.pipeline_key" not in result.data.tags:
+        if "mantis.search_key" in result.data.tags:
+            raise TrackingError(
+                f"run {run} is a search. Give one of its trials, or register its front with "
+                "`mantis tune ... --resume --register`."
+            )
+        if not result.data.tags.keys() & {"mantis.pipeline_key", "mantis.trial_key"}:
             parent = result.data.tags.get("mlflow.parentRunId", "unknown")
             raise TrackingError(f"run {run} is one stage. Give its pipeline run: {parent}.")
         return result
@@ -289,7 +308,8 @@ class Tracker:
             self.client.set_terminated(run_id, status)
         return run_id
 
-    def _attempt(self, operation: Callable[[], Any]) -> Any:
+    def attempt(self, operation: Callable[[], Any]) -> Any:
+        """What `operation` returns; None, said once, while MLflow is off or away."""
         if not self.enabled:
             return None
         try:

@@ -311,7 +311,7 @@ def python(*arguments: str, cwd: Path) -> "subprocess.CompletedProcess[str]":
     )
 
 
-@pytest.mark.parametrize("command", ["", "run", "evaluate", "encode", "models"])
+@pytest.mark.parametrize("command", ["", "run", "tune", "evaluate", "encode", "models"])
 def test_help_answers_without_heavy_imports(command: str, tmp_path: Path) -> None:
     code = (
         "import sys; from pipelines.__main__ import main; sys.argv.append('--help')\n"

@@ -183,6 +183,7 @@ FIRST_CHANGED: dict[str, tuple[str, ...]] = {
     "storage": (),
     "tracking": (),
     "cluster": (),
+    "tune": (),
     "data": CHAIN,
     "data.root": (),
     **{f"data.{name}": CHAIN[1:] for name in plan.READER_FIELDS},

@@ -104,7 +104,7 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
         yield
 
     monkeypatch.setattr(stages, "_ray_session", session)
-    monkeypatch.setattr(stages, "_make_tracker", lambda *_: bench.tracker)
+    monkeypatch.setattr(stages, "make_tracker", lambda *_: bench.tracker)
     monkeypatch.setattr(plan, "source_hash", lambda *entries: "code")
     for kind in stages.RUNNERS:
         monkeypatch.setitem(stages.RUNNERS, kind, bench.runner)
@@ -132,7 +132,7 @@ def test_a_second_run_runs_nothing_and_starts_nothing(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = bench.run()
-    monkeypatch.setattr(stages, "_make_tracker", lambda *_: pytest.fail("MLflow was asked"))
+    monkeypatch.setattr(stages, "make_tracker", lambda *_: pytest.fail("MLflow was asked"))
     second = bench.run()
     assert bench.ran == []
     assert bench.sessions == 1

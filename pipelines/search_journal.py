@@ -1,0 +1,128 @@
+"""The journal of a search: what was asked, measured and decided, an event a file, never rewritten.
+
+The only record a search is resumed from. Each event is written whole or not at all, so a process
+killed at any moment leaves a journal that reads.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from pipelines.run_record import locked
+from pipelines.search_points import RdPoint, rd_point
+from pipelines.search_space import Params
+from pipelines.storage import Store
+
+TrialState = Literal["running", "finished", "stopped", "failed", "equal"]
+FOLDER = "journal"
+
+
+@dataclass(frozen=True)
+class TrialRecord:
+    """A trial so far.
+
+    `weight` is the random one its cost is made with, `keys` the keys of its stages, `epochs` the
+    figures of each epoch of stage 2, `figures` those of the weights it left. `run_id` is MLflow's.
+    """
+
+    number: int
+    params: Params
+    weight: float
+    keys: Mapping[str, str] = field(default_factory=dict)
+    run_id: str | None = None
+    state: TrialState = "running"
+    reason: str = ""
+    epochs: Mapping[int, Mapping[str, float]] = field(default_factory=dict)
+    figures: Mapping[str, float] = field(default_factory=dict)
+    began: float = 0.0
+    ended: float | None = None
+
+    @property
+    def point(self) -> RdPoint | None:
+        """Where the trial ended, or is."""
+        last = self.epochs[max(self.epochs)] if self.epochs else {}
+        return rd_point(self.figures or last)
+
+
+class Journal:
+    """The events of one search below `<root>/<folder>/journal`, and the trials they tell of."""
+
+    def __init__(self, store: Store, folder: str) -> None:
+        self.store, self.folder = store, folder
+        self.trials: dict[int, TrialRecord] = {}
+        names = [name for name in store.list(f"{folder}/{FOLDER}") if not name.startswith(".")]
+        for name in names:
+            self._apply(store.read_json(f"{folder}/{FOLDER}/{name}"))
+        self._next = int(names[-1].partition(".")[0]) + 1 if names else 1
+
+    def asked(self, record: TrialRecord) -> None:
+        """A trial is begun: written before anything of it runs."""
+        self._append(
+            {
+                "event": "asked",
+                "trial": record.number,
+                "params": dict(record.params),
+                "weight": record.weight,
+                "keys": dict(record.keys),
+                "run_id": record.run_id,
+            }
+        )
+
+    def epoch(self, trial: int, figures: Mapping[str, float]) -> None:
+        """An epoch of stage 2 is over; one that is known already is not written again."""
+        if int(figures["epoch"]) not in self.trials[trial].epochs:
+            self._append({"event": "epoch", "trial": trial, "figures": dict(figures)})
+
+    def ended(
+        self,
+        trial: int,
+        state: TrialState,
+        reason: str = "",
+        figures: Mapping[str, float] | None = None,
+    ) -> None:
+        """A trial is over, with what it left if it finished."""
+        record = {"state": state, "reason": reason, "figures": dict(figures or {})}
+        self._append({"event": "ended", "trial": trial, **record})
+
+    def _append(self, event: dict[str, Any]) -> None:
+        event = {**event, "time": round(time.time(), 3)}
+        self.store.write_json(f"{self.folder}/{FOLDER}/{self._next:08d}.json", event)
+        self._next += 1
+        self._apply(event)
+
+    def _apply(self, event: Mapping[str, Any]) -> None:
+        number, when = event["trial"], event["time"]
+        if event["event"] == "asked":
+            self.trials[number] = TrialRecord(
+                number=number,
+                params=event["params"],
+                weight=event["weight"],
+                keys=event["keys"],
+                run_id=event["run_id"],
+                began=when,
+            )
+            return
+        record = self.trials[number]
+        if event["event"] == "epoch":
+            figures = event["figures"]
+            epochs = {**record.epochs, int(figures["epoch"]): figures}
+            self.trials[number] = replace(record, epochs=epochs)
+        else:
+            self.trials[number] = replace(
+                record,
+                state=event["state"],
+                reason=event["reason"],
+                figures=event["figures"],
+                ended=when,
+            )
+
+
+@contextmanager
+def open_journal(store: Store, folder: str) -> Iterator[Journal]:
+    """The journal for one writer at a time; a crash lets go. Raises StageBusy."""
+    with locked(store, folder, "this search"):
+        yield Journal(store, folder)

@@ -1,0 +1,199 @@
+"""Ray Tune around the driver of a search: it starts trials, as many as fit, and restarts lost ones.
+
+Nothing of a search is read back from what Tune writes; the journal is the record. Import this where
+Ray is connected: what Ray reads when it is imported is set by then.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import time
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray import tune
+from ray.actor import ActorHandle
+from ray.tune.search import Searcher
+
+from pipelines.cluster import Available, check_resources
+from pipelines.search_driver import SearchDriver
+from pipelines.search_points import Halving
+from pipelines.search_referee import Referee
+from pipelines.search_trial import OUTCOME, TrialOutcome, run_trial
+from pipelines.settings import ClusterConfig, Settings
+
+# What a trial's own process claims: Tune takes no 0, and a fraction of a CPU would leave a small
+# machine one less than the whole CPU that Ray Data's metadata tasks ask for.
+TRIAL_RESOURCES = {"memory": 2**20}
+POLL_S = 0.5
+LEAST = 1e-9  # against rounding, where fractions of a GPU are counted
+
+# What Tune reads when it starts; what the user has set stands.
+TUNE_ENVIRONMENT = {
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    "TUNE_GLOBAL_CHECKPOINT_S": "3600",
+    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
+}
+
+
+@dataclass(frozen=True)
+class Node:
+    """What one node of the cluster has."""
+
+    cpus: float
+    gpus: float
+
+
+def concurrent_trials(cluster: ClusterConfig, nodes: Sequence[Node]) -> int:
+    """How many trials train at a time without one waiting for what another holds; at least 1.
+
+    Workers are counted node by node, as none spans two, and each trial has its share of CPUs for
+    data beside them.
+    """
+    workers = sum(_workers_on(node, cluster) for node in nodes)
+    wanted = cluster.workers * cluster.cpus_per_worker + (cluster.data_cpus or 1.0)
+    cpus = sum(node.cpus for node in nodes)
+    return max(1, min(workers // cluster.workers, math.floor(cpus / wanted + LEAST)))
+
+
+def run_trials(driver: SearchDriver, halving: Halving | None, *, concurrent: int) -> float:
+    """Runs trials until the driver has no more; the wall time in seconds. Ray must be connected."""
+    settings, journal = driver.task.settings, driver.journal
+    began, folder = time.time(), f"{journal.folder}/tune"
+    with _environment(), _referee(driver, halving) as (name, referee):
+        link = _Link(driver, name, referee)
+        journal.store.delete(folder)
+        tune.Tuner(
+            tune.with_resources(
+                tune.with_parameters(run_trial, task=driver.task, concurrent=concurrent),
+                TRIAL_RESOURCES,
+            ),
+            tune_config=tune.TuneConfig(
+                search_alg=_Source(link),
+                num_samples=-1,
+                max_concurrent_trials=concurrent,
+                reuse_actors=True,
+            ),
+            run_config=tune.RunConfig(
+                name="trials",
+                storage_path=journal.store.join(folder),
+                callbacks=[_Watch(link)],
+                failure_config=tune.FailureConfig(max_failures=settings.tune.max_failures),
+                verbose=0,
+            ),
+        ).fit()
+        journal.store.delete(folder)
+    return time.time() - began
+
+
+def cluster_nodes() -> list[Node]:
+    """The nodes that are alive."""
+    resources = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return [Node(each.get("CPU", 0.0), each.get("GPU", 0.0)) for each in resources]
+
+
+def check_fits(nodes: Sequence[Node], settings: Settings) -> None:
+    """Raises PreflightError for a trial whose training the whole cluster could not hold."""
+    cpus, gpus = sum(node.cpus for node in nodes), sum(node.gpus for node in nodes)
+    available = Available(cpus, gpus, len(nodes))
+    check_resources(settings.cluster, settings.storage.root, available, data_cpus=0)
+
+
+class _Link:
+    """The driver and the referee, as what Tune calls needs them."""
+
+    def __init__(self, driver: SearchDriver, name: str, referee: ActorHandle) -> None:
+        self.driver, self.name, self.referee = driver, name, referee
+        self.numbers: dict[str, int] = {}
+        self.fetched = 0.0
+
+    def fetch(self) -> None:
+        """Brings the driver what was judged since the last time."""
+        self.fetched = time.monotonic()
+        # A referee that is lost or busy costs a glance; a trial's end brings all its epochs.
+        with contextlib.suppress(ray.exceptions.RayError):
+            for verdict in ray.get(self.referee.drain.remote(), timeout=10):
+                self.driver.judged(verdict)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Tune pickles what it is given, and we unpickle nothing."""
+        return {}
+
+
+class _Source(Searcher):
+    """The driver as Tune's search algorithm."""
+
+    def __init__(self, link: _Link) -> None:
+        super().__init__()
+        self.link = link
+
+    def suggest(self, trial_id: str) -> Any:
+        trial = self.link.driver.next_trial()
+        if trial is None:
+            return Searcher.FINISHED
+        self.link.numbers[trial_id] = trial["number"]
+        return {**trial, "referee": self.link.name}
+
+    def on_trial_complete(
+        self, trial_id: str, result: Mapping[str, Any] | None = None, error: bool = False
+    ) -> None:
+        self.link.fetch()
+        text = (result or {}).get(OUTCOME)
+        outcome = None if error or text is None else TrialOutcome.from_json(text)
+        self.link.driver.over(self.link.numbers[trial_id], outcome)
+
+
+class _Watch(tune.Callback):
+    """Looks at the referee between two steps of Tune."""
+
+    def __init__(self, link: _Link) -> None:
+        self.link = link
+
+    def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        if time.monotonic() - self.link.fetched >= POLL_S:
+            self.link.fetch()
+
+
+def _workers_on(node: Node, cluster: ClusterConfig) -> int:
+    """Training workers that fit on a node; a fraction of a GPU stays on one GPU."""
+    counts = []
+    if cluster.cpus_per_worker:
+        counts.append(math.floor(node.cpus / cluster.cpus_per_worker + LEAST))
+    if 0 < cluster.gpus_per_worker < 1:
+        counts.append(int(node.gpus) * math.floor(1 / cluster.gpus_per_worker + LEAST))
+    elif cluster.gpus_per_worker:
+        counts.append(math.floor(node.gpus / cluster.gpus_per_worker + LEAST))
+    return min(counts, default=cluster.workers)
+
+
+@contextlib.contextmanager
+def _referee(driver: SearchDriver, halving: Halving | None) -> Iterator[tuple[str, ActorHandle]]:
+    """The actor that judges epochs, told of those in the journal, and its name."""
+    name = f"mantis-referee-{uuid.uuid4().hex[:12]}"
+    referee = (
+        ray.remote(num_cpus=0)(Referee)
+        .options(name=name, max_restarts=0)
+        .remote(halving, driver.options.objective)
+    )
+    ray.get(referee.recall.remote(list(driver.journal.trials.values())))
+    try:
+        yield name, referee
+    finally:
+        ray.kill(referee)
+
+
+@contextlib.contextmanager
+def _environment() -> Iterator[None]:
+    ours = {name: value for name, value in TUNE_ENVIRONMENT.items() if name not in os.environ}
+    os.environ.update(ours)
+    try:
+        yield
+    finally:
+        for name in ours:
+            os.environ.pop(name, None)
