@@ -16,6 +16,7 @@ from pipelines.search_journal import Journal
 from pipelines.storage import Store
 from tests.pipelines.chain import last_json, mantis, paint, write_config
 
+pytestmark = pytest.mark.slow
 TRIALS = 2
 
 
