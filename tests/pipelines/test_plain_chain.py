@@ -33,6 +33,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_it_finishes_the_stages_that_the_chain_would(tmp_path):
     paint(tmp_path / "images", train=12)
