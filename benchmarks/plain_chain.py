@@ -145,14 +145,8 @@ def _evaluate(
 def _measure(
     prepared: str, manifest: Manifest, settings: Settings, source: ArmSource, jobs: int
 ) -> Evaluated:
-    torch.set_num_threads(_threads(jobs))
     return evaluate_locally(
-        prepared,
-        manifest,
-        settings.data,
-        [source],
-        settings=settings,
-        batch_size=settings.evaluate.batch_size,
+        prepared, manifest, settings.data, [source], settings=settings, threads=_threads(jobs)
     )
 
 

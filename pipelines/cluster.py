@@ -10,7 +10,7 @@ import re
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -114,7 +114,7 @@ def connect(cluster: ClusterConfig, root: str) -> Iterator[None]:
     A Ray started here listens on the loopback interface only and ends with the block. A process
     that already uses Ray keeps it. Raises PreflightError.
     """
-    with _environment(cluster):
+    with environment(_ray_environment(cluster)):
         yield from _connected(cluster, root)
 
 
@@ -181,8 +181,19 @@ def _init_arguments(cluster: ClusterConfig, address: str) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _environment(cluster: ClusterConfig) -> Iterator[None]:
-    """What Ray reads when it is imported and started; what the user has set stands."""
+def environment(wanted: Mapping[str, str]) -> Iterator[None]:
+    """Environment variables inside the block; what the user has set stands."""
+    ours = {name: value for name, value in wanted.items() if name not in os.environ}
+    os.environ.update(ours)
+    try:
+        yield
+    finally:
+        for name in ours:
+            os.environ.pop(name, None)
+
+
+def _ray_environment(cluster: ClusterConfig) -> dict[str, str]:
+    """What Ray reads when it is imported and started."""
     wanted = {
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
@@ -198,13 +209,7 @@ def _environment(cluster: ClusterConfig) -> Iterator[None]:
             # Despite its name, on Linux too: 0 keeps every Ray process on the loopback interface.
             "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         }
-    ours = {name: value for name, value in wanted.items() if name not in os.environ}
-    os.environ.update(ours)
-    try:
-        yield
-    finally:
-        for name in ours:
-            os.environ.pop(name, None)
+    return wanted
 
 
 def _wait_for_resources(

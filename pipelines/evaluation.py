@@ -62,7 +62,6 @@ def run(spec: StageSpec, context: StageContext) -> dict[str, Any]:
         settings.data,
         arm_sources(settings, context.specs),
         settings=settings,
-        batch_size=settings.evaluate.batch_size,
         on_rows=lambda rows, total: context.console.progress(
             spec.name, {"step": rows, "steps": total}
         ),
@@ -176,7 +175,6 @@ def evaluate_model(model_folder: Path, data_path: str, settings: Settings) -> di
             data,
             sources,
             settings=settings,
-            batch_size=settings.evaluate.batch_size,
         )
         return {
             "rows": manifest.splits[SPLIT].rows,

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,7 +19,7 @@ from ray import tune
 from ray.actor import ActorHandle
 from ray.tune.search import Searcher
 
-from pipelines.cluster import Available, check_resources
+from pipelines.cluster import Available, check_resources, environment
 from pipelines.search_driver import SearchDriver
 from pipelines.search_points import Halving
 from pipelines.search_referee import Referee
@@ -66,7 +65,7 @@ def run_trials(driver: SearchDriver, halving: Halving | None, *, concurrent: int
     """Runs trials until the driver has no more; the wall time in seconds. Ray must be connected."""
     settings, journal = driver.task.settings, driver.journal
     began, folder = time.time(), f"{journal.folder}/tune"
-    with _environment(), _referee(driver, halving) as (name, referee):
+    with environment(TUNE_ENVIRONMENT), _referee(driver, halving) as (name, referee):
         link = _Link(driver, name, referee)
         journal.store.delete(folder)
         tune.Tuner(
@@ -186,14 +185,3 @@ def _referee(driver: SearchDriver, halving: Halving | None) -> Iterator[tuple[st
         yield name, referee
     finally:
         ray.kill(referee)
-
-
-@contextlib.contextmanager
-def _environment() -> Iterator[None]:
-    ours = {name: value for name, value in TUNE_ENVIRONMENT.items() if name not in os.environ}
-    os.environ.update(ours)
-    try:
-        yield
-    finally:
-        for name in ours:
-            os.environ.pop(name, None)

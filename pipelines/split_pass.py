@@ -73,13 +73,12 @@ def evaluate_split(
     sources: Sequence[ArmSource],
     *,
     settings: Settings,
-    batch_size: int,
     on_rows: Any = None,
 ) -> Evaluated:
     """Runs all arms over the split in one pass; checks that no row was lost or seen twice."""
     import ray
 
-    rows = manifest.split(SPLIT).rows
+    rows, batch_size = manifest.split(SPLIT).rows, settings.evaluate.batch_size
     gpus = settings.cluster.gpus_per_worker
     free = ray.cluster_resources().get("GPU" if gpus else "CPU", 1.0)
     wanted = settings.cluster.evaluation_actors or max(1, int(free if gpus else free - 1))
@@ -87,11 +86,7 @@ def evaluate_split(
     dataset = eval_rows(folder, manifest, data, SPLIT).map_batches(
         ArmActor,
         fn_constructor_kwargs={
-            "sources": [asdict(source) for source in sources],
-            "settings": settings.model_dump(mode="json"),
-            "data": data.model_dump(mode="json"),
-            "manifest": manifest.model_dump(mode="json"),
-            "batch_size": batch_size,
+            **_actor_arguments(manifest, data, sources, settings),
             "threads": max(1, len(os.sched_getaffinity(0)) // actors),
         },
         batch_size=batch_size,
@@ -117,21 +112,26 @@ def evaluate_locally(
     sources: Sequence[ArmSource],
     *,
     settings: Settings,
-    batch_size: int,
+    threads: int,
 ) -> Evaluated:
-    """As evaluate_split, in this process and without Ray."""
-    import torch
-
-    actor = ArmActor(
-        sources=[asdict(source) for source in sources],
-        settings=settings.model_dump(mode="json"),
-        data=data.model_dump(mode="json"),
-        manifest=manifest.model_dump(mode="json"),
-        batch_size=batch_size,
-        threads=torch.get_num_threads(),
-    )
-    batches = local_batches(folder, manifest, data, split=SPLIT, global_batch=batch_size)
+    """As evaluate_split, in this process, with torch on so many threads, and without Ray."""
+    actor = ArmActor(**_actor_arguments(manifest, data, sources, settings), threads=threads)
+    size = settings.evaluate.batch_size
+    batches = local_batches(folder, manifest, data, split=SPLIT, global_batch=size)
     return collected([actor(batch) for batch in batches], sources, manifest)
+
+
+def _actor_arguments(
+    manifest: Manifest, data: DataConfig, sources: Sequence[ArmSource], settings: Settings
+) -> dict[str, Any]:
+    """All that an ArmActor needs but its threads, as plain values that travel."""
+    return {
+        "sources": [asdict(source) for source in sources],
+        "settings": settings.model_dump(mode="json"),
+        "data": data.model_dump(mode="json"),
+        "manifest": manifest.model_dump(mode="json"),
+        "batch_size": settings.evaluate.batch_size,
+    }
 
 
 def collected(

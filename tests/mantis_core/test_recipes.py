@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,44 +11,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mantis_core.build import Problem, codec_teacher_recipe, individual_recipe, teacher_recipe
+from mantis_core.build import Problem
 from mantis_core.client import coverage_threshold
 from mantis_core.config import (
-    CodecTeacherConfig,
     ConditioningConfig,
-    IndividualConfig,
     LossTerm,
     ModelConfig,
     Stage2Config,
-    TeacherConfig,
-    TrainingConfig,
 )
 from mantis_core.hits import label_hits
-from mantis_core.image_codecs import IMAGE_CODECS
 from mantis_core.preprocessing import normalise
 from mantis_core.recipes import rate_weight
 from mantis_core.tasks import Batch
-from mantis_core.teacher import Teacher
-from mantis_core.training import Session
-
-TINY = TeacherConfig(name="resnet18", training=TrainingConfig(epochs=2, batch_size=4))
-
-
-def snapshot(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers, non-persistent ones too."""
-    named = [*module.named_parameters(), *module.named_buffers()]
-    return {name: value.detach().clone() for name, value in named}
-
-
-def changed(module: nn.Module, before: dict[str, Tensor]) -> list[str]:
-    now = snapshot(module)
-    return [name for name in before if not torch.equal(before[name], now[name])]
-
-
-def train(recipe: Any, batches: list[Batch]) -> None:
-    config = getattr(recipe, "config", TrainingConfig(epochs=1, batch_size=4))
-    session = Session(recipe, config, steps_per_epoch=len(batches), seed=0)
-    session.train_epoch(batches)
+from tests.mantis_core.recipe_checks import changed, snapshot, train, without_gradient
 
 
 def test_stage_2_changes_neither_stem_nor_teacher_parameters_nor_buffers(
@@ -96,10 +70,6 @@ def test_the_teacher_stays_in_eval_mode(
     assert recipe.training
     assert recipe.student.training
     assert not any(module.training for module in recipe.teacher.modules())
-
-
-def without_gradient(module: nn.Module) -> list[str]:
-    return [n for n, p in module.named_parameters() if p.requires_grad and p.grad is None]
 
 
 @pytest.mark.parametrize("prior", ["shared", "per_task", "primary"])
@@ -303,65 +273,6 @@ def test_stage_2_calibrates_the_threshold_to_the_configured_coverage(
         asked += int(batch.task_mask.sum())
     assert hits >= math.ceil(0.8 * asked)
     assert 0 < float(student.mask_threshold) <= 0.5
-
-
-def test_a_teacher_is_trained_on_labels_flat_and_head_by_head(
-    problem: Problem, mixed_problem: Problem, batch_of: Callable[..., Batch]
-) -> None:
-    for each in (problem, mixed_problem):
-        recipe = teacher_recipe(TINY, each, seed=0).train()
-        output = recipe(batch_of(each), 0.0)
-        output.loss.backward()
-        assert torch.isfinite(output.loss)
-        assert without_gradient(recipe) == []
-
-
-def test_individual_models_start_from_the_teacher_and_train_on_their_own_images(
-    problem: Problem, teacher: Teacher, batch_of: Callable[..., Batch]
-) -> None:
-    recipe = individual_recipe(IndividualConfig(), teacher, problem, seed=0)
-    first = recipe.student["animals"].backbone.net.conv1.weight  # type: ignore[index]
-    assert torch.equal(first, teacher.backbone.net.conv1.weight)  # type: ignore[union-attr]
-    recipe.train()
-    recipe(batch_of(problem, classes=(0, 1)), 0.0).loss.backward()
-    assert without_gradient(recipe) == []
-
-
-def test_a_tuned_teacher_sees_what_its_codec_leaves(
-    problem: Problem, teacher: Teacher, batch_of: Callable[..., Batch], batch: Batch
-) -> None:
-    config = CodecTeacherConfig(codec="jpeg", qualities=(5, 90))
-    recipe = codec_teacher_recipe(config, copy.deepcopy(teacher)).eval()
-    seen: list[Tensor] = []
-    recipe.student.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
-    with torch.no_grad():
-        recipe(batch, 1.0)
-    codec = IMAGE_CODECS["jpeg"]
-    for index, image in enumerate(batch.image.permute(0, 2, 3, 1).numpy()):
-        left = codec.decode(codec.encode(image, (5, 90)[index % 2]))
-        expected = normalise(torch.from_numpy(left.copy()).permute(2, 0, 1)[None])[0]
-        torch.testing.assert_close(seen[0][index], expected)
-    before = snapshot(recipe.student)
-    train(recipe, [batch_of(problem, seed=i) for i in range(2)])
-    assert "backbone.net.conv1.weight" in changed(recipe.student, before)
-
-
-def test_an_individual_model_answers_its_one_image_wherever_it_stands_in_the_batch(
-    problem: Problem, teacher: Teacher, batch_of: Callable[..., Batch]
-) -> None:
-    recipe = individual_recipe(IndividualConfig(), teacher, problem, seed=0).eval()
-    others, one = batch_of(problem, 5, classes=(0,)), batch_of(problem, 1, classes=(5,))
-    joined = Batch(
-        *(
-            torch.cat([getattr(others, key), getattr(one, key)])
-            for key in ("image", "class_label", "labels", "task_mask")
-        ),
-        segmentation={},
-        row_id=torch.arange(6),
-    )
-    with torch.no_grad():
-        alone, together, without = (recipe(b, 1.0).loss for b in (one, joined, others))
-    torch.testing.assert_close(together, alone + without, atol=1e-4, rtol=1e-4)
 
 
 def test_hits_count_right_answers_and_questions(problem: Problem, batch: Batch) -> None:

@@ -1,0 +1,78 @@
+"""The teacher, individual models and tuned teachers: what each is trained on."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from mantis_core.build import Problem, codec_teacher_recipe, individual_recipe, teacher_recipe
+from mantis_core.config import CodecTeacherConfig, IndividualConfig, TeacherConfig, TrainingConfig
+from mantis_core.image_codecs import IMAGE_CODECS
+from mantis_core.preprocessing import normalise
+from mantis_core.tasks import Batch
+from mantis_core.teacher import Teacher
+from tests.mantis_core.recipe_checks import changed, snapshot, train, without_gradient
+
+TINY = TeacherConfig(name="resnet18", training=TrainingConfig(epochs=2, batch_size=4))
+
+
+def test_a_teacher_is_trained_on_labels_flat_and_head_by_head(
+    problem: Problem, mixed_problem: Problem, batch_of: Callable[..., Batch]
+) -> None:
+    for each in (problem, mixed_problem):
+        recipe = teacher_recipe(TINY, each, seed=0).train()
+        output = recipe(batch_of(each), 0.0)
+        output.loss.backward()
+        assert torch.isfinite(output.loss)
+        assert without_gradient(recipe) == []
+
+
+def test_individual_models_start_from_the_teacher_and_train_on_their_own_images(
+    problem: Problem, teacher: Teacher, batch_of: Callable[..., Batch]
+) -> None:
+    recipe = individual_recipe(IndividualConfig(), teacher, problem, seed=0)
+    first = recipe.student["animals"].backbone.net.conv1.weight  # type: ignore[index]
+    assert torch.equal(first, teacher.backbone.net.conv1.weight)  # type: ignore[union-attr]
+    recipe.train()
+    recipe(batch_of(problem, classes=(0, 1)), 0.0).loss.backward()
+    assert without_gradient(recipe) == []
+
+
+def test_a_tuned_teacher_sees_what_its_codec_leaves(
+    problem: Problem, teacher: Teacher, batch_of: Callable[..., Batch], batch: Batch
+) -> None:
+    config = CodecTeacherConfig(codec="jpeg", qualities=(5, 90))
+    recipe = codec_teacher_recipe(config, copy.deepcopy(teacher)).eval()
+    seen: list[Tensor] = []
+    recipe.student.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    with torch.no_grad():
+        recipe(batch, 1.0)
+    codec = IMAGE_CODECS["jpeg"]
+    for index, image in enumerate(batch.image.permute(0, 2, 3, 1).numpy()):
+        left = codec.decode(codec.encode(image, (5, 90)[index % 2]))
+        expected = normalise(torch.from_numpy(left.copy()).permute(2, 0, 1)[None])[0]
+        torch.testing.assert_close(seen[0][index], expected)
+    before = snapshot(recipe.student)
+    train(recipe, [batch_of(problem, seed=i) for i in range(2)])
+    assert "backbone.net.conv1.weight" in changed(recipe.student, before)
+
+
+def test_an_individual_model_answers_its_one_image_wherever_it_stands_in_the_batch(
+    problem: Problem, teacher: Teacher, batch_of: Callable[..., Batch]
+) -> None:
+    recipe = individual_recipe(IndividualConfig(), teacher, problem, seed=0).eval()
+    others, one = batch_of(problem, 5, classes=(0,)), batch_of(problem, 1, classes=(5,))
+    joined = Batch(
+        *(
+            torch.cat([getattr(others, key), getattr(one, key)])
+            for key in ("image", "class_label", "labels", "task_mask")
+        ),
+        segmentation={},
+        row_id=torch.arange(6),
+    )
+    with torch.no_grad():
+        alone, together, without = (recipe(b, 1.0).loss for b in (one, joined, others))
+    torch.testing.assert_close(together, alone + without, atol=1e-4, rtol=1e-4)
