@@ -1,8 +1,9 @@
 """The stage chain without Ray and MLflow, for machines that have neither: a GPU lent for an hour.
 
 Same plan, same keys, same folders as `mantis evaluate`: a stage finished by one is skipped by the
-other. Stages of one kind, and the arms of an evaluation, are spread over processes, which may share
-a GPU: one of these small networks does not fill it.
+other, and one that was interrupted is trained anew. Stages of one kind, and the arms of an
+evaluation, are spread over processes, which may share a GPU: one of these small networks does not
+fill it.
 """
 
 from __future__ import annotations

@@ -19,8 +19,8 @@ from pipelines.cluster import check_machine, cluster_address, connect
 from pipelines.console import Console
 from pipelines.plan import StageKind, with_upstream
 from pipelines.run_record import stage_state
-from pipelines.search_driver import SearchDriver, SearchOptions, finished_points
-from pipelines.search_journal import Journal, TrialRecord, open_journal
+from pipelines.search_driver import SearchDriver, SearchOptions
+from pipelines.search_journal import Journal, TrialRecord, finished_points, open_journal
 from pipelines.search_points import Halving, RdPoint, hypervolume, pareto_front, spread
 from pipelines.search_space import describe, first_stage, load_space
 from pipelines.search_trial import SearchTask, search_settings
@@ -86,7 +86,7 @@ def run_search(
     folder = f"searches/{options.space}-{key[:12]}"
     _check_first(store, folder, settings, options)
     with open_journal(store, folder) as journal, Console(stream) as console:
-        store.write_json(f"{folder}/search.json", _about(task, space, options, key))
+        store.write_json(f"{folder}/about.json", _about(task, space, options, key))
         runs = _open_runs(task.settings, console, key, config_name, options, space)
         status = "FAILED"
         try:

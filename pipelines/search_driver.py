@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipelines.cluster import PreflightError
 from pipelines.plan import with_upstream
-from pipelines.search_journal import Journal, TrialRecord
+from pipelines.search_journal import Journal, TrialRecord, finished_points
 from pipelines.search_points import RdPoint, hypervolume, pareto_front
 from pipelines.search_referee import Verdict
 from pipelines.search_sampler import SearchKind, propose, random_weight
@@ -189,15 +189,6 @@ class SearchDriver:
         ended = [r for r in self.journal.trials.values() if r.state != "running"]
         self.runs.progress(len(ended), summary(ended, self.reference))
         self.view.ended(record)
-
-
-def finished_points(trials: Mapping[int, TrialRecord]) -> dict[int, RdPoint]:
-    """The points of the trials that trained to their end."""
-    return {
-        number: record.point
-        for number, record in trials.items()
-        if record.state == "finished" and record.point is not None
-    }
 
 
 def summary(ended: list[TrialRecord], reference: RdPoint) -> dict[str, float]:

@@ -48,6 +48,15 @@ class TrialRecord:
         return rd_point(self.figures or last)
 
 
+def finished_points(trials: Mapping[int, TrialRecord]) -> dict[int, RdPoint]:
+    """The points of the trials that trained to their end."""
+    return {
+        number: record.point
+        for number, record in trials.items()
+        if record.state == "finished" and record.point is not None
+    }
+
+
 class Journal:
     """The events of one search below `<root>/<folder>/journal`, and the trials they tell of."""
 

@@ -15,7 +15,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from pipelines.report_figures import LOOKS, styled, to_png, to_svg
-from pipelines.search_journal import TrialRecord
+from pipelines.search_journal import TrialRecord, finished_points
 from pipelines.search_points import RdPoint, hypervolume, pareto_front
 from pipelines.search_sampler import importances
 
@@ -93,7 +93,7 @@ def search_figure(
     """Left all points with the front, right the hypervolume over trained epochs."""
     figure = Figure(figsize=(width, width * 0.42), layout="constrained")
     left, right = figure.subplots(1, 2)
-    points = {r.number: r.point for r in trials.values() if r.point and r.state == "finished"}
+    points = finished_points(trials)
     cut = [r.point for r in trials.values() if r.point and r.state == "stopped"]
     front = [points[number] for number in pareto_front(points)]
     plain = {"linestyle": "none", "color": OTHER}

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pipelines.console import duration
-from pipelines.search_journal import TrialRecord
+from pipelines.search_journal import TrialRecord, finished_points
 from pipelines.search_points import RdPoint, pareto_front
 from pipelines.search_space import Params
 
@@ -93,10 +93,7 @@ class SearchView:
             self._trials[record.number] = record
 
     def _front(self) -> list[int]:
-        points = {
-            r.number: r.point for r in self._trials.values() if r.state == "finished" and r.point
-        }
-        return pareto_front(points)
+        return pareto_front(finished_points(self._trials))
 
     def _time_left(self) -> str:
         """From the mean time of trials that ended here; empty before the first."""

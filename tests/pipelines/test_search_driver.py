@@ -12,8 +12,8 @@ import pytest
 
 from pipelines import plan
 from pipelines.cluster import PreflightError
-from pipelines.search_driver import SearchDriver, SearchOptions, Timing, finished_points
-from pipelines.search_journal import Journal
+from pipelines.search_driver import SearchDriver, SearchOptions, Timing
+from pipelines.search_journal import Journal, finished_points
 from pipelines.search_points import RdPoint, pareto_front
 from pipelines.search_referee import Verdict
 from pipelines.search_view import SearchView
