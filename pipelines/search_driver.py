@@ -123,10 +123,6 @@ class SearchDriver:
             self.journal.epoch(number, figures)
         self._close(number, outcome.state, outcome.reason, outcome.figures)
 
-    def points(self) -> dict[int, RdPoint]:
-        """The points of finished trials: what a front is made of."""
-        return finished_points(self.journal.trials)
-
     def _begin(self, record: TrialRecord) -> dict[str, Any]:
         self.view.began(record)
         return {
