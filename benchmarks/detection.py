@@ -25,6 +25,7 @@ from data_prep.schema import DataConfig, read_manifest
 from mantis_core.checkpoint import load_model, read_meta
 from mantis_core.client import coverage_threshold, select_mask
 from mantis_core.conditioning import as_sent
+from mantis_core.latent import Latent
 from mantis_core.model import Mantis
 from mantis_core.preprocessing import normalise
 
@@ -33,45 +34,48 @@ COVERAGES = (0.8, 0.85, 0.9, 0.95)
 
 @dataclass(frozen=True, eq=False)
 class Seen:
-    """A split through client and server: p (N, K), true tasks (N, K), classes (N,), answers."""
+    """A split through the client: p (N, K), true tasks (N, K), classes (N,), rounded latents."""
 
     p: Tensor
     truth: Tensor
     classes: Tensor
-    outputs: dict[str, Tensor]
+    latent: Latent
 
 
 @torch.no_grad()
 def look(model: Mantis, shards: str, data: DataConfig, split: str) -> Seen:
-    """Every image of a split, all tasks decoded."""
-    parts: list[tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]] = []
+    """Every image of a split as the client sees it."""
+    parts: list[tuple[Tensor, ...]] = []
     manifest = read_manifest(shards)
     for batch in local_batches(shards, manifest, data, split=split, global_batch=128, threads=1):
         images = normalise(torch.from_numpy(batch["image"]))
-        stem, logits = model.client(images)
-        p = torch.sigmoid(logits.float())
-        latent = model.client.encode(stem, p).round()
-        sent = as_sent(p, torch.ones_like(p, dtype=torch.bool), levels=True)
-        outputs = model.server(latent, sent, (images.shape[2], images.shape[3]))
+        view = model.client(images)
+        p = torch.sigmoid(view.logits.float())
+        latent = model.client.encode(view, p)
         truth, classes = (
             torch.from_numpy(batch["task_mask"]),
             torch.from_numpy(batch["class_label"]),
         )
-        parts.append((p, truth, classes, outputs))
-    p, truth, classes = (torch.cat([part[i] for part in parts]) for i in range(3))  # type: ignore[arg-type,misc]
-    answers = [part[3] for part in parts]
-    return Seen(p, truth, classes, {k: torch.cat([a[k] for a in answers]) for k in answers[0]})
+        parts.append((p, truth, classes, latent.map.round(), latent.summary.round()))
+    p, truth, classes, maps, summaries = map(torch.cat, zip(*parts, strict=True))
+    return Seen(p, truth, classes, Latent(maps, summaries))
 
 
+@torch.no_grad()
 def score(model: Mantis, seen: Seen, mask: Tensor) -> dict[str, float]:
     """Top1 of the joint decision over the tasks in `mask` (N, K), and what that mask holds."""
     assert model.joint is not None
     levels = model.spec.model.send_probabilities
-    scores = model.joint(seen.outputs, as_sent(seen.p, mask, levels=levels).log())
+    size, hits = model.spec.image_size, 0
+    for rows in torch.arange(len(mask)).split(128):
+        sent = as_sent(seen.p[rows], mask[rows], levels=levels)
+        latent = Latent(*(part[rows] for part in seen.latent))
+        scores = model.joint(model.server(latent, sent, size), sent.log())
+        hits += int((scores.argmax(dim=1) == seen.classes[rows]).sum())
     return {
         "active_tasks": round(float(mask.sum(dim=1).float().mean()), 3),
         "coverage": round(float((mask & seen.truth).sum() / seen.truth.sum()), 4),
-        "top1": round(float((scores.argmax(dim=1) == seen.classes).float().mean()), 4),
+        "top1": round(hits / len(mask), 4),
     }
 
 

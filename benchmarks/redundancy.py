@@ -26,14 +26,14 @@ PRIOR_WEIGHT = 20.0  # how many symbols the table without context weighs in ever
 
 
 def read_symbols(model: str, files: list[str], images: int) -> tuple[Symbols, Symbols]:
-    """Symbols (N, C, h, w) and the primary task (N,) of the first images."""
+    """Symbols of the latent's map (N, C, h, w) and the primary task (N,) of the first images."""
     import torch
 
     codec = load_client(model)
     symbols, primary = [], []
     for data in islice(image_bytes(files), images):
         for seen in codec.look(torch.stack([codec.prepare_image(data)])):
-            symbols.append(seen.image.symbols)
+            symbols.append(seen.image.map)
             primary.append(seen.image.tasks.primary)
     return np.stack(symbols).astype(np.int64).clip(-WIDEST, WIDEST), np.array(primary)
 

@@ -1,7 +1,8 @@
 """The bottleneck: rounding or noise, the learned density, the rate, and the tables made from it.
 
-B batch, C latent channels, K tasks, h w latent, R prior rows (1 shared, else K), N symbols of a
-channel, L entries of a table. Coding by the tables is in coder.py, the container in bitstream.py.
+B batch, C channels of the latent's map and G of its summary, C + G together, K tasks, h w of the
+map, R prior rows (1 shared, else K), N symbols of a channel, L entries of a table. Coding by the
+tables is in coder.py, the container in bitstream.py.
 """
 
 import copy
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mantis_core.coder import MAX_SYMBOL, TOTAL, Prior, Table, TableSet
+from mantis_core.latent import Latent
 
 Quantizer: TypeAlias = Literal["noise", "ste"]
 
@@ -29,22 +31,24 @@ _TABLES = ("table_cdf", "table_offsets", "table_lengths")
 
 
 class BottleneckOutput(NamedTuple):
-    """What decoders get, `y_hat` (B, C, h, w), and each image's payload, `bits` (B,): float32."""
+    """What decoders get, `y_hat`, and each image's payload, `bits` (B,): float32."""
 
-    y_hat: Tensor
+    y_hat: Latent
     bits: Tensor
 
 
 class Bottleneck(nn.Module):
     """Factorised entropy bottleneck with one density per channel and prior row.
 
+    Channels of the map come first, those of the summary behind them, one symbol an image each.
+
         y ─┬─ + U(-1/2, 1/2) ─▶ density[row] ─▶ bits        training
            └─ round (straight-through) ─▶ y_hat
         y ─── round ─▶ y_hat ─▶ density[row] ─▶ bits        evaluation
 
     Balle et al., "Variational image compression with a scale hyperprior" (ICLR 2018), appendix 6.1;
-    parameters and their start are those of CompressAI's EntropyBottleneck with C * R channels, row
-    r owning channels r * C to (r + 1) * C. Medians are fixed at 0: symbols are plain rounded
+    parameters and their start are those of CompressAI's EntropyBottleneck with (C + G) * R
+    channels, row after row. Medians are fixed at 0: symbols are plain rounded
     values.
 
     `prior` says which row an image uses: `shared` the only one; `primary` that of its most probable
@@ -58,39 +62,50 @@ class Bottleneck(nn.Module):
     table_lengths: Tensor
 
     def __init__(
-        self, channels: int, num_tasks: int, prior: Prior, quantizer: Quantizer = "ste"
+        self,
+        channels: int,
+        num_tasks: int,
+        prior: Prior,
+        quantizer: Quantizer = "ste",
+        *,
+        summary_channels: int = 0,
     ) -> None:
         super().__init__()
-        self.channels = channels
+        self.channels = channels + summary_channels
+        self.map_channels = channels
         self.num_tasks = num_tasks
         self.prior: Prior = prior
         self.quantizer: Quantizer = quantizer
         self.num_rows = 1 if prior == "shared" else num_tasks
-        self.density = EntropyBottleneck(channels * self.num_rows, init_scale=_START_SCALE)
+        self.density = EntropyBottleneck(self.channels * self.num_rows, init_scale=_START_SCALE)
         self.density.quantiles.requires_grad_(False)  # medians stay 0, tails are searched
         self.likelihood_bound = LowerBound(_LIKELIHOOD_BOUND)
         for name in _TABLES:
             self.register_buffer(name, torch.zeros(0, dtype=torch.int32))
         self._tables: TableSet | None = None
 
-    def forward(self, y: Tensor, mask: Tensor, primary: Tensor) -> BottleneckOutput:
-        """Quantises y (B, C, h, w) and estimates its size; float32 throughout, under autocast too.
+    def forward(self, latent: Latent, mask: Tensor, primary: Tensor) -> BottleneckOutput:
+        """Quantises a latent and estimates its size; float32 throughout, under autocast too.
 
         `mask` (B, K) bool are the active tasks, `primary` (B,) int64 the most probable of them;
         each is read only by the prior that needs it. ValueError if an image has no row. In training
         mode every parameter gets a gradient (zero for the rows of tasks that are absent).
         """
-        with torch.autocast(device_type=y.device.type, enabled=False):
-            y = y.float()
-            if self.training:
-                noisy = y + torch.rand_like(y) - 0.5
-                y_hat = noisy if self.quantizer == "noise" else y + (y.round() - y).detach()
-                likelihood = self._likelihood(noisy, mask, primary)
-            else:
-                y_hat = y.round().clamp(-MAX_SYMBOL, MAX_SYMBOL)
-                likelihood = self._likelihood(y_hat, mask, primary)
-            bits = -self.likelihood_bound(likelihood).log2().flatten(1).sum(1)
-        return BottleneckOutput(y_hat, bits)
+        first = 0
+        received, bits = [], torch.zeros(len(mask), device=mask.device)
+        with torch.autocast(device_type=mask.device.type, enabled=False):
+            for y in (latent.map.float(), latent.summary.float()[:, :, None, None]):
+                own, first = slice(first, first + y.shape[1]), first + y.shape[1]
+                if self.training:
+                    noisy = y + torch.rand_like(y) - 0.5
+                    y_hat = noisy if self.quantizer == "noise" else y + (y.round() - y).detach()
+                else:
+                    noisy = y_hat = y.round().clamp(-MAX_SYMBOL, MAX_SYMBOL)
+                if y.shape[1]:
+                    likelihood = self._likelihood(noisy, mask, primary, own)
+                    bits = bits - self.likelihood_bound(likelihood).log2().flatten(1).sum(1)
+                received.append(y_hat)
+        return BottleneckOutput(Latent(received[0], received[1].flatten(1)), bits)
 
     @property
     def tables_ready(self) -> bool:
@@ -141,22 +156,26 @@ class Bottleneck(nn.Module):
         """One image's table, by the rule of TableSet.table_for."""
         return self.tables().table_for(mask, primary)
 
-    def _likelihood(self, values: Tensor, mask: Tensor, primary: Tensor) -> Tensor:
-        """P(value) of each element of values (B, C, h, w), mixed over the image's rows.
+    def _likelihood(self, values: Tensor, mask: Tensor, primary: Tensor, channels: slice) -> Tensor:
+        """P(value) of each element of values (B, n, h, w), mixed over the image's rows.
 
-        Evaluates each (row, image) pair that occurs once, row by row.
+        The n `channels` are some of each row's. Evaluates each (row, image) pair that occurs once,
+        row by row.
         """
         rows, images, rows_per_image = self._pairs(values, mask, primary)
         weights = [
-            [t.view(self.num_rows, self.channels, *t.shape[1:]).unbind(0) for t in tensors]
+            [
+                t.view(self.num_rows, self.channels, *t.shape[1:])[:, channels].unbind(0)
+                for t in tensors
+            ]
             for tensors in _weights(self.density)
         ]
-        gathered = values.flatten(2).index_select(0, images).transpose(0, 1)  # (C, pairs, h * w)
+        gathered = values.flatten(2).index_select(0, images).transpose(0, 1)  # (n, pairs, h * w)
         parts = []
         for row, part in enumerate(torch.split(gathered, rows, dim=1)):
             if part.shape[1]:
                 of_row = [[t[row] for t in tensors] for tensors in weights]
-                flat = part.reshape(self.channels, 1, -1)
+                flat = part.reshape(len(part), 1, -1)
                 parts.append(_interval_mass(flat, *of_row).view_as(part))
         pairs = torch.cat(parts, dim=1).transpose(0, 1)
         mixed = torch.zeros_like(values).flatten(2).index_add(0, images, pairs)

@@ -102,13 +102,14 @@ def stage1_recipe(
     config: Stage1Config, model: ModelConfig, teacher: Teacher, problem: Problem, *, seed: int
 ) -> Recipe:
     """Stage 1: a task-agnostic codec in front of the teacher's frozen tail."""
-    split_shape, _ = teacher.feature_shapes(problem.image_size)
+    split_shape, last_shape = teacher.feature_shapes(problem.image_size)
     torch.manual_seed(seed)
     student = Stage1Student(
         model,
         len(problem.tasks),
         image_size=problem.image_size,
         split_shape=split_shape,
+        last_shape=last_shape,
         latent_size=latent_size(problem.image_size, model.encoder.stride),
         tail=teacher.backbone.tail_after(teacher.split),
     )
@@ -177,8 +178,18 @@ def one_task(problem: Problem) -> Problem:
     return replace(problem, tasks=(every,))
 
 
+_FROM_STAGE1 = (
+    "client.stem",
+    "client.encoder",
+    "client.summary",
+    "client.detector",
+    "server.decoder.",
+    "server.summary_decoder.",
+)
+
+
 def start_from_stage1(model: Mantis, stage1: Mapping[str, Tensor]) -> None:
-    """Loads stem, encoder, detector, density (every row alike) and decoder of stage 1.
+    """Loads stem, encoders, detector, density (every row alike) and decoders of stage 1.
 
     A detector of another number of tasks keeps its own last layer.
     """
@@ -187,7 +198,7 @@ def start_from_stage1(model: Mantis, stage1: Mapping[str, Tensor]) -> None:
     for name, value in stage1.items():
         if name.startswith("bottleneck.table"):
             continue
-        target = name.replace("decoder.", "server.decoder.", 1) if name[:8] == "decoder." else name
+        target = f"server.{name}" if name.startswith(("decoder.", "summary_decoder.")) else name
         if target.startswith("bottleneck.density.") and target in own:
             rows = own[target].shape[0] // max(1, value.shape[0]) if value.ndim else 1
             value = value.repeat(rows, *([1] * (value.ndim - 1))) if rows > 1 else value
@@ -196,7 +207,7 @@ def start_from_stage1(model: Mantis, stage1: Mapping[str, Tensor]) -> None:
     missing = [
         name
         for name in own
-        if name.startswith(("client.stem", "client.encoder", "server.decoder.", "client.detector"))
+        if name.startswith(_FROM_STAGE1)
         and (name not in start and own[name].shape[:1] != (len(model.spec.tasks),))
     ]
     assert not missing, f"stage 1 lacks {missing[:3]}"

@@ -6,12 +6,30 @@ Shapes: B batch, K tasks, C latent channels, H W input pixels, h w latent size.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from mantis_core.conditioning import CONDITIONING, Modulation, modulate
 from mantis_core.config import ModelConfig
+from mantis_core.latent import Latent
+
+
+class View(NamedTuple):
+    """What the client sees of images: stem features, the detector's pooled features, task logits.
+
+    (B, C, H/4, W/4), (B, 2 * detector channels) and (B, K).
+    """
+
+    stem: Tensor
+    pooled: Tensor
+    logits: Tensor
+
+
+def pool(x: Tensor) -> Tensor:
+    """Mean and maximum over space, (B, C, h, w) to (B, 2 C)."""
+    return torch.cat([x.mean(dim=(2, 3)), x.amax(dim=(2, 3))], dim=1)
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
@@ -80,18 +98,22 @@ class TaskDetector(nn.Module):
             nn.Linear(2 * channels, hidden), nn.ReLU(), nn.Linear(hidden, num_tasks)
         )
 
-    def forward(self, stem: Tensor) -> Tensor:
-        """(B, inputs, H/4, W/4) to the logit of each task (B, K); sigmoid gives p."""
-        x = self.body(stem)
-        return self.mlp(torch.cat([x.mean(dim=(2, 3)), x.amax(dim=(2, 3))], dim=1))  # type: ignore[no-any-return]
+    def forward(self, stem: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, inputs, H/4, W/4) to pooled features (B, 2 * channels) and each task's logit (B, K).
+
+        The logits' sigmoid is p.
+        """
+        pooled = pool(self.body(stem))
+        return pooled, self.mlp(pooled)
 
 
 class FiLMedEncoder(nn.Module):
-    """Stem features to the latent, modulated after every block and at the latent itself.
+    """Stem features to the latent's map, modulated after every block and at the latent itself.
 
     stem ─ residual s2 ─ FiLM ─ [residual ─ FiLM] x blocks ─ conv1x1 ─ FiLM ─▶ y (B, C, h, w)
 
-    `stride` is that from input to latent, 8 or 16; at 16 there are two halving blocks.
+    `stride` is that from input to latent, 8 or 16; at 16 there are two halving blocks. Without
+    latent channels it makes no map, and its pooled features alone are used.
     """
 
     def __init__(
@@ -104,16 +126,55 @@ class FiLMedEncoder(nn.Module):
         self.blocks = nn.ModuleList(
             halving + [ResidualBlock(channels, channels) for _ in range(blocks)]
         )
-        self.to_latent = nn.Conv2d(channels, latent_channels, 1)
-        self.modulated_channels = (channels,) * len(self.blocks) + (latent_channels,)
+        self.modulated_channels = (channels,) * len(self.blocks)
+        self.to_latent: nn.Conv2d | None = None
+        if latent_channels:
+            self.to_latent = nn.Conv2d(channels, latent_channels, 1)
+            self.modulated_channels += (latent_channels,)
 
-    def forward(self, stem: Tensor, modulation: Modulation | None = None) -> Tensor:
-        """(B, inputs, H/4, W/4) to y (B, C, h, w); no modulation is the task-agnostic encoder."""
+    def forward(self, stem: Tensor, modulation: Modulation | None = None) -> tuple[Tensor, Tensor]:
+        """(B, inputs, H/4, W/4) to y (B, C, h, w) and the pooled features that it is made of.
+
+        No modulation is the task-agnostic encoder.
+        """
         layers = modulation or [None] * len(self.modulated_channels)
         x = stem
         for block, gamma_beta in zip(self.blocks, layers, strict=False):
             x = block(x, gamma_beta)
-        return modulate(self.to_latent(x), layers[-1])
+        if self.to_latent is None:
+            return x[:, :0], pool(x)
+        return modulate(self.to_latent(x), layers[-1]), pool(x)
+
+
+class SummaryEncoder(nn.Module):
+    """Pooled features of detector and encoder to the latent's summary of the whole image.
+
+    pooled ─ norm ─ linear ─ FiLM ─ ReLU ─ linear + projection ─ FiLM ─▶ (B, G)
+
+    What is known of an image as a whole takes a symbol here, and one a position in the map.
+    """
+
+    def __init__(self, inputs: int, *, hidden: int, channels: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(inputs)
+        self.first = nn.Linear(inputs, hidden)
+        self.last = nn.Linear(hidden, channels)
+        self.modulated_channels = (hidden, channels)
+
+    def forward(
+        self,
+        pooled: Tensor,
+        modulation: Modulation | None = None,
+        projection: Tensor | None = None,
+    ) -> Tensor:
+        """(B, inputs) to (B, channels); `projection` (B, channels, hidden) as in Conditioned."""
+        layers = modulation or [None] * len(self.modulated_channels)
+        x = self.first(self.norm(pooled))[:, :, None, None]
+        x = torch.relu(modulate(x, layers[0])).flatten(1)
+        y = self.last(x)
+        if projection is not None:
+            y = y + torch.bmm(projection.to(x.dtype), x[:, :, None])[:, :, 0]
+        return modulate(y[:, :, None, None], layers[1]).flatten(1)
 
 
 def latent_size(image_size: tuple[int, int], stride: int) -> tuple[int, int]:
@@ -125,27 +186,51 @@ def latent_size(image_size: tuple[int, int], stride: int) -> tuple[int, int]:
 class Client(nn.Module):
     """All that runs on the device.
 
-    x ─ stem ─┬─ detector ─▶ p ─ conditioning ─▶ gamma, beta
-              └───────────── encoder ──────────────┴─▶ y
+    x ─ stem ─┬─ detector ─┬─▶ p ─ conditioning ─▶ gamma, beta, projection
+              │            └─ pooled ─┬─────────────────┤
+              └───────── encoder ─────┴─ summary encoder ┴─▶ map, summary
     """
 
     def __init__(self, config: ModelConfig, num_tasks: int) -> None:
         super().__init__()
+        encoder = config.encoder
         self.stem = SharedStem(config.stem.channels)
         self.detector = TaskDetector(self.stem.channels, num_tasks, **config.detector.model_dump())
-        self.encoder = FiLMedEncoder(self.stem.channels, **config.encoder.model_dump())
+        self.encoder = FiLMedEncoder(
+            self.stem.channels,
+            channels=encoder.channels,
+            blocks=encoder.blocks,
+            latent_channels=encoder.latent_channels,
+            stride=encoder.stride,
+        )
+        modulated, projection = self.encoder.modulated_channels, (0, 0)
+        self.summary: SummaryEncoder | None = None
+        if encoder.summary_channels:
+            self.summary = SummaryEncoder(
+                2 * config.detector.channels + 2 * encoder.channels,
+                hidden=encoder.summary_hidden,
+                channels=encoder.summary_channels,
+            )
+            modulated += self.summary.modulated_channels
+            projection = (encoder.summary_channels, encoder.summary_hidden)
         self.conditioning = CONDITIONING[config.conditioning.kind](
-            num_tasks, self.encoder.modulated_channels, hidden=config.conditioning.hidden
+            num_tasks, modulated, projection, hidden=config.conditioning.hidden
         )
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Normalised images (B, 3, H, W) to stem features and task logits (B, K)."""
+    def forward(self, x: Tensor) -> View:
+        """Normalised images (B, 3, H, W) to all that the detector and the encoder go on from."""
         stem = self.stem(x)
-        return stem, self.detector(stem)
+        return View(stem, *self.detector(stem))
 
-    def encode(self, stem: Tensor, probabilities: Tensor) -> Tensor:
-        """Stem features and p (B, K), or a multi-hot, to the latent y (B, C, h, w)."""
-        return self.encoder(stem, self.conditioning(probabilities))  # type: ignore[no-any-return]
+    def encode(self, view: View, probabilities: Tensor) -> Latent:
+        """What was seen and p (B, K), or a multi-hot, to the latent, not yet rounded."""
+        layers, projection = self.conditioning(probabilities)
+        own = len(self.encoder.modulated_channels)
+        y, pooled = self.encoder(view.stem, layers[:own])
+        if self.summary is None:
+            return Latent(y, y.new_zeros(len(y), 0))
+        seen = torch.cat([view.pooled, pooled], dim=1)
+        return Latent(y, self.summary(seen, layers[own:], projection))
 
 
 def select_mask(probabilities: Tensor, threshold: Tensor | float, max_active: int) -> Tensor:

@@ -20,13 +20,14 @@ from mantis_core.client import Client, primary_task, select_mask
 from mantis_core.coder import TableSet, to_symbols
 from mantis_core.errors import ModelError
 from mantis_core.inference import one_thread, still
+from mantis_core.latent import Latent
 from mantis_core.preprocessing import normalise, prepare_image
 from mantis_core.spec import ModelSpec
 from mantis_core.task_field import TaskField, quantise_log2
 from mantis_core.wire import CodedImage, write_stream
 
-Estimate = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""Bits (B,) of a latent (B, C, h, w) under a density, given mask (B, K) and primary task (B,)."""
+Estimate = Callable[[Latent, Tensor, Tensor], Tensor]
+"""Bits (B,) of a latent under a density, given mask (B, K) and primary task (B,)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,8 +124,8 @@ class ClientCodec:
         image = torch.zeros(1, 3, *self.spec.image_size, device=device)
         counter = FlopCounterMode(display=False)
         with torch.no_grad(), still(self.client), counter:
-            stem, logits = self.client(normalise(image))
-            self.client.encode(stem, torch.sigmoid(logits))
+            view = self.client(normalise(image))
+            self.client.encode(view, torch.sigmoid(view.logits))
         parameters = sum(p.numel() for p in self.client.parameters())
         tables = self.tables.cdf.nbytes + self.tables.offsets.nbytes + self.tables.lengths.nbytes
         return {
@@ -135,26 +136,27 @@ class ClientCodec:
 
     def _look(self, images: Tensor, asked: Tensor | None) -> Iterator[Seen]:
         with still(self.client):
-            stem, logits = self.client(normalise(images))
-            detected = torch.sigmoid(logits.float())
+            view = self.client(normalise(images))
+            detected = torch.sigmoid(view.logits.float())
             mask = asked
             if mask is None:
                 limit = self.spec.model.max_active_tasks
                 mask = select_mask(detected, self.mask_threshold, limit)
             primary = primary_task(detected, mask)
-            latent = self.client.encode(stem, detected if asked is None else asked.float()).float()
+            latent = self.client.encode(view, detected if asked is None else asked.float())
             bits = [float("nan")] * len(images)
             if self.estimate is not None:
                 bits = self.estimate(latent, mask, primary).tolist()
         sends = self.spec.model.send_probabilities and asked is None
-        symbols = to_symbols(latent.cpu().numpy())
+        maps = to_symbols(latent.map.float().cpu().numpy())
+        summaries = to_symbols(latent.summary.float().cpu().numpy())
         masks, probabilities = mask.cpu().numpy(), detected.cpu().numpy()
         for i, first in enumerate(primary.tolist()):
             active = masks[i]
             levels = tuple(quantise_log2(float(p)) for p in probabilities[i][active])
             field = TaskField(tuple(active.tolist()), first, levels if sends else None)
             yield Seen(
-                CodedImage(field, symbols[i]),
+                CodedImage(field, maps[i], summaries[i]),
                 (int(images.shape[2]), int(images.shape[3])),
                 probabilities[i],
                 bits[i],

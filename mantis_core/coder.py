@@ -1,6 +1,6 @@
 """Integer tables and lossless coding by them, without torch. Making them is in bottleneck.py.
 
-R prior rows, C latent channels, L table entries of the longest channel, K tasks, h w latent.
+R prior rows, C channels, L table entries of the longest channel, K tasks, h w latent.
 
 A channel's table covers the symbols offset .. offset + length - 2; its last entry is the escape,
 for any other symbol. Tables are cumulative counts out of 2**16, so nothing here depends on floating
@@ -333,6 +333,17 @@ GAMMA_CLASS = exact_model(_CLASS_COUNTS, _CODER_PRECISION)
 def _mixture(tables: TableSet, rows: tuple[int, ...]) -> Table:
     total = tables.cdf[list(rows)].sum(axis=0, dtype=np.int64)
     return Table((total // len(rows)).astype(np.int32), tables.offsets, tables.lengths)
+
+
+@lru_cache(maxsize=_TABLES_IN_MEMORY)
+def split_table(table: Table, channels: int) -> tuple[Table | None, Table | None]:
+    """The table of the first `channels` channels and of those behind; None where there is none."""
+    if channels == len(table.lengths):
+        return table, None
+    rest = Table(table.cdf[channels:], table.offsets[channels:], table.lengths[channels:])
+    if channels == 0:
+        return None, rest
+    return Table(table.cdf[:channels], table.offsets[:channels], table.lengths[:channels]), rest
 
 
 def _range_of(table: Table, channel: NDArray[np.int64]) -> tuple[NDArray[Any], NDArray[Any]]:

@@ -6,6 +6,7 @@ Shapes: B batch, K tasks, C channels of a modulated layer, h w its height and wi
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,17 @@ from mantis_core.task_field import MAX_LEVEL
 
 Modulation = list[tuple[Tensor, Tensor] | None]
 """For each modulated layer gamma and beta, (B, C, 1, 1) each, or None for identity."""
+
+
+class Conditioned(NamedTuple):
+    """What an encoder does otherwise for an image's tasks.
+
+    `projection` (B, G, N) is added to the matrix that projects N hidden units to the G symbols of
+    the summary; None adds nothing.
+    """
+
+    layers: Modulation
+    projection: Tensor | None = None
 
 
 class FiLMGenerator(nn.Module):
@@ -43,18 +55,6 @@ class FiLMGenerator(nn.Module):
         return modulation
 
 
-class NoConditioning(nn.Module):
-    """The ablation: the encoder knows nothing of tasks."""
-
-    def __init__(self, num_tasks: int, channels: Sequence[int], *, hidden: int) -> None:
-        super().__init__()
-        self.layers = len(channels)
-
-    def forward(self, probabilities: Tensor) -> Modulation:
-        """(B, K) is not looked at; every layer stays as it is."""
-        return [None] * self.layers
-
-
 def as_sent(probabilities: Tensor, mask: Tensor, *, levels: bool) -> Tensor:
     """What a stream says of the tasks, (B, K) from p (B, K) and the mask (B, K); no gradient.
 
@@ -75,7 +75,59 @@ def modulate(x: Tensor, gamma_beta: tuple[Tensor, Tensor] | None) -> Tensor:
     return gamma * x + beta
 
 
+class FiLMConditioning(nn.Module):
+    """FiLM at every layer of the encoder."""
+
+    def __init__(
+        self, num_tasks: int, channels: Sequence[int], summary: tuple[int, int], *, hidden: int
+    ) -> None:
+        """`channels` of the modulated layers; `summary` is (G, N) of Conditioned.projection."""
+        super().__init__()
+        self.film = FiLMGenerator(num_tasks, channels, hidden=hidden)
+
+    def forward(self, probabilities: Tensor) -> Conditioned:
+        """(B, K) task probabilities, or a multi-hot."""
+        return Conditioned(self.film(probabilities))
+
+
+class ExpertConditioning(FiLMConditioning):
+    """FiLM, and a projection of its own for each task, mixed by the tasks' probabilities.
+
+    projection = sum over k of p_k E_k, after CondConv (Yang et al., NeurIPS 2019); E_k zero at
+    init. Ten classes of one task lie along fewer directions than the classes of all tasks, and
+    FiLM alone scales directions, it does not turn them. Where there is no summary it is FiLM alone.
+    """
+
+    def __init__(
+        self, num_tasks: int, channels: Sequence[int], summary: tuple[int, int], *, hidden: int
+    ) -> None:
+        super().__init__(num_tasks, channels, summary, hidden=hidden)
+        self.experts = nn.Parameter(torch.zeros(num_tasks, *summary)) if all(summary) else None
+
+    def forward(self, probabilities: Tensor) -> Conditioned:
+        """(B, K) task probabilities, or a multi-hot."""
+        if self.experts is None:
+            return super().forward(probabilities)
+        mixed = torch.einsum("bk,kgn->bgn", probabilities.to(self.experts.dtype), self.experts)
+        return Conditioned(self.film(probabilities), mixed)
+
+
+class NoConditioning(nn.Module):
+    """The ablation: the encoder knows nothing of tasks."""
+
+    def __init__(
+        self, num_tasks: int, channels: Sequence[int], summary: tuple[int, int], *, hidden: int
+    ) -> None:
+        super().__init__()
+        self.layers = len(channels)
+
+    def forward(self, probabilities: Tensor) -> Conditioned:
+        """(B, K) is not looked at; every layer stays as it is."""
+        return Conditioned([None] * self.layers)
+
+
 CONDITIONING: dict[str, Callable[..., nn.Module]] = {
-    "film": FiLMGenerator,
+    "film": FiLMConditioning,
+    "experts": ExpertConditioning,
     "none": NoConditioning,
 }

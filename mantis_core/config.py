@@ -6,9 +6,9 @@ config or print its help never imports torch.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 
 class Section(BaseModel):
@@ -69,6 +69,16 @@ class LossTerm(Section):
     teacher: str | None = Field(default=None, description="module path in the teacher, e.g. layer3")
 
 
+def _without_nulls(terms: Any) -> Any:
+    if isinstance(terms, dict):
+        return {name: term for name, term in terms.items() if term is not None}
+    return terms
+
+
+LossTerms = Annotated[dict[str, LossTerm], BeforeValidator(_without_nulls)]
+"""Terms by name; one that is null is left out, as in a file that extends another."""
+
+
 class TeacherConfig(Section):
     """The frozen uncompressed network that stage 1 and 2 distil."""
 
@@ -115,11 +125,8 @@ class DetectorConfig(Section):
 
 
 class ConditioningConfig(Section):
-    kind: Literal["film", "none"] = "film"
+    kind: Literal["film", "experts", "none"] = "film"
     hidden: int = Field(default=64, ge=1, description="of each generator's MLP")
-    decoder: bool = Field(
-        default=False, description="the server's decoder too, by the tasks a stream carries"
-    )
 
 
 class EncoderConfig(Section):
@@ -127,10 +134,22 @@ class EncoderConfig(Section):
     blocks: int = Field(
         default=1, ge=0, description="FiLMed residual blocks after the last halving"
     )
-    latent_channels: int = Field(default=16, ge=1)
+    latent_channels: int = Field(
+        default=16, ge=0, description="of the latent's map; 0 sends the summary alone"
+    )
+    summary_channels: int = Field(
+        default=0, ge=0, description="symbols of the latent's summary of the whole image; 0 none"
+    )
+    summary_hidden: int = Field(default=256, ge=1, description="of the MLP that makes the summary")
     stride: Literal[8, 16] = Field(
         default=8, description="input pixels per latent position, each way"
     )
+
+    @model_validator(mode="after")
+    def _sends_something(self) -> Self:
+        if self.latent_channels + self.summary_channels == 0:
+            raise ValueError("latent_channels and summary_channels are both 0: nothing to send")
+        return self
 
 
 class DecoderConfig(Section):
@@ -139,6 +158,7 @@ class DecoderConfig(Section):
     channels: int = Field(default=128, ge=1)
     blocks: int = Field(default=2, ge=0, description="residual blocks of the decoder")
     task_channels: int = Field(default=128, ge=1, description="of each task's own decoder")
+    summary_hidden: int = Field(default=256, ge=1, description="of the MLP that reads the summary")
 
 
 class ModelConfig(Section):
@@ -180,13 +200,14 @@ class Stage1Config(TrainingConfig):
     rate_ramp_fraction: float = Field(
         default=1.0, ge=0, le=1, description="share of steps until full rate"
     )
-    losses: dict[str, LossTerm] = Field(
+    losses: LossTerms = Field(
+        min_length=1,
         default_factory=lambda: {
             "split": LossTerm(criterion="RelativeMSE", student="decoder", teacher="@split"),
             "last": LossTerm(criterion="RelativeMSE", student="tail", teacher="@last"),
             "logits": LossTerm(criterion="TeacherLogits"),
             "detection": LossTerm(criterion="TaskDetection", weight=0.3),
-        }
+        },
     )
 
 
@@ -209,13 +230,14 @@ class Stage2Config(TrainingConfig):
         le=1,
         description="of the forced images: a random non-empty subset of their tasks",
     )
-    losses: dict[str, LossTerm] = Field(
+    losses: LossTerms = Field(
+        min_length=1,
         default_factory=lambda: {
             "detection": LossTerm(criterion="TaskDetection", weight=0.3),
             "tasks": LossTerm(criterion="TaskLosses", weight=0.1),
             "joint": LossTerm(criterion="JointDecision", weight=0.5),
             "distillation": LossTerm(criterion="TeacherDecision", weight=1.0),
-        }
+        },
     )
 
 

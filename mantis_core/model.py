@@ -17,6 +17,7 @@ from mantis_core.client import Client, select_mask
 from mantis_core.client_codec import ClientCodec
 from mantis_core.coder import TableSet
 from mantis_core.inference import still
+from mantis_core.latent import Latent
 from mantis_core.preprocessing import prepare_image
 from mantis_core.server_codec import ServerCodec, new_joint, new_server
 from mantis_core.spec import ModelSpec
@@ -25,9 +26,9 @@ from mantis_core.spec import ModelSpec
 class Mantis(nn.Module):
     """Task-adaptive codec.
 
-    x ─ stem ─┬─ detector ─▶ p ─ conditioning ─▶ gamma, beta
-              └───────────── encoder ──────────────┴─▶ y ─ round ─ coder(table[mask]) ─▶ bits
-    bits ─ coder ─▶ y_hat ─ decoder ─ trunk ─ decoder_k ─ tail_k, k in mask ─▶ joint decision
+    x ─ stem ─┬─ detector ─▶ p ─ conditioning ─▶ gamma, beta, projection
+              └───────────── encoder ──────────────┴─▶ latent ─ round ─ coder(table[mask]) ─▶ bits
+    bits ─ coder ─▶ latent ─ decoder ─ trunk ─ decoder_k ─ tail_k, k in mask ─▶ joint decision
 
     Encodes as its `client_codec` and decodes as its `server_codec`, which are what is loaded where
     there is only one half.
@@ -43,7 +44,11 @@ class Mantis(nn.Module):
         channels = config.encoder.latent_channels
         self.client = Client(config, len(spec.tasks))
         self.bottleneck = Bottleneck(
-            channels, len(spec.tasks), config.prior, quantizer=config.quantizer
+            channels,
+            len(spec.tasks),
+            config.prior,
+            quantizer=config.quantizer,
+            summary_channels=config.encoder.summary_channels,
         )
         self.server = new_server(spec, trunk)
         self.joint = new_joint(spec)
@@ -122,7 +127,7 @@ class Mantis(nn.Module):
             **self.server_codec().describe(),
         }
 
-    def _estimate(self, latent: Tensor, mask: Tensor, primary: Tensor) -> Tensor:
+    def _estimate(self, latent: Latent, mask: Tensor, primary: Tensor) -> Tensor:
         with still(self.bottleneck):
             return self.bottleneck(latent, mask, primary).bits  # type: ignore[no-any-return]
 

@@ -24,12 +24,14 @@ from mantis_core.config import (
     Stage1Config,
     Stage2Config,
 )
+from mantis_core.errors import ModelError
 from mantis_core.hits import decision_hits, label_hits
 from mantis_core.inference import still
+from mantis_core.latent import Latent
 from mantis_core.losses import build_criterion, hooked_paths, weighted_terms
 from mantis_core.model import Mantis
 from mantis_core.preprocessing import normalise
-from mantis_core.server import FeatureDecoder
+from mantis_core.server import FeatureDecoder, SummaryDecoder, rebuild
 from mantis_core.tasks import Batch, TaskSpec
 from mantis_core.teacher import Teacher, freeze
 
@@ -67,6 +69,9 @@ class Recipe(nn.Module):
         self.teacher = None if teacher is None else freeze(teacher)  # type: ignore[assignment]
         self.criterion = build_criterion(self.losses, self.tasks, split=split, last=last)
         self.paths = hooked_paths(self.losses, split=split, last=last)
+        _require_modules("student", self.student, self.paths[0])
+        if teacher is not None:
+            _require_modules("teacher", teacher.backbone.net, self.paths[1])
 
     def train(self, mode: bool = True) -> Self:
         """As usual, but the teacher stays in eval mode."""
@@ -119,6 +124,7 @@ class Stage1Student(nn.Module):
         *,
         image_size: tuple[int, int],
         split_shape: tuple[int, int, int],
+        last_shape: tuple[int, int, int],
         latent_size: tuple[int, int],
         tail: nn.Module,
     ) -> None:
@@ -126,22 +132,43 @@ class Stage1Student(nn.Module):
         plain = config.model_copy(
             update={"conditioning": config.conditioning.model_copy(update={"kind": "none"})}
         )
-        channels = config.encoder.latent_channels
+        channels, summary = config.encoder.latent_channels, config.encoder.summary_channels
         self.client = Client(plain, num_tasks)
-        self.bottleneck = Bottleneck(channels, num_tasks, "shared", quantizer=config.quantizer)
-        self.decoder = FeatureDecoder(
-            channels,
-            split_shape,
-            latent_size,
-            channels=config.decoder.channels,
-            blocks=config.decoder.blocks,
+        self.bottleneck = Bottleneck(
+            channels, num_tasks, "shared", quantizer=config.quantizer, summary_channels=summary
         )
-        self.tail = freeze(tail)
+        self.decoder: FeatureDecoder | None = None
+        self.tail: nn.Module | None = None
+        if channels:
+            self.decoder = FeatureDecoder(
+                channels,
+                split_shape,
+                latent_size,
+                channels=config.decoder.channels,
+                blocks=config.decoder.blocks,
+            )
+            self.tail = freeze(tail)
+        self.summary_decoder: SummaryDecoder | None = None
+        if summary:
+            self.summary_decoder = SummaryDecoder(
+                summary,
+                hidden=config.decoder.summary_hidden,
+                shallow=config.decoder.channels if channels else 0,
+                deep=last_shape[0],
+            )
+
+    def features(self, latent: Latent) -> tuple[Tensor, Tensor]:
+        """What was received to the split feature and the deep one."""
+        summary = None
+        if self.summary_decoder is not None:
+            summary = self.summary_decoder(latent.summary)
+        return rebuild(latent, self.decoder, self.tail, summary)
 
     def train(self, mode: bool = True) -> Stage1Student:
         """As usual, but the tail keeps the teacher's statistics."""
         super().train(mode)
-        self.tail.eval()
+        if self.tail is not None:
+            self.tail.eval()
         return self
 
     def shipped(self) -> dict[str, Tensor]:
@@ -165,12 +192,12 @@ class Stage1Recipe(Recipe):
         teacher_io = self.teach(images)
 
         def run() -> dict[str, Any]:
-            stem, task_logits = student.client(images)
-            latent = student.client.encode(stem, torch.sigmoid(task_logits))
+            view = student.client(images)
+            task_logits = view.logits
+            latent = student.client.encode(view, torch.sigmoid(task_logits))
             everyone = torch.ones_like(task_logits, dtype=torch.bool)
             received = student.bottleneck(latent, everyone, task_logits.argmax(dim=1))
-            split = student.decoder(received.y_hat)
-            last = student.tail(split)
+            split, last = student.features(received.y_hat)
             assert self.teacher is not None
             logits = self.teacher.decide(split, last, (images.shape[2], images.shape[3]))
             return {"bits": received.bits, "task_logits": task_logits, **logits}
@@ -211,10 +238,11 @@ class Stage2Recipe(Recipe):
         teacher_io = self.teach(images)
 
         def run() -> dict[str, Any]:
-            stem, task_logits = student.client(images)
+            view = student.client(images)
+            task_logits = view.logits
             detected = torch.sigmoid(task_logits.float())
             condition, mask, loss_mask = self._condition(detected.detach(), batch, progress)
-            latent = student.client.encode(stem, condition)
+            latent = student.client.encode(view, condition)
             primary = primary_task(detected.detach(), mask)
             received = student.bottleneck(latent, mask, primary)
             sent = as_sent(condition, mask, levels=student.spec.model.send_probabilities)
@@ -248,8 +276,8 @@ class Stage2Recipe(Recipe):
         found, truth = [], []
         with torch.no_grad(), still(student):
             for batch in holdout:
-                _, logits = student.client(normalise(batch.image))
-                found.append(torch.sigmoid(logits.float()))
+                view = student.client(normalise(batch.image))
+                found.append(torch.sigmoid(view.logits.float()))
                 truth.append(self._own(batch).task_mask)
         limit = student.spec.model.max_active_tasks
         threshold = coverage_threshold(
@@ -299,6 +327,19 @@ def rate_weight(config: Stage1Config | Stage2Config, progress: float, *, trainin
     if not training or config.rate_ramp_fraction == 0:
         return config.rate_weight
     return config.rate_weight * min(1.0, progress / config.rate_ramp_fraction)
+
+
+def _require_modules(whose: str, module: nn.Module, paths: Sequence[str]) -> None:
+    """ModelError for a path that a loss term names and the module lacks."""
+    for path in paths:
+        try:
+            module.get_submodule(path)
+        except AttributeError:
+            has = ", ".join(name for name, _ in module.named_children())
+            raise ModelError(
+                f"a loss term compares {whose} module {path!r}, which this model lacks; at its top "
+                f"are {has}. A term set to null is left out"
+            ) from None
 
 
 def _watch(

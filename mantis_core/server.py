@@ -13,17 +13,18 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from mantis_core.client import ResidualBlock, group_norm
-from mantis_core.conditioning import CONDITIONING, Modulation, modulate
-from mantis_core.config import ConditioningConfig, DecoderConfig
+from mantis_core.conditioning import FiLMGenerator, modulate
+from mantis_core.config import DecoderConfig
+from mantis_core.errors import ModelError
+from mantis_core.latent import Latent
 from mantis_core.tasks import TaskSpec, class_slots
 
 
 class FeatureDecoder(nn.Module):
-    """The received latent back to the teacher's feature at its split; serves every task.
+    """The received map back to the teacher's feature at its split; serves every task.
 
     y_hat (B, C, h, w) ─ conv3x3 ─ residual blocks ─ [up or down by 2] ─ conv1x1 ─▶ (B, C', h', w')
-
-    Modulated, where it is, after the first convolution and after every block.
+                            + shift
     """
 
     def __init__(
@@ -37,7 +38,7 @@ class FeatureDecoder(nn.Module):
     ) -> None:
         super().__init__()
         self.first = nn.Sequential(
-            nn.Conv2d(latent_channels, channels, 3, 1, 1), group_norm(channels), nn.ReLU()
+            nn.Conv2d(latent_channels, channels, 3, 1, 1), group_norm(channels)
         )
         self.blocks = nn.Sequential(*(ResidualBlock(channels, channels) for _ in range(blocks)))
         steps = round(math.log2(target[1] / latent_size[0]))
@@ -53,15 +54,69 @@ class FeatureDecoder(nn.Module):
                 scale.append(ResidualBlock(channels, channels, stride=2))
         self.scale = nn.Sequential(*scale)
         self.last = nn.Conv2d(channels, target[0], 1)
-        self.modulated_channels = (channels,) * (1 + blocks)
 
-    def forward(self, latent: Tensor, modulation: Modulation | None = None) -> Tensor:
-        """(B, C, h, w) to the non-negative feature (B, C', h', w') at the teacher's split."""
-        layers = modulation or [None] * len(self.modulated_channels)
-        x = modulate(self.first(latent), layers[0])
-        for block, gamma_beta in zip(self.blocks, layers[1:], strict=True):
-            x = block(x, gamma_beta)
-        return torch.relu(self.last(self.scale(x)))
+    def forward(self, latent: Tensor, shift: Tensor | None = None) -> Tensor:
+        """(B, C, h, w) to the non-negative feature (B, C', h', w') at the teacher's split.
+
+        `shift` (B, channels) is what the summary adds at every position.
+        """
+        x = self.first(latent)
+        if shift is not None:
+            x = x + shift[:, :, None, None]
+        return torch.relu(self.last(self.scale(self.blocks(torch.relu(x)))))
+
+
+class SummaryDecoder(nn.Module):
+    """The received summary to what it adds to the decoder's first and the trunk's last feature.
+
+    summary (B, G) ─ linear ─ FiLM ─ ReLU ─┬─ linear (0 at init) ─▶ (B, shallow)
+                                           └─ linear ─────────────▶ (B, deep)
+
+    `shallow` is 0 where there is no map, and so no decoder of one.
+    """
+
+    def __init__(self, inputs: int, *, hidden: int, shallow: int, deep: int) -> None:
+        super().__init__()
+        self.first = nn.Linear(inputs, hidden)
+        self.to_deep = nn.Linear(hidden, deep)
+        self.to_shallow: nn.Linear | None = None
+        if shallow:
+            self.to_shallow = nn.Linear(hidden, shallow)
+            nn.init.zeros_(self.to_shallow.weight)
+            nn.init.zeros_(self.to_shallow.bias)
+        self.modulated_channels = (hidden,)
+
+    def forward(
+        self, summary: Tensor, gamma_beta: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """(B, G) to (B, shallow) and (B, deep)."""
+        x = self.first(summary)[:, :, None, None]
+        x = torch.relu(modulate(x, gamma_beta)).flatten(1)
+        shallow = x[:, :0] if self.to_shallow is None else self.to_shallow(x)
+        return shallow, self.to_deep(x)
+
+
+def rebuild(
+    latent: Latent,
+    decoder: FeatureDecoder | None,
+    trunk: nn.Module | None,
+    summary: tuple[Tensor, Tensor] | None,
+) -> tuple[Tensor, Tensor]:
+    """The split feature and the deep one from a received latent; `summary` as decoded, if any.
+
+    Without a map there is no split feature, and the deep one has no positions: (B, 0, 1, 1) and
+    (B, C, 1, 1).
+    """
+    if decoder is None or trunk is None:
+        assert summary is not None
+        deep = torch.relu(summary[1])[:, :, None, None]
+        return deep[:, :0], deep
+    if summary is None:
+        split: Tensor = decoder(latent.map)
+        return split, trunk(split)
+    shift, deep = summary
+    split = decoder(latent.map, shift)
+    return split, torch.relu(trunk(split) + deep[:, :, None, None])
 
 
 class SegmentationHead(nn.Module):
@@ -123,12 +178,14 @@ class Server(nn.Module):
     """All that runs where the bits arrive.
 
     tasks ─ conditioning ─┐ gamma, beta
-                  y_hat ─ decoder ─┬─ trunk ─┬─ decoder_k ─ tail_k   for each active task k
-                                   └─────────┴─▶ segmentation tails read both depths
+            summary ─ summary decoder ─┬───────┐
+                      map ─────── decoder ─┬─ trunk ─┬─ decoder_k ─ tail_k   for each active task k
+                                           └─────────┴─▶ segmentation tails read both depths
 
-    What a latent means depends on the tasks it was encoded for, and the stream says which these
-    are: the decoder is modulated by them as the encoder was. `trunk` is a copy of the teacher's
-    blocks behind its split, fine-tuned in stage 2; its batch norms keep the teacher's statistics.
+    What a summary means depends on the tasks it was made for, and the stream says which these are:
+    its decoder is modulated by them, whether the encoder was or not. `trunk` is a copy of the
+    teacher's blocks behind its split, fine-tuned in stage 2; its batch norms keep the teacher's
+    statistics.
     """
 
     def __init__(
@@ -141,21 +198,39 @@ class Server(nn.Module):
         split_shape: tuple[int, int, int],
         last_shape: tuple[int, int, int],
         trunk: nn.Module,
-        conditioning: ConditioningConfig,
+        summary_channels: int = 0,
+        conditioning_hidden: int = 64,
     ) -> None:
         super().__init__()
         self.tasks = tuple(tasks)
-        self.decoder = FeatureDecoder(
-            latent_channels,
-            split_shape,
-            latent_size,
-            channels=config.channels,
-            blocks=config.blocks,
-        )
-        self.conditioning = CONDITIONING[conditioning.kind if conditioning.decoder else "none"](
-            len(tasks), self.decoder.modulated_channels, hidden=conditioning.hidden
-        )
-        self.trunk = trunk
+        segmented = [task.name for task in tasks if not task.is_classification]
+        if segmented and not latent_channels:
+            raise ModelError(
+                f"model.encoder.latent_channels is 0: without a map there is nothing to segment "
+                f"for {', '.join(segmented)}; give it at least one channel"
+            )
+        self.decoder: FeatureDecoder | None = None
+        if latent_channels:
+            self.decoder = FeatureDecoder(
+                latent_channels,
+                split_shape,
+                latent_size,
+                channels=config.channels,
+                blocks=config.blocks,
+            )
+        self.summary_decoder: SummaryDecoder | None = None
+        self.conditioning: FiLMGenerator | None = None
+        if summary_channels:
+            self.summary_decoder = SummaryDecoder(
+                summary_channels,
+                hidden=config.summary_hidden,
+                shallow=config.channels if latent_channels else 0,
+                deep=last_shape[0],
+            )
+            self.conditioning = FiLMGenerator(
+                len(tasks), self.summary_decoder.modulated_channels, hidden=conditioning_hidden
+            )
+        self.trunk = trunk if latent_channels else None
         self.task_decoders = nn.ModuleDict()
         self.tails = nn.ModuleDict()
         for task in tasks:
@@ -166,13 +241,15 @@ class Server(nn.Module):
                 else SegmentationHead(split_shape[0], last_shape[0], task.num_classes)
             )
 
-    def features(self, latent: Tensor, tasks: Tensor) -> tuple[Tensor, Tensor]:
-        """y_hat (B, C, h, w) to the split feature and the trunk's last feature.
+    def features(self, latent: Latent, tasks: Tensor) -> tuple[Tensor, Tensor]:
+        """What was received to the split feature and the deep one.
 
         `tasks` (B, K) is what the stream says of the tasks, as `conditioning.as_sent` gives it.
         """
-        split = self.decoder(latent, self.conditioning(tasks))
-        return split, self.trunk(split)
+        summary = None
+        if self.summary_decoder is not None and self.conditioning is not None:
+            summary = self.summary_decoder(latent.summary, self.conditioning(tasks)[0])
+        return rebuild(latent, self.decoder, self.trunk, summary)
 
     def answer(self, task: TaskSpec, split: Tensor, last: Tensor, size: tuple[int, int]) -> Tensor:
         """One task's output: log P (B, n + 1), or segmentation logits (B, n, H, W)."""
@@ -181,7 +258,7 @@ class Server(nn.Module):
             return self.tails[task.name](own)  # type: ignore[no-any-return]
         return self.tails[task.name](split, own, size)  # type: ignore[no-any-return]
 
-    def forward(self, latent: Tensor, tasks: Tensor, size: tuple[int, int]) -> dict[str, Tensor]:
+    def forward(self, latent: Latent, tasks: Tensor, size: tuple[int, int]) -> dict[str, Tensor]:
         """Every task's output, for training: all decoders take part in every step."""
         split, last = self.features(latent, tasks)
         return {task.name: self.answer(task, split, last, size) for task in self.tasks}
@@ -189,7 +266,8 @@ class Server(nn.Module):
     def train(self, mode: bool = True) -> Server:
         """As usual, but batch norms of the trunk keep the teacher's statistics."""
         super().train(mode)
-        still_batch_norms(self.trunk)
+        if self.trunk is not None:
+            still_batch_norms(self.trunk)
         return self
 
 

@@ -1,23 +1,26 @@
 """Streams as a whole: task fields and latents to bytes and back, by integer tables. No networks.
 
-C latent channels, h w latent size, H W input pixels.
+C h w of the latent's map, G of its summary, H W input pixels.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import numpy as np
+
 from mantis_core.bitstream import Stream, StreamSpec, pack, unpack
-from mantis_core.coder import Ints, RangeReader, RangeWriter, TableSet
+from mantis_core.coder import Ints, RangeReader, RangeWriter, TableSet, split_table
 from mantis_core.task_field import TaskField, put_task_field, take_task_field
 
 
 @dataclass(frozen=True, eq=False)
 class CodedImage:
-    """One image as it is sent: its task field and its latent's symbols (C, h, w) int32."""
+    """One image as it is sent: task field, the latent's map (C, h, w) and summary (G,), int32."""
 
     tasks: TaskField
-    symbols: Ints
+    map: Ints
+    summary: Ints = field(default_factory=lambda: np.zeros(0, np.int32))
 
 
 class Packed(NamedTuple):
@@ -55,14 +58,17 @@ def write_stream(
     for image in images:
         if (image.tasks.levels is not None) != with_levels:
             raise ValueError("some images of a stream send levels and some do not")
-        if image.symbols.shape != shape or len(image.tasks.mask) != spec.num_tasks:
-            raise ValueError(
-                f"a latent {image.symbols.shape} with {len(image.tasks.mask)} tasks, must be "
-                f"{shape} with {spec.num_tasks}"
-            )
+        given = (image.map.shape, image.summary.shape, len(image.tasks.mask))
+        wanted = (shape, (spec.summary_channels,), spec.num_tasks)
+        if given != wanted:
+            raise ValueError(f"map, summary and tasks are {given}, must be {wanted}")
         field_bits += put_task_field(writer, image.tasks)
         table = tables.table_for(image.tasks.mask, image.tasks.primary)
-        writer.put_symbols(image.symbols, table)
+        of_map, of_summary = split_table(table, spec.latent_channels)
+        if of_summary is not None:
+            writer.put_symbols(image.summary[:, None, None], of_summary)
+        if of_map is not None:
+            writer.put_symbols(image.map, of_map)
     body = writer.close()
     data = pack(Stream(len(images), input_shape, with_levels, body), spec)
     return Packed(data, _payload_bytes(body, field_bits))
@@ -80,7 +86,14 @@ def read_stream(data: bytes, tables: TableSet, spec: StreamSpec) -> Unpacked:
     for _ in range(stream.num_images):
         tasks = take_task_field(reader, spec.num_tasks, with_levels=stream.with_levels)
         table = tables.table_for(tasks.mask, tasks.primary)
-        images.append(CodedImage(tasks, reader.take_symbols(table, shape)))
+        of_map, of_summary = split_table(table, spec.latent_channels)
+        summary = np.zeros(0, np.int32)
+        if of_summary is not None:
+            summary = reader.take_symbols(of_summary, (spec.summary_channels, 1, 1)).reshape(-1)
+        symbols = np.zeros(shape, np.int32)
+        if of_map is not None:
+            symbols = reader.take_symbols(of_map, shape)
+        images.append(CodedImage(tasks, symbols, summary))
     reader.close()
     field_bits = sum(put_task_field(RangeWriter(), image.tasks) for image in images)
     return Unpacked(

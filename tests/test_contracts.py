@@ -81,7 +81,8 @@ def test_every_kind_of_conditioning_may_be_named_in_a_config() -> None:
 @pytest.mark.parametrize("kind", CONDITIONING)
 class TestEveryConditioning:
     def test_modulates_each_layer_image_by_image_or_leaves_it(self, kind: str) -> None:
-        modulation = CONDITIONING[kind](3, LAYERS, hidden=8)(torch.rand(5, 3))
+        modulation, projection = CONDITIONING[kind](3, LAYERS, (6, 7), hidden=8)(torch.rand(5, 3))
+        assert projection is None or projection.shape == (5, 6, 7)
         assert len(modulation) == len(LAYERS)
         for gamma_beta, channels in zip(modulation, LAYERS, strict=True):
             x = torch.randn(5, channels, 2, 3)
@@ -90,19 +91,21 @@ class TestEveryConditioning:
                 assert part.shape == (5, channels, 1, 1)
 
     def test_is_identity_at_init(self, kind: str) -> None:
-        for gamma_beta, channels in zip(
-            CONDITIONING[kind](3, LAYERS, hidden=8)(torch.rand(2, 3)), LAYERS, strict=True
-        ):
+        modulation, projection = CONDITIONING[kind](3, LAYERS, (6, 7), hidden=8)(torch.rand(2, 3))
+        assert projection is None or not projection.any()
+        for gamma_beta, channels in zip(modulation, LAYERS, strict=True):
             x = torch.randn(2, channels, 2, 2)
             assert torch.equal(modulate(x, gamma_beta), x)
 
     def test_can_be_trained(self, kind: str) -> None:
-        module = CONDITIONING[kind](3, LAYERS, hidden=8)
-        modulation = module(torch.rand(2, 3))
+        module = CONDITIONING[kind](3, LAYERS, (6, 7), hidden=8)
+        modulation, projection = module(torch.rand(2, 3))
         outputs = [
             modulate(torch.randn(2, channels, 2, 2), gamma_beta).square().mean()
             for gamma_beta, channels in zip(modulation, LAYERS, strict=True)
         ]
+        if projection is not None:
+            outputs.append(projection.square().mean())
         if list(module.parameters()):
             torch.stack(outputs).sum().backward()
             assert all(p.grad is not None for p in module.parameters())

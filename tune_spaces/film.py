@@ -6,10 +6,10 @@ mantis tune --config configs/quickstart.yaml --space film --trials 8
 from tune_spaces.domains import Choice, Field, Integer, Space
 
 SPACE: Space = {
-    "model.conditioning.kind": Field(Choice(("film", "none"))),
+    "model.conditioning.kind": Field(Choice(("experts", "film", "none"))),
     "model.conditioning.hidden": Field(Integer(8, 256, log=True)),
-    "model.conditioning.decoder": Field(Choice((False, True))),
     "model.decoder.task_channels": Field(Choice((32, 64, 128))),
     "model.detector.hidden": Field(Choice((32, 64, 128)), touches="stage1", optional=True),
     "model.encoder.latent_channels": Field(Choice((4, 8, 16)), touches="stage1", optional=True),
+    "model.encoder.summary_channels": Field(Choice((0, 16, 32)), touches="stage1", optional=True),
 }

@@ -1,9 +1,9 @@
 """Frozen streams: how one is written, once and for ever, and how it is read back.
 
 A case is two files. NAME.mts is the stream. NAME.safetensors holds what made it: the model's
-tables (prior, cdf, offsets, lengths), the images' symbols, masks, primaries and levels, and in
-its metadata what client and server know beforehand. `python -m tests.golden.cases` writes the
-cases that are missing; it never touches one that is there.
+tables (prior, cdf, offsets, lengths), the images' maps, summaries, masks, primaries and levels,
+and in its metadata what client and server know beforehand. `python -m tests.golden.cases` writes
+the cases that are missing; it never touches one that is there.
 """
 
 import json
@@ -29,7 +29,8 @@ def write_case(
     """Writes both files of a case."""
     known = asdict(spec) | {"model_id": spec.model_id.hex(), "shape": shape}
     arrays = tables.to_arrays() | {
-        "symbols": np.stack([image.symbols for image in images]),
+        "symbols": np.stack([image.map for image in images]),
+        "summaries": np.stack([image.summary for image in images]),
         "masks": np.array([image.tasks.mask for image in images]),
         "primaries": np.array([image.tasks.primary for image in images], np.int32),
         # One row an image, -1 behind its own levels; no columns where none are sent.
@@ -53,11 +54,18 @@ def read_case(name: str) -> tuple[bytes, list[CodedImage], tuple[int, int], Tabl
         }
     )
     images = []
-    for symbols, mask, primary, levels in zip(
-        arrays["symbols"], arrays["masks"], arrays["primaries"], arrays["levels"], strict=True
+    summaries = arrays.get("summaries", np.zeros((len(arrays["symbols"]), 0), np.int32))
+    for symbols, summary, mask, primary, levels in zip(
+        arrays["symbols"],
+        summaries,
+        arrays["masks"],
+        arrays["primaries"],
+        arrays["levels"],
+        strict=True,
     ):
         own = tuple(int(level) for level in levels if level >= 0) if len(levels) else None
-        images.append(CodedImage(TaskField(tuple(map(bool, mask)), int(primary), own), symbols))
+        field = TaskField(tuple(map(bool, mask)), int(primary), own)
+        images.append(CodedImage(field, symbols, summary))
     data = (FOLDER / f"{name}.mts").read_bytes()
     return data, images, shape, TableSet.from_arrays(arrays), spec
 
@@ -81,16 +89,26 @@ def random_tables(prior: Prior, rows: int, channels: int, seed: int) -> TableSet
 
 
 def random_image(
-    tasks: int, shape: tuple[int, int, int], *, levels: bool, seed: int, reach: int = 6
+    tasks: int,
+    shape: tuple[int, int, int],
+    *,
+    levels: bool,
+    seed: int,
+    reach: int = 6,
+    summary: int = 0,
 ) -> CodedImage:
-    """Up to four active tasks and symbols of +-`reach`, many of them outside their tables."""
+    """Up to four active tasks, a map of `shape` and a summary of `summary` symbols.
+
+    They are of +-`reach`, many of them outside their tables.
+    """
     rng = np.random.default_rng(seed)
     active = sorted(rng.choice(tasks, rng.integers(1, min(tasks, 4) + 1), replace=False).tolist())
     primary = int(rng.choice(active))
     least = int(rng.integers(0, 8))
     own = tuple(least if k == primary else int(rng.integers(least, 16)) for k in active)
     field = TaskField(tuple(k in active for k in range(tasks)), primary, own if levels else None)
-    return CodedImage(field, rng.integers(-reach, reach + 1, shape).astype(np.int32))
+    drawn = [rng.integers(-reach, reach + 1, size).astype(np.int32) for size in (shape, summary)]
+    return CodedImage(field, *drawn)
 
 
 def _padded(rows: list[tuple[int, ...]]) -> "np.ndarray[tuple[int, int], np.dtype[np.int32]]":
@@ -100,14 +118,18 @@ def _padded(rows: list[tuple[int, ...]]) -> "np.ndarray[tuple[int, int], np.dtyp
     )
 
 
-def _spec(tasks: int, shape: tuple[int, int], channels: int) -> StreamSpec:
-    return StreamSpec(b"gold", tasks, shape, channels, 8)
+def _spec(tasks: int, shape: tuple[int, int], image: CodedImage) -> StreamSpec:
+    return StreamSpec(b"gold", tasks, shape, len(image.map), 8, len(image.summary))
 
 
 def _write_missing() -> list[str]:
     extreme = random_image(1, (3, 2, 2), levels=True, seed=5)
-    extreme.symbols[0] = [[MAX_SYMBOL, -MAX_SYMBOL], [2**16, -1]]
+    extreme.map[0] = [[MAX_SYMBOL, -MAX_SYMBOL], [2**16, -1]]
     many = [random_image(7, (6, 4, 4), levels=True, seed=seed) for seed in range(20, 25)]
+    brief = [
+        random_image(5, (2, 4, 4), levels=True, seed=seed, summary=16, reach=40)
+        for seed in range(30, 34)
+    ]
     cases = {
         "primary": ([random_image(10, (16, 8, 8), levels=True, seed=1)], (64, 64), "primary", 10),
         "shared": ([random_image(10, (8, 4, 4), levels=False, seed=2)], (32, 32), "shared", 10),
@@ -127,16 +149,23 @@ def _write_missing() -> list[str]:
             200,
         ),
         "several": (many, (32, 32), "primary", 7),
+        "summary": (
+            [random_image(10, (6, 4, 4), levels=True, seed=8, summary=9)],
+            (32, 32),
+            "primary",
+            10,
+        ),
+        "several_with_summaries": (brief, (32, 32), "per_task", 5),
     }
     written = []
     for seed, (name, (images, shape, prior, tasks)) in enumerate(cases.items()):
         if name in names():
             continue
-        channels = images[0].symbols.shape[0]
+        channels = len(images[0].map) + len(images[0].summary)
         rows = 1 if prior == "shared" else tasks
         own = (32, 32) if name == "of_another_shape" else shape
         tables = random_tables(prior, rows, channels, seed)
-        write_case(name, images, shape, tables, _spec(tasks, own, channels))
+        write_case(name, images, shape, tables, _spec(tasks, own, images[0]))
         written.append(name)
     return written
 

@@ -180,12 +180,21 @@ def test_the_latent_shape_rounds_up():
 
 
 @pytest.mark.parametrize(
-    "change", [{"model_id": b"abc"}, {"num_tasks": 0}, {"num_tasks": 257}, {"stride": 0}]
+    "change",
+    [
+        {"model_id": b"abc"},
+        {"num_tasks": 0},
+        {"num_tasks": 257},
+        {"stride": 0},
+        {"latent_channels": 0},
+        {"latent_channels": -1, "summary_channels": 4},
+        {"summary_channels": -1},
+    ],
 )
 def test_an_impossible_spec_is_refused(change):
-    fields = {"model_id": b"abcd", "num_tasks": 2, "stride": 8} | change
+    fields = {"model_id": b"abcd", "num_tasks": 2, "stride": 8, "latent_channels": 16} | change
     with pytest.raises(ValueError, match=r"must|at least"):
-        StreamSpec(input_shape=(64, 64), latent_channels=16, **fields)
+        StreamSpec(input_shape=(64, 64), **fields)
 
 
 def test_peek_reads_a_stream_without_its_model():

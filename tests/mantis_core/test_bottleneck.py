@@ -7,16 +7,25 @@ from compressai.entropy_models import EntropyBottleneck
 from safetensors.torch import load_file, save_file
 
 from mantis_core.bottleneck import Bottleneck
-from mantis_core.coder import MAX_SYMBOL, TOTAL, decode_symbols, encode_symbols, to_symbols
+from mantis_core.coder import (
+    MAX_SYMBOL,
+    TOTAL,
+    decode_symbols,
+    encode_symbols,
+    split_table,
+    to_symbols,
+)
+from mantis_core.latent import Latent
 
 PRIORS = ("shared", "per_task", "primary")
-CHANNELS, TASKS, BATCH = 4, 3, 6
+CHANNELS, SUMMARY, TASKS, BATCH = 4, 2, 3, 6
+ALL_CHANNELS = CHANNELS + SUMMARY
 
 
 def build(prior="per_task", seed=0, **kwargs):
     """A bottleneck whose rows and channels differ, narrow enough for tiny latents."""
     torch.manual_seed(seed)
-    bottleneck = Bottleneck(CHANNELS, TASKS, prior, **kwargs)
+    bottleneck = Bottleneck(CHANNELS, TASKS, prior, summary_channels=SUMMARY, **kwargs)
     with torch.no_grad():
         for parameter in bottleneck.parameters():
             if parameter.requires_grad:
@@ -26,42 +35,55 @@ def build(prior="per_task", seed=0, **kwargs):
 
 def batch(seed=0, scale=3.0, side=6):
     generator = torch.Generator().manual_seed(seed)
-    y = scale * torch.randn(BATCH, CHANNELS, side, side, generator=generator)
+    latent = Latent(
+        scale * torch.randn(BATCH, CHANNELS, side, side, generator=generator),
+        scale * torch.randn(BATCH, SUMMARY, generator=generator),
+    )
     mask = torch.rand(BATCH, TASKS, generator=generator) < 0.4
     primary = torch.randint(TASKS, (BATCH,), generator=generator)
     mask[torch.arange(BATCH), primary] = True
-    return y, mask, primary
+    return latent, mask, primary
+
+
+def map_alone(y):
+    return Latent(y, y.new_zeros(len(y), 0))
 
 
 @pytest.mark.parametrize("prior", PRIORS)
 def test_eval_rounds_and_estimates_each_image(prior):
     bottleneck = build(prior).eval()
-    y, mask, primary = batch()
-    y_hat, bits = bottleneck(y, mask, primary)
-    assert torch.equal(y_hat, y.round())
+    latent, mask, primary = batch()
+    y_hat, bits = bottleneck(latent, mask, primary)
+    assert torch.equal(y_hat.map, latent.map.round())
+    assert torch.equal(y_hat.summary, latent.summary.round())
     assert bits.shape == (BATCH,)
     assert (bits > 0).all()
 
 
 def test_eval_rounds_as_the_coder_does_up_to_the_cap():
     y = torch.tensor([0.5, 1.5, -2.5, 1e9]).view(1, CHANNELS, 1, 1)
-    y_hat, _ = build().eval()(y, torch.ones(1, TASKS, dtype=torch.bool), torch.zeros(1).long())
-    assert y_hat.flatten().tolist() == [0, 2, -2, MAX_SYMBOL]
-    assert to_symbols(y.numpy()).ravel().tolist() == y_hat.flatten().tolist()
+    latent = Latent(y, torch.tensor([[2.5, -1e9]]))
+    y_hat, _ = build().eval()(latent, torch.ones(1, TASKS).bool(), torch.zeros(1).long())
+    assert y_hat.map.flatten().tolist() == [0, 2, -2, MAX_SYMBOL]
+    assert y_hat.summary.flatten().tolist() == [2, -MAX_SYMBOL]
+    for values, rounded in zip(latent, y_hat, strict=True):
+        assert to_symbols(values.numpy()).ravel().tolist() == rounded.flatten().tolist()
 
 
 def test_ste_gives_decoders_the_rounded_latent_and_passes_gradients_through():
-    y, mask, primary = batch()
-    y.requires_grad_()
-    y_hat, _ = build(quantizer="ste").train()(y, mask, primary)
-    assert torch.allclose(y_hat, y.detach().round(), atol=1e-6)
-    y_hat.sum().backward()
-    assert torch.equal(y.grad, torch.ones_like(y))
+    latent, mask, primary = batch()
+    for values in latent:
+        values.requires_grad_()
+    y_hat, _ = build(quantizer="ste").train()(latent, mask, primary)
+    (y_hat.map.sum() + y_hat.summary.sum()).backward()
+    for values, rounded in zip(latent, y_hat, strict=True):
+        assert torch.allclose(rounded, values.detach().round(), atol=1e-6)
+        assert torch.equal(values.grad, torch.ones_like(values))
 
 
 def test_noise_gives_decoders_a_latent_within_half_a_step():
-    y, mask, primary = batch()
-    difference = build(quantizer="noise").train()(y, mask, primary).y_hat - y
+    latent, mask, primary = batch()
+    difference = build(quantizer="noise").train()(latent, mask, primary).y_hat.map - latent.map
     assert difference.abs().max() <= 0.5 + 1e-5
     assert difference.std() > 0.2
 
@@ -69,22 +91,24 @@ def test_noise_gives_decoders_a_latent_within_half_a_step():
 def test_the_shared_density_is_compressais():
     torch.manual_seed(0)
     bottleneck = build("shared").eval()
-    reference = EntropyBottleneck(CHANNELS).eval()
+    reference = EntropyBottleneck(ALL_CHANNELS).eval()
     reference.load_state_dict(bottleneck.density.state_dict())
-    y, mask, primary = batch()
-    _, likelihood = reference(y)
-    expected = -likelihood.log2().flatten(1).sum(1)
-    assert torch.allclose(bottleneck(y, mask, primary).bits, expected, rtol=1e-3)
+    latent, mask, primary = batch()
+    y = torch.zeros(BATCH, ALL_CHANNELS, 6, 6)
+    y[:, :CHANNELS], y[:, CHANNELS:, 0, 0] = latent
+    cost = -reference(y)[1].log2()
+    expected = cost[:, :CHANNELS].flatten(1).sum(1) + cost[:, CHANNELS:, 0, 0].sum(1)
+    assert torch.allclose(bottleneck(latent, mask, primary).bits, expected, rtol=1e-3)
 
 
 def test_rows_are_those_of_separate_bottlenecks_and_per_task_is_their_mean():
-    y, mask, primary = batch()
+    latent, mask, primary = batch()
     per_task, by_primary = build("per_task").eval(), build("primary").eval()
     by_primary.load_state_dict(per_task.state_dict())
     rows = []
     for row in range(TASKS):
-        alone = Bottleneck(CHANNELS, 1, "shared").eval()
-        own = slice(row * CHANNELS, (row + 1) * CHANNELS)
+        alone = Bottleneck(CHANNELS, 1, "shared", summary_channels=SUMMARY).eval()
+        own = slice(row * ALL_CHANNELS, (row + 1) * ALL_CHANNELS)
         with torch.no_grad():
             for (name, target), (_, source) in zip(
                 alone.density.named_parameters(), per_task.density.named_parameters(), strict=True
@@ -92,14 +116,19 @@ def test_rows_are_those_of_separate_bottlenecks_and_per_task_is_their_mean():
                 target.copy_(source[own])
                 assert name
         ones = torch.ones(BATCH, 1, dtype=torch.bool)
-        rows.append(alone._likelihood(y.round(), ones, primary))
+        parts = (
+            (latent.map.round(), slice(0, CHANNELS)),
+            (latent.summary.round()[:, :, None, None], slice(CHANNELS, ALL_CHANNELS)),
+        )
+        flat = [alone._likelihood(y, ones, primary, own).flatten(1) for y, own in parts]
+        rows.append(torch.cat(flat, 1))
     stacked = torch.stack(rows, 1)
     weights = mask.float() / mask.sum(1, keepdim=True)
-    mixed = (stacked * weights[:, :, None, None, None]).sum(1).clamp(min=1e-9)
+    mixed = (stacked * weights[:, :, None]).sum(1).clamp(min=1e-9)
     picked = stacked[torch.arange(BATCH), primary].clamp(min=1e-9)
     for bottleneck, likelihood in ((per_task, mixed), (by_primary, picked)):
-        expected = -likelihood.log2().flatten(1).sum(1)
-        assert torch.allclose(bottleneck(y, mask, primary).bits, expected, rtol=1e-4)
+        expected = -likelihood.log2().sum(1)
+        assert torch.allclose(bottleneck(latent, mask, primary).bits, expected, rtol=1e-4)
 
 
 @pytest.mark.parametrize("prior", PRIORS)
@@ -112,7 +141,7 @@ def test_every_trainable_parameter_gets_a_gradient_at_every_step(prior):
     assert len(trainable) == 14
     assert all(p.grad is not None and p.grad.isfinite().all() for p in trainable)
     if prior != "shared":
-        of_row = bottleneck.density.biases[0].grad.view(TASKS, CHANNELS, -1).abs().sum((1, 2))
+        of_row = bottleneck.density.biases[0].grad.view(TASKS, ALL_CHANNELS, -1).abs().sum((1, 2))
         assert of_row.gt(0).tolist() == [False, True, False]
 
 
@@ -132,10 +161,11 @@ def test_both_tails_keep_a_likelihood_and_a_gradient_that_pulls_inwards(side):
     bits = []
     for distance in (12.0, 16.0):
         y = torch.full((1, CHANNELS, 1, 1), side * distance)
-        bits.append(bottleneck(y, torch.ones(1, 1).bool(), torch.zeros(1).long()).bits.item())
+        ones = torch.ones(1, 1).bool()
+        bits.append(bottleneck(map_alone(y), ones, torch.zeros(1).long()).bits.item())
     assert bits[1] > bits[0] + 1
     y = torch.full((1, CHANNELS, 1, 1), side * 12.0, requires_grad=True)
-    bottleneck.train()(y, torch.ones(1, 1).bool(), torch.zeros(1).long()).bits.sum().backward()
+    bottleneck.train()(map_alone(y), ones, torch.zeros(1).long()).bits.sum().backward()
     assert (side * y.grad > 0).all()
 
 
@@ -146,7 +176,7 @@ def test_autocast_changes_nothing(prior):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         inside = bottleneck(y, mask, primary)
     outside = bottleneck(y, mask, primary)
-    assert inside.y_hat.dtype == inside.bits.dtype == torch.float32
+    assert inside.y_hat.map.dtype == inside.bits.dtype == torch.float32
     assert torch.equal(inside.bits, outside.bits)
 
 
@@ -161,16 +191,23 @@ def test_an_image_without_a_task_is_refused():
 def test_payloads_have_the_estimated_size_and_decode_exactly(prior):
     bottleneck = build(prior).eval()
     bottleneck.update_tables()
-    y, mask, primary = batch(side=16)
-    y_hat, bits = bottleneck(y, mask, primary)
+    latent, mask, primary = batch(side=16)
+    y_hat, bits = bottleneck(latent, mask, primary)
     for i in range(BATCH):
         table = bottleneck.tables().table_for(mask[i].numpy(), int(primary[i]))
-        symbols = to_symbols(y[i].numpy())
-        payload = encode_symbols(symbols, table)
+        coded = 0
+        for values, received, own in zip(
+            (latent.map[i], latent.summary[i, :, None, None]),
+            (y_hat.map[i], y_hat.summary[i, :, None, None]),
+            split_table(table, CHANNELS),
+            strict=True,
+        ):
+            payload = encode_symbols(to_symbols(values.numpy()), own)
+            decoded = decode_symbols(payload, own, tuple(values.shape))
+            assert torch.equal(torch.from_numpy(decoded).float(), received)
+            coded += len(payload)
         estimate = bits[i].item() / 8
-        assert abs(len(payload) - estimate) <= 0.01 * estimate + 8
-        decoded = decode_symbols(payload, table, (CHANNELS, 16, 16))
-        assert torch.equal(torch.from_numpy(decoded).float(), y_hat[i])
+        assert abs(coded - estimate) <= 0.01 * estimate + 8
 
 
 @pytest.mark.parametrize("prior", PRIORS)
@@ -181,13 +218,14 @@ def test_tables_are_integer_counts_that_follow_the_density(prior):
         bottleneck.tables()
     bottleneck.update_tables()
     tables = bottleneck.tables()
-    assert tables.cdf.shape[:2] == (bottleneck.num_rows, CHANNELS)
+    assert tables.cdf.shape[:2] == (bottleneck.num_rows, ALL_CHANNELS)
     assert (tables.cdf[..., -1] == TOTAL).all()
-    values = torch.arange(-5.0, 6).view(1, 1, 1, -1).expand(1, CHANNELS, 1, -1)
+    values = torch.arange(-5.0, 6).view(1, 1, 1, -1).expand(1, ALL_CHANNELS, 1, -1)
     for row in range(bottleneck.num_rows):
         mask = torch.nn.functional.one_hot(torch.tensor([row]), TASKS).bool()
-        likelihood = bottleneck._likelihood(values, mask, torch.tensor([row]))[0, :, 0]
-        for channel in range(CHANNELS):
+        every = slice(0, ALL_CHANNELS)
+        likelihood = bottleneck._likelihood(values, mask, torch.tensor([row]), every)[0, :, 0]
+        for channel in range(ALL_CHANNELS):
             start = -5 - tables.offsets[channel]
             assert start >= 0
             counts = np.diff(tables.cdf[row, channel])[start : start + 11]
@@ -231,7 +269,7 @@ def test_a_density_far_wider_than_a_table_codes_the_rest_by_escapes():
     with torch.no_grad():
         bottleneck.density.matrices[0].fill_(-9.0)
     bottleneck.update_tables()
-    table = bottleneck.table_for((True,) * TASKS, 0)
+    table, _ = split_table(bottleneck.table_for((True,) * TASKS, 0), CHANNELS)
     assert table.lengths.max() <= 2050
     symbols = np.arange(-2000, 2000, 100, dtype=np.int32).reshape(CHANNELS, 2, 5)
     decoded = decode_symbols(encode_symbols(symbols, table), table, symbols.shape)

@@ -22,43 +22,102 @@ def client(small_config: Callable[..., ModelConfig]) -> Client:
 def test_latent_is_the_input_over_the_stride_rounded_up(
     small_config: Callable[..., ModelConfig], height: int, width: int, stride: int
 ) -> None:
-    encoder = EncoderConfig(channels=8, blocks=1, latent_channels=4, stride=stride)
+    encoder = EncoderConfig(
+        channels=8, blocks=1, latent_channels=4, summary_channels=5, stride=stride
+    )
     client = Client(small_config(encoder=encoder), num_tasks=3).eval()
-    stem, logits = client(torch.randn(2, 3, height, width))
-    latent = client.encode(stem, torch.sigmoid(logits))
-    assert logits.shape == (2, 3)
-    assert latent.shape == (2, 4, -(-height // stride), -(-width // stride))
-    assert latent.shape[2:] == latent_size((height, width), stride)
+    view = client(torch.randn(2, 3, height, width))
+    latent = client.encode(view, torch.sigmoid(view.logits))
+    assert view.logits.shape == (2, 3)
+    assert latent.map.shape == (2, 4, -(-height // stride), -(-width // stride))
+    assert latent.map.shape[2:] == latent_size((height, width), stride)
+    assert latent.summary.shape == (2, 5)
 
 
-def test_encoder_without_modulation_equals_film_at_init(client: Client) -> None:
-    stem, logits = client(torch.randn(2, 3, 32, 32))
-    assert torch.equal(client.encode(stem, torch.sigmoid(logits)), client.encoder(stem))
+def test_without_a_summary_the_latent_is_its_map(
+    small_config: Callable[..., ModelConfig],
+) -> None:
+    encoder = EncoderConfig(channels=8, blocks=0, latent_channels=4, summary_channels=0)
+    client = Client(small_config(encoder=encoder), num_tasks=3)
+    view = client(torch.randn(2, 3, 32, 32))
+    latent = client.encode(view, torch.sigmoid(view.logits))
+    assert latent.map.shape == (2, 4, 4, 4)
+    assert latent.summary.shape == (2, 0)
+    assert not any(name.startswith("summary") for name, _ in client.named_parameters())
+
+
+def test_without_a_map_the_latent_is_its_summary(small_config: Callable[..., ModelConfig]) -> None:
+    encoder = EncoderConfig(channels=8, blocks=0, latent_channels=0, summary_channels=5)
+    client = Client(small_config(encoder=encoder), num_tasks=3)
+    view = client(torch.randn(2, 3, 40, 32))
+    latent = client.encode(view, torch.sigmoid(view.logits))
+    assert latent.map.shape == (2, 0, 5, 4)
+    assert latent.summary.shape == (2, 5)
+    assert client.encoder.to_latent is None
+
+
+def test_a_latent_of_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match="nothing to send"):
+        EncoderConfig(latent_channels=0, summary_channels=0)
+
+
+@pytest.mark.parametrize("kind", ["film", "experts"])
+def test_conditioning_is_the_identity_at_init(
+    small_config: Callable[..., ModelConfig], kind: str
+) -> None:
+    client = Client(small_config(conditioning=ConditioningConfig(kind=kind)), num_tasks=3)
+    view = client(torch.randn(2, 3, 32, 32))
+    latent = client.encode(view, torch.sigmoid(view.logits))
+    y, pooled = client.encoder(view.stem)
+    assert torch.equal(latent.map, y)
+    assert client.summary is not None
+    summary = client.summary(torch.cat([view.pooled, pooled], dim=1))
+    torch.testing.assert_close(latent.summary, summary)
 
 
 def test_with_trained_film_the_same_image_is_coded_differently_by_task(client: Client) -> None:
-    torch.nn.init.normal_(client.conditioning.last.weight)
-    stem, _ = client(torch.randn(1, 3, 32, 32))
-    by_task = [client.encode(stem, p[None]) for p in torch.eye(3)]
-    assert not torch.allclose(by_task[0], by_task[1])
+    torch.nn.init.normal_(client.conditioning.film.last.weight)
+    view = client(torch.randn(1, 3, 32, 32))
+    first, second, _ = (client.encode(view, p[None]) for p in torch.eye(3))
+    assert not torch.allclose(first.map, second.map)
+    assert not torch.allclose(first.summary, second.summary)
+
+
+def test_experts_project_an_image_of_several_tasks_by_the_mixture(
+    small_config: Callable[..., ModelConfig],
+) -> None:
+    config = small_config(conditioning=ConditioningConfig(kind="experts", hidden=8))
+    client = Client(config, num_tasks=3)
+    torch.nn.init.normal_(client.conditioning.experts)
+    view = client(torch.randn(1, 3, 32, 32))
+    none, first, second, both = (
+        client.encode(view, torch.tensor([p]))
+        for p in ([0.0, 0, 0], [0.5, 0, 0], [0, 0, 0.25], [0.5, 0, 0.25])
+    )
+    assert torch.equal(first.map, none.map)  # experts are the summary's
+    assert not torch.allclose(first.summary, none.summary)
+    together = first.summary + second.summary - none.summary
+    torch.testing.assert_close(both.summary, together, rtol=1e-4, atol=1e-4)
 
 
 def test_without_conditioning_the_probabilities_change_nothing(
     small_config: Callable[..., ModelConfig],
 ) -> None:
     client = Client(small_config(conditioning=ConditioningConfig(kind="none")), num_tasks=3)
-    stem, _ = client(torch.randn(1, 3, 32, 32))
-    assert torch.equal(
-        client.encode(stem, torch.zeros(1, 3)), client.encode(stem, torch.ones(1, 3))
-    )
+    view = client(torch.randn(1, 3, 32, 32))
+    nothing, all_of_them = (client.encode(view, torch.full((1, 3), p)) for p in (0.0, 1.0))
+    assert torch.equal(nothing.map, all_of_them.map)
+    assert torch.equal(nothing.summary, all_of_them.summary)
 
 
 def test_an_image_is_encoded_alike_whatever_stands_beside_it(client: Client) -> None:
     images = torch.randn(4, 3, 32, 32)
     client.train()
-    together = client.encode(*client(images))
-    alone = torch.cat([client.encode(*client(image[None])) for image in images])
-    torch.testing.assert_close(together, alone, atol=1e-4, rtol=1e-4)
+    p = torch.rand(4, 3)
+    together = client.encode(client(images), p)
+    alone = [client.encode(client(images[i : i + 1]), p[i : i + 1]) for i in range(4)]
+    for whole, parts in zip(together, zip(*alone, strict=True), strict=True):
+        torch.testing.assert_close(whole, torch.cat(parts), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("channels", [1, 3, 8, 12, 20, 48, 96])

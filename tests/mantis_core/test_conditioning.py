@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from mantis_core.conditioning import FiLMGenerator, NoConditioning, as_sent, modulate
+from mantis_core.conditioning import (
+    ExpertConditioning,
+    FiLMGenerator,
+    NoConditioning,
+    as_sent,
+    modulate,
+)
 from mantis_core.task_field import dequantise_level, quantise_log2
 
 
@@ -43,9 +49,25 @@ def test_modulation_is_gamma_x_plus_beta_for_each_channel() -> None:
 
 
 def test_none_leaves_every_layer_as_it_is_and_has_nothing_to_train() -> None:
-    none = NoConditioning(3, (4, 6), hidden=8)
-    assert none(torch.rand(2, 3)) == [None, None]
+    none = NoConditioning(3, (4, 6), (5, 7), hidden=8)
+    assert none(torch.rand(2, 3)) == ([None, None], None)
     assert not list(none.parameters())
+
+
+def test_experts_are_mixed_by_the_tasks_probabilities_and_are_nothing_at_init() -> None:
+    experts = ExpertConditioning(3, (4,), (5, 7), hidden=8)
+    p = torch.tensor([[0.5, 0.0, 0.25]])
+    assert torch.equal(experts(p).projection, torch.zeros(1, 5, 7))
+    assert experts.experts is not None
+    torch.nn.init.normal_(experts.experts)
+    expected = 0.5 * experts.experts[0] + 0.25 * experts.experts[2]
+    torch.testing.assert_close(experts(p).projection[0], expected)
+
+
+def test_experts_without_a_summary_are_film() -> None:
+    experts = ExpertConditioning(3, (4,), (0, 0), hidden=8)
+    assert experts(torch.rand(2, 3)).projection is None
+    assert all(name.startswith("film.") for name, _ in experts.named_parameters())
 
 
 def test_what_the_server_is_told_is_what_the_stream_says() -> None:

@@ -19,6 +19,7 @@ from mantis_core.config import (
     ModelConfig,
     Stage2Config,
 )
+from mantis_core.errors import ModelError
 from mantis_core.hits import label_hits
 from mantis_core.preprocessing import normalise
 from mantis_core.recipes import rate_weight
@@ -192,16 +193,34 @@ def test_unforced_images_and_eval_mode_follow_the_detector(
         assert torch.equal(counted, batch.task_mask)
 
 
+@pytest.mark.parametrize(
+    ("student", "teacher", "named"),
+    [("decoders", "layer2", "student module 'decoders'"), ("decoder", "layer9", "teacher module")],
+)
+def test_a_loss_on_a_module_that_is_not_there_is_refused_by_name(
+    student: str, teacher: str, named: str, problem: Problem, stage1_of: Callable[..., Any]
+) -> None:
+    terms = {"x": LossTerm(criterion="RelativeMSE", student=student, teacher=teacher)}
+    with pytest.raises(ModelError, match=named):
+        stage1_of(problem, losses=terms)
+
+
 def test_stage_2_starts_from_stage_1_and_the_teacher(
     problem: Problem, stage1_of: Callable[..., Any], stage2_of: Callable[..., Any]
 ) -> None:
     first, second = stage1_of(problem), stage2_of(problem)
     shipped, codec = first.student.shipped(), second.student.state_dict()
     assert not any(name.startswith("tail.") for name in shipped)
-    for name in ("client.stem.0.weight", "client.encoder.to_latent.weight"):
+    for name in (
+        "client.stem.0.weight",
+        "client.encoder.to_latent.weight",
+        "client.summary.last.weight",
+    ):
         assert torch.equal(codec[name], shipped[name])
     assert torch.equal(codec["server.decoder.last.weight"], shipped["decoder.last.weight"])
-    rows = codec["bottleneck.density.matrices.0"].split(4)
+    name = "summary_decoder.to_deep.weight"
+    assert torch.equal(codec[f"server.{name}"], shipped[name])
+    rows = codec["bottleneck.density.matrices.0"].split(4 + 3)  # the map's and the summary's
     assert len(rows) == 3
     assert all(torch.equal(row, shipped["bottleneck.density.matrices.0"]) for row in rows)
     tail = second.student.server.tails["kitchen"].linear
@@ -214,10 +233,12 @@ def test_at_init_stage_2_codes_as_stage_1_does(
 ) -> None:
     first, second = stage1_of(problem).student.eval(), stage2_of(problem).student.eval()
     images = torch.randn(2, 3, 32, 32)
-    stem, logits = first.client(images)
-    expected = first.client.encode(stem, torch.sigmoid(logits))
-    stem, logits = second.client(images)
-    torch.testing.assert_close(second.client.encode(stem, torch.sigmoid(logits)), expected)
+    expected, found = (
+        each.client.encode(view, torch.sigmoid(view.logits))
+        for each in (first, second)
+        for view in [each.client(images)]
+    )
+    torch.testing.assert_close(found, expected)
 
 
 def test_without_conditioning_stage_2_trains_too(
@@ -268,7 +289,7 @@ def test_stage_2_calibrates_the_threshold_to_the_configured_coverage(
     recipe.calibrate(student, holdout, lambda rows: rows)
     hits = asked = 0
     for batch in holdout:
-        encoded = student.client.eval()(normalise(batch.image))[1].sigmoid()
+        encoded = student.client.eval()(normalise(batch.image)).logits.sigmoid()
         hits += int((student.select_mask(encoded) & batch.task_mask).sum())
         asked += int(batch.task_mask.sum())
     assert hits >= math.ceil(0.8 * asked)

@@ -63,6 +63,12 @@ def test_an_override_of_a_default_loss_keeps_its_neighbours(config: Path) -> Non
     assert after.stage2.losses["tasks"].criterion == before.stage2.losses["tasks"].criterion
 
 
+def test_a_loss_term_set_to_null_is_left_out(config: Path) -> None:
+    before, after = load_settings(config), load_settings(config, ["stage2.losses.tasks=null"])
+    assert before.stage2.losses.keys() - after.stage2.losses.keys() == {"tasks"}
+    assert load_settings(config, ["stage2.losses.tasks=null"]) == after
+
+
 def test_overrides_may_supply_what_the_file_lacks(tmp_path: Path) -> None:
     path = tmp_path / "part.yaml"
     path.write_text("data: {sources: [{kind: shapes}]}")
