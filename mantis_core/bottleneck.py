@@ -72,7 +72,6 @@ class Bottleneck(nn.Module):
     ) -> None:
         super().__init__()
         self.channels = channels + summary_channels
-        self.map_channels = channels
         self.num_tasks = num_tasks
         self.prior: Prior = prior
         self.quantizer: Quantizer = quantizer
