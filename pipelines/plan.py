@@ -74,6 +74,7 @@ SLICES: dict[StageKind, tuple[str, ...]] = {
         "model.encoder",
         "model.decoder.channels",
         "model.decoder.blocks",
+        "model.decoder.summary_hidden",
         "model.quantizer",
         "stage1",
     ),
