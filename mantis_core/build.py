@@ -22,7 +22,7 @@ from mantis_core.model import Mantis
 from mantis_core.recipes import Recipe, Stage1Recipe, Stage1Student, Stage2Recipe
 from mantis_core.server import ClassificationTail
 from mantis_core.spec import ModelSpec
-from mantis_core.tasks import TaskSpec
+from mantis_core.tasks import TaskSpec, class_members
 from mantis_core.teacher import Teacher, flat_teacher, load_backbone, load_teacher_file
 from mantis_core.uncompressed_recipes import (
     CodecTeacherRecipe,
@@ -112,6 +112,9 @@ def stage1_recipe(
         last_shape=last_shape,
         latent_size=latent_size(problem.image_size, model.encoder.stride),
         tail=teacher.backbone.tail_after(teacher.split),
+        members=class_members(problem.tasks, len(problem.classes))
+        if problem.single_class
+        else None,
     )
     return Stage1Recipe(student, teacher, config)
 

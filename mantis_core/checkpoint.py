@@ -140,7 +140,7 @@ def load_client(folder: str | Path) -> ClientCodec:
     from mantis_core.client_codec import ClientCodec
 
     tensors, spec, model_id = _load_half(folder, "client")
-    client = Client(spec.model, len(spec.tasks))
+    client = Client(spec.model, len(spec.tasks), spec.class_members())
     _load_part(folder, client, tensors, "client.")
     return ClientCodec(
         spec, client.eval(), _tables(folder, spec, tensors), tensors[_THRESHOLD], model_id

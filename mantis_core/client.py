@@ -11,20 +11,23 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mantis_core.conditioning import CONDITIONING, Modulation, modulate
+from mantis_core.conditioning import CONDITIONING, Layers, Modulation, modulate
 from mantis_core.config import ModelConfig
+from mantis_core.errors import ModelError
 from mantis_core.latent import Latent
 
 
 class View(NamedTuple):
-    """What the client sees of images: stem features, the detector's pooled features, task logits.
+    """What the client sees of images: stem features, the detector's map, task and class logits.
 
-    (B, C, H/4, W/4), (B, 2 * detector channels) and (B, K).
+    (B, C, H/4, W/4), (B, detector channels, H/8, W/8), (B, K), and (B, classes + 1), the last one
+    for "none of them": None for a detector that names tasks alone.
     """
 
     stem: Tensor
-    pooled: Tensor
+    detected: Tensor
     logits: Tensor
+    class_logits: Tensor | None = None
 
 
 def pool(x: Tensor) -> Tensor:
@@ -81,13 +84,29 @@ class TaskDetector(nn.Module):
     stem ─ conv3x3 s2 ─ residual blocks ─┬─ mean over space ─┬─ MLP ─▶ logits (B, K)
                                          └─ max over space ──┘
 
-    Its own convolutions: pooling a two-layer stem alone caps detection.
+    Its own convolutions: pooling a two-layer stem alone caps detection. With `members` (K, n), the
+    classes of each task, the MLP names classes: a class says more of what to look for than a task
+    does, and the probability of a task is the sum over its classes.
     """
 
+    members: Tensor | None
+
     def __init__(
-        self, inputs: int, num_tasks: int, *, channels: int, blocks: int, hidden: int
+        self,
+        inputs: int,
+        num_tasks: int,
+        *,
+        channels: int,
+        blocks: int,
+        hidden: int,
+        members: Tensor | None = None,
     ) -> None:
         super().__init__()
+        self.register_buffer("members", members, persistent=False)
+        outputs = num_tasks
+        if members is not None:
+            classless = int((~members.any(dim=1)).sum())
+            outputs = members.shape[1] + 1 + classless
         self.body = nn.Sequential(
             nn.Conv2d(inputs, channels, 3, 2, 1),
             group_norm(channels),
@@ -95,16 +114,36 @@ class TaskDetector(nn.Module):
             *(ResidualBlock(channels, channels) for _ in range(blocks)),
         )
         self.mlp = nn.Sequential(
-            nn.Linear(2 * channels, hidden), nn.ReLU(), nn.Linear(hidden, num_tasks)
+            nn.Linear(2 * channels, hidden), nn.ReLU(), nn.Linear(hidden, outputs)
         )
 
-    def forward(self, stem: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, inputs, H/4, W/4) to pooled features (B, 2 * channels) and each task's logit (B, K).
+    def forward(self, stem: Tensor) -> View:
+        """(B, inputs, H/4, W/4) to what is seen; the sigmoid of a task's logit is p."""
+        detected = self.body(stem)
+        logits = self.mlp(pool(detected))
+        if self.members is None:
+            return View(stem, detected, logits)
+        count = self.members.shape[1] + 1
+        class_logits, own = logits[:, :count].float(), logits[:, count:].float()
+        return View(stem, detected, task_logits(class_logits, own, self.members), class_logits)
 
-        The logits' sigmoid is p.
-        """
-        pooled = pool(self.body(stem))
-        return pooled, self.mlp(pooled)
+
+def task_logits(class_logits: Tensor, own: Tensor, members: Tensor) -> Tensor:
+    """log p - log(1 - p) of each task (B, K), p being the softmax summed over the task's classes.
+
+    `class_logits` (B, n + 1), `members` (K, n); tasks without classes have logits of their `own`,
+    (B, those tasks).
+    """
+    outside = torch.ones_like(members[:, :1])
+    columns = []
+    classless = iter(own.unbind(dim=1))
+    for inside in torch.cat([members, ~outside], dim=1):
+        if not inside.any():
+            columns.append(next(classless))
+            continue
+        mine, others = class_logits[:, inside], class_logits[:, ~inside]
+        columns.append(mine.logsumexp(dim=1) - others.logsumexp(dim=1))
+    return torch.stack(columns, dim=1)
 
 
 class FiLMedEncoder(nn.Module):
@@ -131,6 +170,7 @@ class FiLMedEncoder(nn.Module):
         if latent_channels:
             self.to_latent = nn.Conv2d(channels, latent_channels, 1)
             self.modulated_channels += (latent_channels,)
+        self.modulated_steps = (1, *(stride // 8,) * (len(self.modulated_channels) - 1))
 
     def forward(self, stem: Tensor, modulation: Modulation | None = None) -> tuple[Tensor, Tensor]:
         """(B, inputs, H/4, W/4) to y (B, C, h, w) and the pooled features that it is made of.
@@ -186,16 +226,29 @@ def latent_size(image_size: tuple[int, int], stride: int) -> tuple[int, int]:
 class Client(nn.Module):
     """All that runs on the device.
 
-    x ─ stem ─┬─ detector ─┬─▶ p ─ conditioning ─▶ gamma, beta, projection
-              │            └─ pooled ─┬─────────────────┤
-              └───────── encoder ─────┴─ summary encoder ┴─▶ map, summary
+    x ─ stem ─┬─ detector ─▶ p, its map ─ conditioning ─▶ gamma, beta, projection
+              │                 └─ pooled ─┬──────────────────────┤
+              └────────── encoder ─────────┴─ summary encoder ────┴─▶ map, summary
     """
 
-    def __init__(self, config: ModelConfig, num_tasks: int) -> None:
+    def __init__(self, config: ModelConfig, num_tasks: int, members: Tensor | None = None) -> None:
+        """`members` (K, classes) are the classes of each task, where images have one class each."""
         super().__init__()
-        encoder = config.encoder
+        encoder, detector = config.encoder, config.detector
+        if detector.classes and members is None:
+            raise ModelError(
+                "model.detector.classes needs images of one class each; this data has images of "
+                "several tasks: set it to false"
+            )
         self.stem = SharedStem(config.stem.channels)
-        self.detector = TaskDetector(self.stem.channels, num_tasks, **config.detector.model_dump())
+        self.detector = TaskDetector(
+            self.stem.channels,
+            num_tasks,
+            channels=detector.channels,
+            blocks=detector.blocks,
+            hidden=detector.hidden,
+            members=members if detector.classes else None,
+        )
         self.encoder = FiLMedEncoder(
             self.stem.channels,
             channels=encoder.channels,
@@ -203,7 +256,8 @@ class Client(nn.Module):
             latent_channels=encoder.latent_channels,
             stride=encoder.stride,
         )
-        modulated, projection = self.encoder.modulated_channels, (0, 0)
+        modulated, steps = self.encoder.modulated_channels, self.encoder.modulated_steps
+        projection = (0, 0)
         self.summary: SummaryEncoder | None = None
         if encoder.summary_channels:
             self.summary = SummaryEncoder(
@@ -212,24 +266,26 @@ class Client(nn.Module):
                 channels=encoder.summary_channels,
             )
             modulated += self.summary.modulated_channels
+            steps += (0,) * len(self.summary.modulated_channels)
             projection = (encoder.summary_channels, encoder.summary_hidden)
         self.conditioning = CONDITIONING[config.conditioning.kind](
-            num_tasks, modulated, projection, hidden=config.conditioning.hidden
+            num_tasks,
+            Layers(modulated, steps, projection, config.detector.channels),
+            hidden=config.conditioning.hidden,
         )
 
     def forward(self, x: Tensor) -> View:
         """Normalised images (B, 3, H, W) to all that the detector and the encoder go on from."""
-        stem = self.stem(x)
-        return View(stem, *self.detector(stem))
+        return self.detector(self.stem(x))  # type: ignore[no-any-return]
 
     def encode(self, view: View, probabilities: Tensor) -> Latent:
         """What was seen and p (B, K), or a multi-hot, to the latent, not yet rounded."""
-        layers, projection = self.conditioning(probabilities)
+        layers, projection = self.conditioning(probabilities, view.detected)
         own = len(self.encoder.modulated_channels)
         y, pooled = self.encoder(view.stem, layers[:own])
         if self.summary is None:
             return Latent(y, y.new_zeros(len(y), 0))
-        seen = torch.cat([view.pooled, pooled], dim=1)
+        seen = torch.cat([pool(view.detected), pooled], dim=1)
         return Latent(y, self.summary(seen, layers[own:], projection))
 
 

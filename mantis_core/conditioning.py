@@ -1,20 +1,37 @@
 """What turns task probabilities into modulation of en- and decoder: one class a kind, one dict.
 
-Shapes: B batch, K tasks, C channels of a modulated layer, h w its height and width.
+Shapes: B batch, K tasks, C channels of a modulated layer, h w its height and width, D channels of
+the detector's map.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import avg_pool2d
 
 from mantis_core.task_field import MAX_LEVEL
 
 Modulation = list[tuple[Tensor, Tensor] | None]
-"""For each modulated layer gamma and beta, (B, C, 1, 1) each, or None for identity."""
+"""For each modulated layer gamma and beta, (B, C, 1, 1) or (B, C, h, w) each, None for identity."""
+
+
+class Layers(NamedTuple):
+    """What of an encoder can be conditioned.
+
+    `channels` of each modulated layer. `steps`: positions of the detector's map to one of that
+    layer's, each way; 0 for a layer without positions. `projection` is (G, N) of
+    Conditioned.projection, zeros where there is no summary. `detector` is D.
+    """
+
+    channels: tuple[int, ...]
+    steps: tuple[int, ...]
+    projection: tuple[int, int]
+    detector: int
 
 
 class Conditioned(NamedTuple):
@@ -76,18 +93,53 @@ def modulate(x: Tensor, gamma_beta: tuple[Tensor, Tensor] | None) -> Tensor:
 
 
 class FiLMConditioning(nn.Module):
-    """FiLM at every layer of the encoder."""
+    """FiLM at every layer of the encoder, the same at every position."""
 
-    def __init__(
-        self, num_tasks: int, channels: Sequence[int], summary: tuple[int, int], *, hidden: int
-    ) -> None:
-        """`channels` of the modulated layers; `summary` is (G, N) of Conditioned.projection."""
+    def __init__(self, num_tasks: int, layers: Layers, *, hidden: int) -> None:
         super().__init__()
-        self.film = FiLMGenerator(num_tasks, channels, hidden=hidden)
+        self.film = FiLMGenerator(num_tasks, layers.channels, hidden=hidden)
 
-    def forward(self, probabilities: Tensor) -> Conditioned:
-        """(B, K) task probabilities, or a multi-hot."""
+    def forward(self, probabilities: Tensor, detected: Tensor) -> Conditioned:
+        """(B, K) task probabilities, or a multi-hot; the map (B, D, h, w) is not looked at."""
         return Conditioned(self.film(probabilities))
+
+
+class AttentionConditioning(nn.Module):
+    """FiLM that differs from position to position: where is what the tasks are about?
+
+    detector's map ─ conv1x1 ─ FiLM by p ─ ReLU ─ pooled to a layer's size ─ conv1x1 (0) ─▶ delta,
+    beta (B, C, h, w) for every layer
+
+    The detector has looked for the tasks at every position already; the encoder need not find out
+    again. `tasks=False` is the ablation: the same without p.
+    """
+
+    def __init__(self, num_tasks: int, layers: Layers, *, hidden: int, tasks: bool = True) -> None:
+        super().__init__()
+        self.steps = layers.steps
+        self.first = nn.Conv2d(layers.detector, hidden, 1)
+        self.by_task = nn.Linear(num_tasks, 2 * hidden) if tasks else None
+        last = [nn.Conv2d(hidden, 2 * channels, 1) for channels in layers.channels]
+        for layer in last:
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+        self.last = nn.ModuleList(last)
+
+    def forward(self, probabilities: Tensor, detected: Tensor) -> Conditioned:
+        """(B, K) task probabilities, or a multi-hot, and the detector's map (B, D, h, w)."""
+        x = self.first(detected)
+        if self.by_task is not None:
+            delta, beta = self.by_task(probabilities)[:, :, None, None].chunk(2, dim=1)
+            x = (1 + delta) * x + beta
+        x = torch.relu(x)
+        pooled = {0: x.mean(dim=(2, 3), keepdim=True), 1: x}
+        modulation: Modulation = []
+        for step, last in zip(self.steps, self.last, strict=True):
+            if step not in pooled:
+                pooled[step] = avg_pool2d(x, step, ceil_mode=True)
+            delta, beta = last(pooled[step]).chunk(2, dim=1)
+            modulation.append((1 + delta, beta))
+        return Conditioned(modulation)
 
 
 class ExpertConditioning(FiLMConditioning):
@@ -98,16 +150,16 @@ class ExpertConditioning(FiLMConditioning):
     FiLM alone scales directions, it does not turn them. Where there is no summary it is FiLM alone.
     """
 
-    def __init__(
-        self, num_tasks: int, channels: Sequence[int], summary: tuple[int, int], *, hidden: int
-    ) -> None:
-        super().__init__(num_tasks, channels, summary, hidden=hidden)
-        self.experts = nn.Parameter(torch.zeros(num_tasks, *summary)) if all(summary) else None
+    def __init__(self, num_tasks: int, layers: Layers, *, hidden: int) -> None:
+        super().__init__(num_tasks, layers, hidden=hidden)
+        self.experts: nn.Parameter | None = None
+        if all(layers.projection):
+            self.experts = nn.Parameter(torch.zeros(num_tasks, *layers.projection))
 
-    def forward(self, probabilities: Tensor) -> Conditioned:
-        """(B, K) task probabilities, or a multi-hot."""
+    def forward(self, probabilities: Tensor, detected: Tensor) -> Conditioned:
+        """(B, K) task probabilities, or a multi-hot; the map (B, D, h, w) is not looked at."""
         if self.experts is None:
-            return super().forward(probabilities)
+            return super().forward(probabilities, detected)
         mixed = torch.einsum("bk,kgn->bgn", probabilities.to(self.experts.dtype), self.experts)
         return Conditioned(self.film(probabilities), mixed)
 
@@ -115,19 +167,19 @@ class ExpertConditioning(FiLMConditioning):
 class NoConditioning(nn.Module):
     """The ablation: the encoder knows nothing of tasks."""
 
-    def __init__(
-        self, num_tasks: int, channels: Sequence[int], summary: tuple[int, int], *, hidden: int
-    ) -> None:
+    def __init__(self, num_tasks: int, layers: Layers, *, hidden: int) -> None:
         super().__init__()
-        self.layers = len(channels)
+        self.layers = len(layers.channels)
 
-    def forward(self, probabilities: Tensor) -> Conditioned:
-        """(B, K) is not looked at; every layer stays as it is."""
+    def forward(self, probabilities: Tensor, detected: Tensor) -> Conditioned:
+        """Neither is looked at; every layer stays as it is."""
         return Conditioned([None] * self.layers)
 
 
 CONDITIONING: dict[str, Callable[..., nn.Module]] = {
     "film": FiLMConditioning,
+    "attention": AttentionConditioning,
+    "features": partial(AttentionConditioning, tasks=False),
     "experts": ExpertConditioning,
     "none": NoConditioning,
 }

@@ -122,10 +122,19 @@ class DetectorConfig(Section):
     channels: int = Field(default=96, ge=1, description="of its own convolutions")
     blocks: int = Field(default=1, ge=0, description="residual blocks after its first convolution")
     hidden: int = Field(default=128, ge=1, description="of its MLP")
+    classes: bool = Field(
+        default=False,
+        description="name an image's class, a task being as probable as its classes together; "
+        "needs images of one class each",
+    )
 
 
 class ConditioningConfig(Section):
-    kind: Literal["film", "experts", "none"] = "film"
+    kind: Literal["film", "attention", "features", "experts", "none"] = Field(
+        default="film",
+        description="film: by task; attention: by task and position, off the detector's map; "
+        "features: attention without the tasks; experts: film and a projection a task; none",
+    )
     hidden: int = Field(default=64, ge=1, description="of each generator's MLP")
 
 

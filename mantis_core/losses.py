@@ -93,6 +93,29 @@ class TaskDetection(nn.Module):
         return loss.sum(dim=1).mean()
 
 
+class ClassDetection(nn.Module):
+    """Cross-entropy of the detector's class logits with the image's class or "none of them".
+
+    `distill` > 0 mixes in that share of the KL from the teacher's flat distribution. For detectors
+    that name classes (model.detector.classes).
+    """
+
+    def __init__(self, tasks: tuple[TaskSpec, ...], distill: float = 0.5) -> None:
+        super().__init__()
+        self.distill = distill
+
+    def forward(self, student: Io, teacher: Io, batch: Batch) -> Tensor:
+        logits = student["outputs"]["class_logits"]
+        known = batch.class_label >= 0
+        target = torch.where(known, batch.class_label, logits.shape[1] - 1)
+        loss = cross_entropy(logits.float(), target)
+        if "logits" not in teacher["outputs"]:
+            return loss
+        theirs = teacher["outputs"]["logits"]
+        kl = _divergence(logits[:, : theirs.shape[1]], theirs, known, 1.0)
+        return (1 - self.distill) * loss + self.distill * kl
+
+
 class TaskLosses(nn.Module):
     """Sum over tasks of the mean cross-entropy over the task's own images (0 where it has none).
 
@@ -300,9 +323,12 @@ def _divergence(ours: Tensor, theirs: Tensor, keep: Tensor, temperature: float) 
 CRITERIA: dict[str, Callable[..., nn.Module]] = {
     "TeacherLogits": TeacherLogits,
     "TaskDetection": TaskDetection,
+    "ClassDetection": ClassDetection,
     "TaskLosses": TaskLosses,
     "JointDecision": JointDecision,
     "TeacherDecision": TeacherDecision,
     "FlatLabels": FlatLabels,
 }
+DETECTION = ("TaskDetection", "ClassDetection")
+"""Those that train the detector."""
 LOW_LEVEL: dict[str, Callable[..., nn.Module]] = {"RelativeMSE": RelativeMSE}

@@ -42,7 +42,7 @@ class Mantis(nn.Module):
         self.spec = spec
         config = spec.model
         channels = config.encoder.latent_channels
-        self.client = Client(config, len(spec.tasks))
+        self.client = Client(config, len(spec.tasks), spec.class_members())
         self.bottleneck = Bottleneck(
             channels,
             len(spec.tasks),

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torchdistill.core.forward_hook import ForwardHookManager
 
 from mantis_core.bottleneck import Bottleneck
-from mantis_core.client import Client, coverage_threshold, primary_task
+from mantis_core.client import Client, TaskDetector, coverage_threshold, primary_task
 from mantis_core.conditioning import as_sent
 from mantis_core.config import (
     LossTerm,
@@ -28,7 +28,7 @@ from mantis_core.errors import ModelError
 from mantis_core.hits import decision_hits, label_hits
 from mantis_core.inference import still
 from mantis_core.latent import Latent
-from mantis_core.losses import build_criterion, hooked_paths, weighted_terms
+from mantis_core.losses import DETECTION, build_criterion, hooked_paths, weighted_terms
 from mantis_core.model import Mantis
 from mantis_core.preprocessing import normalise
 from mantis_core.server import FeatureDecoder, SummaryDecoder, rebuild
@@ -127,13 +127,14 @@ class Stage1Student(nn.Module):
         last_shape: tuple[int, int, int],
         latent_size: tuple[int, int],
         tail: nn.Module,
+        members: Tensor | None = None,
     ) -> None:
         super().__init__()
         plain = config.model_copy(
             update={"conditioning": config.conditioning.model_copy(update={"kind": "none"})}
         )
         channels, summary = config.encoder.latent_channels, config.encoder.summary_channels
-        self.client = Client(plain, num_tasks)
+        self.client = Client(plain, num_tasks, members)
         self.bottleneck = Bottleneck(
             channels, num_tasks, "shared", quantizer=config.quantizer, summary_channels=summary
         )
@@ -183,7 +184,8 @@ class Stage1Recipe(Recipe):
         super().__init__(teacher.tasks, config.losses)
         self.student: Stage1Student = student
         self.config = config
-        if not any(term.criterion == "TaskDetection" for term in config.losses.values()):
+        _check_detector(student.client.detector, config.losses)
+        if not any(term.criterion in DETECTION for term in config.losses.values()):
             freeze(student.client.detector)  # it would get no gradient
         self.set_teacher(teacher, split=teacher.split, last=teacher.backbone.names[-1])
 
@@ -200,7 +202,8 @@ class Stage1Recipe(Recipe):
             split, last = student.features(received.y_hat)
             assert self.teacher is not None
             logits = self.teacher.decide(split, last, (images.shape[2], images.shape[3]))
-            return {"bits": received.bits, "task_logits": task_logits, **logits}
+            seen = {"task_logits": task_logits, "class_logits": view.class_logits}
+            return {"bits": received.bits, **seen, **logits}
 
         io = self.student_io(images, run)
         loss, sums = self.total(io, teacher_io, batch)
@@ -222,6 +225,7 @@ class Stage2Recipe(Recipe):
         self.student: Mantis = student
         self.config = config
         freeze(student.client.stem)
+        _check_detector(student.client.detector, config.losses)
         if student.joint is None and "JointDecision" in {t.criterion for t in self.losses.values()}:
             logger.warning("JointDecision has no effect: images of this data have no single class")
         self.set_teacher(teacher, split=teacher.split, last=teacher.backbone.names[-1])
@@ -250,6 +254,7 @@ class Stage2Recipe(Recipe):
             out = {
                 "bits": received.bits,
                 "task_logits": task_logits,
+                "class_logits": view.class_logits,
                 "tasks": tasks,
                 "mask": mask,
                 "loss_mask": loss_mask,
@@ -320,6 +325,15 @@ class Stage2Recipe(Recipe):
             torch.where(forced, wanted, mask),
             torch.where(forced, wanted, truth),
         )
+
+
+def _check_detector(detector: TaskDetector, losses: Mapping[str, LossTerm]) -> None:
+    for name, term in losses.items():
+        if term.criterion == "ClassDetection" and detector.members is None:
+            raise ModelError(
+                f"losses.{name}: ClassDetection trains a detector that names classes, and this one "
+                f"names tasks: set model.detector.classes=true, or losses.{name}=null"
+            )
 
 
 def rate_weight(config: Stage1Config | Stage2Config, progress: float, *, training: bool) -> float:

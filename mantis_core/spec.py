@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mantis_core.bitstream import MAX_IMAGES, StreamSpec
 from mantis_core.config import ModelConfig
-from mantis_core.tasks import TaskSpec
+from mantis_core.tasks import TaskSpec, class_members
 
 _MAX_AREA_RATIO = 16
 """An input of more than this many times the model's own pixels is refused, coding and decoding."""
@@ -38,6 +38,10 @@ class ModelSpec(BaseModel):
     @property
     def task_names(self) -> tuple[str, ...]:
         return tuple(task.name for task in self.tasks)
+
+    def class_members(self) -> Tensor | None:
+        """The classes of each task, bool (K, classes); None where an image may have several."""
+        return class_members(self.tasks, len(self.classes)) if self.single_class else None
 
     def stream_spec(self, model_id: bytes) -> StreamSpec:
         """What a stream of the model with this spec and id must look like."""

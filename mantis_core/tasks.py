@@ -86,6 +86,14 @@ class Batch:
         )
 
 
+def class_members(tasks: Sequence[TaskSpec], num_classes: int) -> Tensor:
+    """Which global classes belong to each task: bool (K, num_classes); none to a segmentation."""
+    members = torch.zeros(len(tasks), num_classes, dtype=torch.bool)
+    for k, task in enumerate(tasks):
+        members[k, list(task.classes)] = True
+    return members
+
+
 def class_slots(tasks: Sequence[TaskSpec], num_classes: int) -> Tensor:
     """Where each global class stands among all tasks' labels laid end to end.
 

@@ -13,14 +13,14 @@ from torch.nn.functional import log_softmax
 
 from data_prep.source_base import SourceConfig
 from data_prep.sources import SOURCES
-from mantis_core.conditioning import CONDITIONING, modulate
+from mantis_core.conditioning import CONDITIONING, Conditioned, Layers, modulate
 from mantis_core.config import ConditioningConfig
 from mantis_core.losses import CRITERIA, LOW_LEVEL, JointDecision
 from mantis_core.tasks import Batch, TaskSpec
 from pipelines.settings import load_settings, to_yaml
 
 CONFIGS = sorted((Path(__file__).resolve().parents[1] / "configs").glob("*.yaml"))
-LAYERS = (4, 6)
+LAYERS = Layers((4, 6, 5), (1, 2, 0), (6, 7), 9)
 TASKS = (
     TaskSpec("animals", "classification", 3, (0, 1, 2)),
     TaskSpec("tools", "classification", 2, (3, 4)),
@@ -81,34 +81,47 @@ def test_every_kind_of_conditioning_may_be_named_in_a_config() -> None:
 @pytest.mark.parametrize("kind", CONDITIONING)
 class TestEveryConditioning:
     def test_modulates_each_layer_image_by_image_or_leaves_it(self, kind: str) -> None:
-        modulation, projection = CONDITIONING[kind](3, LAYERS, (6, 7), hidden=8)(torch.rand(5, 3))
+        modulation, projection = condition(kind, 5)
         assert projection is None or projection.shape == (5, 6, 7)
-        assert len(modulation) == len(LAYERS)
-        for gamma_beta, channels in zip(modulation, LAYERS, strict=True):
-            x = torch.randn(5, channels, 2, 3)
+        assert len(modulation) == len(LAYERS.channels)
+        for gamma_beta, x in zip(modulation, features(5), strict=True):
             assert modulate(x, gamma_beta).shape == x.shape
             for part in gamma_beta or ():
-                assert part.shape == (5, channels, 1, 1)
+                assert part.shape in {(*x.shape[:2], 1, 1), x.shape}
 
     def test_is_identity_at_init(self, kind: str) -> None:
-        modulation, projection = CONDITIONING[kind](3, LAYERS, (6, 7), hidden=8)(torch.rand(2, 3))
+        modulation, projection = condition(kind, 2)
         assert projection is None or not projection.any()
-        for gamma_beta, channels in zip(modulation, LAYERS, strict=True):
-            x = torch.randn(2, channels, 2, 2)
+        for gamma_beta, x in zip(modulation, features(2), strict=True):
             assert torch.equal(modulate(x, gamma_beta), x)
 
     def test_can_be_trained(self, kind: str) -> None:
-        module = CONDITIONING[kind](3, LAYERS, (6, 7), hidden=8)
-        modulation, projection = module(torch.rand(2, 3))
+        module = CONDITIONING[kind](3, LAYERS, hidden=8)
+        modulation, projection = module(torch.rand(2, 3), torch.rand(2, 9, 4, 6))
         outputs = [
-            modulate(torch.randn(2, channels, 2, 2), gamma_beta).square().mean()
-            for gamma_beta, channels in zip(modulation, LAYERS, strict=True)
+            modulate(x, gamma_beta).square().mean()
+            for gamma_beta, x in zip(modulation, features(2), strict=True)
         ]
         if projection is not None:
             outputs.append(projection.square().mean())
         if list(module.parameters()):
             torch.stack(outputs).sum().backward()
             assert all(p.grad is not None for p in module.parameters())
+
+
+def condition(kind: str, count: int) -> Conditioned:
+    """What a new module of the kind makes of so many images whose detector's map is 4 by 6."""
+    module = CONDITIONING[kind](3, LAYERS, hidden=8)
+    return module(torch.rand(count, 3), torch.rand(count, 9, 4, 6))
+
+
+def features(count: int) -> list[Tensor]:
+    """What LAYERS modulates beside such a map."""
+    sizes = {0: (1, 1), 1: (4, 6), 2: (2, 3)}
+    return [
+        torch.randn(count, channels, *sizes[step])
+        for channels, step in zip(LAYERS.channels, LAYERS.steps, strict=True)
+    ]
 
 
 def make_batch(count: int = 6) -> Batch:
@@ -131,6 +144,7 @@ def all_outputs(batch: Batch, *, flat: bool) -> tuple[dict[str, Tensor], dict[st
     sizes = {
         "logits": (5,),
         "task_logits": (3,),
+        "class_logits": (6,),
         "joint": (5,),
         **{
             f"{prefix}/{task.name}": (task.num_classes + extra,)
@@ -157,6 +171,7 @@ def all_outputs(batch: Batch, *, flat: bool) -> tuple[dict[str, Tensor], dict[st
 REACHES = {
     "TeacherLogits": ("logits", "logits/animals"),
     "TaskDetection": ("task_logits", "task_logits"),
+    "ClassDetection": ("class_logits", "class_logits"),
     "TaskLosses": ("tasks/animals", "tasks/ground"),
     "JointDecision": ("joint", "joint"),
     "TeacherDecision": ("joint", "tasks/animals"),

@@ -110,10 +110,13 @@ def make_teacher(problem: Problem) -> Teacher:
 QUICK = {"epochs": 2, "batch_size": 4, "ema_decay": 0.9, "optim": OptimConfig(lr=1e-2)}
 
 
-def make_stage1(problem: Problem, *, seed: int = 0, **changes: object) -> Stage1Recipe:
+def make_stage1(
+    problem: Problem, model: ModelConfig | None = None, *, seed: int = 0, **changes: object
+) -> Stage1Recipe:
     """Stage 1 on the small codec; `changes` are keys of the stage1 section."""
     config = Stage1Config(**{**QUICK, **changes})  # type: ignore[arg-type]
-    recipe = stage1_recipe(config, make_config(), make_teacher(problem), problem, seed=seed)
+    teacher = make_teacher(problem)
+    recipe = stage1_recipe(config, model or make_config(), teacher, problem, seed=seed)
     assert isinstance(recipe, Stage1Recipe)
     return recipe
 
@@ -128,7 +131,7 @@ def make_stage2(
         model or make_config(),
         make_teacher(problem),
         problem,
-        make_stage1(problem, seed=seed).student.shipped(),
+        make_stage1(problem, model, seed=seed).student.shipped(),
         seed=seed,
     )
     assert isinstance(recipe, Stage2Recipe)

@@ -30,6 +30,7 @@ from mantis_core.checkpoint import (
     save_training_state,
     sha256_file,
 )
+from mantis_core.config import ConditioningConfig, DetectorConfig, ModelConfig
 from mantis_core.errors import ModelError
 from mantis_core.model import Mantis
 from mantis_core.tasks import Batch
@@ -202,6 +203,28 @@ def test_two_halves_do_what_the_whole_does(
         assert client.describe() == codec.client_codec().describe()
     for server in (load_server(halves["server"]), load_server(saved)):
         assert [answer.to_dict() for answer in server.decode(streams)] == answers
+
+
+def test_a_client_that_names_classes_is_built_again_from_its_spec(
+    problem: Problem,
+    batch: Batch,
+    tmp_path: Path,
+    codec_of: Callable[..., Mantis],
+    small_config: Callable[..., ModelConfig],
+) -> None:
+    codec = codec_of(
+        problem,
+        small_config(
+            detector=DetectorConfig(channels=8, blocks=0, hidden=8, classes=True),
+            conditioning=ConditioningConfig(kind="attention", hidden=8),
+        ),
+    )
+    save_model(tmp_path / "model", codec, {})
+    save_half(tmp_path / "client", tmp_path / "model", "client")
+    streams = codec.encode(batch.image)
+    assert load_client(tmp_path / "client").encode(batch.image) == streams
+    answers = load_model(tmp_path / "model").decode(streams)
+    assert [a.to_dict() for a in answers] == [a.to_dict() for a in codec.decode(streams)]
 
 
 def test_a_half_holds_no_weight_of_the_other(halves: dict[Half, Path]) -> None:

@@ -7,8 +7,9 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from mantis_core.client import Client, ResidualBlock, group_norm, latent_size
-from mantis_core.config import ConditioningConfig, EncoderConfig, ModelConfig
+from mantis_core.client import Client, ResidualBlock, group_norm, latent_size, pool, task_logits
+from mantis_core.config import ConditioningConfig, DetectorConfig, EncoderConfig, ModelConfig
+from mantis_core.errors import ModelError
 
 
 @pytest.fixture
@@ -17,15 +18,17 @@ def client(small_config: Callable[..., ModelConfig]) -> Client:
     return Client(small_config(), num_tasks=3).eval()
 
 
+@pytest.mark.parametrize("kind", ["film", "attention"])
 @pytest.mark.parametrize("stride", [8, 16])
 @pytest.mark.parametrize(("height", "width"), [(32, 32), (40, 24), (36, 50)])
 def test_latent_is_the_input_over_the_stride_rounded_up(
-    small_config: Callable[..., ModelConfig], height: int, width: int, stride: int
+    small_config: Callable[..., ModelConfig], height: int, width: int, stride: int, kind: str
 ) -> None:
     encoder = EncoderConfig(
         channels=8, blocks=1, latent_channels=4, summary_channels=5, stride=stride
     )
-    client = Client(small_config(encoder=encoder), num_tasks=3).eval()
+    config = small_config(encoder=encoder, conditioning=ConditioningConfig(kind=kind))
+    client = Client(config, num_tasks=3).eval()
     view = client(torch.randn(2, 3, height, width))
     latent = client.encode(view, torch.sigmoid(view.logits))
     assert view.logits.shape == (2, 3)
@@ -61,7 +64,7 @@ def test_a_latent_of_nothing_is_refused() -> None:
         EncoderConfig(latent_channels=0, summary_channels=0)
 
 
-@pytest.mark.parametrize("kind", ["film", "experts"])
+@pytest.mark.parametrize("kind", ["film", "attention", "features", "experts"])
 def test_conditioning_is_the_identity_at_init(
     small_config: Callable[..., ModelConfig], kind: str
 ) -> None:
@@ -71,7 +74,7 @@ def test_conditioning_is_the_identity_at_init(
     y, pooled = client.encoder(view.stem)
     assert torch.equal(latent.map, y)
     assert client.summary is not None
-    summary = client.summary(torch.cat([view.pooled, pooled], dim=1))
+    summary = client.summary(torch.cat([pool(view.detected), pooled], dim=1))
     torch.testing.assert_close(latent.summary, summary)
 
 
@@ -81,6 +84,19 @@ def test_with_trained_film_the_same_image_is_coded_differently_by_task(client: C
     first, second, _ = (client.encode(view, p[None]) for p in torch.eye(3))
     assert not torch.allclose(first.map, second.map)
     assert not torch.allclose(first.summary, second.summary)
+
+
+@pytest.mark.parametrize(("kind", "told"), [("attention", True), ("features", False)])
+def test_features_are_attention_that_is_not_told_the_tasks(
+    small_config: Callable[..., ModelConfig], kind: str, told: bool
+) -> None:
+    client = Client(small_config(conditioning=ConditioningConfig(kind=kind)), num_tasks=3)
+    for layer in client.conditioning.last:
+        torch.nn.init.normal_(layer.weight)
+    view = client(torch.randn(1, 3, 32, 32))
+    first, second, _ = (client.encode(view, p[None]) for p in torch.eye(3))
+    assert torch.equal(first.map, second.map) is not told
+    assert torch.equal(first.summary, second.summary) is not told
 
 
 def test_experts_project_an_image_of_several_tasks_by_the_mixture(
@@ -98,6 +114,44 @@ def test_experts_project_an_image_of_several_tasks_by_the_mixture(
     assert not torch.allclose(first.summary, none.summary)
     together = first.summary + second.summary - none.summary
     torch.testing.assert_close(both.summary, together, rtol=1e-4, atol=1e-4)
+
+
+def test_a_task_is_as_probable_as_its_classes_together() -> None:
+    members = torch.tensor([[1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 0, 0]], dtype=torch.bool)
+    class_logits, own = torch.randn(5, 5), torch.randn(5, 1)
+    p = torch.sigmoid(task_logits(class_logits, own, members))
+    of_class = class_logits.softmax(dim=1)
+    torch.testing.assert_close(p[:, 0], of_class[:, 0] + of_class[:, 1])
+    torch.testing.assert_close(p[:, 1], of_class[:, 1] + of_class[:, 2])
+    torch.testing.assert_close(p[:, 2], torch.sigmoid(own[:, 0]))
+
+
+def test_a_task_of_all_classes_is_what_is_not_none_of_them() -> None:
+    members = torch.ones(1, 4, dtype=torch.bool)
+    class_logits = torch.randn(5, 5)
+    p = torch.sigmoid(task_logits(class_logits, torch.empty(5, 0), members))
+    torch.testing.assert_close(p[:, 0], 1 - class_logits.softmax(dim=1)[:, -1])
+
+
+def test_a_sure_detector_stays_finite() -> None:
+    members = torch.eye(3, dtype=torch.bool)
+    class_logits = torch.tensor([[200.0, 0, 0, -200]], requires_grad=True)
+    logits = task_logits(class_logits, torch.empty(1, 0), members)
+    torch.testing.assert_close(logits, torch.tensor([[200.0, -200, -200]]), atol=1, rtol=0)
+    logits.sum().backward()
+    assert torch.isfinite(class_logits.grad).all()
+
+
+def test_a_detector_of_classes_gives_both(small_config: Callable[..., ModelConfig]) -> None:
+    detector = DetectorConfig(channels=8, blocks=0, hidden=8, classes=True)
+    config = small_config(detector=detector)
+    members = torch.tensor([[1, 1, 0, 0], [0, 0, 1, 1], [0, 0, 0, 0]], dtype=torch.bool)
+    view = Client(config, 3, members)(torch.randn(2, 3, 32, 32))
+    assert view.logits.shape == (2, 3)
+    assert view.class_logits is not None
+    assert view.class_logits.shape == (2, 5)
+    with pytest.raises(ModelError, match="one class each"):
+        Client(config, 3)
 
 
 def test_without_conditioning_the_probabilities_change_nothing(

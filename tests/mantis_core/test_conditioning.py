@@ -5,13 +5,17 @@ from __future__ import annotations
 import torch
 
 from mantis_core.conditioning import (
+    AttentionConditioning,
     ExpertConditioning,
     FiLMGenerator,
+    Layers,
     NoConditioning,
     as_sent,
     modulate,
 )
 from mantis_core.task_field import dequantise_level, quantise_log2
+
+SEEN = torch.rand(1, 5, 2, 2)
 
 
 def test_film_is_identity_at_init() -> None:
@@ -49,25 +53,46 @@ def test_modulation_is_gamma_x_plus_beta_for_each_channel() -> None:
 
 
 def test_none_leaves_every_layer_as_it_is_and_has_nothing_to_train() -> None:
-    none = NoConditioning(3, (4, 6), (5, 7), hidden=8)
-    assert none(torch.rand(2, 3)) == ([None, None], None)
+    none = NoConditioning(3, Layers((4, 6), (1, 0), (5, 7), 5), hidden=8)
+    assert none(torch.rand(1, 3), SEEN) == ([None, None], None)
     assert not list(none.parameters())
 
 
 def test_experts_are_mixed_by_the_tasks_probabilities_and_are_nothing_at_init() -> None:
-    experts = ExpertConditioning(3, (4,), (5, 7), hidden=8)
+    experts = ExpertConditioning(3, Layers((4,), (1,), (5, 7), 5), hidden=8)
     p = torch.tensor([[0.5, 0.0, 0.25]])
-    assert torch.equal(experts(p).projection, torch.zeros(1, 5, 7))
+    assert torch.equal(experts(p, SEEN).projection, torch.zeros(1, 5, 7))
     assert experts.experts is not None
     torch.nn.init.normal_(experts.experts)
     expected = 0.5 * experts.experts[0] + 0.25 * experts.experts[2]
-    torch.testing.assert_close(experts(p).projection[0], expected)
+    torch.testing.assert_close(experts(p, SEEN).projection[0], expected)
 
 
 def test_experts_without_a_summary_are_film() -> None:
-    experts = ExpertConditioning(3, (4,), (0, 0), hidden=8)
-    assert experts(torch.rand(2, 3)).projection is None
+    experts = ExpertConditioning(3, Layers((4,), (1,), (0, 0), 5), hidden=8)
+    assert experts(torch.rand(1, 3), SEEN).projection is None
     assert all(name.startswith("film.") for name, _ in experts.named_parameters())
+
+
+def test_attention_modulates_a_position_by_what_the_detector_sees_there() -> None:
+    attention = AttentionConditioning(3, Layers((4, 4, 4), (1, 2, 0), (0, 0), 5), hidden=8)
+    for layer in attention.last:
+        torch.nn.init.normal_(layer.weight)
+    p, seen = torch.rand(1, 3), torch.rand(1, 5, 5, 8)
+    elsewhere = seen.clone()
+    elsewhere[:, :, :2, :4] += 1
+    fine, coarse, whole = (
+        (first != second).any(dim=1)[0]
+        for (first, _), (second, _) in zip(
+            attention(p, seen).layers, attention(p, elsewhere).layers, strict=True
+        )
+    )
+    assert fine.shape == (5, 8)
+    assert fine[:2, :4].all()
+    assert not fine[2:].any()
+    assert not fine[:, 4:].any()
+    assert coarse.tolist() == [[True, True, False, False], [False] * 4, [False] * 4]
+    assert whole.tolist() == [[True]]
 
 
 def test_what_the_server_is_told_is_what_the_stream_says() -> None:

@@ -15,6 +15,7 @@ from mantis_core.build import Problem
 from mantis_core.config import LossTerm
 from mantis_core.errors import ModelError
 from mantis_core.losses import (
+    ClassDetection,
     FlatLabels,
     JointDecision,
     RelativeMSE,
@@ -98,6 +99,30 @@ def test_distilled_detection_takes_the_teachers_mass_of_a_tasks_classes(
     student = posterior.logit().expand(len(batch), -1).clone().requires_grad_()
     term(io(task_logits=student), teacher, batch).backward()
     torch.testing.assert_close(student.grad, torch.zeros_like(student), atol=1e-6, rtol=0)
+
+
+def test_class_detection_is_cross_entropy_and_the_teachers_share(
+    problem: Problem, batch: Batch
+) -> None:
+    label = batch.class_label.clone()
+    label[0] = -1
+    batch = replace(batch, class_label=label)
+    target = torch.where(label >= 0, label, 6)
+    student = torch.randn(len(batch), 7)
+    teacher = torch.randn(len(batch), 6)
+    hard, soft = (
+        ClassDetection(problem.tasks, distill=share)(
+            io(class_logits=student), io(logits=teacher), batch
+        )
+        for share in (0.0, 1.0)
+    )
+    torch.testing.assert_close(hard, cross_entropy(student, target))
+    ours, theirs = log_softmax(student[1:, :6], 1), log_softmax(teacher[1:], 1)
+    by_hand = (theirs.exp() * (theirs - ours)).sum(1).mean()
+    torch.testing.assert_close(soft, by_hand)
+    alike = io(class_logits=torch.cat([teacher, student[:, :1]], 1))
+    none = ClassDetection(problem.tasks, distill=1.0)(alike, io(logits=teacher), batch)
+    assert float(none) == pytest.approx(0, abs=1e-6)
 
 
 def test_task_losses_is_the_mean_over_each_tasks_own_images(problem: Problem, batch: Batch) -> None:

@@ -15,6 +15,7 @@ from mantis_core.build import Problem
 from mantis_core.client import coverage_threshold
 from mantis_core.config import (
     ConditioningConfig,
+    DetectorConfig,
     LossTerm,
     ModelConfig,
     Stage2Config,
@@ -107,6 +108,47 @@ def test_every_parameter_has_a_gradient_in_stage_1_with_or_without_a_detection_t
     recipe = stage1_of(problem, **({} if losses is None else {"losses": losses})).train()
     recipe(batch, 0.5).loss.backward()
     assert without_gradient(recipe) == []
+
+
+@pytest.mark.parametrize("stage", ["stage1_of", "stage2_of"])
+def test_a_detector_of_classes_is_trained_in_both_stages_on_images_of_no_class_too(
+    stage: str,
+    request: pytest.FixtureRequest,
+    problem: Problem,
+    batch: Batch,
+    small_config: Callable[..., ModelConfig],
+) -> None:
+    model = small_config(
+        detector=DetectorConfig(channels=8, blocks=0, hidden=8, classes=True),
+        conditioning=ConditioningConfig(kind="attention", hidden=8),
+    )
+    label = batch.class_label.clone()
+    label[0] = -1
+    mixed = replace(
+        batch,
+        class_label=label,
+        labels=batch.labels.where(label[:, None] >= 0, torch.tensor(-1)),
+        task_mask=batch.task_mask & (label[:, None] >= 0),
+    )
+    losses = {
+        "classes": LossTerm(criterion="ClassDetection"),
+        "logits": LossTerm(criterion="TeacherLogits"),
+    }
+    if stage == "stage2_of":
+        losses = {**Stage2Config().losses, "classes": LossTerm(criterion="ClassDetection")}
+    recipe = request.getfixturevalue(stage)(problem, model, losses=losses).train()
+    output = recipe(mixed, 0.5)
+    output.loss.backward()
+    assert torch.isfinite(output.loss)
+    assert without_gradient(recipe) == []
+    assert recipe.student.client.detector.mlp[-1].bias.grad[-1].abs() > 0
+
+
+def test_class_detection_asks_for_a_detector_of_classes(
+    problem: Problem, stage1_of: Callable[..., Any]
+) -> None:
+    with pytest.raises(ModelError, match=r"losses\.x: ClassDetection .* model\.detector\.classes"):
+        stage1_of(problem, losses={"x": LossTerm(criterion="ClassDetection")})
 
 
 def test_images_of_no_task_train_the_detector_and_give_a_finite_loss(
