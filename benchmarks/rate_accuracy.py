@@ -8,6 +8,8 @@ is trained twice. A finished point is a row of results/rate_accuracy.csv and its
 hits a file below results/images: a point that is there is not trained again, on whatever machine it
 was made. The last line is one JSON object. `--data PATH` then scores the models on other images.
 
+`--seeds 0 --phases 1` does a part of it, to be gone on with later or elsewhere.
+
 `--plain SHARDS --jobs N` trains and measures without Ray and MLflow, N processes at once, on shards
 that `mantis prepare` wrote: for a machine with a GPU and little else.
 """
@@ -77,6 +79,7 @@ class Step:
     Steps of one `phase` may run side by side."""
 
     phase: int
+    seed: int
     overrides: tuple[str, ...]
     arms: tuple[Arm, ...]
     plan: Plan
@@ -112,7 +115,7 @@ def steps(protocol: Protocol, config: str, overrides: Sequence[str]) -> Iterator
                 own.append("evaluate.codec_teachers=true")
             settings = load_settings(config, own)
             arms = tuple(plan_arms(settings))
-            yield Step(number, tuple(own), arms, make_plan(settings), Path(config).stem)
+            yield Step(number, seed, tuple(own), arms, make_plan(settings), Path(config).stem)
 
 
 def run_step(step: Step, config: str) -> None:
@@ -279,15 +282,25 @@ def main() -> None:
     parser.add_argument("--protocol", choices=PROTOCOLS, required=True)
     parser.add_argument("--data", help="score the trained models on these images too")
     parser.add_argument("--report-only", action="store_true", help="train nothing")
+    parser.add_argument("--seeds", type=int, nargs="+", help="only these of the protocol's")
+    parser.add_argument("--phases", type=int, help="only the first so many of the protocol's")
     parser.add_argument("--plain", metavar="SHARDS", help="without Ray, on these prepared shards")
     parser.add_argument("--jobs", type=int, default=1, help="with --plain: processes at once")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     arguments = parser.parse_args()
     protocol = PROTOCOLS[arguments.protocol]
+    strangers = sorted(set(arguments.seeds or ()) - set(protocol.seeds))
+    if strangers:
+        parser.error(f"--seeds {strangers}: protocol {arguments.protocol} has {protocol.seeds}")
     table = RESULTS / "rate_accuracy.csv"
     done: list[Step] = []
     if not arguments.report_only:
-        done = list(steps(protocol, arguments.config, arguments.overrides))
+        done = [
+            step
+            for step in steps(protocol, arguments.config, arguments.overrides)
+            if (arguments.seeds is None or step.seed in arguments.seeds)
+            and (arguments.phases is None or step.phase < arguments.phases)
+        ]
         for _, phase in itertools.groupby(done, key=lambda step: step.phase):
             known = {row["point"] for row in read_rows(table)}
             missing = [s for s in phase if any(s.point_of(arm) not in known for arm in s.arms)]
