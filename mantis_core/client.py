@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import interpolate
 
 from mantis_core.conditioning import CONDITIONING, Layers, Modulation, modulate
 from mantis_core.config import ModelConfig
@@ -20,7 +21,7 @@ from mantis_core.latent import Latent
 class View(NamedTuple):
     """What the client sees of images: stem features, the detector's map, task and class logits.
 
-    (B, C, H/4, W/4), (B, detector channels, H/8, W/8), (B, K), and (B, classes + 1), the last one
+    (B, C, H/4, W/4), (B, D, H/8, W/8), (B, K), and (B, classes + 1), the last one
     for "none of them": None for a detector that names tasks alone.
     """
 
@@ -81,8 +82,8 @@ class SharedStem(nn.Sequential):
 class TaskDetector(nn.Module):
     """Which tasks an image is about, from stem features.
 
-    stem ─ conv3x3 s2 ─ residual blocks ─┬─ mean over space ─┬─ MLP ─▶ logits (B, K)
-                                         └─ max over space ──┘
+    stem ─ conv3x3 s2 ─ residual blocks ─┬───────────────────────┬─ map ─┬─ mean over space ─┐
+                                         └─ residual s2 ─ enlarge ┘      └─ max over space ──┴─ MLP
 
     Its own convolutions: pooling a two-layer stem alone caps detection. With `members` (K, n), the
     classes of each task, the MLP names classes: a class says more of what to look for than a task
@@ -99,9 +100,11 @@ class TaskDetector(nn.Module):
         channels: int,
         blocks: int,
         hidden: int,
+        deep_channels: int = 0,
         members: Tensor | None = None,
     ) -> None:
         super().__init__()
+        self.channels = channels + deep_channels
         self.register_buffer("members", members, persistent=False)
         outputs = num_tasks
         if members is not None:
@@ -113,13 +116,19 @@ class TaskDetector(nn.Module):
             nn.ReLU(),
             *(ResidualBlock(channels, channels) for _ in range(blocks)),
         )
+        self.deep: nn.Module | None = None
+        if deep_channels:
+            self.deep = ResidualBlock(channels, deep_channels, stride=2)
         self.mlp = nn.Sequential(
-            nn.Linear(2 * channels, hidden), nn.ReLU(), nn.Linear(hidden, outputs)
+            nn.Linear(2 * self.channels, hidden), nn.ReLU(), nn.Linear(hidden, outputs)
         )
 
     def forward(self, stem: Tensor) -> View:
         """(B, inputs, H/4, W/4) to what is seen; the sigmoid of a task's logit is p."""
         detected = self.body(stem)
+        if self.deep is not None:
+            deep = interpolate(self.deep(detected), size=detected.shape[2:])
+            detected = torch.cat([detected, deep], dim=1)
         logits = self.mlp(pool(detected))
         if self.members is None:
             return View(stem, detected, logits)
@@ -247,6 +256,7 @@ class Client(nn.Module):
             channels=detector.channels,
             blocks=detector.blocks,
             hidden=detector.hidden,
+            deep_channels=detector.deep_channels,
             members=members if detector.classes else None,
         )
         self.encoder = FiLMedEncoder(
@@ -261,7 +271,7 @@ class Client(nn.Module):
         self.summary: SummaryEncoder | None = None
         if encoder.summary_channels:
             self.summary = SummaryEncoder(
-                2 * config.detector.channels + 2 * encoder.channels,
+                2 * self.detector.channels + 2 * encoder.channels,
                 hidden=encoder.summary_hidden,
                 channels=encoder.summary_channels,
             )
@@ -270,7 +280,7 @@ class Client(nn.Module):
             projection = (encoder.summary_channels, encoder.summary_hidden)
         self.conditioning = CONDITIONING[config.conditioning.kind](
             num_tasks,
-            Layers(modulated, steps, projection, config.detector.channels),
+            Layers(modulated, steps, projection, self.detector.channels),
             hidden=config.conditioning.hidden,
         )
 

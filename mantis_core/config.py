@@ -121,6 +121,9 @@ class StemConfig(Section):
 class DetectorConfig(Section):
     channels: int = Field(default=96, ge=1, description="of its own convolutions")
     blocks: int = Field(default=1, ge=0, description="residual blocks after its first convolution")
+    deep_channels: int = Field(
+        default=0, ge=0, description="of one more block at half the resolution; 0 none"
+    )
     hidden: int = Field(default=128, ge=1, description="of its MLP")
     classes: bool = Field(
         default=False,
