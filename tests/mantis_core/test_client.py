@@ -142,6 +142,25 @@ def test_a_sure_detector_stays_finite() -> None:
     assert torch.isfinite(class_logits.grad).all()
 
 
+@pytest.mark.parametrize(("height", "width"), [(32, 32), (36, 50), (8, 8)])
+def test_the_detectors_map_holds_what_it_sees_at_half_the_resolution_too(
+    small_config: Callable[..., ModelConfig], height: int, width: int
+) -> None:
+    config = small_config(
+        detector=DetectorConfig(channels=8, blocks=0, deep_channels=6, hidden=8),
+        conditioning=ConditioningConfig(kind="attention", hidden=8),
+    )
+    client = Client(config, num_tasks=3)
+    view = client(torch.randn(2, 3, height, width))
+    size = latent_size((height, width), 8)
+    assert view.detected.shape == (2, 8 + 6, *size)
+    deep = view.detected[:, 8:, : size[0] // 2 * 2, : size[1] // 2 * 2]
+    torch.testing.assert_close(deep[:, :, 0::2], deep[:, :, 1::2])
+    latent = client.encode(view, torch.sigmoid(view.logits))
+    assert latent.map.shape == (2, 4, *size)
+    assert latent.summary.shape == (2, 3)
+
+
 def test_a_detector_of_classes_gives_both(small_config: Callable[..., ModelConfig]) -> None:
     detector = DetectorConfig(channels=8, blocks=0, hidden=8, classes=True)
     config = small_config(detector=detector)
