@@ -1,0 +1,114 @@
+"""What asking for one task saves: bytes and accuracy of a trained codec, task by task.
+
+    python -m benchmarks.asking MODEL SHARDS [--images N]
+
+MODEL is a checkpoint folder, SHARDS the folder `mantis prepare` wrote for it. For each task, on the
+validation images that carry it: encoded as asked for that task alone, as asked for every task, and
+as detected; real streams, decoded again. The figure is the share of right answers, or the mean
+intersection over union of a segmentation. The last line is one JSON object.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from data_prep.reader import local_batches
+from data_prep.schema import DataConfig, read_manifest
+from mantis_core.checkpoint import load_model, read_meta
+from mantis_core.metrics import mean_iou, pixel_confusion
+from mantis_core.model import Mantis
+from mantis_core.tasks import Batch
+
+
+def score(
+    model: Mantis, batches: Sequence[Batch], task: str, request: Sequence[str] | None
+) -> dict[str, float | None]:
+    """Mean sizes and one task's figure over the images that carry it; undecoded counts as wrong.
+
+    `request` as `Mantis.encode` takes it: tasks by name, or None to let the client detect.
+    """
+    k = model.spec.task_names.index(task)
+    spec = model.spec.tasks[k]
+    wire, payload, hits = [], [], []
+    confusion = np.zeros((spec.num_classes, spec.num_classes + 1), dtype=np.int64)
+    for batch in batches:
+        mine = batch.task_mask[:, k].nonzero()[:, 0]
+        if not len(mine):
+            continue
+        sent = model.encode_in_detail(batch.image[mine], request)
+        answers = model.decode([each.data for each in sent])
+        wire += [len(each.data) for each in sent]
+        payload += [each.payload_bytes for each in sent]
+        for row, answer in zip(mine.tolist(), answers, strict=True):
+            if spec.is_classification:
+                hits.append(answer.labels.get(task) == int(batch.labels[row, k]))
+            else:
+                truth = batch.segmentation[task][row].numpy()
+                found = answer.segmentation.get(task)
+                confusion += pixel_confusion(truth, found, spec.num_classes)
+    figure = float(np.mean(hits)) if spec.is_classification else mean_iou(confusion)
+    return {
+        "wire_bytes": round(float(np.mean(wire)), 2),
+        "payload_bytes": round(float(np.mean(payload)), 2),
+        "figure": None if figure is None else round(figure, 4),
+    }
+
+
+def table(model: Mantis, batches: Sequence[Batch]) -> list[dict[str, Any]]:
+    """One row a task that any image carries."""
+    rows = []
+    for k, task in enumerate(model.spec.task_names):
+        images = sum(int(batch.task_mask[:, k].sum()) for batch in batches)
+        if not images:
+            continue
+        alone = score(model, batches, task, [task])
+        every = score(model, batches, task, model.spec.task_names)
+        rows.append(
+            {
+                "task": task,
+                "images": images,
+                "alone": alone,
+                "all": every,
+                "detected": score(model, batches, task, None),
+            }
+        )
+    return rows
+
+
+def main() -> int:
+    """Codes the images once a task and request, and prints all rows."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model")
+    parser.add_argument("shards")
+    parser.add_argument("--images", type=int, help="only the first so many")
+    arguments = parser.parse_args()
+    model = load_model(arguments.model)
+    data = DataConfig.model_validate(read_meta(arguments.model)["preparation"]["data"])
+    manifest = read_manifest(arguments.shards)
+    batches, left = [], arguments.images or manifest.split("val").rows
+    for arrays in local_batches(
+        arguments.shards, manifest, data, split="val", global_batch=min(left, 64), threads=1
+    ):
+        batches.append(Batch.from_arrays({k: v[:left] for k, v in arrays.items()}))
+        left -= len(batches[-1])
+        if left <= 0:
+            break
+    rows = table(model, batches)
+    kinds = ("alone", "all", "detected")
+    shown = Table("task", "images", *(f"{kind}: wire B, payload B, figure" for kind in kinds))
+    for row in rows:
+        cells = (" ".join(f"{value}" for value in row[kind].values()) for kind in kinds)
+        shown.add_row(row["task"], str(row["images"]), *cells)
+    Console(stderr=True).print(shown)
+    print(json.dumps({"images": sum(len(batch) for batch in batches), "rows": rows}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
