@@ -66,7 +66,7 @@ PROTOCOLS = {
     "full": Protocol(
         (0, 1, 2),
         (3e-4, 1e-3, 3e-3, 1e-2),
-        (("none",), ("none", "none_prior", "student", "oracle", "teacher")),
+        (("none",), ("none", "none_prior", "student", "oracle", "teacher"), ("per_task",)),
         codecs=CODECS,
     ),
 }
@@ -110,7 +110,7 @@ def steps(protocol: Protocol, config: str, overrides: Sequence[str]) -> Iterator
                 f"evaluate.baseline_rate_weights={list(protocol.rates)!r}",
                 f"evaluate.baselines=[{', '.join(baselines)}]",
             ]
-            if number == len(protocol.phases) - 1 and seed == protocol.seeds[0]:
+            if number == 1 and seed == protocol.seeds[0]:
                 own.append(f"evaluate.codecs={protocol.codecs}")
                 own.append("evaluate.codec_teachers=true")
             settings = load_settings(config, own)
@@ -263,7 +263,7 @@ def score_elsewhere(done: Sequence[Step], data: str) -> list[dict[str, Any]]:
     scored = []
     for folder in sorted({s.specs[a.stage].folder for s in done for a in s.arms if a.stage}):
         model = Path(folder) / "checkpoint"
-        if "stage2" not in folder or not model.is_dir():
+        if "stage2" not in folder or "per_task" in folder or not model.is_dir():
             continue
         command = [sys.executable, "-m", "pipelines", "evaluate", "--json"]
         command += ["--model", str(model), "--data", data]

@@ -18,12 +18,21 @@ from mantis_core.config import (
 )
 from mantis_core.config import TeacherConfig as TeacherConfig
 from mantis_core.errors import ModelError
+from mantis_core.losses import DETECTION
 from mantis_core.model import Mantis
+from mantis_core.per_task import PerTaskRecipe
 from mantis_core.recipes import Recipe, Stage1Recipe, Stage1Student, Stage2Recipe
 from mantis_core.server import ClassificationTail
 from mantis_core.spec import ModelSpec
 from mantis_core.tasks import TaskSpec, class_members
-from mantis_core.teacher import Teacher, flat_teacher, load_backbone, load_teacher_file
+from mantis_core.teacher import (
+    Teacher,
+    flat_teacher,
+    freeze,
+    load_backbone,
+    load_teacher_file,
+    narrowed,
+)
 from mantis_core.uncompressed_recipes import (
     CodecTeacherRecipe,
     IndividualRecipe,
@@ -133,14 +142,50 @@ def stage2_recipe(
     Raises ModelError where one task of all classes is asked for and images have no single class.
     """
     torch.manual_seed(seed)
+    if model.per_task:
+        return _per_task_recipe(config, model, teacher, problem, stage1)
     if model.single_task:
         problem = one_task(problem)
-    codec = Mantis(
-        model_spec(model, teacher, problem), trunk=teacher.backbone.tail_after(teacher.split)
-    )
+    return Stage2Recipe(_started_codec(model, teacher, problem, stage1), teacher, config)
+
+
+def _started_codec(
+    model: ModelConfig, teacher: Teacher, problem: Problem, stage1: Mapping[str, Tensor]
+) -> Mantis:
+    trunk = teacher.backbone.tail_after(teacher.split).requires_grad_(True)  # it may be frozen
+    codec = Mantis(model_spec(model, teacher, problem), trunk=trunk)
     start_from_stage1(codec, stage1)
     start_tails_from_teacher(codec, teacher)
-    return Stage2Recipe(codec, teacher, config)
+    return codec
+
+
+def _per_task_recipe(
+    config: Stage2Config,
+    model: ModelConfig,
+    teacher: Teacher,
+    problem: Problem,
+    stage1: Mapping[str, Tensor],
+) -> Recipe:
+    """A codec a task, without conditioning; with nothing to detect its detector is left alone."""
+    losses = {n: term for n, term in config.losses.items() if term.criterion not in DETECTION}
+    if not losses:
+        raise ModelError("stage2.losses: codecs of one task each need a term that is no detection")
+    config = config.model_copy(update={"losses": losses})
+    model = model.model_copy(
+        update={
+            "per_task": False,
+            "send_probabilities": False,
+            "conditioning": model.conditioning.model_copy(update={"kind": "none"}),
+            "detector": model.detector.model_copy(update={"classes": False}),
+        }
+    )
+    parts = {}
+    for task in problem.tasks:
+        known = narrowed(teacher, task)
+        codec = _started_codec(model, known, of_task(problem, task), stage1)
+        freeze(codec.client.detector)
+        parts[task.name] = Stage2Recipe(codec, known, config)
+    return PerTaskRecipe(parts, problem.tasks)
 
 
 def individual_recipe(
@@ -179,6 +224,17 @@ def one_task(problem: Problem) -> Problem:
     labels = tuple(problem.class_names)
     every = TaskSpec("all", "classification", len(labels), tuple(range(len(labels))), labels)
     return replace(problem, tasks=(every,))
+
+
+def of_task(problem: Problem, task: TaskSpec) -> Problem:
+    """The problem of the images that carry one task, whose labels are their classes."""
+    if not task.is_classification:
+        return replace(problem, tasks=(task,), classes=(), class_names=(), single_class=False)
+    alone = replace(task, classes=tuple(range(task.num_classes)))
+    classes = tuple(problem.classes[c] for c in task.classes)
+    return replace(
+        problem, tasks=(alone,), classes=classes, class_names=task.labels, single_class=True
+    )
 
 
 _FROM_STAGE1 = (

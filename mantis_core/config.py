@@ -198,6 +198,10 @@ class ModelConfig(Section):
         default=False,
         description="one task of all classes, nothing to detect: the entropic-student baseline",
     )
+    per_task: bool = Field(
+        default=False,
+        description="a codec of its own for every task, which is known: a baseline",
+    )
     max_active_tasks: int = Field(
         default=6, ge=1, description="mask size at which a detected mask is cut"
     )

@@ -33,7 +33,7 @@ def parameter_groups(
             group = "quantiles"
         elif not parameter.requires_grad:
             group = "frozen"
-        elif name.startswith("bottleneck."):
+        elif "bottleneck" in name.split("."):
             group = "density"
         else:
             trained = any(name.startswith(prefix) for prefix in loaded)

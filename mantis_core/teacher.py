@@ -140,6 +140,36 @@ class Teacher(nn.Module):
         return bool(self.flat_classes or len(self.heads))
 
 
+def narrowed(teacher: Teacher, task: TaskSpec) -> Teacher:
+    """The teacher asked about one task alone: same backbone, its rows for the task's labels.
+
+    Those of a classification become a flat head.
+    """
+    own = Teacher.__new__(Teacher)
+    nn.Module.__init__(own)
+    own.name, own.split, own.tasks = teacher.name, teacher.split, (task,)
+    own.backbone = teacher.backbone
+    own.flat_classes = 0
+    own.flat_head = nn.Identity()  # type: ignore[assignment]
+    own.heads = nn.ModuleDict()
+    head = dict(teacher.heads.items()).get(task.name)
+    if not task.is_classification:
+        if head is not None:
+            own.heads[task.name] = head
+        return own
+    if teacher.flat_classes:
+        rows = torch.tensor(task.classes)
+        weight, bias = teacher.flat_head.weight[rows], teacher.flat_head.bias[rows]
+    elif isinstance(head, nn.Linear):
+        weight, bias = head.weight, head.bias
+    else:
+        return own
+    own.flat_classes = task.num_classes
+    own.flat_head = nn.Linear(weight.shape[1], task.num_classes)
+    own.flat_head.load_state_dict({"weight": weight.detach(), "bias": bias.detach()})
+    return own
+
+
 def load_teacher_file(path: str | Path) -> dict[str, Tensor]:
     """The float32 state dict of a .safetensors or weights-only .pth file. Nothing is unpickled.
 

@@ -19,6 +19,7 @@ from mantis_core.checkpoint import load_model
 from mantis_core.image_codecs import IMAGE_CODECS
 from mantis_core.metrics import pixel_confusion
 from mantis_core.model import Mantis
+from mantis_core.per_task import PerTaskCodecs, load_codecs
 from mantis_core.preprocessing import normalise
 from mantis_core.tasks import TaskSpec
 from mantis_core.teacher import Teacher
@@ -125,6 +126,31 @@ def run_student(model: Mantis, images: Tensor, batch: Arrays, problem: Problem) 
         for k, task in enumerate(problem.tasks):
             if answer.class_index in task.classes:
                 rows["predicted"][index, k] = task.classes.index(answer.class_index)
+    return rows
+
+
+def run_per_task(codecs: PerTaskCodecs, images: Tensor, batch: Arrays, problem: Problem) -> Arrays:
+    """Every image by the codec of each task it carries; what all of them send is counted."""
+    rows = _blank(len(images), problem.tasks)
+    for name in ("wire_bytes", "payload_bytes", "estimated_bits"):
+        rows[name][:] = 0
+    carried = batch["task_mask"]
+    rows["decoded"][: len(carried)] = carried
+    for k, task in enumerate(problem.tasks):
+        codec, own = codecs[task.name], np.flatnonzero(carried[:, k])
+        if not len(own):
+            continue
+        encoded = codec.encode_in_detail(images[torch.from_numpy(own)])
+        answers = codec.decode([each.data for each in encoded])
+        for index, sent, answer in zip(own, encoded, answers, strict=True):
+            rows["wire_bytes"][index] += len(sent.data)
+            rows["payload_bytes"][index] += sent.payload_bytes
+            rows["estimated_bits"][index] += sent.estimated_bits
+            if task.is_classification:
+                rows["predicted"][index, k] = answer.labels[task.name]
+                if problem.single_class:
+                    rows["class_index"][index] = task.classes[answer.labels[task.name]]
+            _count_pixels(rows, index, batch, (task,), answer.segmentation)
     return rows
 
 
@@ -250,6 +276,8 @@ def _load(source: ArmSource, settings: Settings, problem: Problem) -> nn.Module:
         return models
     with local_copy(source.folder) as folder:
         inner = folder / CHECKPOINT
+        if source.kind == "per_task":
+            return load_codecs(inner)
         return load_model(inner if inner.is_dir() else folder)
 
 
@@ -258,12 +286,14 @@ RUNNERS: dict[str, Any] = {
     "none": run_codec,
     "none_prior": run_codec,
     "student": run_student,
+    "per_task": run_per_task,
     "oracle": _run_oracle,
     "teacher": run_teacher,
     "individual": run_individual,
 }
 # Arms that share weights share one loaded model.
 LOADED_AS = {kind: "codec" for kind in ("mantis", "none", "none_prior", "student", "oracle")} | {
+    "per_task": "per_task",
     "individual": "individual",
     **dict.fromkeys(("teacher", *IMAGE_CODECS, *(f"{c}{TUNED}" for c in IMAGE_CODECS)), "teacher"),
 }

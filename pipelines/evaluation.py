@@ -42,6 +42,7 @@ LABELS = {
     "none_prior": "no conditioning, task prior",
     "student": "entropic student",
     "oracle": "oracle tasks",
+    "per_task": "individual codecs, the task known",
     "individual": "individual models, uncompressed",
     "teacher": "teacher, uncompressed",
     "jpeg": "JPEG, then the teacher",

@@ -36,12 +36,13 @@ TRAINING_KINDS = ("teacher", "stage1", "stage2", "individual", "codec_teacher")
 TUNED = "_tuned"
 """Ends the kind of an arm whose teacher was fine-tuned on its codec's images."""
 
-# Arms without conditioning, by what they change: with one prior; with the main arm's own; and, the
-# entropic student of Matsubara et al. (WACV 2022), without tasks.
+# Arms without conditioning, by what they change: with one prior; with the main arm's own; the
+# entropic student of Matsubara et al. (WACV 2022), without tasks; and a codec a task.
 UNCONDITIONED: dict[str, tuple[str, ...]] = {
     "none": ("model.conditioning.kind=none", "model.prior=shared"),
     "none_prior": ("model.conditioning.kind=none",),
     "student": ("model.conditioning.kind=none", "model.prior=shared", "model.single_task=true"),
+    "per_task": ("model.conditioning.kind=none", "model.prior=shared", "model.per_task=true"),
 }
 CODEC_KINDS = ("mantis", *UNCONDITIONED)  # each a stage 2 of its own
 

@@ -333,6 +333,11 @@ def _notes(evaluation: Mapping[str, Any], main: Mapping[str, Any]) -> list[str]:
             "Entropic student: the same client and schedule with one task of all classes, so "
             "nothing is detected and no task sent."
         )
+    if "per_task" in kinds:
+        notes.append(
+            "Individual codecs: one a task, trained on its images alone and told the task; an "
+            "image of several tasks is sent once for each."
+        )
     if kinds & {f"{codec}_tuned" for codec in IMAGE_CODECS}:
         notes.append(
             "Tuned teachers: the teacher trained on after its codec's decoded images, of all the "

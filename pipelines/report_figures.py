@@ -45,6 +45,7 @@ LOOKS = {
     "mantis": Look("MANTiS", "#0072B2", "o"),
     "none": Look("no conditioning", "#D55E00", "s"),
     "oracle": Look("oracle tasks", "#009E73", "^"),
+    "per_task": Look("individual codecs", "#4A9BC4", "d"),
     "individual": Look("individual models", "#B5568B", "D"),
     "teacher": Look("teacher", "#6B6B6B", "v"),
     "none_prior": Look("no conditioning, task prior", "#C99700", "P"),
@@ -57,7 +58,7 @@ LOOKS = {
     "avif_tuned": Look("AVIF + tuned teacher", "#4F7F87", "h"),
 }
 COMPRESSED = tuple(kind for kind in LOOKS if kind not in ("individual", "teacher"))
-HOLLOW = ("oracle", "jpeg_tuned", "webp_tuned", "avif_tuned")
+HOLLOW = ("oracle", "per_task", "jpeg_tuned", "webp_tuned", "avif_tuned")
 LEVEL_DASHES = {"individual": (0, (1, 2)), "teacher": (0, (5, 3))}  # uncompressed: a height alone
 
 

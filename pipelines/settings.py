@@ -30,7 +30,7 @@ from pipelines.settings_errors import SettingsError, explain, refuse_conversions
 from pipelines.storage import absolute_root
 
 Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Baseline = Literal["none", "none_prior", "student", "oracle", "individual", "teacher"]
+Baseline = Literal["none", "none_prior", "student", "oracle", "per_task", "individual", "teacher"]
 CodecName = Literal["jpeg", "webp", "avif"]
 Quality = Annotated[int, Field(ge=0, le=100)]
 TEACHER_KEYWORDS = ("train", "pretrained")  # other values of teacher.weights are files

@@ -36,6 +36,7 @@ from mantis_core.checkpoint import (
     save_training_state,
 )
 from mantis_core.model import Mantis
+from mantis_core.per_task import PerTaskCodecs, save_codecs
 from mantis_core.recipes import Recipe, Stage1Student
 from mantis_core.tasks import Batch
 from mantis_core.teacher import Teacher
@@ -226,6 +227,9 @@ def ship(
         if isinstance(student, Mantis):
             student.finish()
             save_model(folder, student, meta)
+        elif isinstance(student, PerTaskCodecs):
+            student.finish()
+            save_codecs(folder, student, meta)
         else:
             stage1 = isinstance(student, Stage1Student)
             tensors = student.shipped() if stage1 else student.state_dict()

@@ -137,14 +137,14 @@ def test_a_tuned_teacher_is_trained_once_a_codec_on_all_its_qualities(config: Pa
 
 
 def test_baselines_without_conditioning_differ_by_prior_and_tasks(config: Path) -> None:
-    stages = planned(load_settings(config, ["evaluate.baselines=[none, none_prior, student]"]))
-    models = {
-        name: stages[f"stage2/{name}"].settings.model for name in ("none", "none_prior", "student")
-    }
+    names = ("none", "none_prior", "student", "per_task")
+    stages = planned(load_settings(config, [f"evaluate.baselines=[{', '.join(names)}]"]))
+    models = {name: stages[f"stage2/{name}"].settings.model for name in names}
     assert {model.conditioning.kind for model in models.values()} == {"none"}
-    assert [model.prior for model in models.values()] == ["shared", "primary", "shared"]
-    assert [model.single_task for model in models.values()] == [False, False, True]
-    assert len({stages[f"stage2/{name}"].key for name in models}) == 3
+    assert [model.prior for model in models.values()] == ["shared", "primary", "shared", "shared"]
+    assert [model.single_task for model in models.values()] == [False, False, True, False]
+    assert [model.per_task for model in models.values()] == [False, False, False, True]
+    assert len({stages[f"stage2/{name}"].key for name in models}) == 4
     assert sum(spec.kind == "stage1" for spec in stages.values()) == 1
 
 
@@ -198,6 +198,7 @@ FIRST_CHANGED: dict[str, tuple[str, ...]] = {
     "model.coverage": ("stage2", "evaluate", "register"),
     "model.max_active_tasks": ("stage2", "evaluate", "register"),
     "model.single_task": ("stage2", "evaluate", "register"),
+    "model.per_task": ("stage2", "evaluate", "register"),
     "stage1": ("stage1", "stage2", "evaluate", "register"),
     "stage2": ("stage2", "evaluate", "register"),
     "individual": ("individual", "evaluate", "register"),
