@@ -33,6 +33,7 @@ from rich.table import Table
 
 from mantis_core.rate_accuracy import Curve, CurveError, label_floor_bits, over_seeds
 from pipelines.plan import Arm, StageSpec, plan_arms
+from pipelines.report_figures import rd_figure, styled, to_png
 from pipelines.settings import load_settings
 from pipelines.stages import Plan, make_plan
 
@@ -258,6 +259,21 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return points
 
 
+def plot(rows: Sequence[Mapping[str, Any]]) -> bytes:
+    """The R-D curves of all kinds, seeds as small marks, as a PNG."""
+    arms = [
+        {
+            "kind": row["kind"],
+            "rate_weight": row["rate_weight"],
+            "quality": row["quality"],
+            "metrics": {FIGURES[name]: row[name] for name in FIGURES if row[name] is not None},
+        }
+        for row in rows
+    ]
+    with styled():
+        return to_png(rd_figure(arms, width=8.0))
+
+
 def score_elsewhere(done: Sequence[Step], data: str) -> list[dict[str, Any]]:
     """Every trained codec of the study on other images of its classes."""
     scored = []
@@ -281,6 +297,7 @@ def main() -> None:
     parser.add_argument("--config", required=True)
     parser.add_argument("--protocol", choices=PROTOCOLS, required=True)
     parser.add_argument("--data", help="score the trained models on these images too")
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="draw the curves there")
     parser.add_argument("--report-only", action="store_true", help="train nothing")
     parser.add_argument("--seeds", type=int, nargs="+", help="only these of the protocol's")
     parser.add_argument("--phases", type=int, help="only the first so many of the protocol's")
@@ -323,6 +340,8 @@ def main() -> None:
         "bd_rate_payload": bd_figures(rows, "payload_bytes", accuracy=False),
         "bd_top1": bd_figures(rows, "wire_bytes", accuracy=True),
     }
+    if arguments.plot:
+        arguments.plot.write_bytes(plot(rows))
     if arguments.data:
         result["elsewhere"] = score_elsewhere(done, arguments.data)
     print(json.dumps(result))
