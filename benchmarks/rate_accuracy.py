@@ -110,10 +110,11 @@ def steps(protocol: Protocol, config: str, overrides: Sequence[str]) -> Iterator
                 f"evaluate.rate_weights={others!r}",
                 f"evaluate.baseline_rate_weights={list(protocol.rates)!r}",
                 f"evaluate.baselines=[{', '.join(baselines)}]",
+                "evaluate.seeds=[]",
             ]
-            if number == 1 and seed == protocol.seeds[0]:
-                own.append(f"evaluate.codecs={protocol.codecs}")
-                own.append("evaluate.codec_teachers=true")
+            once = number == 1 and seed == protocol.seeds[0]
+            own.append(f"evaluate.codecs={protocol.codecs if once else '{}'}")
+            own.append("evaluate.codec_teachers=true")
             settings = load_settings(config, own)
             arms = tuple(plan_arms(settings))
             yield Step(number, seed, tuple(own), arms, make_plan(settings), Path(config).stem)

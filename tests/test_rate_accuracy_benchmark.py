@@ -1,0 +1,94 @@
+"""benchmarks/rate_accuracy.py: what a study is made of, and its table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.rate_accuracy import (
+    FIGURES,
+    PROTOCOLS,
+    append_rows,
+    curves,
+    plot,
+    read_rows,
+    steps,
+    summarise,
+)
+from tests.pipelines.chain import paint, write_config
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+    folder = tmp_path_factory.mktemp("study")
+    paint(folder / "images", train=2)
+    return list(steps(PROTOCOLS["full"], str(write_config(folder)), []))
+
+
+def test_phases_come_one_after_the_other_each_with_all_seeds(study: list[Any]) -> None:
+    assert [(step.phase, step.seed) for step in study] == [
+        (phase, seed) for phase in (0, 1, 2) for seed in (0, 1, 2)
+    ]
+    for step in study:
+        assert {arm.seed for arm in step.arms} == {step.seed}
+
+
+def test_the_first_phase_is_mantis_and_none_at_every_rate(study: list[Any]) -> None:
+    rates = PROTOCOLS["full"].rates
+    arms = {(arm.kind, arm.rate_weight) for arm in study[0].arms}
+    assert arms == {(kind, rate) for kind in ("mantis", "none") for rate in rates}
+
+
+def test_image_codecs_are_measured_once(study: list[Any]) -> None:
+    with_codecs = [
+        (step.phase, step.seed) for step in study if any(a.kind == "webp" for a in step.arms)
+    ]
+    assert with_codecs == [(1, 0)]
+
+
+def test_a_point_has_one_name_in_every_phase_and_another_for_each_seed(study: list[Any]) -> None:
+    named = [{step.point_of(arm) for arm in step.arms} for step in study]
+    first, again = named[0], named[3]
+    assert first <= again
+    assert first.isdisjoint(named[1])
+    assert all(len(names) == len(step.arms) for names, step in zip(named, study, strict=True))
+
+
+def row(kind: str, seed: int, rate: float, top1: float, size: float) -> dict[str, Any]:
+    return {
+        "point": f"{kind}-{seed}-{rate}",
+        "config": "c",
+        "protocol": "full",
+        "kind": kind,
+        "seed": seed,
+        "rate_weight": rate,
+        "quality": None,
+        "commit": "abc",
+        **dict.fromkeys(FIGURES),
+        "top1": top1,
+        "wire_bytes": size,
+        "payload_bytes": size - 14,
+        "classes": 100,
+    }
+
+
+def test_the_table_is_read_as_it_was_written(tmp_path: Path) -> None:
+    rows = [row("mantis", seed, 1e-3, 0.4 + seed / 100, 80.0) for seed in (0, 1)]
+    for each in rows:
+        append_rows(tmp_path / "results/table.csv", [each])
+    append_rows(tmp_path / "results/table.csv", [])
+    found = read_rows(tmp_path / "results/table.csv")
+    assert found == rows
+    (point,) = summarise(found)
+    assert point["seeds"] == [0, 1]
+    assert point["top1"] == pytest.approx(0.405)
+    assert point["top1_std"] == pytest.approx(0.00707, abs=1e-5)
+    assert point["floor_bits"] > 0
+    assert curves([], "wire_bytes") == {}
+
+
+def test_the_curves_are_drawn() -> None:
+    rows = [row(kind, 0, rate, 0.4, 50.0) for kind in ("mantis", "none") for rate in (1e-3, 1e-2)]
+    assert plot(rows).startswith(b"\x89PNG")
