@@ -68,6 +68,7 @@ PROTOCOLS = {
         (0, 1, 2),
         (3e-4, 1e-3, 3e-3, 1e-2),
         (("none",), ("none", "none_prior", "student", "oracle", "teacher"), ("per_task",)),
+        overrides=("stage1.epochs=6",),
         codecs=CODECS,
     ),
 }
