@@ -11,7 +11,7 @@ intersection over union of a segmentation. The last line is one JSON object.
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -81,6 +81,25 @@ def table(model: Mantis, batches: Sequence[Batch]) -> list[dict[str, Any]]:
     return rows
 
 
+def as_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Wire bytes and figure of each task and request; payload bytes are in the JSON alone."""
+    kinds = ("alone", "all", "detected")
+    shown = Table(title="asked for a task alone, for all, or as detected")
+    shown.add_column("task", overflow="fold")
+    shown.add_column("images", justify="right")
+    for kind in kinds:
+        shown.add_column(f"{kind}\nwire B", justify="right", no_wrap=True)
+        shown.add_column("\nfigure", justify="right", no_wrap=True)
+    for row in rows:
+        cells: list[str] = []
+        for kind in kinds:
+            found = row[kind]
+            figure = found["figure"]
+            cells += [f"{found['wire_bytes']:.1f}", "" if figure is None else f"{figure:.3f}"]
+        shown.add_row(row["task"], str(row["images"]), *cells)
+    return shown
+
+
 def main() -> int:
     """Codes the images once a task and request, and prints all rows."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -88,6 +107,8 @@ def main() -> int:
     parser.add_argument("shards")
     parser.add_argument("--images", type=int, help="only the first so many")
     arguments = parser.parse_args()
+    if arguments.images is not None and arguments.images < 1:
+        parser.error(f"--images is {arguments.images}: give 1 or more, or leave it out for all")
     model = load_model(arguments.model)
     data = DataConfig.model_validate(read_meta(arguments.model)["preparation"]["data"])
     manifest = read_manifest(arguments.shards)
@@ -100,12 +121,7 @@ def main() -> int:
         if left <= 0:
             break
     rows = table(model, batches)
-    kinds = ("alone", "all", "detected")
-    shown = Table("task", "images", *(f"{kind}: wire B, payload B, figure" for kind in kinds))
-    for row in rows:
-        cells = (" ".join(f"{value}" for value in row[kind].values()) for kind in kinds)
-        shown.add_row(row["task"], str(row["images"]), *cells)
-    Console(stderr=True).print(shown)
+    Console(stderr=True).print(as_table(rows))
     print(json.dumps({"images": sum(len(batch) for batch in batches), "rows": rows}))
     return 0
 

@@ -24,7 +24,7 @@ from mantis_core.per_task import PerTaskRecipe
 from mantis_core.recipes import Recipe, Stage1Recipe, Stage1Student, Stage2Recipe
 from mantis_core.server import ClassificationTail
 from mantis_core.spec import ModelSpec
-from mantis_core.tasks import TaskSpec, class_members
+from mantis_core.tasks import TaskSpec
 from mantis_core.teacher import (
     Teacher,
     flat_teacher,
@@ -111,19 +111,17 @@ def stage1_recipe(
     config: Stage1Config, model: ModelConfig, teacher: Teacher, problem: Problem, *, seed: int
 ) -> Recipe:
     """Stage 1: a task-agnostic codec in front of the teacher's frozen tail."""
-    split_shape, last_shape = teacher.feature_shapes(problem.image_size)
+    spec = model_spec(model, teacher, problem)
     torch.manual_seed(seed)
     student = Stage1Student(
         model,
-        len(problem.tasks),
-        image_size=problem.image_size,
-        split_shape=split_shape,
-        last_shape=last_shape,
-        latent_size=latent_size(problem.image_size, model.encoder.stride),
+        len(spec.tasks),
+        image_size=spec.image_size,
+        split_shape=spec.split_shape,
+        last_shape=spec.last_shape,
+        latent_size=latent_size(spec.image_size, model.encoder.stride),
         tail=teacher.backbone.tail_after(teacher.split),
-        members=class_members(problem.tasks, len(problem.classes))
-        if problem.single_class
-        else None,
+        members=spec.class_members(),
     )
     return Stage1Recipe(student, teacher, config)
 
@@ -166,7 +164,7 @@ def _per_task_recipe(
     problem: Problem,
     stage1: Mapping[str, Tensor],
 ) -> Recipe:
-    """A codec a task, without conditioning; with nothing to detect its detector is left alone."""
+    """A codec a task; with nothing to detect its detector is left alone."""
     losses = {n: term for n, term in config.losses.items() if term.criterion not in DETECTION}
     if not losses:
         raise ModelError("stage2.losses: codecs of one task each need a term that is no detection")
@@ -175,7 +173,6 @@ def _per_task_recipe(
         update={
             "per_task": False,
             "send_probabilities": False,
-            "conditioning": model.conditioning.model_copy(update={"kind": "none"}),
             "detector": model.detector.model_copy(update={"classes": False}),
         }
     )

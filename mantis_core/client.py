@@ -82,8 +82,8 @@ class SharedStem(nn.Sequential):
 class TaskDetector(nn.Module):
     """Which tasks an image is about, from stem features.
 
-    stem ─ conv3x3 s2 ─ residual blocks ─┬───────────────────────┬─ map ─┬─ mean over space ─┐
-                                         └─ residual s2 ─ enlarge ┘      └─ max over space ──┴─ MLP
+    stem ─ conv3x3 s2 ─ residual blocks ─┬────────────────────────┬─ map ─┬─ mean over space ─┐
+                                         └─ residual s2 ─ enlarge ┘       └─ max over space ──┴─ MLP
 
     Its own convolutions: pooling a two-layer stem alone caps detection. With `members` (K, n), the
     classes of each task, the MLP names classes: a class says more of what to look for than a task
@@ -182,7 +182,7 @@ class FiLMedEncoder(nn.Module):
         self.modulated_steps = (1, *(stride // 8,) * (len(self.modulated_channels) - 1))
 
     def forward(self, stem: Tensor, modulation: Modulation | None = None) -> tuple[Tensor, Tensor]:
-        """(B, inputs, H/4, W/4) to y (B, C, h, w) and the pooled features that it is made of.
+        """(B, inputs, H/4, W/4) to y (B, C, h, w) and the features (B, C', h, w) it is made of.
 
         No modulation is the task-agnostic encoder.
         """
@@ -191,14 +191,14 @@ class FiLMedEncoder(nn.Module):
         for block, gamma_beta in zip(self.blocks, layers, strict=False):
             x = block(x, gamma_beta)
         if self.to_latent is None:
-            return x[:, :0], pool(x)
-        return modulate(self.to_latent(x), layers[-1]), pool(x)
+            return x[:, :0], x
+        return modulate(self.to_latent(x), layers[-1]), x
 
 
 class SummaryEncoder(nn.Module):
     """Pooled features of detector and encoder to the latent's summary of the whole image.
 
-    pooled ─ norm ─ linear ─ FiLM ─ ReLU ─ linear + projection ─ FiLM ─▶ (B, G)
+    pooled ─ norm ─ linear ─ FiLM ─ ReLU ─ linear ─ FiLM ─▶ (B, G)
 
     What is known of an image as a whole takes a symbol here, and one a position in the map.
     """
@@ -210,19 +210,11 @@ class SummaryEncoder(nn.Module):
         self.last = nn.Linear(hidden, channels)
         self.modulated_channels = (hidden, channels)
 
-    def forward(
-        self,
-        pooled: Tensor,
-        modulation: Modulation | None = None,
-        projection: Tensor | None = None,
-    ) -> Tensor:
-        """(B, inputs) to (B, channels); `projection` (B, channels, hidden) as in Conditioned."""
+    def forward(self, pooled: Tensor, modulation: Modulation | None = None) -> Tensor:
+        """(B, inputs) to (B, channels). No modulation is the task-agnostic encoder."""
         layers = modulation or [None] * len(self.modulated_channels)
         x = self.first(self.norm(pooled))[:, :, None, None]
-        x = torch.relu(modulate(x, layers[0])).flatten(1)
-        y = self.last(x)
-        if projection is not None:
-            y = y + torch.bmm(projection.to(x.dtype), x[:, :, None])[:, :, 0]
+        y = self.last(torch.relu(modulate(x, layers[0])).flatten(1))
         return modulate(y[:, :, None, None], layers[1]).flatten(1)
 
 
@@ -235,9 +227,9 @@ def latent_size(image_size: tuple[int, int], stride: int) -> tuple[int, int]:
 class Client(nn.Module):
     """All that runs on the device.
 
-    x ─ stem ─┬─ detector ─▶ p, its map ─ conditioning ─▶ gamma, beta, projection
-              │                 └─ pooled ─┬──────────────────────┤
-              └────────── encoder ─────────┴─ summary encoder ────┴─▶ map, summary
+    x ─ stem ─┬─ detector ─▶ p, its map ─ conditioning ─▶ gamma, beta
+              │                 └─ pooled ─┬──────────────────┤
+              └────────── encoder ─────────┴─ summary encoder ┴─▶ map, summary
     """
 
     def __init__(self, config: ModelConfig, num_tasks: int, members: Tensor | None = None) -> None:
@@ -267,7 +259,6 @@ class Client(nn.Module):
             stride=encoder.stride,
         )
         modulated, steps = self.encoder.modulated_channels, self.encoder.modulated_steps
-        projection = (0, 0)
         self.summary: SummaryEncoder | None = None
         if encoder.summary_channels:
             self.summary = SummaryEncoder(
@@ -277,10 +268,9 @@ class Client(nn.Module):
             )
             modulated += self.summary.modulated_channels
             steps += (0,) * len(self.summary.modulated_channels)
-            projection = (encoder.summary_channels, encoder.summary_hidden)
         self.conditioning = CONDITIONING[config.conditioning.kind](
             num_tasks,
-            Layers(modulated, steps, projection, self.detector.channels),
+            Layers(modulated, steps, self.detector.channels),
             hidden=config.conditioning.hidden,
         )
 
@@ -290,13 +280,13 @@ class Client(nn.Module):
 
     def encode(self, view: View, probabilities: Tensor) -> Latent:
         """What was seen and p (B, K), or a multi-hot, to the latent, not yet rounded."""
-        layers, projection = self.conditioning(probabilities, view.detected)
+        layers = self.conditioning(probabilities, view.detected)
         own = len(self.encoder.modulated_channels)
-        y, pooled = self.encoder(view.stem, layers[:own])
+        y, features = self.encoder(view.stem, layers[:own])
         if self.summary is None:
             return Latent(y, y.new_zeros(len(y), 0))
-        seen = torch.cat([pool(view.detected), pooled], dim=1)
-        return Latent(y, self.summary(seen, layers[own:], projection))
+        seen = torch.cat([pool(view.detected), pool(features)], dim=1)
+        return Latent(y, self.summary(seen, layers[own:]))
 
 
 def select_mask(probabilities: Tensor, threshold: Tensor | float, max_active: int) -> Tensor:

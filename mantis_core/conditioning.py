@@ -24,25 +24,12 @@ class Layers(NamedTuple):
     """What of an encoder can be conditioned.
 
     `channels` of each modulated layer. `steps`: positions of the detector's map to one of that
-    layer's, each way; 0 for a layer without positions. `projection` is (G, N) of
-    Conditioned.projection, zeros where there is no summary. `detector` is D.
+    layer's, each way; 0 for a layer without positions. `detector` is D.
     """
 
     channels: tuple[int, ...]
     steps: tuple[int, ...]
-    projection: tuple[int, int]
     detector: int
-
-
-class Conditioned(NamedTuple):
-    """What an encoder does otherwise for an image's tasks.
-
-    `projection` (B, G, N) is added to the matrix that projects N hidden units to the G symbols of
-    the summary; None adds nothing.
-    """
-
-    layers: Modulation
-    projection: Tensor | None = None
 
 
 class FiLMGenerator(nn.Module):
@@ -99,9 +86,9 @@ class FiLMConditioning(nn.Module):
         super().__init__()
         self.film = FiLMGenerator(num_tasks, layers.channels, hidden=hidden)
 
-    def forward(self, probabilities: Tensor, detected: Tensor) -> Conditioned:
+    def forward(self, probabilities: Tensor, detected: Tensor) -> Modulation:
         """(B, K) task probabilities, or a multi-hot; the map (B, D, h, w) is not looked at."""
-        return Conditioned(self.film(probabilities))
+        return self.film(probabilities)  # type: ignore[no-any-return]
 
 
 class AttentionConditioning(nn.Module):
@@ -125,43 +112,26 @@ class AttentionConditioning(nn.Module):
             nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
         self.last = nn.ModuleList(last)
 
-    def forward(self, probabilities: Tensor, detected: Tensor) -> Conditioned:
+    def forward(self, probabilities: Tensor, detected: Tensor) -> Modulation:
         """(B, K) task probabilities, or a multi-hot, and the detector's map (B, D, h, w)."""
         x = self.first(detected)
         if self.by_task is not None:
             delta, beta = self.by_task(probabilities)[:, :, None, None].chunk(2, dim=1)
             x = (1 + delta) * x + beta
         x = torch.relu(x)
-        pooled = {0: x.mean(dim=(2, 3), keepdim=True), 1: x}
+        pooled = {step: _pooled(x, step) for step in set(self.steps)}
         modulation: Modulation = []
         for step, last in zip(self.steps, self.last, strict=True):
-            if step not in pooled:
-                pooled[step] = avg_pool2d(x, step, ceil_mode=True)
             delta, beta = last(pooled[step]).chunk(2, dim=1)
             modulation.append((1 + delta, beta))
-        return Conditioned(modulation)
+        return modulation
 
 
-class ExpertConditioning(FiLMConditioning):
-    """FiLM, and a projection of its own for each task, mixed by the tasks' probabilities.
-
-    projection = sum over k of p_k E_k, after CondConv (Yang et al., NeurIPS 2019); E_k zero at
-    init. Ten classes of one task lie along fewer directions than the classes of all tasks, and
-    FiLM alone scales directions, it does not turn them. Where there is no summary it is FiLM alone.
-    """
-
-    def __init__(self, num_tasks: int, layers: Layers, *, hidden: int) -> None:
-        super().__init__(num_tasks, layers, hidden=hidden)
-        self.experts: nn.Parameter | None = None
-        if all(layers.projection):
-            self.experts = nn.Parameter(torch.zeros(num_tasks, *layers.projection))
-
-    def forward(self, probabilities: Tensor, detected: Tensor) -> Conditioned:
-        """(B, K) task probabilities, or a multi-hot; the map (B, D, h, w) is not looked at."""
-        if self.experts is None:
-            return super().forward(probabilities, detected)
-        mixed = torch.einsum("bk,kgn->bgn", probabilities.to(self.experts.dtype), self.experts)
-        return Conditioned(self.film(probabilities), mixed)
+def _pooled(x: Tensor, step: int) -> Tensor:
+    """The mean of x (B, C, h, w) over squares of `step` positions, over all of them for 0."""
+    if step == 0:
+        return x.mean(dim=(2, 3), keepdim=True)
+    return x if step == 1 else avg_pool2d(x, step, ceil_mode=True)
 
 
 class NoConditioning(nn.Module):
@@ -171,15 +141,14 @@ class NoConditioning(nn.Module):
         super().__init__()
         self.layers = len(layers.channels)
 
-    def forward(self, probabilities: Tensor, detected: Tensor) -> Conditioned:
+    def forward(self, probabilities: Tensor, detected: Tensor) -> Modulation:
         """Neither is looked at; every layer stays as it is."""
-        return Conditioned([None] * self.layers)
+        return [None] * self.layers
 
 
 CONDITIONING: dict[str, Callable[..., nn.Module]] = {
     "film": FiLMConditioning,
     "attention": AttentionConditioning,
     "features": partial(AttentionConditioning, tasks=False),
-    "experts": ExpertConditioning,
     "none": NoConditioning,
 }

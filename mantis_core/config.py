@@ -133,10 +133,10 @@ class DetectorConfig(Section):
 
 
 class ConditioningConfig(Section):
-    kind: Literal["film", "attention", "features", "experts", "none"] = Field(
+    kind: Literal["film", "attention", "features", "none"] = Field(
         default="film",
         description="film: by task; attention: by task and position, off the detector's map; "
-        "features: attention without the tasks; experts: film and a projection a task; none",
+        "features: attention without the tasks; none",
     )
     hidden: int = Field(default=64, ge=1, description="of each generator's MLP")
 

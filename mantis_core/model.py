@@ -26,8 +26,8 @@ from mantis_core.spec import ModelSpec
 class Mantis(nn.Module):
     """Task-adaptive codec.
 
-    x ─ stem ─┬─ detector ─▶ p ─ conditioning ─▶ gamma, beta, projection
-              └───────────── encoder ──────────────┴─▶ latent ─ round ─ coder(table[mask]) ─▶ bits
+    x ─ stem ─┬─ detector ─▶ p ─ conditioning ─▶ gamma, beta
+              └───────────── encoder ─────────┴─▶ latent ─ round ─ coder(table[mask]) ─▶ bits
     bits ─ coder ─▶ latent ─ decoder ─ trunk ─ decoder_k ─ tail_k, k in mask ─▶ joint decision
 
     Encodes as its `client_codec` and decodes as its `server_codec`, which are what is loaded where

@@ -145,13 +145,9 @@ def narrowed(teacher: Teacher, task: TaskSpec) -> Teacher:
 
     Those of a classification become a flat head.
     """
-    own = Teacher.__new__(Teacher)
-    nn.Module.__init__(own)
-    own.name, own.split, own.tasks = teacher.name, teacher.split, (task,)
-    own.backbone = teacher.backbone
-    own.flat_classes = 0
-    own.flat_head = nn.Identity()  # type: ignore[assignment]
-    own.heads = nn.ModuleDict()
+    own = copy.deepcopy(teacher, {id(teacher.backbone): teacher.backbone})
+    own.tasks, own.heads = (task,), nn.ModuleDict()
+    own.flat_classes, own.flat_head = 0, nn.Identity()  # type: ignore[assignment]
     head = dict(teacher.heads.items()).get(task.name)
     if not task.is_classification:
         if head is not None:

@@ -6,7 +6,7 @@ mantis tune --config configs/quickstart.yaml --space film --trials 8
 from tune_spaces.domains import Choice, Field, Integer, Space
 
 SPACE: Space = {
-    "model.conditioning.kind": Field(Choice(("attention", "experts", "film", "none"))),
+    "model.conditioning.kind": Field(Choice(("attention", "film", "none"))),
     "model.conditioning.hidden": Field(Integer(8, 256, log=True)),
     "model.decoder.task_channels": Field(Choice((32, 64, 128))),
     "model.detector.hidden": Field(Choice((32, 64, 128)), touches="stage1", optional=True),

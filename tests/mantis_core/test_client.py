@@ -64,17 +64,17 @@ def test_a_latent_of_nothing_is_refused() -> None:
         EncoderConfig(latent_channels=0, summary_channels=0)
 
 
-@pytest.mark.parametrize("kind", ["film", "attention", "features", "experts"])
+@pytest.mark.parametrize("kind", ["film", "attention", "features"])
 def test_conditioning_is_the_identity_at_init(
     small_config: Callable[..., ModelConfig], kind: str
 ) -> None:
     client = Client(small_config(conditioning=ConditioningConfig(kind=kind)), num_tasks=3)
     view = client(torch.randn(2, 3, 32, 32))
     latent = client.encode(view, torch.sigmoid(view.logits))
-    y, pooled = client.encoder(view.stem)
+    y, features = client.encoder(view.stem)
     assert torch.equal(latent.map, y)
     assert client.summary is not None
-    summary = client.summary(torch.cat([pool(view.detected), pooled], dim=1))
+    summary = client.summary(torch.cat([pool(view.detected), pool(features)], dim=1))
     torch.testing.assert_close(latent.summary, summary)
 
 
@@ -97,23 +97,6 @@ def test_features_are_attention_that_is_not_told_the_tasks(
     first, second, _ = (client.encode(view, p[None]) for p in torch.eye(3))
     assert torch.equal(first.map, second.map) is not told
     assert torch.equal(first.summary, second.summary) is not told
-
-
-def test_experts_project_an_image_of_several_tasks_by_the_mixture(
-    small_config: Callable[..., ModelConfig],
-) -> None:
-    config = small_config(conditioning=ConditioningConfig(kind="experts", hidden=8))
-    client = Client(config, num_tasks=3)
-    torch.nn.init.normal_(client.conditioning.experts)
-    view = client(torch.randn(1, 3, 32, 32))
-    none, first, second, both = (
-        client.encode(view, torch.tensor([p]))
-        for p in ([0.0, 0, 0], [0.5, 0, 0], [0, 0, 0.25], [0.5, 0, 0.25])
-    )
-    assert torch.equal(first.map, none.map)  # experts are the summary's
-    assert not torch.allclose(first.summary, none.summary)
-    together = first.summary + second.summary - none.summary
-    torch.testing.assert_close(both.summary, together, rtol=1e-4, atol=1e-4)
 
 
 def test_a_task_is_as_probable_as_its_classes_together() -> None:

@@ -57,7 +57,7 @@ def codec_with(
     return codec_of(problem, small_config(**changes))
 
 
-@pytest.mark.parametrize("conditioning", ["film", "attention", "features", "experts", "none"])
+@pytest.mark.parametrize("conditioning", ["film", "attention", "features", "none"])
 @pytest.mark.parametrize("prior", PRIORS)
 def test_what_is_encoded_is_decoded_for_every_prior_and_conditioning(
     prior: str,
