@@ -1,8 +1,8 @@
 """The bottleneck: rounding or noise, the learned density, the rate, and the tables made from it.
 
 B batch, C channels of the latent's map and G of its summary, C + G together, K tasks, h w of the
-map, R prior rows (1 shared, else K), N symbols of a channel, L entries of a table. Coding by the
-tables is in coder.py, the container in bitstream.py.
+map, R prior rows (1 shared, else K), X contexts (1, or those of contexts.py), N symbols of a
+channel, L entries of a table. Coding by the tables is in coder.py, the container in bitstream.py.
 """
 
 import copy
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mantis_core.coder import MAX_SYMBOL, TOTAL, Prior, Table, TableSet
+from mantis_core.contexts import CONTEXTS, REACH, contexts, pass_of
 from mantis_core.latent import Latent
 
 Quantizer: TypeAlias = Literal["noise", "ste"]
@@ -55,6 +56,10 @@ class Bottleneck(nn.Module):
     task; `per_task` the mean of its active tasks' likelihoods. `quantizer` says what decoders are
     trained on: `ste` the rounded latent, its gradient passed through; `noise` the same noisy latent
     as the rate.
+
+    With `neighbour_contexts` a symbol's density is its channel's, shifted and stretched by the
+    context that its neighbours give, in training as in the tables:
+    P(y) = F(s (y + 1/2 - m)) - F(s (y - 1/2 - m)), m and s of the channel and context.
     """
 
     table_cdf: Tensor
@@ -69,6 +74,7 @@ class Bottleneck(nn.Module):
         quantizer: Quantizer = "ste",
         *,
         summary_channels: int = 0,
+        neighbour_contexts: bool = False,
     ) -> None:
         super().__init__()
         self.channels = channels + summary_channels
@@ -78,6 +84,11 @@ class Bottleneck(nn.Module):
         self.num_rows = 1 if prior == "shared" else num_tasks
         self.density = EntropyBottleneck(self.channels * self.num_rows, init_scale=_START_SCALE)
         self.density.quantiles.requires_grad_(False)  # medians stay 0, tails are searched
+        self.context_shift: nn.Parameter | None = None
+        self.context_log_scale: nn.Parameter | None = None
+        if neighbour_contexts:
+            self.context_shift = nn.Parameter(torch.zeros(self.channels, CONTEXTS))
+            self.context_log_scale = nn.Parameter(torch.zeros(self.channels, CONTEXTS))
         self.likelihood_bound = LowerBound(_LIKELIHOOD_BOUND)
         for name in _TABLES:
             self.register_buffer(name, torch.zeros(0, dtype=torch.int32))
@@ -101,7 +112,8 @@ class Bottleneck(nn.Module):
                 else:
                     noisy = y_hat = y.round().clamp(-MAX_SYMBOL, MAX_SYMBOL)
                 if y.shape[1]:
-                    likelihood = self._likelihood(noisy, mask, primary, own)
+                    noisy, half = self._by_context(noisy, y, own)
+                    likelihood = self._likelihood(noisy, half, mask, primary, own)
                     bits = bits - self.likelihood_bound(likelihood).log2().flatten(1).sum(1)
                 received.append(y_hat)
         return BottleneckOutput(Latent(received[0], received[1].flatten(1)), bits)
@@ -121,22 +133,28 @@ class Bottleneck(nn.Module):
         """
         density = copy.deepcopy(self.density).cpu().double()
         edges = torch.arange(-_WIDEST, _WIDEST + 2, dtype=torch.float64) - 0.5
-        logits = _cumulative_logits(edges.expand(density.channels, 1, -1), *_weights(density))
-        cumulative = torch.sigmoid(logits).numpy().reshape(self.num_rows, self.channels, -1)
+        weights = _weights(density)
+        parts = []
+        for stretched in self._edges_by_context(edges):  # (C, 2 * _WIDEST + 2)
+            everywhere = stretched.repeat(self.num_rows, 1)[:, None]
+            parts.append(torch.sigmoid(_cumulative_logits(everywhere, *weights)))
+        of_rows = torch.cat(parts, dim=1).numpy()  # (R * C, X, 2 * _WIDEST + 2)
+        cumulative = of_rows.reshape(self.num_rows, self.channels, len(parts), -1)
         if not np.isfinite(cumulative).all():
             raise ValueError("the bottleneck's weights are not finite: no tables can be made")
-        # (R, C): symbol s lies between edges s and s + 1; keep those with mass beyond them.
-        first = (cumulative[..., 1:] <= _TAIL_MASS).sum(-1).clip(max=2 * _WIDEST).min(0)
-        last = (2 * _WIDEST - (1 - cumulative[..., :-1] <= _TAIL_MASS).sum(-1)).clip(min=0).max(0)
-        lengths = last - first + 2
-        cdf = np.full((self.num_rows, self.channels, lengths.max() + 1), TOTAL, np.int32)
-        for row in range(self.num_rows):
-            for channel in range(self.channels):
-                inside = cumulative[row, channel, first[channel] : last[channel] + 2]
-                mass = np.diff(inside)
-                counts = _integer_counts(np.append(mass, max(0.0, 1 - mass.sum())))
-                cdf[row, channel, 0] = 0
-                cdf[row, channel, 1 : len(counts) + 1] = np.cumsum(counts)
+        # (C,): symbol s lies between edges s and s + 1; keep those with mass beyond them.
+        first = (cumulative[..., 1:] <= _TAIL_MASS).sum(-1).clip(max=2 * _WIDEST).min((0, 2))
+        last = (2 * _WIDEST - (1 - cumulative[..., :-1] <= _TAIL_MASS).sum(-1)).clip(min=0)
+        lengths = last.max((0, 2)) - first + 2
+        shape = (self.num_rows, self.channels, len(parts), lengths.max() + 1)
+        cdf = np.full(shape, TOTAL, np.int32)
+        for row, channel, context in np.ndindex(shape[:3]):
+            start, stop = first[channel], first[channel] + lengths[channel]
+            mass = np.diff(cumulative[row, channel, context, start:stop])
+            counts = _integer_counts(np.append(mass, max(0.0, 1 - mass.sum())))
+            cdf[row, channel, context, 0] = 0
+            cdf[row, channel, context, 1 : len(counts) + 1] = np.cumsum(counts)
+        cdf = cdf.reshape(self.num_rows, -1, shape[3])
         device = self.table_cdf.device
         for name, table in zip(_TABLES, (cdf, first - _WIDEST, lengths), strict=True):
             setattr(self, name, torch.from_numpy(table.astype(np.int32)).to(device))
@@ -155,11 +173,51 @@ class Bottleneck(nn.Module):
         """One image's table, by the rule of TableSet.table_for."""
         return self.tables().table_for(mask, primary)
 
-    def _likelihood(self, values: Tensor, mask: Tensor, primary: Tensor, channels: slice) -> Tensor:
+    def _by_context(
+        self, values: Tensor, latent: Tensor, channels: slice
+    ) -> tuple[Tensor, Tensor | None]:
+        """Where the channel's density is asked for `values`, and half a symbol's width there.
+
+        Contexts come of the rounded `latent`; both are (B, n, h, w), of the n `channels`. A width
+        of None is that of a symbol.
+        """
+        if self.context_shift is None or self.context_log_scale is None:
+            return values, None
+        symbols = latent.detach().round().clamp(-REACH, REACH)
+        padded = functional.pad(symbols, (1, 1, 1, 1)).to(torch.int64)
+        passes = torch.from_numpy(pass_of(*values.shape[2:])).to(values.device)
+        own = CONTEXTS * torch.arange(values.shape[1], device=values.device)[:, None, None]
+        index = contexts(padded, passes) + own
+        weights = torch.stack(
+            [self.context_shift[channels].flatten(), self.context_log_scale[channels].flatten()], 1
+        )
+        shift, log_scale = functional.embedding(index, weights).unbind(-1)
+        scale = log_scale.exp()
+        return (values - shift) * scale, 0.5 * scale
+
+    def _edges_by_context(self, edges: Tensor) -> list[Tensor]:
+        """Where the densities of C channels are asked for symbols' `edges` (N,): (C, N) each."""
+        if self.context_shift is None or self.context_log_scale is None:
+            return [edges.expand(self.channels, -1)]
+        shifts = self.context_shift.double().cpu().unbind(1)
+        scales = self.context_log_scale.double().cpu().exp().unbind(1)
+        return [
+            (edges - shift[:, None]) * scale[:, None]
+            for shift, scale in zip(shifts, scales, strict=True)
+        ]
+
+    def _likelihood(
+        self,
+        values: Tensor,
+        half: Tensor | None,
+        mask: Tensor,
+        primary: Tensor,
+        channels: slice,
+    ) -> Tensor:
         """P(value) of each element of values (B, n, h, w), mixed over the image's rows.
 
-        The n `channels` are some of each row's. Evaluates each (row, image) pair that occurs once,
-        row by row.
+        The n `channels` are some of each row's; `half` is as `_by_context` gives it. Evaluates each
+        (row, image) pair that occurs once, row by row.
         """
         rows, images, rows_per_image = self._pairs(values, mask, primary)
         weights = [
@@ -169,13 +227,19 @@ class Bottleneck(nn.Module):
             ]
             for tensors in _weights(self.density)
         ]
-        gathered = values.flatten(2).index_select(0, images).transpose(0, 1)  # (n, pairs, h * w)
+
+        def by_row(x: Tensor) -> tuple[Tensor, ...]:  # (n, pairs, h * w) of each row
+            gathered = x.flatten(2).index_select(0, images).transpose(0, 1)
+            return torch.split(gathered, rows, dim=1)
+
+        halves = [None] * len(rows) if half is None else by_row(half)
         parts = []
-        for row, part in enumerate(torch.split(gathered, rows, dim=1)):
+        for row, (part, width) in enumerate(zip(by_row(values), halves, strict=True)):
             if part.shape[1]:
                 of_row = [[t[row] for t in tensors] for tensors in weights]
                 flat = part.reshape(len(part), 1, -1)
-                parts.append(_interval_mass(flat, *of_row).view_as(part))
+                own = 0.5 if width is None else width.reshape(len(part), 1, -1)
+                parts.append(_interval_mass(flat, own, *of_row).view_as(part))
         pairs = torch.cat(parts, dim=1).transpose(0, 1)
         mixed = torch.zeros_like(values).flatten(2).index_add(0, images, pairs)
         return (mixed / rows_per_image[:, None, None]).view_as(values)
@@ -233,16 +297,20 @@ def _cumulative_logits(
 
 
 def _interval_mass(
-    values: Tensor, matrices: list[Tensor], biases: list[Tensor], factors: list[Tensor]
+    values: Tensor,
+    half: Tensor | float,
+    matrices: list[Tensor],
+    biases: list[Tensor],
+    factors: list[Tensor],
 ) -> Tensor:
-    """Mass of [value - 1/2, value + 1/2].
+    """Mass of [value - half, value + half].
 
     Taken in the left tail, mirrored where need be: near 1 float32 could not tell two sigmoids
     apart, and CompressAI 1.2.8, which does without, loses likelihood and gradient in the right
     tail.
     """
-    lower = _cumulative_logits(values - 0.5, matrices, biases, factors)
-    upper = _cumulative_logits(values + 0.5, matrices, biases, factors)
+    lower = _cumulative_logits(values - half, matrices, biases, factors)
+    upper = _cumulative_logits(values + half, matrices, biases, factors)
     sign = torch.where(lower + upper > 0, -1.0, 1.0).detach()
     return (torch.sigmoid(sign * upper) - torch.sigmoid(sign * lower)).abs()
 

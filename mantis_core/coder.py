@@ -1,21 +1,22 @@
 """Integer tables and lossless coding by them, without torch. Making them is in bottleneck.py.
 
-R prior rows, C channels, L table entries of the longest channel, K tasks, h w latent.
+R prior rows, C channels, X contexts, L table entries of the longest channel, K tasks, h w latent.
 
-A channel's table covers the symbols offset .. offset + length - 2; its last entry is the escape,
-for any other symbol. Tables are cumulative counts out of 2**16, so nothing here depends on floating
-point.
+A channel has X tables, 1 or one for each context of contexts.py. Each covers the symbols offset ..
+offset + length - 2; its last entry is the escape, for any other symbol. Tables are cumulative
+counts out of 2**16, so nothing here depends on floating point.
 
 Everything coded is one number (constriction's RangeEncoder). A latent in it: the table entries,
-channel by channel; then, for the escaped symbols in the same order, all classes, all signs, and the
-mantissas class by class. An escape at distance d >= 0 beyond its table has class
-k = floor(log2(d + 1)), probability 2**-(k + 1), then a sign bit and the k low bits of d + 1 (Elias'
-gamma code, 1975). Of the coder's state only the fewest bytes are kept that, with zeros behind, lie
-in the final interval; a reader refuses any other spelling.
+channel by channel, or, with contexts, pass by pass, in each channel by channel, context by context;
+then, for the escaped symbols channel by channel, all classes, all signs, and the mantissas class by
+class. As a neighbour an escaped symbol counts as the one above its table. An escape at distance
+d >= 0 beyond its table has class k = floor(log2(d + 1)), probability 2**-(k + 1), then a sign bit
+and the k low bits of d + 1 (Elias' gamma code, 1975). Of the coder's state only the fewest bytes
+are kept that, with zeros behind, lie in the final interval; a reader refuses any other spelling.
 """
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -24,6 +25,16 @@ from constriction import stream
 from numpy.typing import NDArray
 
 from mantis_core.bitstream import BitstreamError, Reason
+from mantis_core.contexts import (
+    CONTEXTS,
+    MOST,
+    PASSES,
+    REACH,
+    SUMS,
+    first_context,
+    neighbour_sums,
+    pass_of,
+)
 
 PRECISION = 16
 TOTAL = 1 << PRECISION
@@ -42,21 +53,26 @@ _TABLES_IN_MEMORY = 256
 class Table:
     """What one image is coded with.
 
-    `cdf` is (C, L + 1): row c rises strictly from 0 to TOTAL over its first lengths[c] + 1 columns
-    and stays there. `offsets` and `lengths` are (C,).
+    `cdf` is (C * X, L + 1), a channel's tables one after the other: each rises strictly from 0 to
+    TOTAL over its first lengths[c] + 1 columns and stays there. `offsets` and `lengths` are (C,).
     """
 
     cdf: Ints
     offsets: Ints
     lengths: Ints
+    _models: dict[int, Any] = field(default_factory=dict, init=False, repr=False)
 
-    @cached_property
-    def models(self) -> tuple[Any, ...]:
-        """One constriction model per channel."""
-        return tuple(
-            exact_model(np.diff(row[: length + 1]))
-            for row, length in zip(self.cdf, self.lengths, strict=True)
-        )
+    @property
+    def contexts(self) -> int:
+        """X."""
+        return len(self.cdf) // len(self.lengths)
+
+    def model(self, index: int) -> Any:
+        """constriction's model of row `index` of `cdf`, made when it is first needed."""
+        if index not in self._models:
+            length = self.lengths[index // self.contexts]
+            self._models[index] = exact_model(np.diff(self.cdf[index, : length + 1]))
+        return self._models[index]
 
     @cached_property
     def bounds(self) -> tuple[Ints, Ints]:
@@ -68,9 +84,9 @@ class Table:
 class TableSet:
     """Every table of a model: all the entropy coding needs, on the client and on the server.
 
-    `cdf` is (R, C, L + 1) int32, `offsets` and `lengths` (C,) int32: all rows of a channel share
-    one range of symbols. R is 1 for the shared prior, K else. ValueError if the arrays are no such
-    tables.
+    `cdf` is (R, C * X, L + 1) int32, `offsets` and `lengths` (C,) int32: all tables of a channel
+    share one range of symbols. R is 1 for the shared prior, K else. ValueError if the arrays are no
+    such tables.
     """
 
     prior: Prior
@@ -83,13 +99,15 @@ class TableSet:
             raise ValueError(f"prior is {self.prior!r}, must be one of {get_args(Prior)}")
         if (
             self.cdf.ndim != 3
-            or not self.offsets.shape == self.lengths.shape == self.cdf.shape[1:2]
+            or self.offsets.shape != self.lengths.shape
+            or self.cdf.shape[1] not in (self.lengths.size, self.lengths.size * CONTEXTS)
         ):
             raise ValueError("tables have shapes that do not fit each other")
         if any(a.dtype != np.int32 for a in (self.cdf, self.offsets, self.lengths)):
             raise ValueError("tables must be int32")
         entries = self.cdf.shape[2] - 1
-        inside = np.arange(entries) < self.lengths[:, None]
+        lengths = np.repeat(self.lengths, self.cdf.shape[1] // self.lengths.size)
+        inside = np.arange(entries) < lengths[:, None]
         counts = np.diff(self.cdf.astype(np.int64), axis=-1)
         if (
             self.lengths.min() < 2
@@ -183,8 +201,11 @@ class RangeWriter:
             if max(-int(values.min()), int(values.max())) > MAX_SYMBOL:
                 raise ValueError(f"a symbol is beyond +-{MAX_SYMBOL}")
             entries = np.where(escaped, escape, entries)
-        for row, model in zip(entries, table.models, strict=True):
-            self._encoder.encode(row, model)
+        for number in range(PASSES if table.contexts > 1 else 1):
+            where, runs = _coding_order(entries, table, symbols.shape, number)
+            ordered = entries.reshape(-1)[where]
+            for row, start, stop in runs:
+                self._encoder.encode(ordered[start:stop], table.model(row))
         if some_escaped:
             channel_of = np.nonzero(escaped)[0]
             self._put_escapes(values[escaped].astype(np.int64), *_range_of(table, channel_of))
@@ -247,7 +268,13 @@ class RangeReader:
         channels, height, width = shape
         if channels != len(table.lengths) or min(height, width) < 1:
             raise ValueError(f"shape {shape} does not fit a table of {len(table.lengths)} channels")
-        entries = np.stack([self.take_row(model, height * width) for model in table.models])
+        entries = np.zeros((channels, height * width), np.int32)
+        for number in range(PASSES if table.contexts > 1 else 1):
+            where, runs = _coding_order(entries, table, shape, number)
+            ordered = np.empty(len(where), np.int32)
+            for row, start, stop in runs:
+                ordered[start:stop] = self.take_row(table.model(row), stop - start)
+            entries.reshape(-1)[where] = ordered
         symbols: Ints = entries + table.offsets[:, None]
         escaped = entries == table.lengths[:, None] - 1
         if escaped.any():
@@ -340,10 +367,46 @@ def split_table(table: Table, channels: int) -> tuple[Table | None, Table | None
     """The table of the first `channels` channels and of those behind; None where there is none."""
     if channels == len(table.lengths):
         return table, None
-    rest = Table(table.cdf[channels:], table.offsets[channels:], table.lengths[channels:])
+    rows = channels * table.contexts
+    rest = Table(table.cdf[rows:], table.offsets[channels:], table.lengths[channels:])
     if channels == 0:
         return None, rest
-    return Table(table.cdf[:channels], table.offsets[:channels], table.lengths[:channels]), rest
+    return Table(table.cdf[:rows], table.offsets[:channels], table.lengths[:channels]), rest
+
+
+def _coding_order(
+    entries: Ints, table: Table, shape: tuple[int, ...], number: int
+) -> tuple[NDArray[np.int64], list[tuple[int, int, int]]]:
+    """Where a pass's symbols lie in the flat latent, in the order they are coded in, and the runs.
+
+    A run is the table's row and first and last position (exclusive) in that order. Of `entries`
+    (C, h * w) those of earlier passes are read.
+    """
+    channels, height, width = shape
+    of_channel = np.arange(channels)[:, None]
+    positions = _positions(height, width, number if table.contexts > 1 else None)
+    where = (of_channel * (height * width) + positions).reshape(-1)
+    if number == 0:
+        count, step = len(positions), table.contexts
+        return where, [(c * step, c * count, (c + 1) * count) for c in range(channels)]
+    padded = np.zeros((channels, height + 2, width + 2), np.int32)
+    symbols = (entries + table.offsets[:, None]).reshape(shape)
+    padded[:, 1:-1, 1:-1] = symbols.clip(-REACH, REACH)
+    sums = neighbour_sums(padded, number).reshape(channels, -1)[:, positions] + MOST
+    groups = (SUMS * of_channel + sums).reshape(-1)
+    counts = np.bincount(groups)
+    present = np.flatnonzero(counts)
+    ends = counts[present].cumsum()
+    rows = present // SUMS * CONTEXTS + first_context(number) + present % SUMS
+    runs = zip(rows.tolist(), (ends - counts[present]).tolist(), ends.tolist(), strict=True)
+    return where[np.argsort(groups, kind="stable")], list(runs)
+
+
+@lru_cache(maxsize=64)
+def _positions(height: int, width: int, number: int | None) -> NDArray[np.int64]:
+    """Positions of one pass, or of all, in a flat map, row by row."""
+    passes = pass_of(height, width).reshape(-1)
+    return np.arange(len(passes)) if number is None else np.flatnonzero(passes == number)
 
 
 def _range_of(table: Table, channel: NDArray[np.int64]) -> tuple[NDArray[Any], NDArray[Any]]:

@@ -185,6 +185,10 @@ class ModelConfig(Section):
     quantizer: Literal["ste", "noise"] = Field(
         default="ste", description="of the latent, in training"
     )
+    neighbour_contexts: bool = Field(
+        default=False,
+        description="code a symbol of the latent's map by its neighbours already decoded",
+    )
     send_probabilities: bool = Field(
         default=True, description="send a 4-bit log-probability for each active task"
     )

@@ -49,6 +49,7 @@ class Mantis(nn.Module):
             config.prior,
             quantizer=config.quantizer,
             summary_channels=config.encoder.summary_channels,
+            neighbour_contexts=config.neighbour_contexts,
         )
         self.server = new_server(spec, trunk)
         self.joint = new_joint(spec)

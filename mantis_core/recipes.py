@@ -136,7 +136,12 @@ class Stage1Student(nn.Module):
         channels, summary = config.encoder.latent_channels, config.encoder.summary_channels
         self.client = Client(plain, num_tasks, members)
         self.bottleneck = Bottleneck(
-            channels, num_tasks, "shared", quantizer=config.quantizer, summary_channels=summary
+            channels,
+            num_tasks,
+            "shared",
+            quantizer=config.quantizer,
+            summary_channels=summary,
+            neighbour_contexts=config.neighbour_contexts,
         )
         self.decoder: FeatureDecoder | None = None
         self.tail: nn.Module | None = None

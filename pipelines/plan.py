@@ -77,6 +77,7 @@ SLICES: dict[StageKind, tuple[str, ...]] = {
         "model.decoder.blocks",
         "model.decoder.summary_hidden",
         "model.quantizer",
+        "model.neighbour_contexts",
         "stage1",
     ),
     "stage2": ("seed", *_READER, "model", "stage2"),

@@ -23,6 +23,7 @@ from rich.progress import track
 
 from mantis_core.bitstream import BitstreamError, StreamSpec
 from mantis_core.coder import Prior, TableSet
+from mantis_core.contexts import CONTEXTS
 from mantis_core.wire import read_stream, write_stream
 from tests.golden.cases import random_image, random_tables
 
@@ -54,9 +55,12 @@ class Tally:
     largest_bytes: int = 0
 
 
-def make_model(prior: Prior, tasks: int, channels: int, size: int, seed: int) -> Model:
+def make_model(
+    prior: Prior, tasks: int, channels: int, size: int, seed: int, *, contexts: int = 1
+) -> Model:
     """A model of `size` pixels square with its streams: single, of another shape, several."""
-    tables = random_tables(prior, 1 if prior == "shared" else tasks, channels, seed)
+    rows = 1 if prior == "shared" else tasks
+    tables = random_tables(prior, rows, channels, seed, contexts=contexts)
     spec = StreamSpec(
         seed.to_bytes(4, "big"),
         tasks,
@@ -81,11 +85,12 @@ def make_model(prior: Prior, tasks: int, channels: int, size: int, seed: int) ->
 
 
 def models() -> list[Model]:
-    """Every prior; one task and many; 120 streams in all."""
+    """Every prior; one task and many; with and without contexts; 160 streams in all."""
     return [
         make_model("primary", 10, 6, 32, 1),
         make_model("per_task", 5, 3, 16, 2),
         make_model("shared", 1, 2, 16, 3),
+        make_model("primary", 4, 4, 32, 4, contexts=CONTEXTS),
     ]
 
 

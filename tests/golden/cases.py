@@ -17,6 +17,7 @@ from safetensors.numpy import save_file
 
 from mantis_core.bitstream import StreamSpec
 from mantis_core.coder import MAX_SYMBOL, TOTAL, Prior, TableSet
+from mantis_core.contexts import CONTEXTS
 from mantis_core.task_field import TaskField
 from mantis_core.wire import CodedImage, write_stream
 
@@ -75,16 +76,18 @@ def names() -> list[str]:
     return sorted(path.stem for path in FOLDER.glob("*.mts"))
 
 
-def random_tables(prior: Prior, rows: int, channels: int, seed: int) -> TableSet:
-    """Tables of 3 to 20 entries a channel, made from integers alone."""
+def random_tables(
+    prior: Prior, rows: int, channels: int, seed: int, *, contexts: int = 1
+) -> TableSet:
+    """Tables of 3 to 20 entries a channel, `contexts` of them, made from integers alone."""
     rng = np.random.default_rng(seed)
     lengths = rng.integers(3, 21, channels).astype(np.int32)
-    cdf = np.full((rows, channels, lengths.max() + 1), TOTAL, np.int32)
+    cdf = np.full((rows, channels * contexts, lengths.max() + 1), TOTAL, np.int32)
     for row in range(rows):
-        for channel, length in enumerate(lengths):
+        for index, length in enumerate(np.repeat(lengths, contexts)):
             cuts = rng.choice(np.arange(1, TOTAL), length - 1, replace=False)
-            cdf[row, channel, 0] = 0
-            cdf[row, channel, 1:length] = np.sort(cuts)
+            cdf[row, index, 0] = 0
+            cdf[row, index, 1:length] = np.sort(cuts)
     return TableSet(prior, cdf, -(lengths // 2), lengths)
 
 
@@ -156,6 +159,18 @@ def _write_missing() -> list[str]:
             10,
         ),
         "several_with_summaries": (brief, (32, 32), "per_task", 5),
+        "contexts": (
+            [random_image(4, (5, 5, 7), levels=True, seed=9, summary=3, reach=4)],
+            (40, 56),
+            "primary",
+            4,
+        ),
+        "several_with_contexts": (
+            [random_image(3, (4, 4, 4), levels=True, seed=seed) for seed in range(40, 43)],
+            (32, 32),
+            "per_task",
+            3,
+        ),
     }
     written = []
     for seed, (name, (images, shape, prior, tasks)) in enumerate(cases.items()):
@@ -164,7 +179,8 @@ def _write_missing() -> list[str]:
         channels = len(images[0].map) + len(images[0].summary)
         rows = 1 if prior == "shared" else tasks
         own = (32, 32) if name == "of_another_shape" else shape
-        tables = random_tables(prior, rows, channels, seed)
+        contexts = CONTEXTS if name.endswith("contexts") else 1
+        tables = random_tables(prior, rows, channels, seed, contexts=contexts)
         write_case(name, images, shape, tables, _spec(tasks, own, images[0]))
         written.append(name)
     return written

@@ -15,6 +15,7 @@ from mantis_core.coder import (
     split_table,
     to_symbols,
 )
+from mantis_core.contexts import CONTEXTS, REACH, contexts, pass_of
 from mantis_core.latent import Latent
 
 PRIORS = ("shared", "per_task", "primary")
@@ -120,7 +121,7 @@ def test_rows_are_those_of_separate_bottlenecks_and_per_task_is_their_mean():
             (latent.map.round(), slice(0, CHANNELS)),
             (latent.summary.round()[:, :, None, None], slice(CHANNELS, ALL_CHANNELS)),
         )
-        flat = [alone._likelihood(y, ones, primary, own).flatten(1) for y, own in parts]
+        flat = [alone._likelihood(y, None, ones, primary, own).flatten(1) for y, own in parts]
         rows.append(torch.cat(flat, 1))
     stacked = torch.stack(rows, 1)
     weights = mask.float() / mask.sum(1, keepdim=True)
@@ -131,14 +132,15 @@ def test_rows_are_those_of_separate_bottlenecks_and_per_task_is_their_mean():
         assert torch.allclose(bottleneck(latent, mask, primary).bits, expected, rtol=1e-4)
 
 
+@pytest.mark.parametrize("known", [False, True])
 @pytest.mark.parametrize("prior", PRIORS)
-def test_every_trainable_parameter_gets_a_gradient_at_every_step(prior):
-    bottleneck = build(prior).train()
+def test_every_trainable_parameter_gets_a_gradient_at_every_step(prior, known):
+    bottleneck = build(prior, neighbour_contexts=known).train()
     y, mask, primary = batch()
     mask[:] = torch.tensor([False, True, False])
     bottleneck(y, mask, torch.ones_like(primary)).bits.sum().backward()
     trainable = [p for p in bottleneck.parameters() if p.requires_grad]
-    assert len(trainable) == 14
+    assert len(trainable) == (16 if known else 14)
     assert all(p.grad is not None and p.grad.isfinite().all() for p in trainable)
     if prior != "shared":
         of_row = bottleneck.density.biases[0].grad.view(TASKS, ALL_CHANNELS, -1).abs().sum((1, 2))
@@ -187,9 +189,10 @@ def test_an_image_without_a_task_is_refused():
         build("per_task")(y, mask, primary)
 
 
+@pytest.mark.parametrize("known", [False, True])
 @pytest.mark.parametrize("prior", PRIORS)
-def test_payloads_have_the_estimated_size_and_decode_exactly(prior):
-    bottleneck = build(prior).eval()
+def test_payloads_have_the_estimated_size_and_decode_exactly(prior, known):
+    bottleneck = build(prior, neighbour_contexts=known).eval()
     bottleneck.update_tables()
     latent, mask, primary = batch(side=16)
     y_hat, bits = bottleneck(latent, mask, primary)
@@ -224,7 +227,7 @@ def test_tables_are_integer_counts_that_follow_the_density(prior):
     for row in range(bottleneck.num_rows):
         mask = torch.nn.functional.one_hot(torch.tensor([row]), TASKS).bool()
         every = slice(0, ALL_CHANNELS)
-        likelihood = bottleneck._likelihood(values, mask, torch.tensor([row]), every)[0, :, 0]
+        likelihood = bottleneck._likelihood(values, None, mask, torch.tensor([row]), every)[0, :, 0]
         for channel in range(ALL_CHANNELS):
             start = -5 - tables.offsets[channel]
             assert start >= 0
@@ -245,13 +248,64 @@ def test_update_tables_follows_later_training_and_is_repeatable():
     assert bottleneck.tables().digest() != first
 
 
+def test_untrained_contexts_change_nothing():
+    latent, mask, primary = batch()
+    plain = build("primary").eval()
+    with_contexts = Bottleneck(
+        CHANNELS, TASKS, "primary", summary_channels=SUMMARY, neighbour_contexts=True
+    ).eval()
+    with_contexts.density.load_state_dict(plain.density.state_dict())
+    for ours, theirs in zip(
+        with_contexts(latent, mask, primary), plain(latent, mask, primary), strict=True
+    ):
+        for a, b in zip(ours, theirs, strict=True):
+            assert torch.equal(a, b)
+
+
+def test_contexts_learn_what_neighbours_tell():
+    torch.manual_seed(0)
+    smooth = torch.randn(64, 1, 4, 4).repeat_interleave(2, 2).repeat_interleave(2, 3)
+    y = map_alone(3 * smooth.expand(-1, CHANNELS, -1, -1).contiguous())
+    mask, primary = torch.ones(64, 1, dtype=torch.bool), torch.zeros(64, dtype=torch.int64)
+    bits = {}
+    for known in (False, True):
+        bottleneck = Bottleneck(CHANNELS, 1, "shared", neighbour_contexts=known)
+        optimiser = torch.optim.Adam(bottleneck.parameters(), lr=3e-2)
+        for _ in range(200):
+            optimiser.zero_grad()
+            bottleneck(y, mask, primary).bits.mean().backward()
+            optimiser.step()
+        bits[known] = bottleneck.eval()(y, mask, primary).bits.mean().item()
+    assert bits[True] < 0.9 * bits[False]
+
+
+def test_contexts_of_the_rate_are_those_of_the_coder():
+    """A channel's table of a context holds what the estimate says of a symbol there."""
+    bottleneck = build("shared", neighbour_contexts=True).eval()
+    bottleneck.update_tables()
+    latent, mask, primary = batch(side=5, scale=1.0)
+    alone = map_alone(latent.map[:1])
+    table, _ = split_table(bottleneck.table_for((True,) * TASKS, 0), CHANNELS)
+    symbols = to_symbols(alone.map[0].numpy())
+    padded = np.pad(symbols.clip(-REACH, REACH), ((0, 0), (1, 1), (1, 1)))
+    index = contexts(padded, pass_of(5, 5))
+    bits = 0.0
+    for channel, row, column in np.ndindex(symbols.shape):
+        own = table.cdf[channel * CONTEXTS + index[channel, row, column]]
+        entry = symbols[channel, row, column] - table.offsets[channel]
+        bits -= np.log2((own[entry + 1] - own[entry]) / TOTAL)
+    estimate = bottleneck(alone, mask[:1], primary[:1]).bits.item()
+    assert bits == pytest.approx(estimate, rel=5e-3)
+
+
+@pytest.mark.parametrize("known", [False, True])
 @pytest.mark.parametrize("prior", PRIORS)
-def test_tables_survive_safetensors_into_a_module_with_none_or_with_others(prior, tmp_path):
-    source = build(prior)
+def test_tables_survive_safetensors_into_a_module_with_none_or_with_others(prior, known, tmp_path):
+    source = build(prior, neighbour_contexts=known)
     source.update_tables()
     save_file(source.state_dict(), tmp_path / "weights.safetensors")
     weights = load_file(tmp_path / "weights.safetensors")
-    fresh, trained = build(prior, seed=1), build(prior, seed=2)
+    fresh, trained = (build(prior, seed, neighbour_contexts=known) for seed in (1, 2))
     with torch.no_grad():
         trained.density.matrices[0].sub_(1.0)
     trained.update_tables()
@@ -260,7 +314,8 @@ def test_tables_survive_safetensors_into_a_module_with_none_or_with_others(prior
         target.load_state_dict(weights, strict=True)
         assert target.tables_ready
         assert target.tables().digest() == source.tables().digest()
-    fresh.load_state_dict(build(prior).state_dict(), strict=True)
+    untrained = build(prior, neighbour_contexts=known)
+    fresh.load_state_dict(untrained.state_dict(), strict=True)
     assert not fresh.tables_ready
 
 

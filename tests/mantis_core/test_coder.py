@@ -15,6 +15,8 @@ from mantis_core.coder import (
     encode_symbols,
     to_symbols,
 )
+from mantis_core.contexts import CONTEXTS, pass_of
+from tests.golden.cases import random_tables
 
 
 def make_tables(rows=1, channels=4, lengths=None, offset=-3, prior="shared", seed=0):
@@ -68,7 +70,8 @@ def decodes_to(payload, table, symbols):
 def test_constriction_uses_the_table_probabilities_to_the_last_bit():
     table = table_of(channels=6, lengths=[2, 3, 8, 40, 300, 2050], seed=3)
     unit = (2**64 - 1) >> 24
-    for model, row, length in zip(table.models, table.cdf, table.lengths, strict=True):
+    for index, (row, length) in enumerate(zip(table.cdf, table.lengths, strict=True)):
+        model = table.model(index)
         for entry in range(length):
             encoder = stream.queue.RangeEncoder()
             encoder.encode(entry, model)
@@ -96,6 +99,50 @@ def test_a_payload_is_within_two_bytes_and_a_thousandth_of_the_ideal(shape, seed
     payload = encode_symbols(symbols, table)
     assert len(payload) <= ideal_bits(symbols, table) / 8 * 1.001 + 2
     assert (decode_symbols(payload, table, symbols.shape) == symbols).all()
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(1, 6), st.integers(1, 6), st.integers(1, 40))
+def test_any_symbols_survive_contexts(seed, height, width, reach):
+    tables = random_tables("shared", 1, 3, seed, contexts=CONTEXTS)
+    table = tables.table_for((True,), 0)
+    symbols = np.random.default_rng(seed).integers(-reach, reach + 1, (3, height, width), np.int32)
+    payload = encode_symbols(symbols, table)
+    assert (decode_symbols(payload, table, symbols.shape) == symbols).all()
+
+
+def test_a_symbol_is_coded_by_the_table_of_its_neighbours():
+    """Tables that give all but two counts to one entry: only the right one makes it cheap."""
+    rows = []
+    for context in range(CONTEXTS):
+        counts = np.ones(5, np.int64)
+        counts[context % 3] = TOTAL - 4
+        rows.append(np.concatenate([[0], counts.cumsum()]))
+    cdf = np.array([rows], np.int32)
+    tables = TableSet("shared", cdf, np.array([-1], np.int32), np.array([5], np.int32))
+    table = tables.table_for((True,), 0)
+    symbols = np.full((1, 4, 4), -1, np.int32)  # context 0, at even rows and columns
+    symbols[0, 1::2, 1::2] = sum_context(symbols, 1) % 3 - 1
+    others = pass_of(4, 4) == 2
+    symbols[0, others] = (sum_context(symbols, 2) % 3 - 1)[others]
+    assert len(encode_symbols(symbols, table)) == 1
+    symbols[0, 3, 2] = (symbols[0, 3, 2] + 2) % 3 - 1
+    assert len(encode_symbols(symbols, table)) >= 2
+
+
+def sum_context(symbols, number):
+    """The context of each position of a pass, from the definition; (h, w), or pass 1's alone."""
+    height, width = symbols.shape[1:]
+    around = {1: [(-1, -1), (-1, 1), (1, -1), (1, 1)], 2: [(-1, 0), (1, 0), (0, -1), (0, 1)]}
+    found = np.zeros((height, width), int)
+    for row, column in np.ndindex(height, width):
+        total = sum(
+            min(2, max(-2, int(symbols[0, row + down, column + right])))
+            for down, right in around[number]
+            if 0 <= row + down < height and 0 <= column + right < width
+        )
+        found[row, column] = 1 + 7 * (number - 1) + 3 + min(3, max(-3, total))
+    return found[1::2, 1::2] if number == 1 else found
 
 
 @settings(max_examples=150, deadline=None)
