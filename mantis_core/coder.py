@@ -25,16 +25,7 @@ from constriction import stream
 from numpy.typing import NDArray
 
 from mantis_core.bitstream import BitstreamError, Reason
-from mantis_core.contexts import (
-    CONTEXTS,
-    MOST,
-    PASSES,
-    REACH,
-    SUMS,
-    first_context,
-    neighbour_sums,
-    pass_of,
-)
+from mantis_core.contexts import CONTEXTS, coding_order, passes
 
 PRECISION = 16
 TOTAL = 1 << PRECISION
@@ -201,8 +192,8 @@ class RangeWriter:
             if max(-int(values.min()), int(values.max())) > MAX_SYMBOL:
                 raise ValueError(f"a symbol is beyond +-{MAX_SYMBOL}")
             entries = np.where(escaped, escape, entries)
-        for number in range(PASSES if table.contexts > 1 else 1):
-            where, runs = _coding_order(entries, table, symbols.shape, number)
+        for number in passes(table.contexts):
+            where, runs = coding_order(entries, table.offsets, symbols.shape, number)
             ordered = entries.reshape(-1)[where]
             for row, start, stop in runs:
                 self._encoder.encode(ordered[start:stop], table.model(row))
@@ -269,8 +260,8 @@ class RangeReader:
         if channels != len(table.lengths) or min(height, width) < 1:
             raise ValueError(f"shape {shape} does not fit a table of {len(table.lengths)} channels")
         entries = np.zeros((channels, height * width), np.int32)
-        for number in range(PASSES if table.contexts > 1 else 1):
-            where, runs = _coding_order(entries, table, shape, number)
+        for number in passes(table.contexts):
+            where, runs = coding_order(entries, table.offsets, shape, number)
             ordered = np.empty(len(where), np.int32)
             for row, start, stop in runs:
                 ordered[start:stop] = self.take_row(table.model(row), stop - start)
@@ -372,41 +363,6 @@ def split_table(table: Table, channels: int) -> tuple[Table | None, Table | None
     if channels == 0:
         return None, rest
     return Table(table.cdf[:rows], table.offsets[:channels], table.lengths[:channels]), rest
-
-
-def _coding_order(
-    entries: Ints, table: Table, shape: tuple[int, ...], number: int
-) -> tuple[NDArray[np.int64], list[tuple[int, int, int]]]:
-    """Where a pass's symbols lie in the flat latent, in the order they are coded in, and the runs.
-
-    A run is the table's row and first and last position (exclusive) in that order. Of `entries`
-    (C, h * w) those of earlier passes are read.
-    """
-    channels, height, width = shape
-    of_channel = np.arange(channels)[:, None]
-    positions = _positions(height, width, number if table.contexts > 1 else None)
-    where = (of_channel * (height * width) + positions).reshape(-1)
-    if number == 0:
-        count, step = len(positions), table.contexts
-        return where, [(c * step, c * count, (c + 1) * count) for c in range(channels)]
-    padded = np.zeros((channels, height + 2, width + 2), np.int32)
-    symbols = (entries + table.offsets[:, None]).reshape(shape)
-    padded[:, 1:-1, 1:-1] = symbols.clip(-REACH, REACH)
-    sums = neighbour_sums(padded, number).reshape(channels, -1)[:, positions] + MOST
-    groups = (SUMS * of_channel + sums).reshape(-1)
-    counts = np.bincount(groups)
-    present = np.flatnonzero(counts)
-    ends = counts[present].cumsum()
-    rows = present // SUMS * CONTEXTS + first_context(number) + present % SUMS
-    runs = zip(rows.tolist(), (ends - counts[present]).tolist(), ends.tolist(), strict=True)
-    return where[np.argsort(groups, kind="stable")], list(runs)
-
-
-@lru_cache(maxsize=64)
-def _positions(height: int, width: int, number: int | None) -> NDArray[np.int64]:
-    """Positions of one pass, or of all, in a flat map, row by row."""
-    passes = pass_of(height, width).reshape(-1)
-    return np.arange(len(passes)) if number is None else np.flatnonzero(passes == number)
 
 
 def _range_of(table: Table, channel: NDArray[np.int64]) -> tuple[NDArray[Any], NDArray[Any]]:

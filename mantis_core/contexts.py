@@ -5,9 +5,12 @@ and column; the rest. Pass 1 looks at a position's four diagonal neighbours and 
 beside, above and below it, all decoded by then: each counts from -2 to 2, 0 outside the map, and
 their sum, from -3 to 3, is the context. Only integers, so that both ends agree on every machine.
 
-Serves numpy arrays and torch tensors alike, shaped (..., h, w); coder.py and bottleneck.py use it.
+`neighbour_sums` and `contexts` serve numpy arrays and torch tensors alike, shaped (..., h, w).
 """
 
+from __future__ import annotations
+
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -19,7 +22,6 @@ MOST = 3
 SUMS = 2 * MOST + 1
 CONTEXTS = 1 + 2 * SUMS
 """Tables of a channel: one for pass 0, then one a sum for pass 1, then one a sum for pass 2."""
-PASSES = 3
 
 
 @lru_cache(maxsize=64)
@@ -47,9 +49,53 @@ def first_context(number: int) -> int:
     return 0 if number == 0 else 1 + SUMS * (number - 1)
 
 
-def contexts(padded: Any, passes: Any) -> Any:
-    """Context of each position, (..., h, w), where all symbols are known; `passes` (h, w)."""
+def contexts(padded: Any, of_pass: Any) -> Any:
+    """Context of each position, (..., h, w), where all symbols are known; `of_pass` (h, w)."""
     return sum(
-        (passes == number) * (first_context(number) + MOST + neighbour_sums(padded, number))
+        (of_pass == number) * (first_context(number) + MOST + neighbour_sums(padded, number))
         for number in (1, 2)
     )
+
+
+def passes(tables: int) -> Sequence[int | None]:
+    """The passes a map is coded in, by the number of a channel's tables; None is all at once."""
+    return (None,) if tables == 1 else (0, 1, 2)
+
+
+def coding_order(
+    entries: NDArray[np.int32],
+    offsets: NDArray[np.int32],
+    shape: tuple[int, ...],
+    number: int | None,
+) -> tuple[NDArray[np.int64], list[tuple[int, int, int]]]:
+    """Where a pass's symbols lie in the flat latent, in the order they are coded in, and the runs.
+
+    A run is a row of the tables, C * X of them, and its first and last position (exclusive) in that
+    order. `shape` is (C, h, w), `offsets` (C,) are the tables' first symbols; of `entries`, in the
+    tables (C, h * w), those of earlier passes are read.
+    """
+    channels, height, width = shape
+    of_channel = np.arange(channels)[:, None]
+    positions = _positions(height, width, number)
+    where = (of_channel * (height * width) + positions).reshape(-1)
+    if not number:
+        count, step = len(positions), 1 if number is None else CONTEXTS
+        return where, [(c * step, c * count, (c + 1) * count) for c in range(channels)]
+    padded = np.zeros((channels, height + 2, width + 2), np.int32)
+    symbols = (entries + offsets[:, None]).reshape(shape)
+    padded[:, 1:-1, 1:-1] = symbols.clip(-REACH, REACH)
+    sums = neighbour_sums(padded, number).reshape(channels, -1)[:, positions] + MOST
+    groups = (SUMS * of_channel + sums).reshape(-1)
+    counts = np.bincount(groups)
+    present = np.flatnonzero(counts)
+    ends = counts[present].cumsum()
+    rows = present // SUMS * CONTEXTS + first_context(number) + present % SUMS
+    runs = zip(rows.tolist(), (ends - counts[present]).tolist(), ends.tolist(), strict=True)
+    return where[np.argsort(groups, kind="stable")], list(runs)
+
+
+@lru_cache(maxsize=64)
+def _positions(height: int, width: int, number: int | None) -> NDArray[np.int64]:
+    """Positions of one pass, or of all, in a flat map, row by row."""
+    of_pass = pass_of(height, width).reshape(-1)
+    return np.arange(len(of_pass)) if number is None else np.flatnonzero(of_pass == number)
