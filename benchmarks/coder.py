@@ -24,6 +24,7 @@ from mantis_core.coder import TOTAL, Ints, Table, decode_symbols, encode_symbols
 warnings.filterwarnings("ignore", category=FutureWarning)  # torch-geometric's, at its import
 
 from mantis_core.bottleneck import Bottleneck  # noqa: E402  (imports CompressAI)
+from mantis_core.latent import Latent  # noqa: E402
 
 LATENTS = ((16, 8, 8), (16, 16, 16), (48, 28, 28), (24, 55, 55))
 SMALL = LATENTS[0]
@@ -39,7 +40,8 @@ def trained_bottleneck(channels: int, steps: int = 150) -> tuple[Bottleneck, tor
     mask, primary = torch.ones(8, 1, dtype=torch.bool), torch.zeros(8, dtype=torch.long)
     for _ in range(steps):
         optimiser.zero_grad()
-        bottleneck(draw(scales, (8, channels, 8, 8)), mask, primary).bits.mean().backward()
+        latent = Latent(draw(scales, (8, channels, 8, 8)), torch.zeros(8, 0))
+        bottleneck(latent, mask, primary).bits.mean().backward()
         optimiser.step()
     bottleneck.update_tables()
     bottleneck.density.update(force=True, update_quantiles=True)  # its search for the tails

@@ -1,19 +1,19 @@
 """The stage chain without Ray and MLflow, for machines that have neither: a GPU lent for an hour.
 
 Same plan, same keys, same folders as `mantis evaluate`: a stage finished by one is skipped by the
-other, and one that was interrupted is trained anew. Stages of one kind, and the arms of an
-evaluation, are spread over processes, which may share a GPU: one of these small networks does not
-fill it.
+other, and one that was interrupted is trained anew. Stages and the measuring of arms are spread
+over processes, which may share a GPU: one of these small networks does not fill it.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass
 from multiprocessing import get_context
+from typing import Any
 
 import torch
 
@@ -22,10 +22,10 @@ from data_prep.schema import Manifest, read_manifest
 from mantis_core.tasks import Batch
 from mantis_core.training import Session, fit, steps_per_epoch
 from pipelines.evaluation import arm_sources, write_evaluation
-from pipelines.plan import TRAINING_KINDS, StageSpec, with_upstream
+from pipelines.plan import TRAINING_KINDS, Arm, StageSpec, plan_arms, with_upstream
 from pipelines.run_record import claim, mark_done, mark_started, stage_state
 from pipelines.settings import Settings
-from pipelines.split_pass import ArmSource, Evaluated, evaluate_locally
+from pipelines.split_pass import ArmSource, Evaluated, arm_figures, evaluate_locally
 from pipelines.stages import Plan
 from pipelines.storage import Store
 from pipelines.trainer import training_config
@@ -44,35 +44,106 @@ class Work:
     jobs: int
 
 
-def run_plain(plans: Sequence[Plan], *, prepared: str, jobs: int, say: Say) -> None:
-    """Runs the stages of all plans up to their evaluations, those of one kind side by side.
+def run_plain(
+    plans: Sequence[Plan],
+    *,
+    prepared: str,
+    jobs: int,
+    say: Say,
+    skip: Callable[[int, Arm], bool] = lambda number, arm: False,
+    on_measured: Callable[[int, Arm, Evaluated], None] | None = None,
+) -> None:
+    """Trains and measures the arms of all plans, `jobs` stages or arms at once, in their order.
 
     `prepared` is a folder written by `mantis prepare`; its images and tasks must be the plans' own
-    (ValueError otherwise). The error of a stage is raised when the others of its kind are through.
+    (ValueError otherwise). Each arm is given to `on_measured`, with its plan's number, as soon as
+    it is measured. Arms that `skip` names are left out, and with them their plan's stage
+    `evaluate`. A stage that fails takes with it what builds on it, and its error is raised when all
+    others are through.
     """
     manifest = read_manifest(prepared)
     for plan in plans:
         wanted = [(task.name, task.labels) for task in plan.table.tasks]
         if wanted != [(task.name, task.labels) for task in manifest.tasks]:
             raise ValueError(f"{prepared} was prepared for other tasks than this config's")
-    specs: dict[str, tuple[StageSpec, Plan]] = {}
-    for plan in plans:
-        for spec in with_upstream(plan.specs, "evaluate"):
-            specs.setdefault(spec.folder, (spec, plan))
+    todo: list[tuple[int, Arm]] = []
+    for number, plan in enumerate(plans):
+        specs = {spec.name: spec for spec in plan.specs}
+        if not _is_done(specs["evaluate"], plan.settings):
+            todo += [(number, a) for a in plan_arms(plan.settings) if not skip(number, a)]
+    measured: list[dict[str, Evaluated]] = [{} for _ in plans]
     context = get_context("spawn")  # CUDA does not survive a fork
     with ProcessPoolExecutor(jobs, mp_context=context) as pool:
-        for kind in TRAINING_KINDS:
-            waiting = [
-                Work(spec, _upstream(spec, plan), prepared, jobs)
-                for spec, plan in specs.values()
-                if spec.kind == kind and not _is_done(spec, plan.settings)
-            ]
-            futures = [pool.submit(_train_stage, work) for work in waiting]
-            for line in _finished(futures):
-                say(line)
-        for spec, plan in specs.values():
-            if spec.kind == "evaluate" and not _is_done(spec, plan.settings):
-                say(_evaluate(spec, plan, prepared, manifest, pool, jobs))
+        for (number, arm), found in _in_order(plans, todo, pool, prepared, manifest, jobs, say):
+            measured[number][arm.name] = found
+            figures = arm_figures(found, arm.name)["metrics"]
+            shown = ("val/top1", "val/wire_bytes")
+            say(f"{arm.name}: { ({n: round(figures[n], 4) for n in shown if n in figures}) }")
+            if on_measured is not None:
+                on_measured(number, arm, found)
+    for plan, parts in zip(plans, measured, strict=True):
+        if parts and len(parts) == len(list(plan_arms(plan.settings))):
+            say(_evaluate(plan, prepared, parts))
+
+
+def _in_order(
+    plans: Sequence[Plan],
+    todo: Sequence[tuple[int, Arm]],
+    pool: ProcessPoolExecutor,
+    prepared: str,
+    manifest: Manifest,
+    jobs: int,
+    say: Say,
+) -> Iterator[tuple[tuple[int, Arm], Evaluated]]:
+    """What `todo` gives, each arm when it is measured; never more than `jobs` things at once."""
+    work: dict[str, tuple[StageSpec, Plan]] = {}
+    for number, arm in todo:
+        for spec in with_upstream(plans[number].specs, arm.stage):
+            if spec.kind in TRAINING_KINDS and not _is_done(spec, plans[number].settings):
+                work.setdefault(spec.folder, (spec, plans[number]))
+    waiting = list(todo)
+    running: dict[Future[Any], str | tuple[int, Arm]] = {}
+    lost: set[str] = set()  # folders of stages that failed, or that build on one
+    errors: list[BaseException] = []
+    while waiting or running:
+        for item in list(waiting):
+            if len(running) >= jobs:
+                break
+            number, arm = item
+            plan = plans[number]
+            needed = [s for s in with_upstream(plan.specs, arm.stage) if s.folder in work]
+            if lost & {spec.folder for spec in needed}:
+                waiting.remove(item)
+            elif not needed:
+                waiting.remove(item)
+                (source,) = (
+                    s
+                    for s in arm_sources(plan.settings, {s.name: s for s in plan.specs})
+                    if s.name == arm.name
+                )
+                own = (prepared, manifest, plan.settings, source, jobs)
+                running[pool.submit(_measure, *own)] = item
+            else:
+                first = needed[0]  # upstream stages stand before those that build on them
+                if first.folder not in running.values():
+                    own = Work(first, _upstream(first, plan), prepared, jobs)
+                    running[pool.submit(_train_stage, own)] = first.folder
+        done, _ = wait(running, return_when=FIRST_COMPLETED)
+        for future in done:
+            what = running.pop(future)
+            error = future.exception()
+            if error is not None:
+                errors.append(error)
+            if isinstance(what, str):
+                if error is None:
+                    del work[what]
+                    say(future.result())
+                else:
+                    lost.add(what)
+            elif error is None:
+                yield what, future.result()
+    if errors:
+        raise errors[0]
 
 
 def _train_stage(work: Work) -> str:
@@ -116,31 +187,18 @@ def _train_stage(work: Work) -> str:
     return f"{spec.name} seed {settings.seed}: {time.monotonic() - began:.0f} s, {shown}"
 
 
-def _evaluate(
-    spec: StageSpec,
-    plan: Plan,
-    prepared: str,
-    manifest: Manifest,
-    pool: ProcessPoolExecutor,
-    jobs: int,
-) -> str:
-    """Measures every arm of a plan, an arm a process; writes the stage's files."""
-    began = time.monotonic()
-    store, settings = Store(plan.settings.storage.root), plan.settings
+def _evaluate(plan: Plan, prepared: str, parts: dict[str, Evaluated]) -> str:
+    """Writes the files of a plan's stage `evaluate` from its measured arms."""
     specs = {each.name: each for each in plan.specs}
+    spec, store = specs["evaluate"], Store(plan.settings.storage.root)
     with claim(store, spec):
         mark_started(store, spec)
-        sources = arm_sources(settings, specs)
-        futures = [
-            pool.submit(_measure, prepared, manifest, settings, source, jobs) for source in sources
-        ]
-        parts = [future.result() for future in futures]
-        answers = {name: own for part in parts for name, own in part.answers.items()}
-        first = parts[0]
+        answers = {name: found.answers[name] for name, found in parts.items()}
+        first = next(iter(parts.values()))
         done = Evaluated(answers, first.tasks, first.single_class, first.image_size)
-        result = write_evaluation(spec, settings, specs, store, prepared, done)
-        mark_done(store, spec, result, settings.tracking.uri)
-    return f"evaluate seed {settings.seed}: {time.monotonic() - began:.0f} s, {result['summary']}"
+        result = write_evaluation(spec, plan.settings, specs, store, prepared, done)
+        mark_done(store, spec, result, plan.settings.tracking.uri)
+    return f"evaluate seed {plan.settings.seed}: {result['summary']}"
 
 
 def _measure(
@@ -159,18 +217,6 @@ def _upstream(spec: StageSpec, plan: Plan) -> dict[str, str]:
 
 def _is_done(spec: StageSpec, settings: Settings) -> bool:
     return stage_state(Store(settings.storage.root), spec, settings.tracking.uri) == "done"
-
-
-def _finished(futures: Sequence[Future[str]]) -> Iterable[str]:
-    errors = []
-    for future in as_completed(futures):
-        error = future.exception()
-        if error is None:
-            yield future.result()
-        else:
-            errors.append(error)
-    if errors:
-        raise errors[0]
 
 
 def _threads(jobs: int) -> int:

@@ -109,6 +109,7 @@ class StageSpec:
     """One planned stage.
 
     `name` is the kind, or `kind/arm`. `config` is the part of the config the key is made of;
+    `recipe` is as the key, but says only what is made, not by which code and packages.
     `settings` is the whole config with the arm's overrides applied, from which the runner reads
     the same fields. `upstream` names stages planned before it. `folder` is a full address.
     """
@@ -119,6 +120,7 @@ class StageSpec:
     config: dict[str, Any]
     upstream: tuple[str, ...]
     key: str
+    recipe: str
     folder: str
     settings: Settings
 
@@ -162,17 +164,18 @@ def plan_stages(
         name = f"{kind}/{arm}" if arm else kind
         config = {**config_slice(own, kind), **(extra or {})}
         upstream = tuple(stage for stage in upstream if stage in planned)
+        made = {"kind": kind, "config": config}
         key = _digest(
             {
-                "kind": kind,
-                "config": config,
+                **made,
                 "upstream": {stage: planned[stage].key for stage in upstream},
                 "versions": versions,
                 "code": source_hash(*ENTRIES[kind]),
             }
         )
+        recipe = _digest({**made, "upstream": {s: planned[s].recipe for s in upstream}})
         folder = f"{settings.storage.root}/stages/{name}-{key[:12]}"
-        planned[name] = StageSpec(name, kind, arm, config, upstream, key, folder, own)
+        planned[name] = StageSpec(name, kind, arm, config, upstream, key, recipe, folder, own)
 
     classes = {"task_table": asdict(table), "data_fingerprint": data_fingerprint}
     add("prepare", (), extra=classes)

@@ -7,16 +7,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks.rate_accuracy import (
-    FIGURES,
-    PROTOCOLS,
-    append_rows,
-    curves,
-    plot,
-    read_rows,
-    steps,
-    summarise,
-)
+from benchmarks.rate_accuracy import PROTOCOLS, steps
+from benchmarks.study_points import FIGURES, append_rows, curves, plot, read_rows, summarise
 from tests.pipelines.chain import paint, write_config
 
 
@@ -66,6 +58,7 @@ def row(kind: str, seed: int, rate: float, top1: float, size: float) -> dict[str
         "rate_weight": rate,
         "quality": None,
         "commit": "abc",
+        "key": "def",
         **dict.fromkeys(FIGURES),
         "top1": top1,
         "wire_bytes": size,

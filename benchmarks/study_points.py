@@ -1,0 +1,146 @@
+"""The table of a study's points, and what is made of it: means, BD figures, floors, curves.
+
+Trains and measures nothing; rate_accuracy.py does.
+"""
+
+import csv
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mantis_core.rate_accuracy import Curve, CurveError, label_floor_bits, over_seeds
+from pipelines.report_figures import rd_figure, styled, to_png
+
+RESULTS = Path("results")
+FIGURES = {
+    "top1": "val/top1",
+    "wire_bytes": "val/wire_bytes",
+    "payload_bytes": "val/payload_bytes",
+    "estimated_bytes": "val/estimated_bytes",
+    "coverage": "val/detection/coverage",
+    "active_tasks": "val/detection/active_tasks",
+    "first_task": "val/detection/first",
+}
+COLUMNS = ("point", "config", "protocol", "kind", "seed", "rate_weight", "quality", "commit", "key")
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The table's rows, numbers as numbers, empty cells as None."""
+    if not path.is_file():
+        return []
+    with path.open(newline="") as file:
+        return [
+            {name: _parsed(value) for name, value in row.items()} for row in csv.DictReader(file)
+        ]
+
+
+def append_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Adds rows to the table, which is made with its first."""
+    if not rows:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = not path.is_file()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, [*COLUMNS, *FIGURES, "classes"], lineterminator="\n")
+        if new:
+            writer.writeheader()
+        writer.writerows(rows)
+
+
+def curves(rows: Sequence[Mapping[str, Any]], size: str) -> dict[str, dict[int, Curve]]:
+    """Kind to seed to curve, of kinds that send bytes; `size` is wire_bytes or payload_bytes."""
+    found: dict[str, dict[int, Curve]] = {}
+    for kind, seed in sorted({(r["kind"], r["seed"]) for r in rows if r["wire_bytes"] is not None}):
+        own = [row for row in rows if (row["kind"], row["seed"]) == (kind, seed)]
+        sizes, hits = [], []
+        for row in sorted(own, key=lambda row: row["wire_bytes"]):
+            with np.load(RESULTS / "images" / f"{row['point']}.npz") as images:
+                sizes.append(images[size].astype(float))
+                hits.append(np.unpackbits(images["hits"], count=len(sizes[-1])).astype(bool))
+        found.setdefault(kind, {})[seed] = Curve(np.array(sizes), np.array(hits))
+    return found
+
+
+def bd_figures(rows: Sequence[Mapping[str, Any]], size: str, *, accuracy: bool) -> dict[str, Any]:
+    """BD of MANTiS against each baseline: mean, low, high and each seed's, or why there is none."""
+    by_kind = curves(rows, size)
+    ours = by_kind.pop("mantis", {})
+    out: dict[str, Any] = {}
+    for kind, theirs in by_kind.items():
+        if len(theirs) == 1 and len(ours) > 1:  # an image codec has no seeds
+            theirs = dict.fromkeys(ours, next(iter(theirs.values())))
+        seeds = sorted(ours.keys() & theirs.keys())
+        try:
+            if not seeds:
+                raise CurveError("no seed has both")
+            found = over_seeds(
+                [theirs[s] for s in seeds], [ours[s] for s in seeds], accuracy=accuracy
+            )
+            out[kind] = {
+                "mean": round(found.mean, 2),
+                "low": round(found.low, 2),
+                "high": round(found.high, 2),
+                "seeds": [round(value, 2) for value in found.seeds],
+            }
+        except CurveError as error:
+            out[kind] = {"refused": str(error)}
+    return out
+
+
+def summarise(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """One point a kind and rate: means and standard deviations over seeds, and the floor."""
+    points = []
+    groups = {(row["kind"], row["rate_weight"], row["quality"]) for row in rows}
+    for kind, rate, quality in sorted(groups, key=str):
+        own = [
+            r for r in rows if (r["kind"], r["rate_weight"], r["quality"]) == (kind, rate, quality)
+        ]
+        point: dict[str, Any] = {
+            "kind": kind,
+            "rate_weight": rate,
+            "quality": quality,
+            "seeds": sorted(row["seed"] for row in own),
+        }
+        for name in FIGURES:
+            values = [row[name] for row in own if row[name] is not None]
+            if values:
+                point[name] = round(float(np.mean(values)), 5)
+            if len(values) > 1:
+                point[f"{name}_std"] = round(float(np.std(values, ddof=1)), 5)
+        if own[0]["classes"] and "payload_bytes" in point:
+            floor = label_floor_bits(int(own[0]["classes"]), point["top1"])
+            point["floor_bits"] = round(floor, 3)
+            point["payload_over_floor"] = (
+                round(8 * point["payload_bytes"] / floor, 1) if floor else None
+            )
+        points.append(point)
+    return points
+
+
+def plot(rows: Sequence[Mapping[str, Any]]) -> bytes:
+    """The R-D curves of all kinds, seeds as small marks, as a PNG."""
+    arms = [
+        {
+            "kind": row["kind"],
+            "rate_weight": row["rate_weight"],
+            "quality": row["quality"],
+            "metrics": {FIGURES[name]: row[name] for name in FIGURES if row[name] is not None},
+        }
+        for row in rows
+    ]
+    with styled():
+        return to_png(rd_figure(arms, width=8.0))
+
+
+def _parsed(value: str) -> Any:
+    if value == "":
+        return None
+    try:
+        return int(value)
+    except ValueError:
+        try:
+            return float(value)
+        except ValueError:
+            return value
