@@ -8,8 +8,9 @@ over processes, which may share a GPU: one of these small networks does not fill
 from __future__ import annotations
 
 import os
+import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -77,8 +78,10 @@ def run_plain(
         for (number, arm), found in _in_order(plans, todo, pool, prepared, manifest, jobs, say):
             measured[number][arm.name] = found
             figures = arm_figures(found, arm.name)["metrics"]
-            shown = ("val/top1", "val/wire_bytes")
-            say(f"{arm.name}: { ({n: round(figures[n], 4) for n in shown if n in figures}) }")
+            figures = {
+                n: round(v, 4) for n, v in figures.items() if n in ("val/top1", "val/wire_bytes")
+            }
+            say(f"{arm.name}: {figures}")
             if on_measured is not None:
                 on_measured(number, arm, found)
     for plan, parts in zip(plans, measured, strict=True):
@@ -179,12 +182,21 @@ def _train_stage(work: Work) -> str:
             )
             return (Batch.from_arrays(each, device) for each in arrays)
 
-        history = list(fit(session, batches, lambda: batches(None, "holdout")))
+        history = []
+        for figures in fit(session, batches, lambda: batches(None, "holdout")):
+            history.append(figures)
+            epoch = f"epoch {figures['epoch']:.0f} of {section.epochs}"
+            line = f"{spec.name} seed {settings.seed}, {epoch}: {_shown(figures)}"
+            print(line, file=sys.stderr, flush=True)
         config = {"name": spec.name, "kind": spec.kind, "key": spec.key, "folder": spec.folder}
         ship(session, settings, manifest, config, history)
         mark_done(store, spec, {"metrics": session.best}, settings.tracking.uri)
-    shown = {k: round(v, 4) for k, v in session.best.items() if k.endswith(("/top1", "/bits"))}
-    return f"{spec.name} seed {settings.seed}: {time.monotonic() - began:.0f} s, {shown}"
+    seconds = f"{time.monotonic() - began:.0f} s"
+    return f"{spec.name} seed {settings.seed}: {seconds}, {_shown(session.best)}"
+
+
+def _shown(figures: Mapping[str, float]) -> dict[str, float]:
+    return {k: round(v, 4) for k, v in figures.items() if k.endswith(("/top1", "/bits", "/loss"))}
 
 
 def _evaluate(plan: Plan, prepared: str, parts: dict[str, Evaluated]) -> str:
