@@ -7,6 +7,7 @@ over processes, which may share a GPU: one of these small networks does not fill
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import time
@@ -71,7 +72,9 @@ def run_plain(
     for number, plan in enumerate(plans):
         specs = {spec.name: spec for spec in plan.specs}
         if not _is_done(specs["evaluate"], plan.settings):
-            todo += [(number, a) for a in plan_arms(plan.settings) if not skip(number, a)]
+            arms = [arm for arm in plan_arms(plan.settings) if not skip(number, arm)]
+            arms.sort(key=lambda arm: arm.rate_weight or math.inf)  # a rate's arms side by side
+            todo += [(number, arm) for arm in arms]
     measured: list[dict[str, Evaluated]] = [{} for _ in plans]
     context = get_context("spawn")  # CUDA does not survive a fork
     with ProcessPoolExecutor(jobs, mp_context=context) as pool:
