@@ -46,6 +46,7 @@ TABLE = {  # column -> metric, factor, decimals
 WIDE, NARROW = 9.2, 3.9  # inches; an SVG is scaled to its card, and text should stay 10 px or more
 MAX_EXAMPLES = 24
 DASH = "\N{EN DASH}"
+TIMES = "\N{MULTIPLICATION SIGN}"
 
 
 class ReportError(ValueError):
@@ -82,7 +83,7 @@ def write_report(
     paths.csv.write_text(_points_csv(arms), "utf-8")
     paths.json.write_text(_points_json(evaluation), "utf-8")
     with styled():
-        paths.png.write_bytes(to_png(rd_figure(arms, width=7.5)))
+        paths.png.write_bytes(to_png(rd_figure(arms, width=WIDE)))
         paths.html.write_text(_page(evaluation, title), "utf-8")
     return paths
 
@@ -120,12 +121,17 @@ def _page(evaluation: Mapping[str, Any], title: str) -> str:
         trim_blocks=True,
     )
     columns = list(TABLE)
-    shown = [arm for arm in arms if arm["metrics"]]
+    kinds = list(dict.fromkeys(arm["kind"] for arm in arms))
+    shown = sorted(
+        (arm for arm in arms if arm["metrics"]),
+        key=lambda arm: (kinds.index(arm["kind"]), arm["metrics"].get("val/wire_bytes", 0.0)),
+    )
     return environment.get_template("report.html.jinja").render(
         title=title,
         subtitle=(
-            f"{len(tasks)} tasks, {evaluation['rows']:,} images of {width} x {height} pixels, "
-            f"split '{evaluation['split']}', every one coded to a real bitstream and decoded"
+            f"{len(tasks)} tasks, {evaluation['rows']:,} images of {width} {TIMES} {height} "
+            f"pixels, split '{evaluation['split']}', every one coded to a real bitstream and "
+            "decoded"
         ),
         facts=_facts(evaluation, main),
         curve_text=_curve_text(arms),
@@ -133,22 +139,21 @@ def _page(evaluation: Mapping[str, Any], title: str) -> str:
         curve_wide=Markup(to_svg(rd_figure(arms, width=WIDE), "rd-wide")),
         curve_narrow=Markup(to_svg(rd_figure(arms, width=NARROW), "rd-narrow")),
         looks=LOOKS,
-        columns=["arm", *columns[:2], "rate", "seed", *columns[2:]],
+        columns=["arm", *columns[:2], "rate weight", "seed", *columns[2:]],
         rows=[_table_row(arm, main) for arm in shown],
-        task_text=(
-            "Colours as above, one set of axes; accuracy within the task, of the images for which "
-            "it was decoded."
-        ),
+        image_ratio=f"{width} / {height}",
         tasks_wide=Markup(to_svg(task_figure(arms, tasks, width=WIDE), "tasks-wide")),
         tasks_narrow=Markup(to_svg(task_figure(arms, tasks, width=NARROW), "tasks-narrow")),
         tasks=[_task_row(task, main) for task in tasks],
+        sizes=_task_sizes(tasks, main),
+        measured=_measured(main),
         confusion=_confusion(main, tasks),
         detection=[
             Markup(to_svg(detection_figure(arms, width=size), name))
             for size, name in ((WIDE, "detection-wide"), (NARROW, "detection-narrow"))
             if ranking_arms(arms)
         ],
-        examples=[_example(e) for e in evaluation["examples"][:MAX_EXAMPLES]],
+        examples=[_example(e, tasks) for e in evaluation["examples"][:MAX_EXAMPLES]],
         notes=_notes(evaluation, main),
     )
 
@@ -170,7 +175,7 @@ def _facts(evaluation: Mapping[str, Any], main: Mapping[str, Any]) -> list[dict[
     if "val/wire_bytes" in metrics:
         size = metrics["val/wire_bytes"]
         add(f"{size:.0f}", "bytes", "per image on the wire, everything counted")
-        add(f"{3 * height * width / size:,.0f}", "x", "smaller than the raw pixels (8-bit RGB)")
+        add(f"{3 * height * width / size:,.0f}", TIMES, "smaller than the raw pixels (8-bit RGB)")
     if "val/bpp" in metrics:
         add(f"{metrics['val/bpp']:.3f}", "bit", "per pixel of the input image")
     teacher = level(evaluation["arms"], "teacher", "val/top1")
@@ -196,7 +201,9 @@ def _interval(evaluation: Mapping[str, Any], main: Mapping[str, Any]) -> str:
 
 def _curve_text(arms: Sequence[Mapping[str, Any]]) -> str:
     points = curve(arms, "mantis", "val/top1")
-    text = "Up and to the left is better. The names carry the value of each arm's largest point."
+    text = "Up and to the left is better."
+    if any(level(arms, kind, "val/top1") is not None for kind in ("individual", "teacher")):
+        text += " A horizontal line is a model without compression: it has no size."
     if len(points) == 1:
         text += (
             " One rate was trained: this is a point, not a curve. More rates: "
@@ -240,15 +247,33 @@ def _task_row(task: Mapping[str, Any], main: Mapping[str, Any]) -> dict[str, str
         value = main["metrics"].get(metric)
         return DASH if value is None else f"{100 * value:.1f}"
 
-    size = main["metrics"].get(f"val/task/{task['name']}/wire_bytes")
     measure = " (mean IoU)" if task["kind"] == "segmentation" else ""
     return {
         "name": task["name"] + measure,
         "labels": str(len(task["labels"])),
         "accuracy": percent(task_metric(task)),
         "decoded": percent(f"val/task/{task['name']}/decoded"),
-        "bytes": DASH if size is None else f"{size:.1f}",
     }
+
+
+def _task_sizes(
+    tasks: Sequence[Mapping[str, Any]], main: Mapping[str, Any]
+) -> list[dict[str, str]]:
+    """Mean size of the images of each task, and its share of the largest for a bar."""
+    found = [(t["name"], main["metrics"].get(f"val/task/{t['name']}/wire_bytes")) for t in tasks]
+    sizes = [(name, size) for name, size in found if size is not None]
+    most = max((size for _, size in sizes), default=0.0) or 1.0
+    return [
+        {"name": n, "share": f"{x / most:.3f}", "bits": f"{8 * x:,.0f}", "bytes": f"{x:,.1f}"}
+        for n, x in sizes
+    ]
+
+
+def _measured(arm: Mapping[str, Any]) -> str:
+    """Which of the points a table of one arm is about."""
+    size = arm["metrics"].get("val/wire_bytes")
+    weight = "" if arm["rate_weight"] is None else f" at rate weight {arm['rate_weight']:g}"
+    return f"{arm['label']}{weight}" + ("" if size is None else f", {size:,.1f} bytes per image")
 
 
 def _confusion(
@@ -265,16 +290,18 @@ def _confusion(
     return {"names": names, "rows": rows, "images": f"{sum(row['count'] for row in rows):,}"}
 
 
-def _example(example: Mapping[str, Any]) -> dict[str, Any]:
+def _example(example: Mapping[str, Any], tasks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """What was true and what was said, task by task; a task in neither is not mentioned."""
     true, said = example["true"], example["answer"]
+    masks = {task["name"] for task in tasks if task["kind"] == "segmentation"}
     lines = []
     for task in [*true, *(name for name in said if name not in true)]:
         right = task in said and said[task] == true.get(task)
+        answer = "mask decoded" if task in masks and task in said else said.get(task, "not sent")
         lines.append(
             {
                 "task": task,
-                "said": said.get(task, "not sent"),
+                "said": answer,
                 "truth": "" if right else true.get(task, "not in the image"),
                 "state": "right" if right else "wrong",
                 "mark": "\N{CHECK MARK}" if right else "\N{MULTIPLICATION X}",
@@ -288,6 +315,7 @@ def _example(example: Mapping[str, Any]) -> dict[str, Any]:
         "jpeg": example["jpeg_base64"],
         "bytes": example["wire_bytes"],
         "lines": lines,
+        "joint": example["class"] if len(said) > 1 else None,
         "alt": ", ".join(f"{task}: {label}" for task, label in true.items()) or "no task",
     }
 

@@ -3,16 +3,27 @@
 import base64
 import csv
 import io
+import itertools
 import json
 import math
 import re
 from html.parser import HTMLParser
 
 import pytest
+from matplotlib.colors import to_rgb
+from matplotlib.text import Text
 from PIL import Image
 
-from pipelines.report import ReportError, write_report
-from pipelines.report_figures import curve
+from pipelines.report import NARROW, WIDE, ReportError, write_report
+from pipelines.report_figures import (
+    LEVEL_DASHES,
+    LOOKS,
+    curve,
+    detection_figure,
+    rd_figure,
+    styled,
+    task_figure,
+)
 
 TASKS = [
     {"name": "animals", "kind": "classification", "labels": ["cat", "dog"]},
@@ -122,7 +133,7 @@ def test_the_main_figures_come_with_what_they_are_worth(tmp_path):
     seen = text_of(write_report(evaluation(*arms), tmp_path).html)
     assert "70.0 % top-1, end to end (95 % interval 65.3 to 74.3)" in seen
     assert "64 bytes" in seen
-    assert "48 x smaller than the raw pixels" in seen
+    assert "48 \N{MULTIPLICATION SIGN} smaller than the raw pixels" in seen
     assert "\N{MINUS SIGN}10.0 points against the uncompressed teacher" in seen
     assert "One seed." in seen
     assert "this is a point, not a curve" in seen
@@ -186,3 +197,145 @@ def test_the_same_evaluation_gives_the_same_files(tmp_path):
     second = write_report(evaluation(), tmp_path / "b")
     for one, other in zip(vars(first).values(), vars(second).values(), strict=True):
         assert one.read_bytes() == other.read_bytes()
+
+
+def crowded() -> list[dict]:
+    """All kinds at once over two decades of bytes, as in a study."""
+    arms = []
+    for place, kind in enumerate(LOOKS):
+        if kind in LEVEL_DASHES:
+            arms.append(arm(kind, top1=0.7 + place / 500))
+            continue
+        for step in range(4):
+            size = 30.0 * 2**step * (6 if "+" in LOOKS[kind].label else 1) + place
+            arms.append(arm(kind, rate=0.001 * step, size=size, top1=0.3 + 0.12 * step))
+    arms[0]["metrics"] |= {"val/detection/coverage": 0.9, "val/detection/active_tasks": 1.5}
+    return arms
+
+
+def drawn(name: str, width: float, arms: list[dict]):
+    """A figure and the boxes, in pixels, of its visible texts."""
+    tasks = [*TASKS * 4, TASKS[0], {**TASKS[0], "name": "a_name_too_long_for_one_of_the_panels"}]
+    with styled():
+        if name == "rd":
+            figure = rd_figure(arms, width=width)
+        elif name == "task":
+            figure = task_figure(arms, tasks, width=width)
+        else:
+            figure = detection_figure(arms, width=width)
+        figure.draw_without_rendering()
+        texts = [t for t in figure.findobj(Text) if t.get_visible() and t.get_text().strip()]
+        inside = []
+        for axes in figure.axes:  # matplotlib keeps ticks beyond the limits without drawing them
+            for axis, limits in ((axes.xaxis, axes.get_xlim()), (axes.yaxis, axes.get_ylim())):
+                ticks = axis.get_major_ticks()
+                inside += [t.label1 for t in ticks if not limits[0] <= t.get_loc() <= limits[1]]
+        unseen = {id(text) for text in inside}
+        boxes = [(t.get_text(), t.get_window_extent()) for t in texts if id(t) not in unseen]
+    return figure, boxes
+
+
+@pytest.mark.parametrize("width", [NARROW, WIDE])
+@pytest.mark.parametrize("name", ["rd", "task", "detection"])
+def test_no_text_of_a_figure_is_cut_or_lies_on_another(name, width):
+    figure, boxes = drawn(name, width, crowded())
+    for text, box in boxes:
+        assert box.x0 >= -1, text
+        assert box.y0 >= -1, text
+        assert box.x1 <= figure.bbox.x1 + 1, text
+        assert box.y1 <= figure.bbox.y1 + 1, text
+    for (one, a), (other, b) in itertools.combinations(boxes, 2):
+        across = min(a.x1, b.x1) - max(a.x0, b.x0)
+        along = min(a.y1, b.y1) - max(a.y0, b.y0)
+        assert across <= 1 or along <= 2, f"{one!r} and {other!r}"
+
+
+@pytest.mark.parametrize("width", [NARROW, WIDE])
+@pytest.mark.parametrize("name", ["rd", "task", "detection"])
+def test_the_key_stands_outside_the_axes(name, width):
+    figure, _ = drawn(name, width, crowded())
+    key = figure.legends[0].get_window_extent()
+    assert figure.axes
+    assert not any(key.overlaps(axes.bbox) for axes in figure.axes)
+
+
+@pytest.mark.parametrize("width", [NARROW, WIDE])
+def test_small_axes_still_have_two_sizes_to_read(width):
+    figure, _ = drawn("task", width, crowded())
+    labels = [label.get_text() for label in figure.axes[0].get_xticklabels()]
+    assert len(labels) >= 2
+    assert all(re.fullmatch(r"[\d,]+", label) for label in labels)
+
+
+def test_a_model_without_bytes_is_a_line_across_with_its_name_beside():
+    arms = [arm("mantis", rate=0.01, size=64.0, top1=0.5), arm("teacher", top1=0.8)]
+    figure, boxes = drawn("rd", NARROW, arms)
+    axes = figure.axes[0]
+    heights = [set(line.get_ydata()) for line in axes.lines if len(line.get_xdata()) == 2]
+    assert {80.0} in heights
+    texts = [text.get_text() for text in axes.texts]
+    assert texts == ["teacher 80.0 %"]
+    assert len([text for text, _ in boxes if text.startswith("teacher")]) == 2  # and in the key
+
+
+def test_a_name_on_a_line_gives_way_to_the_curves():
+    high = [
+        arm(kind, rate=rate, size=size, top1=0.79 + shift)
+        for kind, shift in (("mantis", 0.005), ("none", -0.005))
+        for rate, size in enumerate((20.0, 40.0, 80.0, 160.0, 320.0))
+    ]
+    figure, _ = drawn("rd", NARROW, [*high, arm("teacher", top1=0.79)])
+    assert not figure.axes[0].texts
+
+
+def test_a_detector_that_never_sends_a_second_task_has_a_figure_too(tmp_path):
+    main = {**arm("mantis", rate=0.01, size=64.0), "detection_curve": [(1.0, 1.0), (1.0, 1.0)]}
+    assert "Coverage against active tasks" in text_of(write_report(evaluation(main), tmp_path).html)
+
+
+@pytest.mark.parametrize("kind", LOOKS)
+def test_a_kind_stands_out_on_white_and_on_the_dark_card(kind):
+    def luminance(colour: str) -> float:
+        linear = [
+            c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(colour)
+        ]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    assert 1.05 / (luminance(LOOKS[kind].colour) + 0.05) >= 3
+    assert (luminance(LOOKS[kind].dark) + 0.05) / (luminance("#1c2227") + 0.05) >= 3
+
+
+def test_bits_and_bytes_of_each_task_are_told(tmp_path):
+    main = arm("mantis", rate=0.01, size=64.0, **{"val/task/animals/wire_bytes": 80.0})
+    page = write_report(evaluation(main), tmp_path).html
+    assert "task bits wire bytes animals 640 80.0" in text_of(page)
+    assert "--share: 1.000" in page.read_text()
+
+
+def test_an_image_keeps_its_shape_and_every_table_scrolls_in_its_own_box(tmp_path):
+    page = write_report(evaluation(image_size=[32, 64]), tmp_path).html.read_text()
+    assert "aspect-ratio: 64 / 32;" in page
+    assert "object-fit" not in page
+    boxed = re.findall(r'<div class="scroll [a-z]+" role="region" [^>]*><table', page)
+    assert len(boxed) == page.count("<table") >= 3
+
+
+def test_an_example_has_the_joint_answer_and_calls_a_mask_no_answer(tmp_path):
+    said = {"animals": "cat", "road": "mask"}
+    example = {**evaluation()["examples"][0], "true": said, "answer": said, "class": "tabby"}
+    seen = text_of(write_report(evaluation(examples=[example]), tmp_path).html)
+    assert "road: mask decoded" in seen
+    assert "joint answer: tabby" in seen
+
+
+def test_rows_stand_by_kind_and_size_and_the_main_one_is_marked(tmp_path):
+    arms = [
+        arm("mantis", rate=0.01, size=64.0),
+        arm("mantis", name="small", rate=0.1, size=32.0),
+        arm("teacher", name="whole"),
+        arm("none", name="plain", rate=0.01, size=66.0),
+    ]
+    page = write_report(evaluation(*arms), tmp_path).html.read_text()
+    rows = re.findall(r'<tr( class="main")?><th scope="row"><span class="dot".*?</span>(\w+)', page)
+    marked = ' class="main"'
+    assert rows == [("", "small"), (marked, "mantis"), ("", "whole"), ("", "plain")]
