@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from typing import Any
 
@@ -90,6 +91,30 @@ def run_plain(
     for plan, parts in zip(plans, measured, strict=True):
         if parts and len(parts) == len(list(plan_arms(plan.settings))):
             say(_evaluate(plan, prepared, parts))
+
+
+def adopt(plan: Plan) -> Plan:
+    """The plan with finished trainings of the same recipe in the place of its own missing ones.
+
+    They were made by other code or packages: whoever asks for them knows that their weights would
+    be the same, or does not mind. A stage keeps its name and gets the folder and key it found.
+    """
+    store, uri = Store(plan.settings.storage.root), plan.settings.tracking.uri
+    specs = []
+    for spec in plan.specs:
+        if spec.kind in TRAINING_KINDS and stage_state(store, spec, uri) != "done":
+            above, _, name = spec.folder.rpartition("/")
+            own = re.compile(re.escape(name[: -len(spec.key[:12])]) + r"[0-9a-f]{12}")
+            for sibling in filter(own.fullmatch, store.list(above)):
+                folder = f"{above}/{sibling}"
+                begun = store.read_json(f"{folder}/STARTED")
+                other = replace(spec, folder=folder, key=begun["key"])
+                same = begun.get("recipe") == spec.recipe
+                if same and stage_state(store, other, uri) == "done":
+                    spec = other
+                    break
+        specs.append(spec)
+    return replace(plan, specs=tuple(specs))
 
 
 def _in_order(

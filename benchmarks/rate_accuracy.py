@@ -22,7 +22,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,23 +54,35 @@ CODECS = "{jpeg: [5, 10, 20, 40, 75], webp: [0, 5, 10, 20, 40, 75], avif: [20, 3
 
 @dataclass(frozen=True)
 class Protocol:
-    """`baselines` by phase: a later phase is begun when every seed has the earlier one."""
+    """`baselines` by phase: a later phase is begun when every seed has the earlier one.
+
+    `exits`: confidence by rate weight, at which arms are measured with early exit too. The lower
+    the rate, the less a latent adds to the client's own answer, and the sooner that is enough.
+    """
 
     seeds: tuple[int, ...]
     rates: tuple[float, ...]
     phases: tuple[tuple[str, ...], ...]
     overrides: tuple[str, ...] = ()
     codecs: str = "{}"
+    exits: tuple[tuple[float, float], ...] = ()
 
 
 PROTOCOLS = {
-    "screen": Protocol((0,), (1e-3, 4e-3), (("none",),), ("data.train_rows=10000",)),
+    "screen": Protocol(
+        (0,),
+        (1e-3, 4e-3),
+        (("none",),),
+        overrides=("data.train_rows=10000",),
+        exits=((1e-3, 0.35), (4e-3, 0.2)),
+    ),
     "full": Protocol(
         (0, 1, 2),
         (3e-4, 1e-3, 3e-3, 1e-2),
         (("none",), ("none", "none_prior", "student", "oracle", "teacher"), ("per_task",)),
         overrides=("stage1.epochs=6",),
         codecs=CODECS,
+        exits=((3e-4, 0.5), (1e-3, 0.35), (3e-3, 0.2), (1e-2, 0.1)),
     ),
 }
 
@@ -96,12 +108,17 @@ class Step:
         """Names a point by the recipe of the weights it measures, for ever."""
         stage = self.specs[arm.stage].recipe[:12] if arm.stage else f"seed{arm.seed}"
         quality = "" if arm.quality is None else f"-q{arm.quality}"
+        if arm.exit_confidence is not None:
+            quality = f"-c{arm.exit_confidence:g}"
         return f"{self.name}-{arm.kind}-{stage}{quality}"
 
 
 def steps(protocol: Protocol, config: str, overrides: Sequence[str]) -> Iterator[Step]:
     """The runs of a study, phase by phase, all seeds in each."""
     main, *others = protocol.rates
+    exits = ", ".join(f"{rate!r}: {sure!r}" for rate, sure in protocol.exits)
+    if not load_settings(config, overrides).model.detector.classes:
+        exits = ""
     for number, baselines in enumerate(protocol.phases):
         for seed in protocol.seeds:
             own = [
@@ -113,6 +130,7 @@ def steps(protocol: Protocol, config: str, overrides: Sequence[str]) -> Iterator
                 f"evaluate.baseline_rate_weights={list(protocol.rates)!r}",
                 f"evaluate.baselines=[{', '.join(baselines)}]",
                 "evaluate.seeds=[]",
+                f"evaluate.early_exit={{{exits}}}",
             ]
             once = number == 1 and seed == protocol.seeds[0]
             own.append(f"evaluate.codecs={protocol.codecs if once else '{}'}")
@@ -134,7 +152,10 @@ def run_plainly(
     missing: Sequence[Step], arguments: argparse.Namespace, table: Path, known: set[str]
 ) -> None:
     """The steps' unknown points without Ray; each is written as soon as it is measured."""
-    from benchmarks.plain_chain import run_plain
+    from benchmarks.plain_chain import adopt, run_plain
+
+    if arguments.reuse:
+        missing = [replace(step, plan=adopt(step.plan)) for step in missing]
 
     def keep(number: int, arm: Arm, found: Evaluated) -> None:
         own, step = found.answers[arm.name], missing[number]
@@ -207,8 +228,8 @@ def point_row(
         check=True,
     ).stdout.strip()
     key = step.specs[arm.stage].key if arm.stage else None
-    known = (point, step.name, protocol, arm.kind, arm.seed, arm.rate_weight, arm.quality)
-    row = dict(zip(COLUMNS, (*known, commit, key), strict=True))
+    own = (arm.kind, arm.seed, arm.rate_weight, arm.quality, arm.exit_confidence)
+    row = dict(zip(COLUMNS, (point, step.name, protocol, *own, commit, key), strict=True))
     row |= {name: figures.get(metric) for name, metric in FIGURES.items()}
     row["classes"] = len(step.plan.table.classes) if single_class else None
     return row
@@ -243,6 +264,11 @@ def main() -> None:
     parser.add_argument("--phases", type=int, help="only the first so many of the protocol's")
     parser.add_argument("--plain", metavar="SHARDS", help="without Ray, on these prepared shards")
     parser.add_argument("--jobs", type=int, default=1, help="with --plain: processes at once")
+    parser.add_argument(
+        "--reuse",
+        action="store_true",
+        help="with --plain: take what other code has trained by the same recipe",
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     arguments = parser.parse_args()
     protocol = PROTOCOLS[arguments.protocol]

@@ -21,9 +21,12 @@ FIGURES = {
     "estimated_bytes": "val/estimated_bytes",
     "coverage": "val/detection/coverage",
     "active_tasks": "val/detection/active_tasks",
+    "answered": "val/answered",
+    "answered_top1": "val/answered_top1",
     "first_task": "val/detection/first",
 }
-COLUMNS = ("point", "config", "protocol", "kind", "seed", "rate_weight", "quality", "commit", "key")
+COLUMNS = ("point", "config", "protocol", "kind", "seed", "rate_weight", "quality")
+COLUMNS += ("exit_confidence", "commit", "key")
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -64,9 +67,12 @@ def curves(rows: Sequence[Mapping[str, Any]], size: str) -> dict[str, dict[int, 
 
 
 def bd_figures(rows: Sequence[Mapping[str, Any]], size: str, *, accuracy: bool) -> dict[str, Any]:
-    """BD of MANTiS against each baseline: mean, low, high and each seed's, or why there is none."""
+    """BD of MANTiS against each baseline: mean, low, high and each seed's, or why there is none.
+
+    MANTiS is the arm with early exit, where it was measured; then `mantis` is what it is without.
+    """
     by_kind = curves(rows, size)
-    ours = by_kind.pop("mantis", {})
+    ours = by_kind.pop("early_exit", None) or by_kind.pop("mantis", {})
     out: dict[str, Any] = {}
     for kind, theirs in by_kind.items():
         if len(theirs) == 1 and len(ours) > 1:  # an image codec has no seeds

@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 class Encoded:
     """One image's stream and what it was made of. probabilities and mask are (K,).
 
+    `answered`: the client's own answer is sent, and no latent.
+
     `payload_bytes` is the coded latent's share of the stream; the task field costs fractions of
     bytes. `estimated_bits` is NaN where no density is at hand.
     """
@@ -26,6 +28,7 @@ class Encoded:
     estimated_bits: float
     probabilities: NDArray[np.float32]
     mask: NDArray[np.bool_]
+    answered: bool = False
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class Answer:
     `labels`, `label_names` and `segmentation` are by task, of decoded tasks; a mask is uint8
     (H, W). `class_index` is the joint decision over all decoded tasks, -1 where images have no
     single class. The bytes are those of the image's own stream, or its share of one that holds
-    several.
+    several. Where the client has `answered`, label and class are its own, with one probability.
     """
 
     tasks: tuple[str, ...]
@@ -49,6 +52,7 @@ class Answer:
     segmentation: dict[str, NDArray[np.uint8]] = field(repr=False)
     wire_bytes: float
     payload_bytes: float
+    answered: bool = False
 
     def to_row(self) -> dict[str, Any]:
         """As a row of the registered models' output; `answer` holds the whole of it as JSON."""

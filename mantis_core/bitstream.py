@@ -59,9 +59,10 @@ class StreamSpec:
     """What client and server know before a stream is sent.
 
     `input_shape` is the model's own (H, W) in pixels, `latent_channels` and `summary_channels` are
-    those of the latent's map and summary, `stride` the downsampling from input to map. `max_pixels`
-    of one image, `max_total_pixels` of all images of a stream and `max_stream_bytes` bound what a
-    stream may make its reader allocate.
+    those of the latent's map and summary, `stride` the downsampling from input to map. `labels` are
+    the tasks' numbers of labels, 0 where there is none to send, for a client that may answer an
+    image itself; empty for one that may not. `max_pixels` of one image, `max_total_pixels` of all
+    images of a stream and `max_stream_bytes` bound what a stream may make its reader allocate.
     """
 
     model_id: bytes
@@ -70,6 +71,7 @@ class StreamSpec:
     latent_channels: int
     stride: int
     summary_channels: int = 0
+    labels: tuple[int, ...] = ()
     max_pixels: int = 2**24
     max_total_pixels: int = 2**26
     max_stream_bytes: int = 2**24
@@ -85,6 +87,8 @@ class StreamSpec:
             self.latent_channels + self.summary_channels
         ):
             raise ValueError("latent_channels and summary_channels: at least 0, not both 0")
+        if self.labels and (len(self.labels) != self.num_tasks or min(self.labels) < 0):
+            raise ValueError(f"labels {self.labels}: need one number, 0 or more, for each task")
 
     def latent_shape(self, input_shape: tuple[int, int]) -> tuple[int, int, int]:
         """The map's (C, h, w) for an input of (H, W) pixels: sides / stride, rounded up."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from mantis_core.answer import Encoded
-from mantis_core.client import Client, primary_task, select_mask
+from mantis_core.client import Client, View, primary_task, select_mask
 from mantis_core.coder import TableSet, to_symbols
 from mantis_core.errors import ModelError
 from mantis_core.inference import one_thread, still
@@ -58,26 +58,47 @@ class ClientCodec:
         self.mask_threshold, self.model_id, self.estimate = mask_threshold, model_id, estimate
         self.stream_spec = spec.stream_spec(model_id)
 
-    def encode(self, images: Tensor, tasks: Sequence[str] | Tensor | None = None) -> list[bytes]:
+    def encode(
+        self,
+        images: Tensor,
+        tasks: Sequence[str] | Tensor | None = None,
+        *,
+        exit_confidence: float | None = None,
+    ) -> list[bytes]:
         """uint8 images (B, 3, H, W) to one stream each.
 
         `tasks` None detects them; names ask for these alone, of every image; a bool tensor (B, K)
-        says which for each. Raises ModelError for an unknown name or images of another kind.
+        says which for each. With `exit_confidence` (0 to 1) an image of whose class the detector is
+        at least so sure is answered by the client: its stream holds the answer and no latent (early
+        exit, after Teerapittayanon et al., ICPR 2016); not where tasks are asked for. Raises
+        ModelError for an unknown name, images of another kind, or a detector that names no classes.
         """
-        return [encoded.data for encoded in self.encode_in_detail(images, tasks)]
+        seen = self.encode_in_detail(images, tasks, exit_confidence=exit_confidence)
+        return [encoded.data for encoded in seen]
 
     def encode_in_detail(
-        self, images: Tensor, tasks: Sequence[str] | Tensor | None = None
+        self,
+        images: Tensor,
+        tasks: Sequence[str] | Tensor | None = None,
+        *,
+        exit_confidence: float | None = None,
     ) -> list[Encoded]:
         """As `encode`, with the sizes and the detector's view of each image."""
         encoded = []
-        for seen in self.look(images, tasks):
+        for seen in self.look(images, tasks, exit_confidence=exit_confidence):
             data, payload_bytes = write_stream(
                 [seen.image], seen.input_shape, self.tables, self.stream_spec
             )
             mask = np.array(seen.image.tasks.mask)
             encoded.append(
-                Encoded(data, payload_bytes, seen.estimated_bits, seen.probabilities, mask)
+                Encoded(
+                    data,
+                    payload_bytes,
+                    seen.estimated_bits,
+                    seen.probabilities,
+                    mask,
+                    seen.image.label is not None,
+                )
             )
         return encoded
 
@@ -93,7 +114,13 @@ class ClientCodec:
         return write_stream(coded, shapes.pop(), self.tables, self.stream_spec).data
 
     @torch.no_grad()
-    def look(self, images: Tensor, tasks: Sequence[str] | Tensor | None = None) -> Iterator[Seen]:
+    def look(
+        self,
+        images: Tensor,
+        tasks: Sequence[str] | Tensor | None = None,
+        *,
+        exit_confidence: float | None = None,
+    ) -> Iterator[Seen]:
         """The task field and symbols of each of `images`; arguments and errors as `encode`.
 
         On a CPU each image passes the network alone and on one thread: what is sent of it must not
@@ -105,13 +132,15 @@ class ClientCodec:
                 f"images are {images.dtype} {tuple(images.shape)}; allowed: uint8 (B, 3, H, W)"
             )
         asked = self._asked(tasks, len(images), images.device)
+        self._check_exit(exit_confidence)
         if images.device.type != "cpu":
-            yield from self._look(images, asked)
+            yield from self._look(images, asked, exit_confidence)
             return
         for row in range(len(images)):
             own = slice(row, row + 1)
             with one_thread():
-                seen = list(self._look(images[own], None if asked is None else asked[own]))
+                mine = None if asked is None else asked[own]
+                seen = list(self._look(images[own], mine, exit_confidence))
             yield from seen
 
     def prepare_image(self, data: bytes) -> Tensor:
@@ -134,19 +163,71 @@ class ClientCodec:
             "client_macs": counter.get_total_flops() // 2,
         }
 
-    def _look(self, images: Tensor, asked: Tensor | None) -> Iterator[Seen]:
+    def _look(
+        self, images: Tensor, asked: Tensor | None, exit_confidence: float | None
+    ) -> Iterator[Seen]:
+        shape = (int(images.shape[2]), int(images.shape[3]))
         with still(self.client):
             view = self.client(normalise(images))
             detected = torch.sigmoid(view.logits.float())
-            mask = asked
-            if mask is None:
-                limit = self.spec.model.max_active_tasks
-                mask = select_mask(detected, self.mask_threshold, limit)
-            primary = primary_task(detected, mask)
-            latent = self.client.encode(view, detected if asked is None else asked.float())
-            bits = [float("nan")] * len(images)
-            if self.estimate is not None:
-                bits = self.estimate(latent, mask, primary).tolist()
+            own: list[CodedImage | None] = [None] * len(images)
+            if exit_confidence is not None and asked is None and view.class_logits is not None:
+                own = self._answers(view.class_logits, detected, exit_confidence, shape)
+            rest = [row for row, answer in enumerate(own) if answer is None]
+            coded: dict[int, tuple[CodedImage, float]] = {}
+            if rest:
+                some = View(view.stem[rest], view.detected[rest], view.logits[rest])
+                wanted = None if asked is None else asked[rest]
+                coded = dict(zip(rest, self._code(some, detected[rest], wanted), strict=True))
+        probabilities = detected.cpu().numpy()
+        for row, answer in enumerate(own):
+            image, bits = coded[row] if answer is None else (answer, 0.0)
+            yield Seen(image, shape, probabilities[row], bits)
+
+    def _answers(
+        self,
+        class_logits: Tensor,
+        detected: Tensor,
+        exit_confidence: float,
+        input_shape: tuple[int, int],
+    ) -> list[CodedImage | None]:
+        """For each image the client's own answer, where it is at least so sure of its class."""
+        named = torch.softmax(class_logits.float(), dim=1)[:, :-1].max(dim=1)
+        found: list[CodedImage | None] = []
+        for row, (sure, index) in enumerate(
+            zip(named.values.tolist(), named.indices.tolist(), strict=True)
+        ):
+            if sure < exit_confidence:
+                found.append(None)
+                continue
+            owners = [k for k, task in enumerate(self.spec.tasks) if index in task.classes]
+            task = max(owners, key=lambda k: float(detected[row, k]))
+            mask = tuple(k == task for k in range(len(self.spec.tasks)))
+            levels = (quantise_log2(sure),) if self.spec.model.send_probabilities else None
+            nothing = np.zeros(self.stream_spec.latent_shape(input_shape), np.int32)
+            found.append(
+                CodedImage(
+                    TaskField(mask, task, levels),
+                    nothing,
+                    np.zeros(self.stream_spec.summary_channels, np.int32),
+                    self.spec.tasks[task].classes.index(index),
+                )
+            )
+        return found
+
+    def _code(
+        self, view: View, detected: Tensor, asked: Tensor | None
+    ) -> Iterator[tuple[CodedImage, float]]:
+        """Task field and symbols of each image, and the estimate of the latent's bits."""
+        mask = asked
+        if mask is None:
+            limit = self.spec.model.max_active_tasks
+            mask = select_mask(detected, self.mask_threshold, limit)
+        primary = primary_task(detected, mask)
+        latent = self.client.encode(view, detected if asked is None else asked.float())
+        bits = [float("nan")] * len(detected)
+        if self.estimate is not None:
+            bits = self.estimate(latent, mask, primary).tolist()
         sends = self.spec.model.send_probabilities and asked is None
         maps = to_symbols(latent.map.float().cpu().numpy())
         summaries = to_symbols(latent.summary.float().cpu().numpy())
@@ -155,12 +236,7 @@ class ClientCodec:
             active = masks[i]
             levels = tuple(quantise_log2(float(p)) for p in probabilities[i][active])
             field = TaskField(tuple(active.tolist()), first, levels if sends else None)
-            yield Seen(
-                CodedImage(field, maps[i], summaries[i]),
-                (int(images.shape[2]), int(images.shape[3])),
-                probabilities[i],
-                bits[i],
-            )
+            yield CodedImage(field, maps[i], summaries[i]), bits[i]
 
     def _asked(
         self, tasks: Sequence[str] | Tensor | None, count: int, device: torch.device
@@ -180,3 +256,14 @@ class ClientCodec:
             )
         wanted = torch.tensor([name in tasks for name in names], device=device)
         return wanted.expand(count, -1)
+
+    def _check_exit(self, confidence: float | None) -> None:
+        if confidence is None:
+            return
+        if not self.spec.model.detector.classes:
+            raise ModelError(
+                "exit_confidence needs a detector that names classes, and this model's names tasks "
+                "alone: train it with model.detector.classes=true, or leave exit_confidence out"
+            )
+        if not 0 <= confidence <= 1:
+            raise ModelError(f"exit_confidence is {confidence}: give a probability, 0 to 1")

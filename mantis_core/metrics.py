@@ -28,7 +28,8 @@ class ImageRecords:
 
     Truth: class_label (N,), labels (N, K), task_mask (N, K). Answers: class_index (N,), -1 where
     none was asked for; predicted (N, K) label of each decoded classification task; decoded (N, K)
-    bool. `probabilities` (N, K) and sizes (N,) are None for arms that detect or send nothing.
+    bool; answered (N,) bool, by the client itself. `probabilities` (N, K) and sizes (N,) are None
+    for arms that detect or send nothing.
     `confusion` holds (n, n + 1) pixel counts by segmentation task, rows the truth, the last column
     pixels of images whose mask was not decoded.
     """
@@ -43,6 +44,7 @@ class ImageRecords:
     wire_bytes: Array | None = None
     payload_bytes: Array | None = None
     estimated_bits: Array | None = None
+    answered: Array | None = None
     confusion: dict[str, Array] = field(default_factory=dict)
 
 
@@ -54,7 +56,8 @@ def figures(
     `val/top1` is end to end: with one class an image the share of images whose class is named, else
     the share of (image, true classification task) pairs decoded and right.
     `val/detection/top1_if_right` and `_if_wrong` are top1 of the images whose most probable task
-    is, or is not, a true one.
+    is, or is not, a true one; `val/answered` is the share of images that the client has answered
+    itself, `val/answered_top1` how many of those it has right.
     """
     out: dict[str, float] = {}
     known = records.class_label >= 0
@@ -93,6 +96,11 @@ def figures(
             value = _share((hits & which).sum(), (known & which).sum()) if decides else None
             if value is not None:
                 out[f"val/detection/top1_if_{name}"] = value
+    if records.answered is not None and records.answered.any():
+        out["val/answered"] = float(records.answered.mean())
+        value = _share((hits & records.answered).sum(), (known & records.answered).sum())
+        if value is not None:
+            out["val/answered_top1"] = value
     out |= _sizes(records, pixels)
     return out
 

@@ -72,15 +72,26 @@ class Mantis(nn.Module):
         """The server half of this model, sharing its weights; RuntimeError before `finish`."""
         return ServerCodec(self.spec, self.server, self.joint, self.tables(), self.model_id())
 
-    def encode(self, images: Tensor, tasks: Sequence[str] | Tensor | None = None) -> list[bytes]:
+    def encode(
+        self,
+        images: Tensor,
+        tasks: Sequence[str] | Tensor | None = None,
+        *,
+        exit_confidence: float | None = None,
+    ) -> list[bytes]:
         """uint8 images (B, 3, H, W) to one stream each, as ClientCodec.encode."""
-        return self.client_codec().encode(images, tasks)
+        return self.client_codec().encode(images, tasks, exit_confidence=exit_confidence)
 
     def encode_in_detail(
-        self, images: Tensor, tasks: Sequence[str] | Tensor | None = None
+        self,
+        images: Tensor,
+        tasks: Sequence[str] | Tensor | None = None,
+        *,
+        exit_confidence: float | None = None,
     ) -> list[Encoded]:
         """As `encode`, with the sizes, the estimate and the detector's view of each image."""
-        return self.client_codec().encode_in_detail(images, tasks)
+        codec = self.client_codec()
+        return codec.encode_in_detail(images, tasks, exit_confidence=exit_confidence)
 
     def decode(self, streams: Iterable[bytes]) -> list[Answer]:
         """Streams to answers, as ServerCodec.decode."""

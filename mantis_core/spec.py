@@ -53,9 +53,16 @@ class ModelSpec(BaseModel):
             latent_channels=self.model.encoder.latent_channels,
             summary_channels=self.model.encoder.summary_channels,
             stride=self.model.encoder.stride,
+            labels=self.answerable(),
             max_pixels=_MAX_AREA_RATIO * own,
             max_total_pixels=MAX_IMAGES * own,
         )
+
+    def answerable(self) -> tuple[int, ...]:
+        """Labels of each task where the client names classes, and so may answer itself; else ()."""
+        if not self.model.detector.classes:
+            return ()
+        return tuple(len(task.classes) for task in self.tasks)
 
     def model_id(self, state: Mapping[str, Tensor]) -> bytes:
         """4 bytes of a SHA-256 over all that a stream and its answer depend on.
@@ -71,6 +78,7 @@ class ModelSpec(BaseModel):
             "prior": self.model.prior,
             "send_probabilities": self.model.send_probabilities,
             "stride": self.model.encoder.stride,
+            "answerable": self.answerable(),
         }
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
         for name, tensor in sorted(state.items()):

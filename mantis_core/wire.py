@@ -3,11 +3,13 @@
 C h w of the latent's map, G of its summary, H W input pixels.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
+from constriction import stream
 
 from mantis_core.bitstream import Stream, StreamSpec, pack, unpack
 from mantis_core.coder import Ints, RangeReader, RangeWriter, TableSet, split_table
@@ -16,11 +18,16 @@ from mantis_core.task_field import TaskField, put_task_field, take_task_field
 
 @dataclass(frozen=True, eq=False)
 class CodedImage:
-    """One image as it is sent: task field, the latent's map (C, h, w) and summary (G,), int32."""
+    """One image as it is sent: task field, the latent's map (C, h, w) and summary (G,), int32.
+
+    Or, with a `label` of its one active task, an image that the client has answered itself: then
+    the level sent is that of the answer's probability, and map and summary are zeros, not sent.
+    """
 
     tasks: TaskField
     map: Ints
     summary: Ints = field(default_factory=lambda: np.zeros(0, np.int32))
+    label: int | None = None
 
 
 class Packed(NamedTuple):
@@ -49,7 +56,7 @@ def write_stream(
     """One stream of one image or several. All of them send levels, or none does.
 
     Raises BitstreamError (too_large) for more images or pixels than a stream may hold, ValueError
-    for symbols that are none of this model's.
+    for symbols or a label that are none of this model's.
     """
     writer = RangeWriter()
     with_levels = bool(images) and images[0].tasks.levels is not None
@@ -63,6 +70,9 @@ def write_stream(
         if given != wanted:
             raise ValueError(f"map, summary and tasks are {given}, must be {wanted}")
         field_bits += put_task_field(writer, image.tasks)
+        field_bits += _put_label(writer, image, spec)
+        if image.label is not None:
+            continue
         table = tables.table_for(image.tasks.mask, image.tasks.primary)
         of_map, of_summary = split_table(table, spec.latent_channels)
         if of_summary is not None:
@@ -79,12 +89,17 @@ def read_stream(data: bytes, tables: TableSet, spec: StreamSpec) -> Unpacked:
 
     What is returned codes to just these bytes.
     """
-    stream = unpack(data, spec)
-    shape = spec.latent_shape(stream.input_shape)
-    reader = RangeReader(stream.body)
+    found = unpack(data, spec)
+    shape = spec.latent_shape(found.input_shape)
+    reader = RangeReader(found.body)
     images = []
-    for _ in range(stream.num_images):
-        tasks = take_task_field(reader, spec.num_tasks, with_levels=stream.with_levels)
+    for _ in range(found.num_images):
+        tasks = take_task_field(reader, spec.num_tasks, with_levels=found.with_levels)
+        label = _take_label(reader, tasks, spec)
+        if label is not None:
+            nothing = np.zeros(shape, np.int32), np.zeros(spec.summary_channels, np.int32)
+            images.append(CodedImage(tasks, *nothing, label))
+            continue
         table = tables.table_for(tasks.mask, tasks.primary)
         of_map, of_summary = split_table(table, spec.latent_channels)
         summary = np.zeros(0, np.int32)
@@ -95,10 +110,43 @@ def read_stream(data: bytes, tables: TableSet, spec: StreamSpec) -> Unpacked:
             symbols = reader.take_symbols(of_map, shape)
         images.append(CodedImage(tasks, symbols, summary))
     reader.close()
-    field_bits = sum(put_task_field(RangeWriter(), image.tasks) for image in images)
-    return Unpacked(
-        tuple(images), stream.input_shape, len(data), _payload_bytes(stream.body, field_bits)
+    again = RangeWriter()
+    field_bits = sum(
+        put_task_field(again, image.tasks) + _put_label(again, image, spec) for image in images
     )
+    return Unpacked(
+        tuple(images), found.input_shape, len(data), _payload_bytes(found.body, field_bits)
+    )
+
+
+def _may_answer(tasks: TaskField, spec: StreamSpec) -> int:
+    """How many labels the one active task has; 0 where the client has no answer to send."""
+    return spec.labels[tasks.primary] if spec.labels and len(tasks.active) == 1 else 0
+
+
+def _put_label(writer: RangeWriter, image: CodedImage, spec: StreamSpec) -> float:
+    """Codes whether the client has answered, and what; its cost in bits. ValueError if it cannot
+    have."""
+    labels = _may_answer(image.tasks, spec)
+    if image.label is not None and not 0 <= image.label < labels:
+        raise ValueError(f"label {image.label}: the stream may hold one of {labels} here")
+    if not labels:
+        return 0.0
+    writer.put(int(image.label is not None), _ANSWERED)
+    if image.label is None or labels == 1:
+        return 1.0
+    writer.put(image.label, stream.model.Uniform(labels))
+    return 1.0 + math.log2(labels)
+
+
+def _take_label(reader: RangeReader, tasks: TaskField, spec: StreamSpec) -> int | None:
+    labels = _may_answer(tasks, spec)
+    if not labels or not reader.take(_ANSWERED):
+        return None
+    return reader.take(stream.model.Uniform(labels)) if labels > 1 else 0
+
+
+_ANSWERED = stream.model.Uniform(2)
 
 
 def _payload_bytes(body: bytes, field_bits: float) -> float:

@@ -71,6 +71,9 @@ class ArmEvaluator:
             with torch.no_grad():
                 if source.quality is not None:
                     rows = run_image_codec(model, images, batch, self.problem, source)
+                elif source.exit_confidence is not None:
+                    sure = source.exit_confidence
+                    rows = run_codec(model, images, batch, self.problem, exit_confidence=sure)
                 else:
                     rows = RUNNERS[source.kind](model, images, batch, self.problem)
             rows = {name: values[:count] for name, values in rows.items()}
@@ -83,7 +86,13 @@ class ArmEvaluator:
 
 
 def run_codec(
-    model: Mantis, images: Tensor, batch: Arrays, problem: Problem, *, oracle: bool = False
+    model: Mantis,
+    images: Tensor,
+    batch: Arrays,
+    problem: Problem,
+    *,
+    oracle: bool = False,
+    exit_confidence: float | None = None,
 ) -> Arrays:
     """Client, wire and server: every image encoded to bytes and decoded from those bytes alone."""
     count, tasks = len(images), problem.tasks
@@ -92,7 +101,7 @@ def run_codec(
         asked = torch.zeros(count, len(tasks), dtype=torch.bool)
         asked[: len(batch["task_mask"])] = torch.from_numpy(np.array(batch["task_mask"]))
         asked[~asked.any(dim=1), 0] = True  # an image of no task still has to ask for one
-    encoded = model.encode_in_detail(images, asked)
+    encoded = model.encode_in_detail(images, asked, exit_confidence=exit_confidence)
     answers = model.decode([each.data for each in encoded])
     rows = _blank(count, tasks)
     for index, (sent, answer) in enumerate(zip(encoded, answers, strict=True)):
@@ -100,6 +109,7 @@ def run_codec(
         rows["payload_bytes"][index] = sent.payload_bytes
         rows["estimated_bits"][index] = sent.estimated_bits
         rows["decoded"][index] = sent.mask
+        rows["answered"][index] = sent.answered
         rows["class_index"][index] = answer.class_index
         if index < EXAMPLES:
             rows["answer"][index] = json.dumps(answer.to_dict())
@@ -233,6 +243,7 @@ def _blank(count: int, tasks: Sequence[TaskSpec]) -> Arrays:
         "payload_bytes": np.full(count, -1.0),
         "estimated_bits": np.full(count, -1.0),
         "decoded": np.zeros((count, len(tasks)), dtype=bool),
+        "answered": np.zeros(count, dtype=bool),
         "predicted": np.full((count, len(tasks)), -1),
         "probabilities": np.full((count, len(tasks)), -1.0, dtype=np.float32),
         "class_index": np.full(count, -1),
@@ -292,7 +303,10 @@ RUNNERS: dict[str, Any] = {
     "individual": run_individual,
 }
 # Arms that share weights share one loaded model.
-LOADED_AS = {kind: "codec" for kind in ("mantis", "none", "none_prior", "student", "oracle")} | {
+LOADED_AS = {
+    kind: "codec"
+    for kind in ("mantis", "early_exit", "none", "none_exit", "none_prior", "student", "oracle")
+} | {
     "per_task": "per_task",
     "individual": "individual",
     **dict.fromkeys(("teacher", *IMAGE_CODECS, *(f"{c}{TUNED}" for c in IMAGE_CODECS)), "teacher"),

@@ -135,6 +135,14 @@ def encode(
     task: Annotated[
         list[str] | None, typer.Option("--task", help="send this task only; default: detect them")
     ] = None,
+    exit_confidence: Annotated[
+        float | None,
+        typer.Option(
+            "--exit-confidence",
+            help="answer on the client, and send no latent, where its detector is that sure of an "
+            "image's class (0 to 1)",
+        ),
+    ] = None,
     root: Root = None,
     as_json: AsJson = False,
 ) -> None:
@@ -148,7 +156,7 @@ def encode(
     for start in range(0, len(images), BATCH):
         group = images[start : start + BATCH]
         batch = torch.stack([_read_image(codec, image) for image in group])
-        seen += codec.look(batch, task or None)
+        seen += codec.look(batch, task or None, exit_confidence=exit_confidence)
     if together:
         streams = {output: codec.write_together(seen)}
     else:
@@ -182,7 +190,9 @@ def decode(model: Model, file: StreamFile, root: Root = None, as_json: AsJson = 
         if len(answers) > 1:
             typer.echo(f"image {number} of {len(answers)}")
         if answer["class_name"] is not None:
-            typer.echo(f"class: {answer['class_name']} ({answer['class_probability']:.3f})")
+            whose = ", the client's own answer" if answer["answered"] else ""
+            sure = f"({answer['class_probability']:.3f}{whose})"
+            typer.echo(f"class: {answer['class_name']} {sure}")
         for name in answer["tasks"]:
             label = answer["label_names"].get(name) or answer["segmentation"].get(name)
             typer.echo(f"{name}: {label} (task {answer['task_probability'][name]:.3f})")

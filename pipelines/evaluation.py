@@ -38,7 +38,9 @@ if TYPE_CHECKING:
 
 LABELS = {
     "mantis": "MANTiS",
+    "early_exit": "MANTiS, early exit",
     "none": "no conditioning",
+    "none_exit": "no conditioning, early exit",
     "none_prior": "no conditioning, task prior",
     "student": "entropic student",
     "oracle": "oracle tasks",
@@ -82,6 +84,7 @@ def arm_sources(settings: Settings, specs: Mapping[str, StageSpec]) -> list[ArmS
             kind=arm.kind,
             folder=specs[arm.stage].folder if arm.stage else None,
             quality=arm.quality,
+            exit_confidence=arm.exit_confidence,
         )
         for arm in plan_arms(settings)
     ]
@@ -107,6 +110,7 @@ def write_evaluation(
             "kind": arm.kind,
             "rate_weight": arm.rate_weight,
             "quality": arm.quality,
+            "exit_confidence": arm.exit_confidence,
             "seed": arm.seed,
             "stage_key": specs[arm.stage].key if arm.stage else "",
         }

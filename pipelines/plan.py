@@ -129,7 +129,8 @@ class StageSpec:
 class Arm:
     """One line of the evaluation: a baseline or codec at one rate and seed.
 
-    `kind` is a key of `pipelines.evaluation.LABELS`; `quality` an image codec's.
+    `kind` is a key of `pipelines.evaluation.LABELS`; `quality` an image codec's, `exit_confidence`
+    that of an arm whose client answers some images itself.
     `stage` is the stage whose checkpoint it measures, "" for a teacher that is not trained here.
     """
 
@@ -139,6 +140,7 @@ class Arm:
     seed: int
     stage: str
     quality: int | None = None
+    exit_confidence: float | None = None
 
 
 def plan_stages(
@@ -228,12 +230,21 @@ def plan_arms(settings: Settings) -> Iterator[Arm]:
         for rate in (main_rate, *evaluate.rate_weights):
             name = named("mantis", rate, seed)
             yield Arm(name, "mantis", rate, seed, name)
+            if rate in evaluate.early_exit:
+                exits = evaluate.early_exit[rate]
+                yield Arm(
+                    named("early_exit", rate, seed), "early_exit", rate, seed, name, None, exits
+                )
     for seed in seeds:
         for rate in rates:
             for kind in UNCONDITIONED:
                 if kind in evaluate.baselines:
                     name = named(kind, rate, seed)
                     yield Arm(name, kind, rate, seed, name)
+            if "none" in evaluate.baselines and rate in evaluate.early_exit:
+                measured, exits = named("none", rate, seed), evaluate.early_exit[rate]
+                name = named("none_exit", rate, seed)
+                yield Arm(name, "none_exit", rate, seed, measured, None, exits)
             if "oracle" in evaluate.baselines:
                 measured = named("mantis", rate, seed)
                 yield Arm(named("oracle", rate, seed), "oracle", rate, seed, measured)

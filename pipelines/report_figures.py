@@ -54,6 +54,8 @@ LOOKS = {
     "individual": Look("individual models", "#B5568B", "#E29AC2", "D"),
     "teacher": Look("teacher", "#6B6B6B", "#A9B2BA", "v"),
     "none_prior": Look("no conditioning, task prior", "#A87B00", "#E8C14F", "P"),
+    "early_exit": Look("MANTiS, early exit", "#0B3C8C", "#8FB4FF", "*"),
+    "none_exit": Look("no conditioning, early exit", "#9C4400", "#FFB27F", "s"),
     "student": Look("entropic student", "#A23B3B", "#E88A8A", "<"),
     "per_task": Look("individual codecs", "#3A3A3A", "#D5DADE", "d"),
     "jpeg": Look("JPEG + teacher", "#8A6D5B", "#C9A993", "X"),
@@ -64,7 +66,7 @@ LOOKS = {
     "avif_tuned": Look("AVIF + tuned teacher", "#4F7F87", "#8FC1C9", "h"),
 }
 COMPRESSED = tuple(kind for kind in LOOKS if kind not in ("individual", "teacher"))
-HOLLOW = ("oracle", "per_task", "jpeg_tuned", "webp_tuned", "avif_tuned")
+HOLLOW = ("oracle", "none_exit", "per_task", "jpeg_tuned", "webp_tuned", "avif_tuned")
 LEVEL_DASHES = {"individual": (0, (1, 2)), "teacher": (0, (3.5, 2))}  # uncompressed: a height alone
 KEY_BESIDE = 6.0  # inches; a narrower figure has its key below
 KEY_STYLE: dict[str, Any] = {

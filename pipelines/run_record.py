@@ -66,7 +66,9 @@ def stage_state(store: Store, spec: StageSpec, tracking_uri: str | None) -> Stag
 
 def mark_started(store: Store, spec: StageSpec) -> None:
     store.delete(f"{spec.folder}/DONE")
-    store.write_json(f"{spec.folder}/STARTED", {"key": spec.key, "config": spec.config})
+    store.write_json(
+        f"{spec.folder}/STARTED", {"key": spec.key, "recipe": spec.recipe, "config": spec.config}
+    )
 
 
 def mark_done(

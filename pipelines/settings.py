@@ -88,6 +88,11 @@ class EvaluateConfig(_Section):
     baseline_rate_weights: tuple[Rate, ...] | None = Field(
         None, description="rates of compressed baselines; none: the main rate alone"
     )
+    early_exit: dict[Rate, Annotated[float, Field(ge=0, le=1)]] = Field(
+        default_factory=dict,
+        description="rate weight to confidence: its arms measured once more, images of whose class "
+        "the detector is that sure being answered by the client",
+    )
     batch_size: int = Field(128, ge=1, description="images an actor takes at a time")
     seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field(
         (), description="further seeds; each trains the arms anew over the same stage 1"
@@ -142,6 +147,18 @@ class Settings(_Section):
             raise ValueError(
                 f"evaluate.baseline_rate_weights {sorted(stray)} are measured by no arm: use "
                 "stage2.rate_weight or members of evaluate.rate_weights, or add them there"
+            )
+        exits = self.evaluate.early_exit
+        stray = set(exits) - {self.stage2.rate_weight, *rates}
+        if stray:
+            raise ValueError(
+                f"evaluate.early_exit has rate weights {sorted(stray)} that no arm has: use "
+                "stage2.rate_weight or members of evaluate.rate_weights, or add them there"
+            )
+        if exits and not self.model.detector.classes:
+            raise ValueError(
+                "evaluate.early_exit needs a detector that names classes: set "
+                "model.detector.classes=true (with the loss ClassDetection), or leave it out"
             )
         return self
 

@@ -36,12 +36,13 @@ class EvaluationError(RuntimeError):
 class ArmSource:
     """An arm and its weights: a stage's folder, a model folder, or none (a teacher's file).
 
-    `quality` is that of an image codec."""
+    `quality` is that of an image codec, `exit_confidence` as ClientCodec.encode takes it."""
 
     name: str
     kind: str
     folder: str | None
     quality: int | None = None
+    exit_confidence: float | None = None
 
 
 class ArmActor:
@@ -191,5 +192,6 @@ def to_records(own: Arrays, tasks: Sequence[TaskSpec]) -> ImageRecords:
         wire_bytes=own["wire_bytes"] if sends else None,
         payload_bytes=own["payload_bytes"] if sends else None,
         estimated_bits=own["estimated_bits"] if sends else None,
+        answered=own["answered"].astype(bool) if sends else None,
         confusion=confusion,
     )

@@ -25,7 +25,7 @@ from mantis_core.bitstream import BitstreamError, StreamSpec
 from mantis_core.coder import Prior, TableSet
 from mantis_core.contexts import CONTEXTS
 from mantis_core.wire import read_stream, write_stream
-from tests.golden.cases import random_image, random_tables
+from tests.golden.cases import answered_image, random_image, random_tables
 
 LIMIT_SECONDS = 0.05
 LIMIT_BYTES = 32 * 2**20
@@ -56,7 +56,14 @@ class Tally:
 
 
 def make_model(
-    prior: Prior, tasks: int, channels: int, size: int, seed: int, *, contexts: int = 1
+    prior: Prior,
+    tasks: int,
+    channels: int,
+    size: int,
+    seed: int,
+    *,
+    contexts: int = 1,
+    labels: int = 0,
 ) -> Model:
     """A model of `size` pixels square with its streams: single, of another shape, several."""
     rows = 1 if prior == "shared" else tasks
@@ -67,6 +74,7 @@ def make_model(
         (size, size),
         channels,
         8,
+        labels=(labels,) * tasks if labels else (),
         max_pixels=16 * size * size,
         max_total_pixels=256 * size * size,
     )
@@ -76,21 +84,25 @@ def make_model(
         shape = (size, size) if number % 3 else (size + 8, size)
         latent = spec.latent_shape(shape)
         levels = bool(number % 2)
+        seeds = range(1000 * number, 1000 * number + count)
         images = [
-            random_image(tasks, latent, levels=levels, seed=1000 * number + i, reach=2 + number % 9)
-            for i in range(count)
+            answered_image(tasks, latent, levels=levels, seed=own, labels=labels)
+            if labels and (own + number) % 2
+            else random_image(tasks, latent, levels=levels, seed=own, reach=2 + number % 9)
+            for own in seeds
         ]
         streams.append(write_stream(images, shape, tables, spec).data)
     return Model(tables, spec, tuple(streams))
 
 
 def models() -> list[Model]:
-    """Every prior; one task and many; with and without contexts; 160 streams in all."""
+    """Every prior; one task and many; contexts, answers and neither; 200 streams in all."""
     return [
         make_model("primary", 10, 6, 32, 1),
         make_model("per_task", 5, 3, 16, 2),
         make_model("shared", 1, 2, 16, 3),
         make_model("primary", 4, 4, 32, 4, contexts=CONTEXTS),
+        make_model("primary", 10, 3, 32, 5, labels=10),
     ]
 
 

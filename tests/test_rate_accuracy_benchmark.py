@@ -16,7 +16,8 @@ from tests.pipelines.chain import paint, write_config
 def study(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     folder = tmp_path_factory.mktemp("study")
     paint(folder / "images", train=2)
-    return list(steps(PROTOCOLS["full"], str(write_config(folder)), []))
+    overrides = ["model.detector.classes=true"]
+    return list(steps(PROTOCOLS["full"], str(write_config(folder)), overrides))
 
 
 def test_phases_come_one_after_the_other_each_with_all_seeds(study: list[Any]) -> None:
@@ -30,7 +31,10 @@ def test_phases_come_one_after_the_other_each_with_all_seeds(study: list[Any]) -
 def test_the_first_phase_is_mantis_and_none_at_every_rate(study: list[Any]) -> None:
     rates = PROTOCOLS["full"].rates
     arms = {(arm.kind, arm.rate_weight) for arm in study[0].arms}
-    assert arms == {(kind, rate) for kind in ("mantis", "none") for rate in rates}
+    kinds = ("mantis", "early_exit", "none", "none_exit")
+    assert arms == {(kind, rate) for kind in kinds for rate in rates}
+    trained = {arm.stage for arm in study[0].arms}
+    assert len(trained) == 2 * len(rates)
 
 
 def test_image_codecs_are_measured_once(study: list[Any]) -> None:
@@ -57,6 +61,7 @@ def row(kind: str, seed: int, rate: float, top1: float, size: float) -> dict[str
         "seed": seed,
         "rate_weight": rate,
         "quality": None,
+        "exit_confidence": None,
         "commit": "abc",
         "key": "def",
         **dict.fromkeys(FIGURES),

@@ -36,6 +36,8 @@ def write_case(
         "primaries": np.array([image.tasks.primary for image in images], np.int32),
         # One row an image, -1 behind its own levels; no columns where none are sent.
         "levels": _padded([image.tasks.levels or () for image in images]),
+        # -1 where the client has not answered itself.
+        "answers": np.array([-1 if i.label is None else i.label for i in images], np.int32),
     }
     save_file(arrays, FOLDER / f"{name}.safetensors", metadata={"known": json.dumps(known)})
     (FOLDER / f"{name}.mts").write_bytes(write_stream(images, shape, tables, spec).data)
@@ -47,6 +49,7 @@ def read_case(name: str) -> tuple[bytes, list[CodedImage], tuple[int, int], Tabl
         arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         known = json.loads(file.metadata()["known"])
     shape = tuple(known.pop("shape"))
+    known["labels"] = tuple(known.get("labels", ()))
     spec = StreamSpec(
         **known
         | {
@@ -56,17 +59,19 @@ def read_case(name: str) -> tuple[bytes, list[CodedImage], tuple[int, int], Tabl
     )
     images = []
     summaries = arrays.get("summaries", np.zeros((len(arrays["symbols"]), 0), np.int32))
-    for symbols, summary, mask, primary, levels in zip(
+    answers = arrays.get("answers", np.full(len(summaries), -1, np.int32))
+    for symbols, summary, mask, primary, levels, answer in zip(
         arrays["symbols"],
         summaries,
         arrays["masks"],
         arrays["primaries"],
         arrays["levels"],
+        answers.tolist(),
         strict=True,
     ):
         own = tuple(int(level) for level in levels if level >= 0) if len(levels) else None
         field = TaskField(tuple(map(bool, mask)), int(primary), own)
-        images.append(CodedImage(field, symbols, summary))
+        images.append(CodedImage(field, symbols, summary, None if answer < 0 else answer))
     data = (FOLDER / f"{name}.mts").read_bytes()
     return data, images, shape, TableSet.from_arrays(arrays), spec
 
@@ -121,8 +126,21 @@ def _padded(rows: list[tuple[int, ...]]) -> "np.ndarray[tuple[int, int], np.dtyp
     )
 
 
-def _spec(tasks: int, shape: tuple[int, int], image: CodedImage) -> StreamSpec:
-    return StreamSpec(b"gold", tasks, shape, len(image.map), 8, len(image.summary))
+def answered_image(
+    tasks: int, shape: tuple[int, int, int], *, levels: bool, seed: int, labels: int
+) -> CodedImage:
+    """An image that the client has answered itself."""
+    rng = np.random.default_rng(seed)
+    task = int(rng.integers(tasks))
+    own = (int(rng.integers(16)),) if levels else None
+    field = TaskField(tuple(k == task for k in range(tasks)), task, own)
+    return CodedImage(field, np.zeros(shape, np.int32), label=int(rng.integers(labels)))
+
+
+def _spec(
+    tasks: int, shape: tuple[int, int], image: CodedImage, labels: tuple[int, ...]
+) -> StreamSpec:
+    return StreamSpec(b"gold", tasks, shape, len(image.map), 8, len(image.summary), labels)
 
 
 def _write_missing() -> list[str]:
@@ -133,6 +151,9 @@ def _write_missing() -> list[str]:
         random_image(5, (2, 4, 4), levels=True, seed=seed, summary=16, reach=40)
         for seed in range(30, 34)
     ]
+    alone = random_image(1, (2, 4, 4), levels=True, seed=11)
+    mixed = [answered_image(6, (3, 4, 4), levels=True, seed=s, labels=5) for s in (50, 51)]
+    mixed[1:1] = [random_image(6, (3, 4, 4), levels=True, seed=52)]
     cases = {
         "primary": ([random_image(10, (16, 8, 8), levels=True, seed=1)], (64, 64), "primary", 10),
         "shared": ([random_image(10, (8, 4, 4), levels=False, seed=2)], (32, 32), "shared", 10),
@@ -159,6 +180,14 @@ def _write_missing() -> list[str]:
             10,
         ),
         "several_with_summaries": (brief, (32, 32), "per_task", 5),
+        "answered": (
+            [answered_image(10, (8, 4, 4), levels=True, seed=10, labels=10)],
+            (32, 32),
+            "primary",
+            10,
+        ),
+        "could_be_answered": ([alone], (32, 32), "shared", 1),
+        "some_answered": (mixed, (32, 32), "primary", 6),
         "contexts": (
             [random_image(4, (5, 5, 7), levels=True, seed=9, summary=3, reach=4)],
             (40, 56),
@@ -181,7 +210,9 @@ def _write_missing() -> list[str]:
         own = (32, 32) if name == "of_another_shape" else shape
         contexts = CONTEXTS if name.endswith("contexts") else 1
         tables = random_tables(prior, rows, channels, seed, contexts=contexts)
-        write_case(name, images, shape, tables, _spec(tasks, own, images[0]))
+        labels = {"answered": 10, "could_be_answered": 7, "some_answered": 5}.get(name)
+        answerable = () if labels is None else (labels,) * tasks
+        write_case(name, images, shape, tables, _spec(tasks, own, images[0], answerable))
         written.append(name)
     return written
 

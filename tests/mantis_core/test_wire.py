@@ -166,3 +166,50 @@ def test_levels_that_are_claimed_or_denied_falsely_are_another_content_or_corrup
         accepted += 1
         assert write_stream(found.images, (64, 64), tables, SPEC).data == forged
     assert accepted < 10
+
+
+def answered(task: int, label: int | None, levels: tuple[int, ...] | None = (3,)) -> CodedImage:
+    field = TaskField(tuple(k == task for k in range(TASKS)), task, levels)
+    return CodedImage(field, np.zeros((8, 8, 8), np.int32), label=label)
+
+
+ANSWERABLE = replace(SPEC, labels=(7, 0, 1, *(5,) * (TASKS - 3)))
+
+
+@pytest.mark.parametrize(("task", "label"), [(0, 0), (0, 6), (2, 0), (3, 4)])
+def test_a_clients_own_answer_is_read_and_takes_two_bytes_at_most(task, label):
+    tables = tables_of("primary", 8)
+    sent = answered(task, label)
+    data, payload_bytes = write_stream([sent], (64, 64), tables, ANSWERABLE)
+    (found,) = read_stream(data, tables, ANSWERABLE).images
+    assert (found.label, found.tasks) == (label, sent.tasks)
+    assert not found.map.any()
+    assert len(data) <= 11 + 2
+    assert payload_bytes < 1
+
+
+def test_answered_images_stand_beside_others_in_one_stream():
+    tables = tables_of("primary", 8)
+    images = images_of(6)
+    images[2:2] = [answered(0, 5), answered(4, 1)]
+    images.append(answered(0, None))
+    data, _ = write_stream(images, (64, 64), tables, ANSWERABLE)
+    found = read_stream(data, tables, ANSWERABLE).images
+    assert [image.label for image in found] == [image.label for image in images]
+    for ours, theirs in zip(images, found, strict=True):
+        np.testing.assert_array_equal(ours.map, theirs.map)
+
+
+@pytest.mark.parametrize(
+    ("image", "spec"),
+    [
+        (answered(0, 7), ANSWERABLE),
+        (answered(1, 0), ANSWERABLE),
+        (answered(0, 0), SPEC),
+        (replace(images_of(1, seed=3)[0], label=0), ANSWERABLE),
+    ],
+    ids=["no such label", "a task without labels", "a client that names no classes", "two tasks"],
+)
+def test_an_answer_that_no_reader_would_take_is_refused_by_the_writer(image, spec):
+    with pytest.raises(ValueError, match="label"):
+        write_stream([image], (64, 64), tables_of("primary", 8), spec)

@@ -108,8 +108,36 @@ def test_the_evaluation_is_told_each_arm_and_the_stage_it_measures(config: Path)
         "seed": 0,
         "stage": "teacher",
         "quality": None,
+        "exit_confidence": None,
     }
     assert all(arm["stage"] in stages for arm in arms.values())
+
+
+def test_arms_with_early_exit_measure_the_stages_that_are_there(config: Path) -> None:
+    classes = "model.detector.classes=true"
+    plain = planned(load_settings(config, [classes]))
+    rate = plain["stage2"].settings.stage2.rate_weight
+    stages = planned(load_settings(config, [classes, f"evaluate.early_exit={{{rate}: 0.5}}"]))
+    assert {n: s.key for n, s in stages.items() if s.kind == "stage2"} == {
+        n: s.key for n, s in plain.items() if s.kind == "stage2"
+    }
+    arms = {arm["kind"]: arm for arm in stages["evaluate"].config["arms"]}
+    assert arms["early_exit"]["stage"] == arms["mantis"]["stage"]
+    assert arms["none_exit"]["stage"] == arms["none"]["stage"]
+    assert arms["none_exit"]["exit_confidence"] == 0.5
+    assert arms["mantis"]["exit_confidence"] is None
+
+
+def test_a_recipe_says_what_is_made_and_a_key_by_what(
+    config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = planned(load_settings(config))
+    monkeypatch.setattr("pipelines.plan.source_hash", lambda *entries: "other code")
+    after = planned(load_settings(config))
+    changed = planned(load_settings(config, ["stage1.epochs=7"]))
+    for name in ("stage1", "stage2"):
+        assert after[name].key != before[name].key
+        assert after[name].recipe == before[name].recipe != changed[name].recipe
 
 
 def test_image_codecs_are_measured_in_front_of_the_teacher_and_train_nothing(config: Path) -> None:

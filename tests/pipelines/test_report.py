@@ -142,7 +142,8 @@ def test_the_main_figures_come_with_what_they_are_worth(tmp_path):
 def test_what_was_not_measured_is_named(tmp_path):
     seen = text_of(write_report(evaluation(), tmp_path).html)
     missing = (
-        "no conditioning, oracle tasks, individual models, teacher, no conditioning, task prior"
+        "no conditioning, oracle tasks, individual models, teacher, no conditioning, task prior, "
+        "MANTiS, early exit, no conditioning, early exit"
     )
     assert f"Not measured here: {missing}, " in seen
 
