@@ -9,7 +9,8 @@ hits a file below results/images. A point is named by its recipe, all that its c
 one that is there is not trained again, whatever commit made it, which its row tells. The last line
 is one JSON object. `--data PATH` then scores the models on other images.
 
-`--seeds 0 --phases 1` does a part of it, to be gone on with later or elsewhere.
+`--seeds 0 --phases 1` does a part of it, to be gone on with later or elsewhere; `--kinds` with
+`--plain` a smaller one.
 
 `--plain SHARDS --jobs N` trains and measures without Ray and MLflow, N processes at once, on shards
 that `mantis prepare` wrote: for a machine with a GPU and little else. It writes each point as soon
@@ -171,7 +172,7 @@ def run_plainly(
         prepared=arguments.plain,
         jobs=arguments.jobs,
         say=_say,
-        skip=lambda number, arm: missing[number].point_of(arm) in known,
+        skip=lambda number, arm: not _wanted(missing[number], arm, arguments, known),
         on_measured=keep,
     )
 
@@ -264,6 +265,7 @@ def main() -> None:
     parser.add_argument("--phases", type=int, help="only the first so many of the protocol's")
     parser.add_argument("--plain", metavar="SHARDS", help="without Ray, on these prepared shards")
     parser.add_argument("--jobs", type=int, default=1, help="with --plain: processes at once")
+    parser.add_argument("--kinds", nargs="+", help="with --plain: only arms of these kinds")
     parser.add_argument(
         "--reuse",
         action="store_true",
@@ -271,6 +273,8 @@ def main() -> None:
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     arguments = parser.parse_args()
+    if (arguments.kinds or arguments.reuse) and not arguments.plain:
+        parser.error("--kinds and --reuse go with --plain: the chain measures all arms of a run")
     protocol = PROTOCOLS[arguments.protocol]
     strangers = sorted(set(arguments.seeds or ()) - set(protocol.seeds))
     if strangers:
@@ -286,7 +290,7 @@ def main() -> None:
         ]
         for _, phase in itertools.groupby(done, key=lambda step: step.phase):
             known = {row["point"] for row in read_rows(table)}
-            missing = [s for s in phase if any(s.point_of(arm) not in known for arm in s.arms)]
+            missing = [s for s in phase if any(_wanted(s, a, arguments, known) for a in s.arms)]
             if arguments.plain and missing:
                 run_plainly(missing, arguments, table, known)
             for step in [] if arguments.plain else missing:
@@ -307,6 +311,12 @@ def main() -> None:
     if arguments.data:
         result["elsewhere"] = score_elsewhere(done, arguments.data)
     print(json.dumps(result))
+
+
+def _wanted(step: Step, arm: Arm, arguments: argparse.Namespace, known: set[str]) -> bool:
+    """Whether a point is asked for and not there yet."""
+    asked = arguments.kinds is None or arm.kind in arguments.kinds
+    return asked and step.point_of(arm) not in known
 
 
 def _say(line: str) -> None:

@@ -1,0 +1,58 @@
+"""benchmarks/plain_chain.py: finished trainings of the same recipe, made by other code."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from benchmarks.plain_chain import adopt
+from pipelines.run_record import mark_done, mark_started
+from pipelines.settings import load_settings
+from pipelines.stages import Plan, make_plan
+from pipelines.storage import Store
+from tests.pipelines.chain import paint, write_config
+
+
+@pytest.fixture
+def plan(tmp_path: Path) -> Plan:
+    paint(tmp_path / "images", train=2)
+    root = f"storage.root={tmp_path / 'runs'}"
+    return make_plan(load_settings(str(write_config(tmp_path)), [root]))
+
+
+def leave(plan: Plan, name: str, *, recipe: str | None = None, done: bool = True) -> str:
+    """What other code leaves of a stage: its folder, under another key."""
+    spec = next(spec for spec in plan.specs if spec.name == name)
+    key = "f" * 64
+    other = replace(
+        spec,
+        key=key,
+        recipe=recipe or spec.recipe,
+        folder=spec.folder.replace(spec.key[:12], key[:12]),
+    )
+    store = Store(plan.settings.storage.root)
+    mark_started(store, other)
+    if done:
+        mark_done(store, other, {"metrics": {}}, plan.settings.tracking.uri)
+    return other.folder
+
+
+def folder_of(plan: Plan, name: str) -> str:
+    return next(spec.folder for spec in plan.specs if spec.name == name)
+
+
+def test_a_finished_training_of_the_same_recipe_is_taken(plan: Plan) -> None:
+    left = leave(plan, "stage2")
+    taken = adopt(plan)
+    assert folder_of(taken, "stage2") == left != folder_of(plan, "stage2")
+    assert folder_of(taken, "stage1") == folder_of(plan, "stage1")
+
+
+@pytest.mark.parametrize(("recipe", "done"), [("another", True), (None, False)])
+def test_another_recipe_and_an_unfinished_training_are_not(
+    plan: Plan, recipe: str | None, done: bool
+) -> None:
+    leave(plan, "stage2", recipe=recipe, done=done)
+    assert adopt(plan) == plan
