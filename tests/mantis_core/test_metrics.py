@@ -106,3 +106,13 @@ def test_pixels_that_were_not_decoded_are_wrong_and_ignored_ones_do_not_count():
     assert mean_iou(said) == pytest.approx((1 / 2 + 1 / 2) / 2)
     assert mean_iou(said + silent) == pytest.approx((1 / 4 + 1 / 3) / 2)
     assert mean_iou(np.zeros((2, 3))) is None
+
+
+def test_what_the_client_answered_is_counted_apart():
+    records = replace(RECORDS, answered=np.array([True, False, True, False]))
+    found = figures(records, TASKS, single_class=True, pixels=1000)
+    assert found["val/answered"] == 0.5
+    assert found["val/answered_top1"] == 0.5  # the cat; not the pie
+    plain = figures(RECORDS, TASKS, single_class=True, pixels=1000)
+    assert found["val/top1"] == plain["val/top1"]
+    assert "val/answered" not in plain

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from mantis_core.config import DetectorConfig
 from mantis_core.per_task import PerTaskCodecs
-from pipelines.arms import run_per_task
-from tests.mantis_core.conftest import make_batch, make_problem
+from pipelines.arms import run_codec, run_per_task
+from tests.mantis_core.conftest import make_batch, make_codec, make_config, make_problem
 from tests.mantis_core.test_per_task import make_recipe
 
 
@@ -48,3 +49,20 @@ def test_an_image_is_sent_once_for_each_task_it_carries(single_class: bool) -> N
     np.testing.assert_array_equal(rows["decoded"][:4], arrays["task_mask"])
     if not single_class:
         assert (rows["class_index"] == -1).all()
+
+
+def test_with_early_exit_a_clients_answers_are_told_apart_and_counted() -> None:
+    problem = make_problem()
+    detector = DetectorConfig(channels=8, blocks=0, hidden=8, classes=True)
+    codec = make_codec(problem, make_config(detector=detector))
+    batch = make_batch(problem, 6)
+    arrays = {"task_mask": batch.task_mask.numpy()}
+    every = run_codec(codec, batch.image, arrays, problem, exit_confidence=0.0)
+    none = run_codec(codec, batch.image, arrays, problem, exit_confidence=1.0)
+    plain = run_codec(codec, batch.image, arrays, problem)
+    assert every["answered"].all()
+    assert not none["answered"].any()
+    assert every["wire_bytes"].max() < none["wire_bytes"].min()
+    assert (every["decoded"].sum(axis=1) == 1).all()
+    for name in ("wire_bytes", "class_index", "predicted"):
+        np.testing.assert_array_equal(none[name], plain[name])
