@@ -44,6 +44,7 @@ from benchmarks.study_points import (
     read_rows,
     summarise,
 )
+from pipelines.evaluation import LABELS
 from pipelines.plan import Arm, StageSpec, plan_arms
 from pipelines.settings import load_settings
 from pipelines.split_pass import Evaluated, arm_figures
@@ -265,7 +266,7 @@ def main() -> None:
     parser.add_argument("--phases", type=int, help="only the first so many of the protocol's")
     parser.add_argument("--plain", metavar="SHARDS", help="without Ray, on these prepared shards")
     parser.add_argument("--jobs", type=int, default=1, help="with --plain: processes at once")
-    parser.add_argument("--kinds", nargs="+", help="with --plain: only arms of these kinds")
+    parser.add_argument("--kinds", metavar="K,K", help="with --plain: only arms of these kinds")
     parser.add_argument(
         "--reuse",
         action="store_true",
@@ -275,6 +276,9 @@ def main() -> None:
     arguments = parser.parse_args()
     if (arguments.kinds or arguments.reuse) and not arguments.plain:
         parser.error("--kinds and --reuse go with --plain: the chain measures all arms of a run")
+    unknown = set((arguments.kinds or "").split(",")) - {"", *LABELS}
+    if unknown:
+        parser.error(f"--kinds {', '.join(sorted(unknown))}: known are {', '.join(LABELS)}")
     protocol = PROTOCOLS[arguments.protocol]
     strangers = sorted(set(arguments.seeds or ()) - set(protocol.seeds))
     if strangers:
@@ -315,7 +319,7 @@ def main() -> None:
 
 def _wanted(step: Step, arm: Arm, arguments: argparse.Namespace, known: set[str]) -> bool:
     """Whether a point is asked for and not there yet."""
-    asked = arguments.kinds is None or arm.kind in arguments.kinds
+    asked = arguments.kinds is None or arm.kind in arguments.kinds.split(",")
     return asked and step.point_of(arm) not in known
 
 

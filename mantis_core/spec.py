@@ -78,7 +78,6 @@ class ModelSpec(BaseModel):
             "prior": self.model.prior,
             "send_probabilities": self.model.send_probabilities,
             "stride": self.model.encoder.stride,
-            "answerable": self.answerable(),
         }
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
         for name, tensor in sorted(state.items()):
