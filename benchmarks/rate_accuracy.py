@@ -27,7 +27,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
@@ -43,6 +42,7 @@ from benchmarks.study_points import (
     plot,
     read_rows,
     summarise,
+    write_images,
 )
 from pipelines.evaluation import LABELS
 from pipelines.plan import Arm, StageSpec, plan_arms
@@ -214,14 +214,12 @@ def point_row(
 ) -> dict[str, Any]:
     """One point's row; writes its images' sizes and hits, in the order of their row ids."""
     point = step.point_of(arm)
-    (RESULTS / "images").mkdir(parents=True, exist_ok=True)
-    np.savez_compressed(
-        RESULTS / "images" / f"{point}.npz",
-        wire_bytes=images["wire_bytes"].astype(np.int32),
-        payload_bytes=images["payload_bytes"].astype(np.float32),
-        hits=np.packbits(
-            (images["class_index"] == images["class_label"]) & (images["class_label"] >= 0)
-        ),
+    named = images["class_index"] == images["class_label"]
+    write_images(
+        point,
+        images["wire_bytes"],
+        images["payload_bytes"],
+        named & (images["class_label"] >= 0),
     )
     commit = subprocess.run(
         ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
@@ -309,6 +307,9 @@ def main() -> None:
         "bd_rate": bd_figures(rows, "wire_bytes", accuracy=False),
         "bd_rate_payload": bd_figures(rows, "payload_bytes", accuracy=False),
         "bd_top1": bd_figures(rows, "wire_bytes", accuracy=True),
+        "bd_rate_without_exit": bd_figures(
+            [row for row in rows if row["exit_confidence"] is None], "wire_bytes", accuracy=False
+        ),
     }
     if arguments.plot:
         arguments.plot.write_bytes(plot(rows))
@@ -328,12 +329,35 @@ def _say(line: str) -> None:
 
 
 def _show(points: Sequence[Mapping[str, Any]]) -> None:
-    columns = ("kind", "rate_weight", "quality", "seeds", "top1", "top1_std", "wire_bytes")
-    columns += ("payload_bytes", "coverage", "active_tasks", "floor_bits", "payload_over_floor")
-    shown = Table(*columns)
-    for point in points:
-        shown.add_row(*("" if point.get(c) is None else str(point[c]) for c in columns))
-    Console(stderr=True).print(shown)
+    """The points as a table, by kind and size; accuracies in per cent, sizes in bytes."""
+    shown = Table()
+    for column in ("arm", "rate weight", "quality", "seeds"):
+        shown.add_column(column, no_wrap=True)
+    for column in ("top1", "std", "wire", "payload", "coverage", "active", "floor", "over it"):
+        shown.add_column(column, justify="right", no_wrap=True)
+
+    def cell(point: Mapping[str, Any], name: str, factor: float, digits: int) -> str:
+        value = point.get(name)
+        return "" if value is None else f"{factor * value:.{digits}f}"
+
+    for point in sorted(points, key=lambda each: (each["kind"], each.get("wire_bytes", 0))):
+        rate, quality = point["rate_weight"], point["quality"]
+        shown.add_row(
+            LABELS[point["kind"]],
+            "" if rate is None else f"{rate:g}",
+            "" if quality is None else str(quality),
+            " ".join(map(str, point["seeds"])),
+            cell(point, "top1", 100, 2),
+            cell(point, "top1_std", 100, 2),
+            cell(point, "wire_bytes", 1, 1),
+            cell(point, "payload_bytes", 1, 1),
+            cell(point, "coverage", 100, 1),
+            cell(point, "active_tasks", 1, 2),
+            cell(point, "floor_bits", 1, 2),
+            cell(point, "payload_over_floor", 1, 0),
+        )
+    console = Console(stderr=True)
+    (console if console.is_terminal else Console(stderr=True, width=140)).print(shown)
 
 
 if __name__ == "__main__":

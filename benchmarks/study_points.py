@@ -4,16 +4,20 @@ Trains and measures nothing; rate_accuracy.py does.
 """
 
 import csv
+import gzip
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mantis_core.rate_accuracy import Curve, CurveError, label_floor_bits, over_seeds
 from pipelines.report_figures import rd_figure, styled, to_png
 
+Array = NDArray[Any]
 RESULTS = Path("results")
+IMAGE_FIGURES = ("wire_bytes", "payload_bytes", "hit")
 FIGURES = {
     "top1": "val/top1",
     "wire_bytes": "val/wire_bytes",
@@ -52,6 +56,22 @@ def append_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         writer.writerows(rows)
 
 
+def write_images(point: str, wire: Array, payload: Array, hits: Array) -> None:
+    """What each image took and whether it was answered right, as a compressed CSV; -1 for none."""
+    (RESULTS / "images").mkdir(parents=True, exist_ok=True)
+    rows = zip(wire.tolist(), payload.tolist(), hits.astype(int).tolist(), strict=True)
+    lines = [",".join(IMAGE_FIGURES), *(f"{w:g},{p:.10g},{h}" for w, p, h in rows)]
+    text = "\n".join([*lines, ""]).encode()
+    (RESULTS / "images" / f"{point}.csv.gz").write_bytes(gzip.compress(text, mtime=0))
+
+
+def read_images(point: str) -> dict[str, Array]:
+    """The columns that `write_images` wrote."""
+    data = gzip.decompress((RESULTS / "images" / f"{point}.csv.gz").read_bytes()).decode()
+    values = np.loadtxt(data.splitlines(), delimiter=",", skiprows=1, ndmin=2)
+    return dict(zip(IMAGE_FIGURES, values.T, strict=True))
+
+
 def curves(rows: Sequence[Mapping[str, Any]], size: str) -> dict[str, dict[int, Curve]]:
     """Kind to seed to curve, of kinds that send bytes; `size` is wire_bytes or payload_bytes."""
     found: dict[str, dict[int, Curve]] = {}
@@ -59,9 +79,9 @@ def curves(rows: Sequence[Mapping[str, Any]], size: str) -> dict[str, dict[int, 
         own = [row for row in rows if (row["kind"], row["seed"]) == (kind, seed)]
         sizes, hits = [], []
         for row in sorted(own, key=lambda row: row["wire_bytes"]):
-            with np.load(RESULTS / "images" / f"{row['point']}.npz") as images:
-                sizes.append(images[size].astype(float))
-                hits.append(np.unpackbits(images["hits"], count=len(sizes[-1])).astype(bool))
+            images = read_images(row["point"])
+            sizes.append(images[size].astype(float))
+            hits.append(images["hit"].astype(bool))
         found.setdefault(kind, {})[seed] = Curve(np.array(sizes), np.array(hits))
     return found
 

@@ -5,10 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from benchmarks.rate_accuracy import PROTOCOLS, steps
-from benchmarks.study_points import FIGURES, append_rows, curves, plot, read_rows, summarise
+from benchmarks.study_points import (
+    FIGURES,
+    append_rows,
+    bd_figures,
+    curves,
+    plot,
+    read_rows,
+    summarise,
+    write_images,
+)
 from tests.pipelines.chain import paint, write_config
 
 
@@ -90,3 +100,36 @@ def test_the_table_is_read_as_it_was_written(tmp_path: Path) -> None:
 def test_the_curves_are_drawn() -> None:
     rows = [row(kind, 0, rate, 0.4, 50.0) for kind in ("mantis", "none") for rate in (1e-3, 1e-2)]
     assert plot(rows).startswith(b"\x89PNG")
+
+
+@pytest.fixture
+def measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """Four points of MANTiS, of it with early exit, and of none, which needs twice the bytes."""
+    monkeypatch.setattr("benchmarks.study_points.RESULTS", tmp_path)
+    rows = []
+    for kind, factor in (("mantis", 1.0), ("early_exit", 0.5), ("none", 2.0)):
+        for step in range(4):
+            right = np.arange(400) < 120 + 20 * step
+            size = np.full(400, factor * 40 * 2**step)
+            own = row(kind, 0, 1.0 + step, float(right.mean()), float(size[0]))
+            write_images(own["point"], size, size - 14.25, right)
+            rows.append(own)
+    return rows
+
+
+def test_each_images_figures_are_read_as_they_were_written(measured: list[dict[str, Any]]) -> None:
+    by_kind = curves(measured, "payload_bytes")
+    assert by_kind["none"][0].sizes[:, 7].tolist() == [65.75, 145.75, 305.75, 625.75]
+    assert by_kind["none"][0].hits.mean(axis=1).tolist() == [0.3, 0.35, 0.4, 0.45]
+
+
+def test_mantis_is_what_it_is_with_early_exit_where_that_was_measured(
+    measured: list[dict[str, Any]],
+) -> None:
+    found = bd_figures(measured, "wire_bytes", accuracy=False)
+    assert found["none"]["mean"] == pytest.approx(-75, abs=0.1)
+    assert found["mantis"]["mean"] == pytest.approx(-50, abs=0.1)
+    without = [each for each in measured if each["kind"] != "early_exit"]
+    assert bd_figures(without, "wire_bytes", accuracy=False)["none"]["mean"] == pytest.approx(
+        -50, abs=0.1
+    )
