@@ -54,12 +54,16 @@ def test_it_finishes_the_stages_that_the_chain_would(tmp_path):
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert [line.split()[0] for line in done.stdout.splitlines()] == [
-        "stage1",
-        "stage2",
-        "codec_teacher/webp",
-        "evaluate",
-    ]
+    said = [line.split()[0] for line in done.stdout.splitlines()]
+    assert said[0] == "stage1"
+    assert said[-1] == "evaluate"
+    trained = [name for name in said[:-1] if not name.endswith(":")]
+    assert sorted(trained) == ["codec_teacher/webp", "stage1", "stage2"]
+    measured = [name for name in said if name.endswith(":")]
+    # MANTiS, told the tasks, the teacher; two qualities in front of it and of the tuned one.
+    assert len(measured) == len(set(measured)) == 3 + 2 * 2
+    assert said.index("stage2") < said.index("stage2:")
+    assert "epoch 1 of 1" in done.stderr
     plan = make_plan(load_settings(str(config), overrides))
     specs = {spec.name: spec for spec in with_upstream(plan.specs, "evaluate")}
     states = {name: stage_state(Store(str(root)), spec, None) for name, spec in specs.items()}
