@@ -191,13 +191,20 @@ class ClientCodec:
         exit_confidence: float,
         input_shape: tuple[int, int],
     ) -> list[CodedImage | None]:
-        """For each image the client's own answer, where it is at least so sure of its class."""
+        """For each image the client's own answer, where it is at least so sure of its class.
+
+        None too where a task that no class answers, a segmentation, is active beside it.
+        """
+        limit = self.spec.model.max_active_tasks
+        classless = torch.tensor([not task.classes for task in self.spec.tasks])
+        active = select_mask(detected, self.mask_threshold, limit).cpu()
+        needed = (active & classless).any(dim=1).tolist()
         named = torch.softmax(class_logits.float(), dim=1)[:, :-1].max(dim=1)
         found: list[CodedImage | None] = []
         for row, (sure, index) in enumerate(
             zip(named.values.tolist(), named.indices.tolist(), strict=True)
         ):
-            if sure < exit_confidence:
+            if sure < exit_confidence or needed[row]:
                 found.append(None)
                 continue
             owners = [k for k, task in enumerate(self.spec.tasks) if index in task.classes]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from mantis_core.errors import ModelError
 from mantis_core.model import Mantis
 from mantis_core.preprocessing import normalise
 from mantis_core.wire import read_stream
+from tests.mantis_core.conftest import GROUND, TASKS, make_problem
 
 DETECTOR = DetectorConfig(channels=8, blocks=0, hidden=8, classes=True)
 
@@ -133,3 +135,20 @@ def test_a_detector_of_tasks_alone_cannot_answer(
     codec = codec_of(problem, small_config())
     with pytest.raises(ModelError, match=r"model\.detector\.classes=true"):
         codec.encode(pixels, exit_confidence=0.5)
+
+
+def test_an_image_with_something_to_segment_is_sent(
+    codec_of: Callable[..., Mantis], small_config: Callable[..., ModelConfig], pixels: torch.Tensor
+) -> None:
+    mixed = replace(make_problem(), tasks=(*TASKS, GROUND))
+    codec = codec_of(mixed, small_config(detector=DETECTOR))
+    ground = codec.spec.task_names.index("ground")
+    with torch.no_grad():
+        own = codec.client.detector.mlp[-1]
+        own.bias[-1] = 9.0  # the logit of the task without classes
+        codec.finish()
+    assert all(sent.mask[ground] for sent in codec.encode_in_detail(pixels, exit_confidence=0.0))
+    with torch.no_grad():
+        own.bias[-1] = -9.0
+        codec.finish()
+    assert all(sent.answered for sent in codec.encode_in_detail(pixels, exit_confidence=0.0))
