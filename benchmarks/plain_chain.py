@@ -61,8 +61,8 @@ def run_plain(
     `prepared` is a folder written by `mantis prepare`; its images and tasks must be the plans' own
     (ValueError otherwise). Each arm is given to `on_measured`, with its plan's number, as soon as
     it is measured. Arms that `skip` names are left out, and with them their plan's stage
-    `evaluate`. A stage that fails takes with it what builds on it, and its error is raised when all
-    others are through.
+    `evaluate`; those of a finished `evaluate` are measured again only for `on_measured`. A stage
+    that fails takes with it what builds on it, and its error is raised when all others are through.
     """
     manifest = read_manifest(prepared)
     for plan in plans:
@@ -71,8 +71,7 @@ def run_plain(
             raise ValueError(f"{prepared} was prepared for other tasks than this config's")
     todo: list[tuple[int, Arm]] = []
     for number, plan in enumerate(plans):
-        specs = {spec.name: spec for spec in plan.specs}
-        if not _is_done(specs["evaluate"], plan.settings):
+        if on_measured is not None or not _is_evaluated(plan):
             arms = [arm for arm in plan_arms(plan.settings) if not skip(number, arm)]
             arms.sort(key=lambda arm: arm.rate_weight or math.inf)  # a rate's arms side by side
             todo += [(number, arm) for arm in arms]
@@ -89,7 +88,8 @@ def run_plain(
             if on_measured is not None:
                 on_measured(number, arm, found)
     for plan, parts in zip(plans, measured, strict=True):
-        if parts and len(parts) == len(list(plan_arms(plan.settings))):
+        whole = bool(parts) and len(parts) == len(list(plan_arms(plan.settings)))
+        if whole and not _is_evaluated(plan):
             say(_evaluate(plan, prepared, parts))
 
 
@@ -257,6 +257,11 @@ def _upstream(spec: StageSpec, plan: Plan) -> dict[str, str]:
 
 def _is_done(spec: StageSpec, settings: Settings) -> bool:
     return stage_state(Store(settings.storage.root), spec, settings.tracking.uri) == "done"
+
+
+def _is_evaluated(plan: Plan) -> bool:
+    spec = next(spec for spec in plan.specs if spec.kind == "evaluate")
+    return _is_done(spec, plan.settings)
 
 
 def _threads(jobs: int) -> int:
