@@ -248,7 +248,7 @@ class Stage2Config(TrainingConfig):
         default=0.5,
         ge=0,
         le=1,
-        description="of the forced images: a random non-empty subset of their tasks",
+        description="of the forced images: a random subset of their tasks, each size as likely",
     )
     losses: LossTerms = Field(
         min_length=1,

@@ -307,8 +307,9 @@ class Stage2Recipe(Recipe):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """What the encoder reads, what the stream would carry, and whose losses count.
 
-        In training a share of images is forced to the truth, half of those to a random non-empty
-        subset of it; the others, and all images in eval mode, follow the detector.
+        In training a share of images is forced to the truth, some of those to a random subset of
+        it, each size from one task on as likely as any other; the others, and all images in eval
+        mode, follow the detector.
         """
         mask = self.student.select_mask(detected)
         truth = batch.task_mask
@@ -318,12 +319,11 @@ class Stage2Recipe(Recipe):
         share = first + (last - first) * progress
         count, device = len(batch), detected.device
         forced = (torch.rand(count, device=device) < share) & truth.any(dim=1)
-        keep = torch.rand(truth.shape, device=device)
-        chosen = truth & (keep < 0.5)
-        best = keep.masked_fill(~truth, -1).argmax(dim=1, keepdim=True)
-        chosen = torch.where(chosen.any(dim=1, keepdim=True), chosen, chosen.scatter(1, best, True))
+        order = torch.rand(truth.shape, device=device).masked_fill(~truth, 2.0).argsort().argsort()
+        size = (torch.rand(count, device=device) * truth.sum(dim=1)).floor() + 1
+        chosen = truth & (order < size[:, None])
         subset = torch.rand(count, device=device) < self.config.subset_fraction
-        wanted = torch.where(subset[:, None], chosen & truth, truth)
+        wanted = torch.where(subset[:, None], chosen, truth)
         forced = forced[:, None]
         return (
             torch.where(forced, wanted.float(), detected),

@@ -223,6 +223,24 @@ def test_forced_images_are_conditioned_on_non_empty_subsets_of_the_truth(
     assert whole.any()
 
 
+def test_subsets_of_every_size_are_equally_likely(
+    problem: Problem, stage2_of: Callable[..., Any], batch_of: Callable[..., Batch]
+) -> None:
+    recipe = stage2_of(problem, teacher_forcing=(1.0, 0.0), subset_fraction=1.0).train()
+    rows = 3000
+    batch = replace(
+        batch_of(problem, 1),
+        image=torch.zeros(rows, 3, 1, 1, dtype=torch.uint8),
+        task_mask=torch.tensor([True, True, True]).repeat(rows, 1),
+    )
+    torch.manual_seed(0)
+    _, _, mask, _ = condition(recipe, batch, 0.0)
+    sizes = mask.sum(dim=1).bincount(minlength=4) / rows
+    torch.testing.assert_close(sizes, torch.tensor([0, 1 / 3, 1 / 3, 1 / 3]), rtol=0, atol=0.04)
+    alone = mask[mask.sum(dim=1) == 1].float().mean(dim=0)
+    torch.testing.assert_close(alone, torch.full((3,), 1 / 3), rtol=0, atol=0.06)
+
+
 def test_unforced_images_and_eval_mode_follow_the_detector(
     problem: Problem, stage2_of: Callable[..., Any], batch: Batch
 ) -> None:
