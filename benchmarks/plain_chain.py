@@ -31,7 +31,7 @@ from pipelines.settings import Settings
 from pipelines.split_pass import ArmSource, Evaluated, arm_figures, evaluate_locally
 from pipelines.stages import Plan
 from pipelines.storage import Store
-from pipelines.trainer import training_config
+from pipelines.trainer import HISTORY, training_config
 from pipelines.worker import build_recipe, ship
 
 Say = Callable[[str], None]
@@ -78,7 +78,15 @@ def run_plain(
     measured: list[dict[str, Evaluated]] = [{} for _ in plans]
     context = get_context("spawn")  # CUDA does not survive a fork
     with ProcessPoolExecutor(jobs, mp_context=context) as pool:
-        for (number, arm), found in _in_order(plans, todo, pool, prepared, manifest, jobs, say):
+
+        def measure(number: int, arm: Arm) -> Future[Any]:
+            plan = plans[number]
+            by_name = {spec.name: spec for spec in plan.specs}
+            sources = {each.name: each for each in arm_sources(plan.settings, by_name)}
+            own = (prepared, manifest, plan.settings, sources[arm.name], jobs)
+            return pool.submit(_measure, *own)
+
+        for (number, arm), found in _in_order(plans, todo, pool, prepared, jobs, say, measure):
             measured[number][arm.name] = found
             figures = arm_figures(found, arm.name)["metrics"]
             figures = {
@@ -91,6 +99,26 @@ def run_plain(
         whole = bool(parts) and len(parts) == len(list(plan_arms(plan.settings)))
         if whole and not _is_evaluated(plan):
             say(_evaluate(plan, prepared, parts))
+
+
+def train_plain(
+    plans: Sequence[Plan], *, prepared: str, jobs: int, say: Say
+) -> Iterator[tuple[int, list[dict[str, float]]]]:
+    """Trains the main arm of all plans, `jobs` stages at once; gives each plan's number and the
+    figures of its stage 2, epoch by epoch, as soon as they are there. Failures as in `run_plain`.
+    """
+    todo = [(number, next(iter(plan_arms(plan.settings)))) for number, plan in enumerate(plans)]
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+
+        def history(number: int, arm: Arm) -> Future[Any]:
+            plan = plans[number]
+            spec = next(spec for spec in plan.specs if spec.name == arm.stage)
+            store, found = Store(plan.settings.storage.root), Future[Any]()
+            found.set_result(store.read_json(f"{spec.folder}/{HISTORY}.json"))
+            return found
+
+        for (number, _), figures in _in_order(plans, todo, pool, prepared, jobs, say, history):
+            yield number, figures
 
 
 def adopt(plan: Plan) -> Plan:
@@ -122,11 +150,12 @@ def _in_order(
     todo: Sequence[tuple[int, Arm]],
     pool: ProcessPoolExecutor,
     prepared: str,
-    manifest: Manifest,
     jobs: int,
     say: Say,
-) -> Iterator[tuple[tuple[int, Arm], Evaluated]]:
-    """What `todo` gives, each arm when it is measured; never more than `jobs` things at once."""
+    finish: Callable[[int, Arm], Future[Any]],
+) -> Iterator[tuple[tuple[int, Arm], Any]]:
+    """What `finish` gives for each arm once its stages are trained; never more than `jobs` things
+    at once."""
     work: dict[str, tuple[StageSpec, Plan]] = {}
     for number, arm in todo:
         for spec in with_upstream(plans[number].specs, arm.stage):
@@ -147,13 +176,7 @@ def _in_order(
                 waiting.remove(item)
             elif not needed:
                 waiting.remove(item)
-                (source,) = (
-                    s
-                    for s in arm_sources(plan.settings, {s.name: s for s in plan.specs})
-                    if s.name == arm.name
-                )
-                own = (prepared, manifest, plan.settings, source, jobs)
-                running[pool.submit(_measure, *own)] = item
+                running[finish(number, arm)] = item
             else:
                 first = needed[0]  # upstream stages stand before those that build on them
                 if first.folder not in running.values():

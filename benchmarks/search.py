@@ -4,13 +4,14 @@
         stage2.epochs=9
 
 The table holds rate-accuracy points of every epoch of configurations drawn evenly from a space.
-What it lacks is trained by `mantis tune --search random` without early stopping, resumably;
-results/search_table.csv keeps it, and --replay-only trains nothing. The random arm takes 64 rows
-and all their epochs. Our arm asks the product's own sampler, takes the nearest row that is left,
-and gives up a row where the product's own rule would. Both count finished rows only. The last line
-is one JSON object: `hypervolume_ratio` is that of our arm to the random one's at 35 % of its
-epochs, `budget_ratio` the share of its epochs after which 99 % was reached; each the worst of the
-seeds.
+What it lacks is trained by `mantis tune --search random` without early stopping, resumably, or,
+with --plain SHARDS --jobs N, without Ray and MLflow, N trainings at once, on shards that
+`mantis prepare` wrote. results/search_table.csv keeps it, and --replay-only trains nothing. The
+random arm takes 64 rows and all their epochs. Our arm asks the product's own sampler, takes the
+nearest row that is left, and gives up a row where the product's own rule would. Both count finished
+rows only. The last line is one JSON object: `hypervolume_ratio` is that of our arm to the random
+one's at 35 % of its epochs, `budget_ratio` the share of its epochs after which 99 % was reached;
+each the worst of the seeds.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
+from pipelines.search import search_task
 from pipelines.search_journal import TrialRecord
 from pipelines.search_points import (
     Halving,
@@ -179,6 +181,29 @@ def train_table(config: str, space: str, configurations: int, overrides: Sequenc
     write_table(TABLE, rows)
 
 
+def train_table_plainly(
+    config: str,
+    space: Mapping[str, Field],
+    configurations: int,
+    prepared: str,
+    jobs: int,
+    overrides: Sequence[str],
+) -> None:
+    """The same trainings without Ray and MLflow. The table is written after each."""
+    from benchmarks.plain_chain import train_plain
+
+    task = search_task(load_settings(config, overrides), Path(config).stem)
+    samples = [
+        propose(space, (), n, kind="random", objective="pareto", seed=0, startup_trials=0)
+        for n in range(configurations)
+    ]
+    plans = [task.plan(sample) for sample in samples]
+    rows: dict[int, Row] = {}
+    for number, history in train_plain(plans, prepared=prepared, jobs=jobs, say=_say):
+        rows[number] = Row(samples[number], tuple(history))
+        write_table(TABLE, [rows[each] for each in sorted(rows)])
+
+
 def write_table(path: Path, rows: Sequence[Row]) -> None:
     """One line a configuration and epoch."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -248,9 +273,21 @@ def main() -> None:
     parser.add_argument("--configurations", type=int, default=128)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--replay-only", action="store_true", help="train nothing")
+    parser.add_argument("--plain", metavar="SHARDS", help="without Ray, on these prepared shards")
+    parser.add_argument("--jobs", type=int, default=1, help="with --plain: trainings at once")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     arguments = parser.parse_args()
-    if not arguments.replay_only:
+    space = load_space(arguments.space, include_stage1=False)
+    if arguments.plain and not arguments.replay_only:
+        train_table_plainly(
+            arguments.config,
+            space,
+            arguments.configurations,
+            arguments.plain,
+            arguments.jobs,
+            arguments.overrides,
+        )
+    elif not arguments.replay_only:
         train_table(
             arguments.config, arguments.space, arguments.configurations, arguments.overrides
         )
@@ -258,13 +295,16 @@ def main() -> None:
     if len(rows) < 2 * RANDOM_TRIALS:
         sys.exit(f"{TABLE} has {len(rows)} configurations; {2 * RANDOM_TRIALS} are needed")
     tune = load_settings(arguments.config, arguments.overrides).tune
-    space = load_space(arguments.space, include_stage1=False)
     result = compare(rows, space, tune, range(arguments.seeds))
     shown = Table(*result["seeds"][0])
     for each in result["seeds"]:
         shown.add_row(*map(str, each.values()))
     Console(stderr=True).print(shown)
     print(json.dumps(result))
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def _gap(field: Field, one: Any, other: Any) -> float:

@@ -78,7 +78,7 @@ def run_search(
     all trials share fails, KeyboardInterrupt.
     """
     began = time.monotonic()
-    task = _task(search_settings(settings), config_name)
+    task = search_task(settings, config_name)
     space = load_space(options.space, include_stage1=options.include_stage1)
     base = task.plan({})
     key = search_key(base, space, options)
@@ -310,11 +310,12 @@ def reference_point(base: Plan) -> RdPoint:
     return RdPoint(3.0 * height * width, 0.0)
 
 
-def _task(settings: Settings, config_name: str) -> SearchTask:
+def search_task(settings: Settings, config_name: str) -> SearchTask:
     """Looks at the data once for all trials. Trials run elsewhere, so they get the address too."""
     from data_prep.sources import source_fingerprint
     from data_prep.subgroups import resolve_tasks
 
+    settings = search_settings(settings)
     address = cluster_address(settings.cluster)
     if address != "local":
         joined = settings.cluster.model_copy(update={"address": address})

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.plain_chain import adopt
+from benchmarks.plain_chain import adopt, train_plain
 from pipelines.run_record import mark_done, mark_started
 from pipelines.settings import load_settings
 from pipelines.stages import Plan, make_plan
@@ -56,3 +56,14 @@ def test_another_recipe_and_an_unfinished_training_are_not(
 ) -> None:
     leave(plan, "stage2", recipe=recipe, done=done)
     assert adopt(plan) == plan
+
+
+def test_histories_of_finished_trainings_are_given_without_training(plan: Plan) -> None:
+    for name in ("stage1", "stage2"):
+        spec = next(spec for spec in plan.specs if spec.name == name)
+        store = Store(plan.settings.storage.root)
+        mark_started(store, spec)
+        store.write_json(f"{spec.folder}/history.json", [{"epoch": 1.0, "train/loss": 2.0}])
+        mark_done(store, spec, {"metrics": {}}, plan.settings.tracking.uri)
+    found = list(train_plain([plan], prepared="nowhere", jobs=1, say=print))
+    assert found == [(0, [{"epoch": 1.0, "train/loss": 2.0}])]
