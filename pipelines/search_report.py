@@ -5,14 +5,16 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 
 from pipelines.report_figures import LOOKS, styled, to_png, to_svg
 from pipelines.search_journal import TrialRecord, finished_points
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
     from tune_spaces.domains import Space
 
 FRONT, OTHER = LOOKS["mantis"].colour, LOOKS["teacher"].colour
+GRID: dict[str, Any] = {"color": "#888888", "alpha": 0.25, "linewidth": 0.7}
+NARROW = 8  # times the fewest bytes
 PLAIN = ("trial", "state", "epochs", "wire_bytes", "top1", "on_front", "reason", "run_id")
 
 
@@ -58,9 +62,12 @@ def write_search_report(
     }
     (folder / "search.json").write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
     with styled():
-        figure = search_figure(trials, progress, width=9.2)
-        (folder / "search.png").write_bytes(to_png(figure))
-        page = _page(title, result, rows, keys, matter, epoch, to_svg(figure, "search"))
+        (folder / "search.png").write_bytes(to_png(search_figure(trials, progress, width=9.2)))
+        figures = [
+            to_svg(_alone(_draw_points, trials), "points"),
+            to_svg(_alone(_draw_progress, progress), "progress"),
+        ]
+        page = _page(title, result, rows, keys, matter, epoch, figures)
         (folder / "search.html").write_text(page, "utf-8")
 
 
@@ -93,17 +100,39 @@ def search_figure(
     """Left all points with the front, right the hypervolume over trained epochs."""
     figure = Figure(figsize=(width, width * 0.42), layout="constrained")
     left, right = figure.subplots(1, 2)
+    _draw_points(left, trials)
+    _draw_progress(right, progress)
+    return figure
+
+
+def _alone(draw: Callable[..., None], what: Any) -> Figure:
+    """One of the two as a figure of its own, which a page sets beside or below the other."""
+    figure = Figure(figsize=(5.2, 3.9), layout="constrained")
+    draw(figure.subplots(), what)
+    return figure
+
+
+def _draw_points(axes: Axes, trials: Mapping[int, TrialRecord]) -> None:
     points = finished_points(trials)
     cut = [r.point for r in trials.values() if r.point and r.state == "stopped"]
     front = [points[number] for number in pareto_front(points)]
-    plain = {"linestyle": "none", "color": OTHER}
-    left.plot(*_axes(cut), marker="x", markersize=5, label="stopped early", **plain)
-    left.plot(*_axes(list(points.values())), marker="o", markersize=5, label="finished", **plain)
-    left.plot(*_axes(front), color=FRONT, marker="o", markersize=7, label="Pareto front")
-    left.set(xscale="log", xlabel="wire bytes per image, estimated (log scale)")
-    left.set_ylabel("top-1 accuracy on held-back rows (%)")
-    left.legend(frameon=False, fontsize=9, loc="lower right")
-    right.step(
+    plain: dict[str, Any] = {"linestyle": "none", "color": OTHER}
+    axes.plot(*_axes(cut), marker="x", markersize=5, label="stopped early", **plain)
+    axes.plot(*_axes(list(points.values())), marker="o", markersize=5, label="finished", **plain)
+    axes.plot(*_axes(front), color=FRONT, marker="o", markersize=7, label="Pareto front")
+    axes.set(xscale="log", xlabel="wire bytes per image, estimated (log scale)")
+    low, high = axes.get_xlim()
+    narrow = high < NARROW * low  # too few powers of ten and their doubles would lie in it
+    axes.xaxis.set_major_locator(MaxNLocator(5) if narrow else LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_ylabel("top-1 accuracy on held-back rows (%)")
+    axes.legend(frameon=False, fontsize=9, loc="lower right")
+    axes.grid(**GRID)
+
+
+def _draw_progress(axes: Axes, progress: Sequence[Mapping[str, float]]) -> None:
+    axes.step(
         [row["epochs"] for row in progress],
         [row["hypervolume"] for row in progress],
         where="post",
@@ -111,10 +140,8 @@ def search_figure(
         marker="o",
         markersize=4,
     )
-    right.set(xlabel="epochs of stage 2 trained, all trials", ylabel="hypervolume")
-    for axes in (left, right):
-        axes.grid(color="#888888", alpha=0.25, linewidth=0.7)
-    return figure
+    axes.set(xlabel="epochs of stage 2 trained, all trials", ylabel="hypervolume")
+    axes.grid(**GRID)
 
 
 def _axes(points: Sequence[RdPoint]) -> tuple[list[float], list[float]]:
@@ -151,7 +178,7 @@ def _page(
     keys: Sequence[str],
     matter: Mapping[str, Mapping[str, float]],
     epoch: int,
-    figure: str,
+    figures: Sequence[str],
 ) -> str:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
@@ -163,7 +190,7 @@ def _page(
     return environment.get_template("search.html.jinja").render(
         title=title,
         result=result,
-        figure=Markup(figure),
+        figures=[Markup(figure) for figure in figures],
         colours={"mantis": FRONT, "teacher": OTHER},
         keys=keys,
         rows=[{**row, "values": [_text(row.get(key, "")) for key in keys]} for row in order],
