@@ -133,11 +133,12 @@ def train_batches(
     if not windows:
         return
     if max_tasks is None:
-        import ray  # only here and in _dataset: local_batches works where there is no Ray
+        # Imported here and in _dataset alone: local_batches works where there is no Ray.
+        from data_prep.ray_data import reading_cpus
 
-        max_tasks = max(1, int(ray.cluster_resources().get("CPU", 1)) // world_size - 1)
+        max_tasks = max(1, int(reading_cpus()) // world_size - 1)
     decoder = Decoder.of(manifest, data, (seed, epoch))
-    dataset = _dataset(folder, windows, decoder, num_cpus, max_tasks)
+    dataset = _dataset(folder, windows, decoder, num_cpus, max_tasks, confined=True)
     for batch in dataset.iter_batches(
         batch_size=batch_rows, batch_format="numpy", prefetch_batches=PREFETCH_BATCHES
     ):
@@ -149,7 +150,8 @@ def eval_rows(
 ) -> Dataset:
     """All rows of a split once, in order, centre-cropped, as a lazy Ray Dataset."""
     windows = _in_order(manifest.split(split))
-    return _dataset(folder, windows, Decoder.of(manifest, data, None), num_cpus, None)
+    decoder = Decoder.of(manifest, data, None)
+    return _dataset(folder, windows, decoder, num_cpus, None, confined=False)
 
 
 def local_batches(
@@ -198,7 +200,13 @@ def read_window(plan: pa.Table, *, folder: str, decoder: Decoder) -> Iterator[Ba
 
 
 def _dataset(
-    folder: str, windows: list[Window], decoder: Decoder, num_cpus: float, max_tasks: int | None
+    folder: str,
+    windows: list[Window],
+    decoder: Decoder,
+    num_cpus: float,
+    max_tasks: int | None,
+    *,
+    confined: bool,
 ) -> Dataset:
     from data_prep.ray_data import map_tables
 
@@ -207,6 +215,7 @@ def _dataset(
         read_window,
         num_cpus=num_cpus,
         max_tasks=max_tasks,
+        confined=confined,
         folder=absolute(folder),
         decoder=decoder,
     )
