@@ -84,7 +84,9 @@ class ClusterConfig(_Section):
     max_failures: int = Field(2, ge=0, description="restarts of a training after a lost worker")
     start_timeout_s: float = Field(120, gt=0, description="for workers (and new nodes) to start")
     collective_timeout_s: float = Field(300, gt=0, description="for a silent peer in a training")
-    evaluation_actors: int | None = Field(None, ge=1, description="none: one per free CPU or GPU")
+    evaluation_actors: int | None = Field(
+        None, ge=1, description="at most; none: one per free CPU or GPU"
+    )
     autoscaling: bool = Field(False, description="the cluster at `address` adds nodes on demand")
 
     @property

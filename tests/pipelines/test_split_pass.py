@@ -46,7 +46,7 @@ def prepared(root: Path) -> tuple[Settings, Manifest]:
             "data": {"sources": [source], "image_size": 32, "row_group_rows": 4},
             "tasks": [{"name": "outline", "classes_from": "shapes"}],
             "evaluate": {"batch_size": 7},
-            "cluster": {"evaluation_actors": 2},
+            "cluster": {"evaluation_actors": 2},  # as many as CPUs: one is left to the reader
             "storage": {"root": str(root)},
         }
     )
