@@ -15,9 +15,15 @@ from data_prep.shards import prepare
 from data_prep.subgroups import resolve_tasks
 from pipelines import split_pass
 from pipelines.settings import Settings
-from pipelines.split_pass import ArmSource, Arrays, EvaluationError, collected, evaluate_split
+from pipelines.split_pass import (
+    SPLIT,
+    ArmSource,
+    Arrays,
+    EvaluationError,
+    collected,
+    evaluate_split,
+)
 
-ROWS = 60
 SOURCES = [ArmSource("one", "teacher", None), ArmSource("two", "teacher", None)]
 
 
@@ -40,7 +46,7 @@ class Dying:
 
 
 def prepared(root: Path) -> tuple[Settings, Manifest]:
-    source = {"kind": "shapes", "train_rows": 20, "val_rows": ROWS, "size": 32}
+    source = {"kind": "shapes", "train_rows": 20, "val_rows": 200, "size": 32}
     settings = Settings.model_validate(
         {
             "data": {"sources": [source], "image_size": 32, "row_group_rows": 4},
@@ -65,18 +71,20 @@ def test_a_dead_actor_loses_and_doubles_no_row(
     assert (tmp_path / "died").exists()
     for source in SOURCES:
         ids = done.answers[source.name]["row_id"]
-        assert len(ids) == len(np.unique(ids)) == ROWS
+        assert len(ids) == len(np.unique(ids)) == manifest.split(SPLIT).rows > 2 * 7
     assert (np.diff(done.answers["one"]["row_id"]) > 0).all()
 
 
 @pytest.mark.usefixtures("ray_session")
 def test_a_row_that_is_lost_or_doubled_is_no_evaluation(tmp_path: Path) -> None:
     _, manifest = prepared(tmp_path)
-    arm = np.repeat([0, 1], ROWS)
-    ids = np.tile(np.arange(ROWS), 2)
+    rows = manifest.split(SPLIT).rows
+    arm, ids = np.repeat([0, 1], rows), np.tile(np.arange(rows), 2)
     collected([{"arm": arm, "row_id": ids}], SOURCES, manifest)
-    with pytest.raises(EvaluationError, match="two: 59 answers"):
+    with pytest.raises(EvaluationError, match=f"two: {rows - 1} answers"):
         collected([{"arm": arm[:-1], "row_id": ids[:-1]}], SOURCES, manifest)
-    doubled = np.where(np.arange(2 * ROWS) == 5, 4, ids)
-    with pytest.raises(EvaluationError, match=r"one: 60 answers \(59 different rows\)"):
+    doubled = np.where(np.arange(2 * rows) == 5, 4, ids)
+    with pytest.raises(
+        EvaluationError, match=rf"one: {rows} answers \({rows - 1} different rows\)"
+    ):
         collected([{"arm": arm, "row_id": doubled}], SOURCES, manifest)
