@@ -31,8 +31,8 @@ from pipelines.settings import Settings
 from pipelines.split_pass import ArmSource, Evaluated, arm_figures, evaluate_locally
 from pipelines.stages import Plan
 from pipelines.storage import Store
-from pipelines.trainer import HISTORY, training_config
-from pipelines.worker import build_recipe, ship
+from pipelines.trainer import HISTORY, rows_of, training_config
+from pipelines.worker import build_recipe, epoch_record, ship
 
 Say = Callable[[str], None]
 
@@ -180,8 +180,8 @@ def _in_order(
             else:
                 first = needed[0]  # upstream stages stand before those that build on them
                 if first.folder not in running.values():
-                    own = Work(first, _upstream(first, plan), prepared, jobs)
-                    running[pool.submit(_train_stage, own)] = first.folder
+                    own = Work(first, upstream_folders(first, plan), prepared, jobs)
+                    running[pool.submit(train_stage, own)] = first.folder
         done, _ = wait(running, return_when=FIRST_COMPLETED)
         for future in done:
             what = running.pop(future)
@@ -200,7 +200,7 @@ def _in_order(
         raise errors[0]
 
 
-def _train_stage(work: Work) -> str:
+def train_stage(work: Work) -> str:
     """Trains one stage in this process; returns a line for people."""
     spec, settings, began = work.spec, work.spec.settings, time.monotonic()
     store = Store(settings.storage.root)
@@ -235,13 +235,14 @@ def _train_stage(work: Work) -> str:
 
         history = []
         for figures in fit(session, batches, lambda: batches(None, "holdout")):
-            history.append(figures)
+            history.append(epoch_record(session, manifest, figures))
             epoch = f"epoch {figures['epoch']:.0f} of {section.epochs}"
             line = f"{spec.name} seed {settings.seed}, {epoch}: {_shown(figures)}"
             print(line, file=sys.stderr, flush=True)
         config = {"name": spec.name, "kind": spec.kind, "key": spec.key, "folder": spec.folder}
         ship(session, settings, manifest, config, history)
-        mark_done(store, spec, {"metrics": session.best}, settings.tracking.uri)
+        result = {"metrics": session.best, "rows": rows_of(history)}
+        mark_done(store, spec, result, settings.tracking.uri)
     seconds = f"{time.monotonic() - began:.0f} s"
     return f"{spec.name} seed {settings.seed}: {seconds}, {_shown(session.best)}"
 
@@ -272,7 +273,7 @@ def _measure(
     )
 
 
-def _upstream(spec: StageSpec, plan: Plan) -> dict[str, str]:
+def upstream_folders(spec: StageSpec, plan: Plan) -> dict[str, str]:
     """Folders of the stages it builds on, by kind, as the workers take them."""
     by_name = {each.name: each for each in plan.specs}
     return {by_name[name].kind: by_name[name].folder for name in spec.upstream}

@@ -14,6 +14,8 @@ from ray.data._internal.execution.execution_callback import ExecutionCallback
 
 BLOCK_BYTES = 4 * 2**20  # blocks leave a task while it still runs
 STEP_SECONDS = 0.05
+DATA_LABEL = {"ray-subcluster": "data"}
+"""Label of the nodes that are there for Ray Data, where a cluster has such."""
 
 
 class PausedStep(ExecutionCallback):  # type: ignore[misc]
@@ -28,18 +30,34 @@ class PausedStep(ExecutionCallback):  # type: ignore[misc]
         time.sleep(STEP_SECONDS)
 
 
+def data_nodes() -> list[dict[str, Any]]:
+    """Living nodes that are there for Ray Data alone, as ray.nodes() describes them."""
+    label = DATA_LABEL.items()
+    return [node for node in ray.nodes() if node["Alive"] and label <= node["Labels"].items()]
+
+
+def reading_cpus() -> float:
+    """CPUs of the data nodes; of all nodes where there are none."""
+    nodes = data_nodes()
+    cpus = [node["Resources"].get("CPU", 0.0) for node in nodes]
+    return float(sum(cpus) if nodes else ray.cluster_resources().get("CPU", 1.0))
+
+
 def map_tables(
     tables: Sequence[pa.Table],
     function: Callable[..., Any],
     *,
     num_cpus: float,
     max_tasks: int | None = None,
+    confined: bool = True,
     **arguments: Any,
 ) -> Dataset:
     """A lazy dataset of function(table, **arguments) over the tables, a task each, in their order.
 
     `function` returns a batch or yields several; it runs in Ray tasks of `num_cpus`, at most
-    `max_tasks` at once (None: as many as fit)."""
+    `max_tasks` at once (None: as many as fit). Where there are data nodes they run there, elsewhere
+    only once those are lost; `confined`: whatever else is made of the dataset runs there as well.
+    """
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # "bars disabled"
     dataset = ray.data.from_arrow(list(tables))
@@ -49,6 +67,11 @@ def map_tables(
     context.target_max_block_size = BLOCK_BYTES
     context.execution_options.preserve_order = True
     context.custom_execution_callback_classes = [PausedStep]
+    placed: dict[str, Any] = {}
+    if data_nodes():
+        # The label of a task alone is not enough: Ray Data would count on other nodes' CPUs.
+        context.execution_options.label_selector = DATA_LABEL if confined else None
+        placed = {"label_selector": DATA_LABEL, "fallback_strategy": [{"label_selector": {}}]}
     return dataset.map_batches(
         function,
         batch_size=None,
@@ -56,4 +79,5 @@ def map_tables(
         fn_kwargs=arguments,
         num_cpus=num_cpus,
         compute=TaskPoolStrategy(max_tasks),
+        **placed,
     )

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -59,9 +60,10 @@ def plan_epoch(
 
     Row groups are permuted by (seed, epoch) and joined into windows of about `window_rows`, rows
     are permuted within a window. Of this order the first floor(N / global_batch) * global_batch
-    rows are consumed, rank r taking the r-th contiguous part. So the rows consumed do not depend on
-    world_size, and the tail left out differs from epoch to epoch. DataError if there are fewer rows
-    than a global batch, or if that does not divide among the ranks."""
+    rows are consumed, `global_batch` a step, whatever world_size is; the tail left out differs from
+    epoch to epoch. Of a step's rows rank r takes the r-th part as they lie in their window: so the
+    row groups a rank reads are hardly more than its share. DataError if there are fewer rows than a
+    global batch, or if that does not divide among the ranks."""
     if global_batch % world_size:
         raise DataError(
             f"a global batch of {global_batch} does not divide among {world_size} workers; "
@@ -72,7 +74,6 @@ def plan_epoch(
             f"the split has {split.rows} rows, fewer than one global batch of {global_batch}; "
             "use a smaller batch or more images"
         )
-    share = split.rows // global_batch * (global_batch // world_size)
     groups = _row_groups(split)
     random = np.random.default_rng([seed, epoch])
     windows, waiting = [], []
@@ -83,11 +84,20 @@ def plan_epoch(
             waiting = []
     if waiting:
         windows.append(tuple(waiting))
-    shuffled = [
-        Window(window, random.permutation(sum(group.rows for group in window)).astype(np.int64))
-        for window in windows
+    starts = np.cumsum([0, *(sum(group.rows for group in window) for window in windows)])
+    order = np.concatenate(
+        [start + random.permutation(end - start) for start, end in pairwise(starts)]
+    )
+    steps = order[: split.rows // global_batch * global_batch].reshape(-1, global_batch)
+    places = steps.argsort(axis=1).argsort(axis=1)  # of each row among those of its step
+    own = steps[places // (global_batch // world_size) == rank]
+    number = np.searchsorted(starts, own, side="right") - 1  # of each row's window, never falling
+    parts = np.split(own, np.searchsorted(number, np.arange(1, len(windows))))
+    return [
+        _window(groups, part - start)
+        for groups, part, start in zip(windows, parts, starts[:-1], strict=True)
+        if len(part)
     ]
-    return _section(shuffled, rank * share, (rank + 1) * share)
 
 
 def train_batches(
@@ -123,11 +133,12 @@ def train_batches(
     if not windows:
         return
     if max_tasks is None:
-        import ray  # only here and in _dataset: local_batches works where there is no Ray
+        # Imported here and in _dataset alone: local_batches works where there is no Ray.
+        from data_prep.ray_data import reading_cpus
 
-        max_tasks = max(1, int(ray.cluster_resources().get("CPU", 1)) // world_size - 1)
+        max_tasks = max(1, int(reading_cpus()) // world_size - 1)
     decoder = Decoder.of(manifest, data, (seed, epoch))
-    dataset = _dataset(folder, windows, decoder, num_cpus, max_tasks)
+    dataset = _dataset(folder, windows, decoder, num_cpus, max_tasks, confined=True)
     for batch in dataset.iter_batches(
         batch_size=batch_rows, batch_format="numpy", prefetch_batches=PREFETCH_BATCHES
     ):
@@ -139,7 +150,8 @@ def eval_rows(
 ) -> Dataset:
     """All rows of a split once, in order, centre-cropped, as a lazy Ray Dataset."""
     windows = _in_order(manifest.split(split))
-    return _dataset(folder, windows, Decoder.of(manifest, data, None), num_cpus, None)
+    decoder = Decoder.of(manifest, data, None)
+    return _dataset(folder, windows, decoder, num_cpus, None, confined=False)
 
 
 def local_batches(
@@ -188,7 +200,13 @@ def read_window(plan: pa.Table, *, folder: str, decoder: Decoder) -> Iterator[Ba
 
 
 def _dataset(
-    folder: str, windows: list[Window], decoder: Decoder, num_cpus: float, max_tasks: int | None
+    folder: str,
+    windows: list[Window],
+    decoder: Decoder,
+    num_cpus: float,
+    max_tasks: int | None,
+    *,
+    confined: bool,
 ) -> Dataset:
     from data_prep.ray_data import map_tables
 
@@ -197,6 +215,7 @@ def _dataset(
         read_window,
         num_cpus=num_cpus,
         max_tasks=max_tasks,
+        confined=confined,
         folder=absolute(folder),
         decoder=decoder,
     )
@@ -215,6 +234,14 @@ def _row_groups(split: SplitInfo) -> list[RowGroup]:
         for shard in split.shards
         for index, rows in enumerate(shard.row_group_rows)
     ]
+
+
+def _window(groups: tuple[RowGroup, ...], picks: NDArray[np.int64]) -> Window:
+    """The rows `picks` of some groups, without those groups that hold none of them."""
+    group_of = np.repeat(np.arange(len(groups)), [group.rows for group in groups])
+    used = np.unique(group_of[picks])
+    places = np.cumsum(np.isin(group_of, used)) - 1  # of rows once the other groups are gone
+    return Window(tuple(groups[number] for number in used), places[picks])
 
 
 def _in_order(split: SplitInfo) -> list[Window]:

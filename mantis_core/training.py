@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -101,6 +102,7 @@ class Session:
         )
         self.module: nn.Module = self.recipe
         self.step_index = 0
+        self.rows_sha256 = ""  # of the last epoch trained, see hash_of_rows
         self.best: dict[str, float] = {}
         self.best_weights: dict[str, Tensor] = {}
 
@@ -144,11 +146,17 @@ class Session:
     def train_epoch(
         self, batches: Iterable[Batch], on_step: OnStep | None = None
     ) -> dict[str, float]:
-        """The next epoch over `batches`, which must hold `steps_per_epoch` of them."""
+        """The next epoch over `batches`, which must hold `steps_per_epoch` of them.
+
+        `train/rows` counts the different rows in the batches of all workers; `rows_sha256` then
+        identifies them.
+        """
         self.recipe.train()
         meter, recent = Meter(), Meter()
+        consumed: list[Tensor] = []
         goal = (self.epoch + 1) * self.steps_per_epoch
         for batch in batches:
+            consumed.append(consumed_rows(self.step_index, batch))
             output = self.step(batch)
             pixels = batch.image.shape[2] * batch.image.shape[3]
             for each in (meter, recent):
@@ -169,6 +177,9 @@ class Session:
             copy_buffers(self.recipe.student, self.average.module)
         meter.reduce()
         figures = meter.figures("train")
+        rows = gather_rows(torch.cat(consumed))
+        figures["train/rows"] = len(np.unique(rows[:, 1].cpu().numpy()))
+        self.rows_sha256 = hash_of_rows(rows)
         figures["train/lr"] = self.optimizer.param_groups[0]["lr"]
         return figures
 
@@ -274,6 +285,21 @@ def step_seed(seed: int, step: int, rank: int) -> int:
     """A 63-bit seed for one step of one worker."""
     digest = hashlib.sha256(f"{seed}/{step}/{rank}".encode()).digest()
     return int.from_bytes(digest[:8], "big") & (2**63 - 1)
+
+
+def consumed_rows(step: int, batch: Batch) -> Tensor:
+    """Which row ids a step consumes: (B, 2) int64 of step and id."""
+    return torch.stack([torch.full_like(batch.row_id, step), batch.row_id], dim=1)
+
+
+def hash_of_rows(rows: Tensor) -> str:
+    """SHA-256 of all (step, row id) of an epoch, (N, 2); their order within a step does not count.
+
+    So it does not depend on how many workers shared the rows of a step.
+    """
+    pairs = rows.cpu().numpy().astype("<i8")
+    ordered = pairs[np.lexsort((pairs[:, 1], pairs[:, 0]))]
+    return hashlib.sha256(ordered.tobytes()).hexdigest()
 
 
 def gather_rows(rows: Tensor) -> Tensor:

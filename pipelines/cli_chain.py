@@ -210,33 +210,39 @@ def terminal(settings: Settings, as_json: bool, resume: str) -> Iterator[TextIO]
 
 def _print_plan(plan: Plan, until: StageKind | None, as_json: bool) -> None:
     from pipelines.plan import with_upstream
-    from pipelines.run_record import stage_state
+    from pipelines.run_record import read_result, stage_state
+    from pipelines.schedule import check_batches, schedule
     from pipelines.settings import to_yaml
     from pipelines.storage import Store
 
     store, uri = Store(plan.settings.storage.root), plan.settings.tracking.uri
     names = {"done": "skip", "started": "resume", "new": "run"}
     specs = plan.specs if until is None else with_upstream(plan.specs, until)
-    stages = []
-    for spec in specs:
-        training = spec.config.get("teacher", {}).get("training") or spec.config.get(spec.kind, {})
-        action = names[stage_state(store, spec, uri)]
-        stages.append(
+    check_batches(specs)
+    actions = {spec.name: names[stage_state(store, spec, uri)] for spec in specs}
+    prepared = actions["prepare"] == "skip"
+    rows = read_result(store, specs[0])["rows"]["train"] if prepared else None
+    planned = [(spec, schedule(spec, rows)) for spec in specs]
+    if as_json:
+        stages = [
             {
                 "stage": spec.name,
                 "key": spec.key,
-                "action": action,
-                "epochs": training.get("epochs"),
+                "action": actions[spec.name],
+                "epochs": training and training.epochs,
+                "training": training and asdict(training),
             }
-        )
-    if as_json:
+            for spec, training in planned
+        ]
         print_json({"config": plan.settings.model_dump(mode="json"), "stages": stages})
         return
     typer.echo(to_yaml(plan.settings))
-    width = max(len(stage["stage"]) for stage in stages)
-    for stage in stages:
-        epochs = f"  {stage['epochs']} epochs" if stage["epochs"] else ""
-        typer.echo(f"{stage['stage']:{width}}  {stage['key'][:12]}  {stage['action']}{epochs}")
+    width = max(map(len, actions))
+    for spec, training in planned:
+        epochs = f"  {training.epochs} epochs" if training else ""
+        typer.echo(f"{spec.name:{width}}  {spec.key[:12]}  {actions[spec.name]}{epochs}")
+        if training:
+            typer.echo(f"{'':{width}}  {training}")
 
 
 def _show_result(plan: Plan, result: ChainResult, console: Console) -> None:

@@ -10,7 +10,7 @@ import re
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,20 +63,20 @@ def check_machine(settings: Settings) -> None:
 def check_resources(
     cluster: ClusterConfig, root: str, available: Available, *, data_cpus: float
 ) -> None:
-    """Raises PreflightError unless the training workers, and data tasks beside them, fit."""
-    asked_cpus = cluster.workers * cluster.cpus_per_worker
-    asked_gpus = cluster.workers * cluster.gpus_per_worker
+    """Raises PreflightError unless the fewest training workers, and data beside them, fit."""
+    asked_cpus = cluster.min_workers * cluster.cpus_per_worker
+    asked_gpus = cluster.min_workers * cluster.gpus_per_worker
     where = "this machine has" if available.nodes == 1 else f"the {available.nodes} nodes have"
     if asked_cpus + data_cpus > available.cpus:
         beside = f" and {data_cpus:g} for data (cluster.data_cpus)" if data_cpus else ""
         raise PreflightError(
-            f"cluster.workers {cluster.workers} x cluster.cpus_per_worker "
+            f"cluster.workers {cluster.min_workers} x cluster.cpus_per_worker "
             f"{cluster.cpus_per_worker:g} asks for {asked_cpus:g} CPUs{beside}, and {where} "
             f"{available.cpus:g}: lower them, or join a larger cluster with cluster.address"
         )
     if asked_gpus > available.gpus:
         raise PreflightError(
-            f"cluster.workers {cluster.workers} x cluster.gpus_per_worker "
+            f"cluster.workers {cluster.min_workers} x cluster.gpus_per_worker "
             f"{cluster.gpus_per_worker:g} asks for {asked_gpus:g} GPUs, and {where} "
             f"{available.gpus:g}: lower them (0 trains on CPUs), or join a cluster that has them"
         )
@@ -86,6 +86,31 @@ def check_resources(
             f"storage.root {root} is a folder of one machine, but the cluster "
             "has several nodes: give a URI all of them reach, s3://bucket/folder, or "
             "file:///folder if that folder is mounted on every node"
+        )
+
+
+def check_room_for_data(
+    cluster: ClusterConfig, nodes: Sequence[Available], *, data_cpus: float
+) -> None:
+    """Raises PreflightError where an elastic training could grow over every CPU of `nodes`.
+
+    Ray starts as many workers as fit, up to the most; the data tasks that feed them would then
+    wait for ever. `nodes` are those without the label of data nodes; with such
+    nodes in the cluster there is nothing to check."""
+    if cluster.min_workers == cluster.max_workers or not cluster.cpus_per_worker:
+        return
+    left = 0.0
+    for node in nodes:
+        fit = node.cpus // cluster.cpus_per_worker
+        if cluster.gpus_per_worker:
+            fit = min(fit, node.gpus // cluster.gpus_per_worker)
+        left += node.cpus - min(fit, cluster.max_workers) * cluster.cpus_per_worker
+    if left < data_cpus:
+        raise PreflightError(
+            f"cluster.workers {list(cluster.workers)} may grow until {left:g} CPUs are left, and "
+            f"data needs {data_cpus:g} (cluster.data_cpus): start nodes with the label "
+            "ray-subcluster=data, give a number of workers, or set cluster.cpus_per_worker so "
+            "that some of each node's CPUs stay free"
         )
 
 
@@ -124,7 +149,7 @@ def local_cpus(cluster: ClusterConfig, machine_cpus: int) -> int:
     On a small machine training workers take every CPU; without a share of their own the data tasks
     that feed them would wait for ever.
     """
-    training = cluster.workers * cluster.cpus_per_worker
+    training = cluster.max_workers * cluster.cpus_per_worker
     data = cluster.data_cpus or max(1.0, machine_cpus - training)
     return math.ceil(training + data)
 
@@ -216,6 +241,8 @@ def _wait_for_resources(
     cluster: ClusterConfig, root: str, *, local: bool, now: Callable[[], float] = time.monotonic
 ) -> None:
     """Asks an autoscaling cluster for nodes and waits for them; any other must have them now."""
+    from data_prep.ray_data import data_nodes
+
     data_cpus = 0.0 if local else cluster.data_cpus or 1.0
     deadline = now() + cluster.start_timeout_s
     if cluster.autoscaling:
@@ -223,10 +250,12 @@ def _wait_for_resources(
 
         worker = {"CPU": cluster.cpus_per_worker, "GPU": cluster.gpus_per_worker}
         bundle = {name: math.ceil(amount) for name, amount in worker.items() if amount}
-        request_resources(bundles=[bundle] * cluster.workers + [{"CPU": math.ceil(data_cpus)}])
+        request_resources(bundles=[bundle] * cluster.min_workers + [{"CPU": math.ceil(data_cpus)}])
     while True:
         try:
             check_resources(cluster, root, _cluster_has(), data_cpus=data_cpus)
+            if not data_nodes():
+                check_room_for_data(cluster, _nodes(), data_cpus=data_cpus)
             return
         except PreflightError:
             if not cluster.autoscaling or now() > deadline:
@@ -235,8 +264,12 @@ def _wait_for_resources(
 
 
 def _cluster_has() -> Available:
+    nodes = _nodes()
+    return Available(sum(n.cpus for n in nodes), sum(n.gpus for n in nodes), len(nodes))
+
+
+def _nodes() -> list[Available]:
     import ray
 
-    resources = ray.cluster_resources()
-    alive = [node for node in ray.nodes() if node["Alive"]]
-    return Available(resources.get("CPU", 0.0), resources.get("GPU", 0.0), len(alive))
+    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return [Available(each.get("CPU", 0.0), each.get("GPU", 0.0), 1) for each in alive]

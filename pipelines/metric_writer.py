@@ -55,7 +55,10 @@ class MetricWriter:
         self._last_step: int | None = None
 
     def write(self, metrics: Mapping[str, Any]) -> None:
-        """Log the finite numbers of `metrics` at step `metrics["epoch"]`."""
+        """Log the finite numbers of `metrics` at step `metrics["epoch"]`.
+
+        Text, which is no metric, becomes a tag `mantis.<name>.<epoch>`.
+        """
         if self.spool is None:
             return
         try:
@@ -143,6 +146,8 @@ def log_record(
     for start in starts:
         last = mark_step and start == starts[-1]
         tags = [RunTag("mantis.last_step", str(step))] if last else []
+        if start == 0:
+            tags += [RunTag(name, text) for name, text in record.get("tags", {}).items()]
         client.log_batch(run_id, metrics=batch[start : start + MAX_BATCH], tags=tags)
 
 
@@ -170,7 +175,14 @@ def failure_text(error: Exception, uri: str) -> str:
 def _record(metrics: Mapping[str, Any]) -> dict[str, Any]:
     """A spool line. Its own time stamp makes sending it twice the same as sending it once."""
     values = {name: value for name, value in metrics.items() if name != "epoch"}
-    return {"step": int(metrics["epoch"]), "timestamp": now_ms(), "metrics": finite(values)}
+    step = int(metrics["epoch"])
+    tags = {
+        mlflow_key(f"mantis.{name}.{step}"): value
+        for name, value in values.items()
+        if isinstance(value, str)
+    }
+    record = {"step": step, "timestamp": now_ms(), "metrics": finite(values)}
+    return {**record, "tags": tags}
 
 
 def _write_atomically(path: Path, text: str) -> None:

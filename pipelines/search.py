@@ -19,6 +19,7 @@ from pipelines.cluster import check_machine, cluster_address, connect
 from pipelines.console import Console
 from pipelines.plan import StageKind, with_upstream
 from pipelines.run_record import stage_state
+from pipelines.schedule import check_batches
 from pipelines.search_driver import SearchDriver, SearchOptions
 from pipelines.search_journal import Journal, TrialRecord, finished_points, open_journal
 from pipelines.search_points import Halving, RdPoint, hypervolume, pareto_front, spread
@@ -85,6 +86,7 @@ def run_search(
     store = Store(settings.storage.root)
     folder = f"searches/{options.space}-{key[:12]}"
     _check_first(store, folder, settings, options)
+    check_batches(base.specs)
     with open_journal(store, folder) as journal, Console(stream) as console:
         store.write_json(f"{folder}/about.json", _about(task, space, options, key))
         runs = _open_runs(task.settings, console, key, config_name, options, space)

@@ -56,9 +56,9 @@ def concurrent_trials(cluster: ClusterConfig, nodes: Sequence[Node]) -> int:
     data beside them.
     """
     workers = sum(_workers_on(node, cluster) for node in nodes)
-    wanted = cluster.workers * cluster.cpus_per_worker + (cluster.data_cpus or 1.0)
+    wanted = cluster.max_workers * cluster.cpus_per_worker + (cluster.data_cpus or 1.0)
     cpus = sum(node.cpus for node in nodes)
-    return max(1, min(workers // cluster.workers, math.floor(cpus / wanted + LEAST)))
+    return max(1, min(workers // cluster.max_workers, math.floor(cpus / wanted + LEAST)))
 
 
 def run_trials(driver: SearchDriver, halving: Halving | None, *, concurrent: int) -> float:
@@ -168,7 +168,7 @@ def _workers_on(node: Node, cluster: ClusterConfig) -> int:
         counts.append(int(node.gpus) * math.floor(1 / cluster.gpus_per_worker + LEAST))
     elif cluster.gpus_per_worker:
         counts.append(math.floor(node.gpus / cluster.gpus_per_worker + LEAST))
-    return min(counts, default=cluster.workers)
+    return min(counts, default=cluster.max_workers)
 
 
 @contextlib.contextmanager

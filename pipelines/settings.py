@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from data_prep.schema import DataConfig, TaskConfig
 from mantis_core.config import (
@@ -33,6 +33,19 @@ Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Baseline = Literal["none", "none_prior", "student", "oracle", "per_task", "individual", "teacher"]
 CodecName = Literal["jpeg", "webp", "avif"]
 Quality = Annotated[int, Field(ge=0, le=100)]
+
+
+def _some_workers(workers: int | tuple[int, int]) -> int | tuple[int, int]:
+    fewest, most = (workers, workers) if isinstance(workers, int) else workers
+    if not 1 <= fewest <= most:
+        raise ValueError(
+            f"got {workers if isinstance(workers, int) else list(workers)}; give a number of "
+            "workers, at least 1, or [fewest, most]"
+        )
+    return workers
+
+
+WorkerCount = Annotated[int | tuple[int, int], AfterValidator(_some_workers)]
 TEACHER_KEYWORDS = ("train", "pretrained")  # other values of teacher.weights are files
 
 
@@ -56,7 +69,9 @@ class ClusterConfig(_Section):
     address: str | None = Field(
         None, description="of a running cluster; none: RAY_ADDRESS, else Ray starts here"
     )
-    workers: int = Field(1, ge=1, description="of one training")
+    workers: WorkerCount = Field(
+        1, description="of one training; [fewest, most] grows and shrinks with the cluster"
+    )
     cpus_per_worker: float = Field(1, ge=0)
     gpus_per_worker: float = Field(0, ge=0)
     data_cpus: float | None = Field(
@@ -69,8 +84,18 @@ class ClusterConfig(_Section):
     max_failures: int = Field(2, ge=0, description="restarts of a training after a lost worker")
     start_timeout_s: float = Field(120, gt=0, description="for workers (and new nodes) to start")
     collective_timeout_s: float = Field(300, gt=0, description="for a silent peer in a training")
-    evaluation_actors: int | None = Field(None, ge=1, description="none: one per free CPU or GPU")
+    evaluation_actors: int | None = Field(
+        None, ge=1, description="at most; none: one per free CPU or GPU"
+    )
     autoscaling: bool = Field(False, description="the cluster at `address` adds nodes on demand")
+
+    @property
+    def min_workers(self) -> int:
+        return self.workers if isinstance(self.workers, int) else self.workers[0]
+
+    @property
+    def max_workers(self) -> int:
+        return self.workers if isinstance(self.workers, int) else self.workers[1]
 
 
 class EvaluateConfig(_Section):

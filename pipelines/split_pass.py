@@ -82,8 +82,9 @@ def evaluate_split(
     rows, batch_size = manifest.split(SPLIT).rows, settings.evaluate.batch_size
     gpus = settings.cluster.gpus_per_worker
     free = ray.cluster_resources().get("GPU" if gpus else "CPU", 1.0)
-    wanted = settings.cluster.evaluation_actors or max(1, int(free if gpus else free - 1))
-    actors = max(1, min(wanted, -(-rows // batch_size)))
+    room = int(free if gpus else free - 1)  # actors on every CPU would wait for rows for ever
+    wanted = settings.cluster.evaluation_actors or room
+    actors = max(1, min(wanted, room, -(-rows // batch_size)))
     dataset = eval_rows(folder, manifest, data, SPLIT).map_batches(
         ArmActor,
         fn_constructor_kwargs={

@@ -27,6 +27,7 @@ from pipelines.run_record import (
     remember_run,
     stage_state,
 )
+from pipelines.schedule import check_batches
 from pipelines.settings import Settings
 from pipelines.storage import Store
 
@@ -60,11 +61,13 @@ class StageContext:
 
 @dataclass(frozen=True)
 class StageOutcome:
-    """`status` is ran, skipped or resumed."""
+    """`status` is ran, skipped or resumed. `rows` is what its result says of them: by split where
+    it prepared them; consumed in an epoch, left out and hashed where it trained on them."""
 
     key: str
     status: str
     seconds: float
+    rows: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -128,10 +131,11 @@ def run_chain(
     states = {spec.name: stage_state(store, spec, uri) for spec in specs}
     console.plan([spec.name for spec in specs])
     if all(state == "done" for state in states.values()):
-        outcomes = {spec.name: _skip(spec, console) for spec in specs}
+        outcomes = {spec.name: _skip(spec, store, console) for spec in specs}
         run_id = recall_run(store, plan.key)
         return _chain_result(plan, store, specs, outcomes, run_id)
     check_machine(plan.settings)
+    check_batches(specs)
     tracker = make_tracker(plan.settings, console)
     try:
         shown = plan.settings.model_dump(mode="json")
@@ -190,13 +194,13 @@ def run_stages(
     for spec in specs:
         if stage_state(store, spec, uri) == "done":
             _open_stage_run(spec, context, finished=True)
-            outcomes[spec.name] = _skip(spec, console)
+            outcomes[spec.name] = _skip(spec, store, console)
             continue
         with claim(store, spec):
             state = stage_state(store, spec, uri)  # another process may just have finished it
             if state == "done":
                 _open_stage_run(spec, context, finished=True)
-                outcomes[spec.name] = _skip(spec, console)
+                outcomes[spec.name] = _skip(spec, store, console)
             else:
                 outcomes[spec.name] = _run_stage(spec, context, resumed=state == "started")
     return outcomes
@@ -231,12 +235,12 @@ def _run_stage(spec: StageSpec, context: StageContext, *, resumed: bool) -> Stag
     context.tracker.finish(stage_run_id, "FINISHED", metrics=metrics)
     status, seconds = "resumed" if resumed else "ran", time.monotonic() - began
     console.stage_finished(spec.name, status, seconds, result.get("summary", ""))
-    return StageOutcome(spec.key, status, round(seconds, 3))
+    return StageOutcome(spec.key, status, round(seconds, 3), result.get("rows", {}))
 
 
-def _skip(spec: StageSpec, console: Console) -> StageOutcome:
+def _skip(spec: StageSpec, store: Store, console: Console) -> StageOutcome:
     console.stage_finished(spec.name, "skipped", 0.0)
-    return StageOutcome(spec.key, "skipped", 0.0)
+    return StageOutcome(spec.key, "skipped", 0.0, read_result(store, spec).get("rows", {}))
 
 
 def _open_stage_run(spec: StageSpec, context: StageContext, *, finished: bool) -> str | None:

@@ -7,7 +7,7 @@ the start of every stage.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from mantis_core.config import TrainingConfig
@@ -23,6 +23,10 @@ HISTORY = "history"
 """Figures of all epochs: a metric of every report (JSON text), in the end a file of the stage."""
 BEST = "best.json"
 """Figures of the best epoch, written when the model folder is complete."""
+ROWS_LEFT_OUT = "train/rows_left_out"
+"""Training rows that filled no global batch in an epoch; others in the next."""
+ROWS_SHA256 = "train/rows_sha256"
+"""Which rows each step of an epoch consumed, whatever the number of workers; text."""
 
 
 def train(spec: StageSpec, context: StageContext) -> dict[str, Any]:
@@ -30,7 +34,8 @@ def train(spec: StageSpec, context: StageContext) -> dict[str, Any]:
     if not context.store.exists(f"{spec.folder}/{BEST}"):  # written when all else is in place
         _fit(spec, context)
     writer = context.tracker.metric_writer(context.stage_run_id, spec.key)
-    for epoch in context.store.read_json(f"{spec.folder}/{HISTORY}.json"):
+    history = context.store.read_json(f"{spec.folder}/{HISTORY}.json")
+    for epoch in history:
         writer.write(epoch)  # those already logged are skipped
     context.store.delete(context.store.join("training", spec.key))
     figures = context.store.read_json(f"{spec.folder}/{BEST}")
@@ -38,7 +43,17 @@ def train(spec: StageSpec, context: StageContext) -> dict[str, Any]:
     return {
         "model_folder": CHECKPOINT,
         "metrics": figures,
+        "rows": rows_of(history),
         "summary": ", ".join(f"{k.split('/')[1]} {v:.4g}" for k, v in shown.items()),
+    }
+
+
+def rows_of(history: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What a training consumed: rows an epoch, rows left out of each, a hash for every epoch."""
+    return {
+        "per_epoch": history[-1]["train/rows"],
+        "left_out": history[-1][ROWS_LEFT_OUT],
+        "sha256": [epoch[ROWS_SHA256] for epoch in history],
     }
 
 
@@ -46,8 +61,10 @@ def _fit(spec: StageSpec, context: StageContext) -> None:
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
+    from pipelines.schedule import check_batches
     from pipelines.stage_callback import StageCallback
 
+    check_batches([spec])  # a sample of a search is checked by nobody before
     cluster = spec.settings.cluster
     writer = context.tracker.metric_writer(context.stage_run_id, spec.key)
     resources = {"CPU": cluster.cpus_per_worker, "GPU": cluster.gpus_per_worker}
@@ -66,7 +83,7 @@ def _fit(spec: StageSpec, context: StageContext) -> None:
         },
         torch_config=TorchConfig(timeout_s=int(cluster.collective_timeout_s)),
         scaling_config=ScalingConfig(
-            num_workers=cluster.workers,
+            num_workers=cluster.workers,  # a tuple is elastic
             use_gpu=cluster.gpus_per_worker > 0,
             resources_per_worker={name: amount for name, amount in resources.items() if amount},
         ),

@@ -40,11 +40,18 @@ from mantis_core.per_task import PerTaskCodecs, save_codecs
 from mantis_core.recipes import Recipe, Stage1Student
 from mantis_core.tasks import Batch
 from mantis_core.teacher import Teacher
-from mantis_core.training import Session, fit, steps_per_epoch
+from mantis_core.training import Session, TrainingError, fit, steps_per_epoch
 from pipelines.problem import problem_of
 from pipelines.settings import Settings
 from pipelines.storage import Store
-from pipelines.trainer import BEST, CHECKPOINT, HISTORY, training_config
+from pipelines.trainer import (
+    BEST,
+    CHECKPOINT,
+    HISTORY,
+    ROWS_LEFT_OUT,
+    ROWS_SHA256,
+    training_config,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -74,7 +81,7 @@ def worker_loop(config: dict[str, Any]) -> None:
         device=device,
         rank=rank,
     )
-    history: list[dict[str, float]] = []
+    history: list[dict[str, Any]] = []
     checkpoint = ray_train.get_checkpoint()
     if checkpoint is not None:
         with checkpoint.as_directory() as folder:
@@ -107,10 +114,28 @@ def worker_loop(config: dict[str, Any]) -> None:
 
     on_step = _progress(config["name"], session) if rank == 0 else None
     for figures in fit(session, batches, holdout, on_step=on_step):
-        history.append({name: value for name, value in figures.items() if math.isfinite(value)})
+        history.append(epoch_record(session, manifest, figures))
         report_checkpoint(session, history, config, rank)
     if rank == 0:
         ship(session, settings, manifest, config, history)
+
+
+def epoch_record(
+    session: Session, manifest: Manifest, figures: Mapping[str, float]
+) -> dict[str, Any]:
+    """An epoch's finite figures, the rows it left out, and the hash of those it consumed.
+
+    TrainingError if one was consumed twice.
+    """
+    wanted = session.steps_per_epoch * session.config.batch_size
+    if figures["train/rows"] != wanted:
+        raise TrainingError(
+            f"an epoch of {wanted} rows had {figures['train/rows']} different ones: its figures "
+            "are not kept; run it again, and report this if it happens again"
+        )
+    finite = {name: value for name, value in figures.items() if math.isfinite(value)}
+    left_out = manifest.split("train").rows - figures["train/rows"]
+    return {**finite, ROWS_LEFT_OUT: left_out, ROWS_SHA256: session.rows_sha256}
 
 
 def build_recipe(
@@ -182,7 +207,7 @@ def holdout_batches(
 
 
 def report_checkpoint(
-    session: Session, history: Sequence[Mapping[str, float]], config: Mapping[str, Any], rank: int
+    session: Session, history: Sequence[Mapping[str, Any]], config: Mapping[str, Any], rank: int
 ) -> None:
     """The epoch's figures and, from rank 0, a resumable checkpoint to Ray Train.
 
@@ -213,7 +238,7 @@ def ship(
     settings: Settings,
     manifest: Manifest,
     config: Mapping[str, Any],
-    history: Sequence[Mapping[str, float]],
+    history: Sequence[Mapping[str, Any]],
 ) -> None:
     """Writes the best student as the stage's model folder, and the epochs' figures."""
     student = session.best_student()

@@ -56,6 +56,40 @@ def test_rows_consumed_do_not_depend_on_the_number_of_ranks() -> None:
         assert sets[0] == sets[1] == sets[2]
 
 
+def test_a_step_has_the_same_rows_whatever_the_number_of_ranks() -> None:
+    alone = np.array(planned(2, 1, 0)).reshape(-1, 8)
+    for world_size in (2, 4, 8):
+        parts = [
+            np.array(planned(2, world_size, rank)).reshape(12, -1) for rank in range(world_size)
+        ]
+        together = np.concatenate(parts, axis=1)
+        np.testing.assert_array_equal(np.sort(together), np.sort(alone))
+
+
+def test_ranks_share_the_reading() -> None:
+    split = SplitInfo(
+        rows=16_384,
+        bytes=0,
+        shards=(ShardInfo(path="0", rows=16_384, bytes=0, sha256="", row_group_rows=(256,) * 64),),
+    )
+    for world_size in (1, 2, 4):
+        read = sum(
+            group.rows
+            for rank in range(world_size)
+            for window in plan_epoch(
+                split,
+                seed=0,
+                epoch=0,
+                global_batch=256,
+                rank=rank,
+                world_size=world_size,
+                window_rows=8192,
+            )
+            for group in window.groups
+        )
+        assert read <= (1 + 0.25 * (world_size - 1)) * split.rows
+
+
 def test_every_row_is_consumed_sooner_or_later() -> None:
     left_out = [set(range(103)) - set(planned(epoch, 1, 0)) for epoch in range(12)]
     assert {len(rows) for rows in left_out} == {7}

@@ -19,7 +19,15 @@ from mantis_core.checkpoint import load_training_state, save_training_state
 from mantis_core.config import OptimConfig, TrainingConfig
 from mantis_core.recipes import Recipe, StepOutput
 from mantis_core.tasks import Batch
-from mantis_core.training import Meter, Session, TrainingError, fit, step_seed, steps_per_epoch
+from mantis_core.training import (
+    Meter,
+    Session,
+    TrainingError,
+    fit,
+    hash_of_rows,
+    step_seed,
+    steps_per_epoch,
+)
 
 STEPS = 2
 
@@ -284,3 +292,30 @@ def test_rows_of_uneven_shares_are_gathered_in_rank_order(
     two_workers: list[dict[str, Any]],
 ) -> None:
     assert [result["rows"] for result in two_workers] == [[0.0, 1.0, 1.0]] * 2
+
+
+def test_the_rows_of_all_workers_make_one_hash(two_workers: list[dict[str, Any]]) -> None:
+    assert [result["figures"]["train/rows"] for result in two_workers] == [16, 16]
+    alone = torch.tensor([[row // 8, row] for row in range(16)])
+    assert {result["sha256"] for result in two_workers} == {hash_of_rows(alone)}
+
+
+def test_a_hash_tells_steps_and_rows_apart_but_no_order_within_a_step() -> None:
+    rows = torch.tensor([[0, 5], [0, 3], [1, 4]])
+    assert hash_of_rows(rows) == hash_of_rows(rows[[1, 0, 2]])
+    other_step = torch.tensor([[0, 5], [1, 3], [1, 4]])
+    doubled = torch.tensor([[0, 5], [0, 5], [1, 4]])
+    assert len({hash_of_rows(each) for each in (rows, other_step, doubled)}) == 3
+
+
+def test_a_session_hashes_what_it_was_given_and_not_what_it_was_promised(
+    world: World, stage2_of: Callable[..., Any]
+) -> None:
+    batches = world.train(0)
+    for step, batch in enumerate(batches):
+        batch.row_id[:] = torch.arange(4) + 4 * step
+    session = session_of(stage2_of(world.problem))
+    assert session.train_epoch(batches)["train/rows"] == 4 * STEPS
+    again = session_of(stage2_of(world.problem))
+    assert again.train_epoch([batches[0]] * STEPS)["train/rows"] == 4
+    assert again.rows_sha256 != session.rows_sha256

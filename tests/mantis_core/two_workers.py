@@ -28,6 +28,8 @@ def worker(rank: int, folder: str) -> None:
     session.distribute(lambda module: nn.parallel.DistributedDataParallel(module))
     classes = ((0, 1, 2), (3, 5))[rank]
     batches = [make_batch(problem, 4, seed=2 * i + rank, classes=classes) for i in range(2)]
+    for step, batch in enumerate(batches):
+        batch.row_id[:] = torch.arange(4) + 4 * rank + 8 * step
     holdout = [make_batch(problem, 3 + rank, seed=9 + rank)]
 
     def share() -> list[Batch]:
@@ -37,6 +39,7 @@ def worker(rank: int, folder: str) -> None:
     rows = gather_rows(torch.full((rank + 1, 2), float(rank)))
     own = {name: value.double().sum().item() for name, value in recipe.student.state_dict().items()}
     record = {"figures": figures, "rows": rows[:, 0].tolist(), "weights": own}
+    record["sha256"] = session.rows_sha256
     (Path(folder) / f"rank{rank}.json").write_text(json.dumps(record))
     dist.destroy_process_group()
 

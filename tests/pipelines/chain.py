@@ -10,10 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import torchvision
 import yaml
 from PIL import Image
 from safetensors.torch import save_file
+
+from data_prep.reader import local_batches
+from data_prep.schema import read_manifest
+from mantis_core.tasks import Batch
+from mantis_core.training import consumed_rows, hash_of_rows
+from pipelines.settings import load_settings
+from pipelines.trainer import training_config
 
 CLASSES = {"n02085620": 0, "n02085782": 1, "n02123045": 2, "n02123159": 3}
 VAL_ROWS = 9
@@ -72,6 +80,26 @@ def write_config(folder: Path) -> Path:
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(config))
     return path
+
+
+def planned_hashes(config: Path, stage: str, *overrides: str) -> list[str]:
+    """Hashes of the rows a finished training should have consumed in each epoch, on one worker."""
+    settings = load_settings(config, overrides)
+    folder = str(next(Path(settings.storage.root, "stages").glob("prepare-*")))
+    training, manifest, hashes = training_config(settings, stage), read_manifest(folder), []
+    for epoch in range(training.epochs):
+        batches = local_batches(
+            folder,
+            manifest,
+            settings.data,
+            global_batch=training.batch_size,
+            seed=settings.seed,
+            epoch=epoch,
+        )
+        first = epoch * (manifest.split("train").rows // training.batch_size)
+        rows = [consumed_rows(step, Batch.from_arrays(b)) for step, b in enumerate(batches, first)]
+        hashes.append(hash_of_rows(torch.cat(rows)))
+    return hashes
 
 
 def mantis(*arguments: str, folder: Path, code: int = 0) -> subprocess.CompletedProcess[str]:

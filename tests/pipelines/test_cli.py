@@ -55,7 +55,7 @@ def fakes(monkeypatch: pytest.MonkeyPatch) -> dict[str, BaseException]:
         if spec.kind == "evaluate":
             context.store.write_json(f"{spec.folder}/evaluation.json", EVALUATION)
             return {"metrics": EVALUATION["arms"][0]["metrics"]}
-        return {"metrics": {"holdout/loss": 0.5}}
+        return {"metrics": {"holdout/loss": 0.5}, "rows": {"train": 300}}
 
     @contextlib.contextmanager
     def session(*_: object) -> Iterator[None]:
@@ -115,13 +115,19 @@ def test_a_dry_run_tells_what_would_run_and_writes_nothing(config: Path) -> None
     assert set(actions.values()) == {"run"}
     assert planned["config"]["stage2"]["epochs"] == 3
     assert {s["stage"]: s["epochs"] for s in planned["stages"]}["stage2"] == 3
+    assert {s["stage"]: s["training"] for s in planned["stages"]}["stage2"]["rows"] is None
     assert not (config.parent / "runs").exists()
     mantis("stage1", "--config", config)
     text = mantis("run", "--config", config, "--dry-run").stdout
     assert "rate_weight: 0.001" in text
-    lines = {line.split()[0]: line for line in text.splitlines()[-6:]}
-    assert " skip" in lines["stage1"]
-    assert " run  4 epochs" in lines["stage2"]
+    lines = text.splitlines()
+    stage1 = next(number for number, line in enumerate(lines) if line.startswith("stage1  "))
+    assert " skip" in lines[stage1]
+    assert " run  4 epochs" in lines[stage1 + 2]
+    assert (
+        "256 of 300 rows an epoch (44 left out, others in the next), 2 steps" in lines[stage1 + 3]
+    )
+    assert "batch 128 = 1 x 128; learning rate" in lines[stage1 + 3]
 
 
 @pytest.mark.parametrize(

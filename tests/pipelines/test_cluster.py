@@ -17,6 +17,7 @@ from pipelines.cluster import (
     check_disk,
     check_machine,
     check_resources,
+    check_room_for_data,
     cluster_address,
     local_cpus,
 )
@@ -44,6 +45,35 @@ def test_more_than_there_is_gets_one_clear_message(
 ) -> None:
     with pytest.raises(PreflightError, match=message):
         check_resources(ClusterConfig(**asked), "/here", available, data_cpus=data_cpus)
+
+
+def test_an_elastic_training_needs_room_for_its_fewest_workers_alone() -> None:
+    check_resources(ClusterConfig(workers=(2, 8)), "/here", Available(3, 0, 1), data_cpus=1)
+    with pytest.raises(PreflightError, match=r"cluster\.workers 2 x .* asks for 2 CPUs"):
+        check_resources(ClusterConfig(workers=(2, 8)), "/here", Available(2, 0, 1), data_cpus=1)
+
+
+SMALL = [Available(2, 0, 1)] * 4
+
+
+@pytest.mark.parametrize(
+    ("asked", "nodes"),
+    [
+        ({"workers": 8}, SMALL),
+        ({"workers": (1, 8), "cpus_per_worker": 1.5}, SMALL),
+        ({"workers": (1, 4), "gpus_per_worker": 1}, [Available(16, 1, 1)] * 4),
+        ({"workers": (1, 2)}, [Available(3, 0, 1)]),
+    ],
+)
+def test_an_elastic_training_that_leaves_cpus_to_data_is_taken(
+    asked: dict[str, object], nodes: list[Available]
+) -> None:
+    check_room_for_data(ClusterConfig(**asked), nodes, data_cpus=1)
+
+
+def test_an_elastic_training_that_could_take_every_cpu_is_refused() -> None:
+    with pytest.raises(PreflightError, match="grow until 0 CPUs are left, and data needs 1"):
+        check_room_for_data(ClusterConfig(workers=(1, 6)), SMALL, data_cpus=1)
 
 
 @pytest.mark.parametrize("root", ["s3://bucket/runs", "file:///mnt/shared"])

@@ -7,7 +7,16 @@ import json
 import pytest
 from mlflow import MlflowClient
 
-from tests.pipelines.chain import CLASSES, SIZE, VAL_ROWS, last_json, mantis, paint, write_config
+from tests.pipelines.chain import (
+    CLASSES,
+    SIZE,
+    VAL_ROWS,
+    last_json,
+    mantis,
+    paint,
+    planned_hashes,
+    write_config,
+)
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +49,22 @@ def test_the_chain_runs_every_stage_and_measures_real_streams(finished):
 
 
 @pytest.mark.timeout(900)
+def test_every_training_row_is_consumed_as_planned_or_counted_as_left_out(finished):
+    folder, config, result = finished
+    train = result["stages"]["prepare"]["rows"]["train"]
+    for name in ("stage1", "stage2"):
+        rows = result["stages"][name]["rows"]
+        assert rows["per_epoch"] == train // 16 * 16
+        assert rows["left_out"] == train % 16 > 0
+        assert rows["sha256"] == planned_hashes(config, name)
+    planned = last_json(
+        mantis("run", "--config", str(config), "--dry-run", "--json", folder=folder)
+    )
+    training = {each["stage"]: each["training"] for each in planned["stages"]}["stage2"]
+    assert (training["rows"], training["rows_left_out"]) == (train, train % 16)
+
+
+@pytest.mark.timeout(900)
 def test_mlflow_has_one_run_a_stage_and_no_step_twice(finished):
     folder, _, result = finished
     client = MlflowClient(tracking_uri=f"sqlite:///{folder / 'runs/mlflow.db'}")
@@ -52,6 +77,8 @@ def test_mlflow_has_one_run_a_stage_and_no_step_twice(finished):
         if run.data.tags.get("mantis.stage") in ("stage1", "stage2"):
             steps = [m.step for m in client.get_metric_history(run.info.run_id, "train/loss")]
             assert steps == [1]
+            hashes = result["stages"][run.data.tags["mantis.stage"]]["rows"]["sha256"]
+            assert [run.data.tags["mantis.train/rows_sha256.1"]] == hashes
 
 
 @pytest.mark.timeout(900)

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from mlflow import MlflowClient
 
-from tests.pipelines.chain import last_json, mantis, paint, write_config
+from tests.pipelines.chain import last_json, mantis, paint, planned_hashes, write_config
 
 EPOCHS = 4
 
@@ -44,6 +44,9 @@ def test_a_killed_driver_loses_no_finished_stage_and_no_epoch(tmp_path: Path) ->
         "evaluate": "ran",
         "register": "ran",
     }
+    consumed = result["stages"]["stage2"]["rows"]["sha256"]
+    assert consumed == planned_hashes(path, "stage2")
+    assert len(set(consumed)) == EPOCHS
     client = MlflowClient(tracking_uri=f"sqlite:///{tmp_path / 'runs/mlflow.db'}")
     experiment = client.get_run(result["run_id"]).info.experiment_id
     runs = client.search_runs([experiment])

@@ -29,6 +29,7 @@ def test_a_minimal_config_gets_every_default(config: Path) -> None:
     assert settings.seed == 0
     assert settings.evaluate.baselines == ("none", "oracle", "teacher")
     assert settings.cluster.workers == 1
+    assert settings.cluster.min_workers == settings.cluster.max_workers == 1
     assert [task.name for task in settings.tasks] == ["outline", "texture"]
 
 

@@ -223,6 +223,17 @@ def test_a_lost_answer_does_not_log_a_value_twice(tracker, monkeypatch):
     assert history(tracker, run_id, "train/loss") == [(0, 1.0), (1, 0.5)]
 
 
+def test_text_of_an_epoch_becomes_a_tag_that_waits_like_a_metric(location, tracker, tmp_path):
+    run_id = open_stage(tracker)
+    spool = tmp_path / "spool.jsonl"
+    MetricWriter(NOWHERE, None, spool).write({"epoch": 1, "train/rows_sha256": "ab", "x": 1.0})
+    writer = MetricWriter(location.uri, run_id, spool)
+    writer.write({"epoch": 2, "train/rows_sha256": "cd"})
+    tags = tracker.client.get_run(run_id).data.tags
+    assert tags["mantis.train/rows_sha256.1"] == "ab"
+    assert tags["mantis.train/rows_sha256.2"] == "cd"
+
+
 def test_the_writer_never_raises(tmp_path, caplog):
     unwritable = tmp_path / "file"
     unwritable.write_text("not a folder")
