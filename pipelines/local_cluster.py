@@ -102,8 +102,9 @@ class LocalCluster:
         return any(each.process() for each in self.started)
 
     def pids(self, node: str) -> dict[str, int]:
-        """Pids of `head` or `worker-<n>` by what they do: node, raylet; of the head also gcs_server,
-        dashboard and others. Killing `node` ends them all."""
+        """Pids of `head` or `worker-<n>` by what they do: node, raylet; the head's also gcs_server
+        and dashboard. Killing `node` ends all of its processes.
+        """
         return dict(self._node(node)["pids"])
 
     def start(
@@ -138,19 +139,23 @@ class LocalCluster:
         self._start_node(name, cpus, options)
         return name
 
-    def run(self, name: str, command: Sequence[str], ready: Callable[[], bool]) -> None:
+    def run(
+        self,
+        name: str,
+        command: Sequence[str],
+        ready: Callable[[], bool],
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
         """Starts a process of the cluster and waits until `ready`; its output is `<name>.log`.
 
         Raises LocalClusterError with the end of that log.
         """
         log = self.folder / f"{name}.log"
-        environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
-        environment |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_JOB_STOP_WAIT_TIME_S": str(JOB_STOP_S)}
         with log.open("wb") as output:
             child = subprocess.Popen(
                 command,
                 cwd=self.folder,
-                env=environment | self.environment,
+                env=self._process_environment() | dict(environment or {}),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -184,13 +189,28 @@ class LocalCluster:
         with urllib.request.urlopen(request, timeout=10) as response:
             return json.load(response)
 
+    def _process_environment(self) -> dict[str, str]:
+        """This process's, with what the cluster's processes, and by them its jobs, are to find."""
+        inherited = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+        return {
+            **inherited,
+            **self.environment,
+            # A job says `python` and means the one that has the packages.
+            "PATH": f"{Path(sys.executable).parent}:{os.environ.get('PATH', os.defpath)}",
+            "RAY_JOB_STOP_WAIT_TIME_S": str(JOB_STOP_S),
+            "RAY_USAGE_STATS_ENABLED": "0",
+        }
+
     @property
     def _record(self) -> Path:
         return self.folder / "started.json"
 
     def _make_folder(self) -> None:
         if self.running:
-            raise LocalClusterError(f"a cluster runs already, its folder is {self.folder}")
+            raise LocalClusterError(
+                f"a cluster runs already, its folder is {self.folder}: nothing was started. "
+                "`make cluster-local-down` ends it."
+            )
         with contextlib.suppress(FileNotFoundError):
             if self.folder.stat().st_uid != os.getuid():
                 raise LocalClusterError(f"{self.folder} is another user's: give another folder")

@@ -1,7 +1,7 @@
 """One node of a cluster on this machine, as a process: `python -m pipelines.local_node`.
 
-Does what `ray start --block` does, but on the loopback interface: `ray start` puts a node there only
-where it refuses to start a second one. Knows one node; the cluster is local_cluster.py's.
+Does what `ray start --block` does, but on the loopback interface: `ray start` puts a node there
+only where it refuses to start a second one. Knows one node; the cluster is local_cluster.py's.
 """
 
 from __future__ import annotations
