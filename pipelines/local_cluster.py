@@ -98,8 +98,9 @@ class LocalCluster:
         return []
 
     @property
-    def running(self) -> bool:
-        return any(each.process() for each in self.started)
+    def running(self) -> list[psutil.Process]:
+        """Those of `started` that have not ended; what they started are their descendants."""
+        return [process for each in self.started if (process := each.process()) is not None]
 
     def pids(self, node: str) -> dict[str, int]:
         """Pids of `head` or `worker-<n>` by what they do: node, raylet; the head's also gcs_server
@@ -264,6 +265,8 @@ def _end(started: Started) -> None:
     family = [process, *process.children(recursive=True)]
     with contextlib.suppress(psutil.NoSuchProcess):
         process.terminate()
-    for left in psutil.wait_procs(family, timeout=END_TIMEOUT_S)[1]:
+    _, left = psutil.wait_procs(family, timeout=END_TIMEOUT_S)
+    for each in left:
         with contextlib.suppress(psutil.NoSuchProcess):
-            left.kill()
+            each.kill()
+    psutil.wait_procs(left, timeout=END_TIMEOUT_S)
