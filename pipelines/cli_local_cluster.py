@@ -62,10 +62,10 @@ def up(
     cluster.start(workers=workers, cpus=cpus, port=port, dashboard_port=dashboard_port)
     try:
         tracking_uri = start_mlflow(cluster, root / "mlflow-server", mlflow_port, mlflow_store)
+        typer.echo(how_to_submit(cluster, root, tracking_uri))
     except BaseException:
         cluster.stop()
         raise
-    typer.echo(how_to_submit(cluster, root, tracking_uri))
 
 
 @app.command()
@@ -104,9 +104,13 @@ def start_mlflow(cluster: LocalCluster, folder: Path, port: int | None, store: s
     command = [sys.executable, "-m", "mlflow", "server", "--serve-artifacts", "--workers", "1"]
     command += ["--artifacts-destination", (folder / "artifacts").as_uri()]
     command += ["--host", LOOPBACK, "--port", uri.rsplit(":", 1)[1]]
-    # By the environment: a password on a command line can be read by every user of the machine.
-    backend = {"MLFLOW_BACKEND_STORE_URI": store or f"sqlite:///{folder / 'mlflow.db'}"}
-    cluster.run("mlflow", command, lambda: _answers(f"{uri}/health"), backend)
+    environment = {
+        # Not as an option: a password on a command line can be read by all users of the machine.
+        "MLFLOW_BACKEND_STORE_URI": store or f"sqlite:///{folder / 'mlflow.db'}",
+        # Nine processes for evaluations by language models.
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+    }
+    cluster.run("mlflow", command, lambda: _answers(f"{uri}/health"), environment)
     return uri
 
 
