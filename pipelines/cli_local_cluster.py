@@ -58,6 +58,7 @@ def up(
     """Starts a head, worker nodes and an MLflow server, and says how to submit a job."""
     root = root.resolve()
     cluster = LocalCluster(folder)
+    cluster.check_free()
     typer.echo(f"starting a head, worker nodes ({workers}) and MLflow", err=True)
     cluster.start(workers=workers, cpus=cpus, port=port, dashboard_port=dashboard_port)
     try:

@@ -133,6 +133,20 @@ class LocalCluster:
             self.stop()
             raise
 
+    def check_free(self) -> None:
+        """Raises LocalClusterError if a cluster runs in the folder, or it is not for one."""
+        if self.running:
+            raise LocalClusterError(
+                f"a cluster runs already, its folder is {self.folder}: nothing was started. "
+                "`make cluster-local-down` ends it."
+            )
+        if not self.folder.exists():
+            return
+        if self.folder.stat().st_uid != os.getuid():
+            raise LocalClusterError(f"{self.folder} is another user's: give another folder")
+        if any(self.folder.iterdir()) and not self._record.exists():
+            raise LocalClusterError(f"{self.folder} holds other files: give a folder to make")
+
     def add_node(self, cpus: int, labels: Mapping[str, str] | None = None) -> str:
         """Starts one more node and returns its name once the cluster counts it."""
         name = f"worker-{sum(each.name.startswith('worker-') for each in self.started) + 1}"
@@ -181,7 +195,8 @@ class LocalCluster:
         for child in self._children:
             child.wait()
         self._children.clear()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        if self._record.exists():
+            shutil.rmtree(self.folder, ignore_errors=True)
 
     def request(self, path: str) -> Any:
         """JSON of a path of the head's HTTP server. Raises OSError while it does not answer."""
@@ -207,16 +222,11 @@ class LocalCluster:
         return self.folder / "started.json"
 
     def _make_folder(self) -> None:
-        if self.running:
-            raise LocalClusterError(
-                f"a cluster runs already, its folder is {self.folder}: nothing was started. "
-                "`make cluster-local-down` ends it."
-            )
-        with contextlib.suppress(FileNotFoundError):
-            if self.folder.stat().st_uid != os.getuid():
-                raise LocalClusterError(f"{self.folder} is another user's: give another folder")
-            shutil.rmtree(self.folder)  # of a cluster that has ended
+        self.check_free()
+        if self.folder.exists():
+            shutil.rmtree(self.folder)  # empty, or of a cluster that has ended
         self.folder.mkdir(mode=0o700)
+        self._record.write_text("[]")
         self.token_path.touch(mode=0o600)
         self.token_path.write_text(secrets.token_hex(32))
 
@@ -262,8 +272,9 @@ def _end(started: Started) -> None:
     process = started.process()
     if process is None:
         return
-    family = [process, *process.children(recursive=True)]
+    family = [process]
     with contextlib.suppress(psutil.NoSuchProcess):
+        family += process.children(recursive=True)
         process.terminate()
     _, left = psutil.wait_procs(family, timeout=END_TIMEOUT_S)
     for each in left:

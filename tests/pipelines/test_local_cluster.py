@@ -96,6 +96,14 @@ def test_a_second_start_says_so_and_starts_nothing(folder: Path) -> None:
     cluster.stop()
 
 
+def test_a_folder_with_other_files_is_neither_used_nor_removed(folder: Path) -> None:
+    (folder / "thesis.tex").touch()
+    with pytest.raises(LocalClusterError, match="holds other files"):
+        LocalCluster(folder).start()
+    LocalCluster(folder).stop()
+    assert (folder / "thesis.tex").exists()
+
+
 def test_when_mlflow_cannot_start_the_nodes_end_too(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
