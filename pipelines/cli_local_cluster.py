@@ -16,7 +16,7 @@ from typing import Annotated
 import typer
 
 from pipelines.cli_errors import FAILURE, Stopped, ending_well
-from pipelines.local_cluster import LocalCluster
+from pipelines.local_cluster import LocalCluster, LocalClusterError
 from pipelines.local_node import LOOPBACK
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
@@ -100,11 +100,14 @@ def start_mlflow(cluster: LocalCluster, folder: Path, port: int | None, store: s
 
     Clients send artifacts to the server, so no node needs its disk. Raises LocalClusterError.
     """
+    found = free_port(port or MLFLOW_PORT)
+    if port and found != port:
+        raise LocalClusterError(f"port {port} is in use: give another --mlflow-port, or none")
     folder.mkdir(parents=True, exist_ok=True)
-    uri = f"http://{LOOPBACK}:{port or free_port(MLFLOW_PORT)}"
+    uri = f"http://{LOOPBACK}:{found}"
     command = [sys.executable, "-m", "mlflow", "server", "--serve-artifacts", "--workers", "1"]
     command += ["--artifacts-destination", (folder / "artifacts").as_uri()]
-    command += ["--host", LOOPBACK, "--port", uri.rsplit(":", 1)[1]]
+    command += ["--host", LOOPBACK, "--port", str(found)]
     environment = {
         # Not as an option: a password on a command line can be read by all users of the machine.
         "MLFLOW_BACKEND_STORE_URI": store or f"sqlite:///{folder / 'mlflow.db'}",

@@ -58,6 +58,7 @@ class LocalCluster:
     """The cluster of a folder, whether this process started it or another one."""
 
     def __init__(self, folder: Path) -> None:
+        folder = folder.absolute()
         if len(str(folder)) > MAX_FOLDER:
             raise LocalClusterError(
                 f"the folder {folder} has {len(str(folder))} characters, at most {MAX_FOLDER} "
@@ -113,20 +114,20 @@ class LocalCluster:
         *,
         workers: int = 1,
         cpus: int = 2,
-        head_cpus: int = 0,
         port: int = 0,
         dashboard_port: int | None = None,
     ) -> None:
-        """A head, and nodes beside it of `cpus` logical CPUs each; returns when all are healthy.
+        """A head without CPUs, and nodes beside it of `cpus` logical CPUs each.
 
-        Ports: 0 and None take free ones. Raises LocalClusterError, and leaves nothing running.
+        Returns when all are healthy. Ports: 0 and None take free ones. Raises LocalClusterError,
+        and leaves nothing running.
         """
         self._make_folder()
         try:
             options = ["--port", str(port)]
             if dashboard_port is not None:
                 options += ["--dashboard-port", str(dashboard_port)]
-            self._start_node("head", head_cpus, options)
+            self._start_node("head", 0, options)
             for _ in range(workers):
                 self.add_node(cpus)
         except BaseException:
@@ -148,7 +149,7 @@ class LocalCluster:
             raise LocalClusterError(f"{self.folder} holds other files: give a folder to make")
 
     def add_node(self, cpus: int, labels: Mapping[str, str] | None = None) -> str:
-        """Starts one more node and returns its name once the cluster counts it."""
+        """Starts one more node, with these labels of Ray's; returns its name once it is counted."""
         name = f"worker-{sum(each.name.startswith('worker-') for each in self.started) + 1}"
         options = ["--join", self.address, "--labels", json.dumps(dict(labels or {}))]
         self._start_node(name, cpus, options)
@@ -207,7 +208,8 @@ class LocalCluster:
 
     def _process_environment(self) -> dict[str, str]:
         """This process's, with what the cluster's processes, and by them its jobs, are to find."""
-        inherited = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+        others = ("RAY_ADDRESS", "RAY_AUTH_TOKEN")  # of another cluster; both would win over ours
+        inherited = {key: value for key, value in os.environ.items() if key not in others}
         return {
             **inherited,
             **self.environment,
@@ -257,10 +259,10 @@ class LocalCluster:
 
 
 @contextlib.contextmanager
-def local_cluster(*, workers: int = 1, cpus: int = 2, head_cpus: int = 0) -> Iterator[LocalCluster]:
+def local_cluster(*, workers: int = 1, cpus: int = 2) -> Iterator[LocalCluster]:
     """A cluster in a folder of its own, for the length of the block."""
     cluster = LocalCluster(Path(tempfile.mkdtemp(prefix="mantis-", dir="/tmp")))
-    cluster.start(workers=workers, cpus=cpus, head_cpus=head_cpus)
+    cluster.start(workers=workers, cpus=cpus)
     try:
         yield cluster
     finally:

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from pipelines import cli_local_cluster
 from pipelines import local_cluster as module
-from pipelines.cli_local_cluster import app, free_port, how_to_submit
+from pipelines.cli_local_cluster import app, free_port, how_to_submit, start_mlflow
 from pipelines.local_cluster import (
     MAX_FOLDER,
     LocalCluster,
@@ -131,10 +131,12 @@ def test_without_a_cluster_there_is_nothing_to_end(folder: Path) -> None:
     assert CliRunner().invoke(app, ["status", "--folder", str(folder)]).exit_code == 1
 
 
-def test_a_port_in_use_is_not_taken() -> None:
+def test_a_port_in_use_is_not_taken(folder: Path, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as used:
         taken = used.getsockname()[1]
         assert free_port(taken) != taken
+        with pytest.raises(LocalClusterError, match=f"port {taken} is in use"):
+            start_mlflow(LocalCluster(folder), tmp_path, taken, None)
 
 
 def test_the_lines_to_submit_can_be_pasted(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
