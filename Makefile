@@ -6,10 +6,10 @@ PYTHON ?= $(shell for p in python3.12 python3.11 python3; do \
 BIN := .venv/bin
 STAMP := .venv/.mantis-setup
 
-.PHONY: help setup quickstart test test-slow faults fuzz check format lock clean
+.PHONY: help setup quickstart cluster-local cluster-local-down test test-slow faults fuzz check format lock clean
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
 
 setup: $(STAMP) ## make .venv with everything pinned in requirements.lock
 
@@ -27,6 +27,12 @@ $(STAMP): requirements.lock pyproject.toml
 
 quickstart: setup ## train, evaluate and register a small codec on this machine
 	@$(BIN)/mantis run --config configs/quickstart.yaml
+
+cluster-local: setup ## a Ray cluster and an MLflow server on this machine: make cluster-local OPTIONS="--workers 2"
+	@$(BIN)/python -m pipelines.cli_local_cluster up $(OPTIONS)
+
+cluster-local-down: setup ## end what cluster-local started, and nothing else
+	@$(BIN)/python -m pipelines.cli_local_cluster down $(OPTIONS)
 
 test: setup ## the test suite: no GPU, no network
 	@$(BIN)/python -m pytest

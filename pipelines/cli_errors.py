@@ -19,6 +19,7 @@ USER_ERRORS = {
     "mantis_core.errors": "ModelError",
     "pipelines.cluster": "PreflightError",
     "mantis_core.image_codecs": "CodecError",
+    "pipelines.local_cluster": "LocalClusterError",
     "pipelines.registry": "RegistryError",
     "pipelines.report": "ReportError",
     "pipelines.run_record": "StageBusy",

@@ -53,8 +53,9 @@ def write_search_report(
     (folder / "front.csv").write_text(_csv(on_front, keys), "utf-8")
     progress = hypervolume_over_time(trials, reference)
     matter = importances(space, trials.values(), epoch=epoch)
+    places = ("root", "folder")  # paths of this machine, which may name its user
     content = {
-        **asdict(result),
+        **{name: value for name, value in asdict(result).items() if name not in places},
         "reference": asdict(reference),
         "hypervolume_over_time": progress,
         "importance": matter,

@@ -59,8 +59,9 @@ def rows_of(history: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def _fit(spec: StageSpec, context: StageContext) -> None:
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchTrainer
 
+    from pipelines.process_group import torch_config
     from pipelines.schedule import check_batches
     from pipelines.stage_callback import StageCallback
 
@@ -81,7 +82,7 @@ def _fit(spec: StageSpec, context: StageContext) -> None:
                 context.specs[name].kind: context.specs[name].folder for name in spec.upstream
             },
         },
-        torch_config=TorchConfig(timeout_s=int(cluster.collective_timeout_s)),
+        torch_config=torch_config(cluster.collective_timeout_s),
         scaling_config=ScalingConfig(
             num_workers=cluster.workers,  # a tuple is elastic
             use_gpu=cluster.gpus_per_worker > 0,

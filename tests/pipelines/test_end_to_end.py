@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
@@ -26,7 +27,10 @@ def finished(tmp_path_factory):
     paint(folder / "images")
     (folder / "images/train/n02085620/broken.JPEG").write_text("no image")
     config = write_config(folder)
-    result = last_json(mantis("run", "--config", str(config), "--json", folder=folder))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("USER", "nobody-elses-name")
+        patch.setenv("LOGNAME", "nobody-elses-name")
+        result = last_json(mantis("run", "--config", str(config), "--json", folder=folder))
     return folder, config, result
 
 
@@ -88,6 +92,17 @@ def test_a_second_run_skips_everything(finished):
     assert {stage["status"] for stage in again["stages"].values()} == {"skipped"}
     assert again["metrics"] == result["metrics"]
     assert again["run_id"] == result["run_id"]
+
+
+@pytest.mark.timeout(900)
+def test_no_file_of_a_run_names_a_folder_or_the_user_of_this_machine(finished):
+    """MLflow's database and the log say where files are, and Ray Train's folder is for resuming."""
+    folder, _, _ = finished
+    files = [f for part in ("stages", "mlartifacts") for f in (folder / "runs" / part).rglob("*")]
+    contents = {file: file.read_bytes() for file in files if file.is_file()}
+    assert len(contents) > 20
+    private = [str(folder).encode(), str(Path.home()).encode() + b"/", b"nobody-elses-name"]
+    assert [file for file, data in contents.items() if any(word in data for word in private)] == []
 
 
 @pytest.mark.timeout(900)

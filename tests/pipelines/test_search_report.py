@@ -92,6 +92,7 @@ def test_the_json_holds_the_front_and_the_hypervolume_over_time(written: Path) -
     assert volumes == sorted(volumes)
     assert volumes[0] > 0
     assert set(content["importance"]) == {"bits", "top1"}
+    assert not {"root", "folder"} & set(content)
 
 
 def test_hypervolume_counts_epochs_of_stopped_trials_but_not_their_points() -> None:

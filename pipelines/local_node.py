@@ -1,0 +1,78 @@
+"""One node of a cluster on this machine, as a process: `python -m pipelines.local_node`.
+
+Does what `ray start --block` does, but on the loopback interface: `ray start` puts a node there
+only where it refuses to start a second one. Knows one node; the cluster is local_cluster.py's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+LOOPBACK = "127.0.0.1"
+POLL_INTERVAL_S = 0.5
+OBJECT_STORE_BYTES = 200 * 10**6
+
+
+def main() -> None:
+    """Starts the node, writes what it runs to `record`, and stays until a part of it ends.
+
+    SIGTERM ends the node and all its processes; so does the death of this process.
+    """
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("record", type=Path, help="file to write once the node runs")
+    parser.add_argument("--temp-dir", required=True, help="Ray's, of at most 40 characters")
+    parser.add_argument("--cpus", type=int, required=True)
+    parser.add_argument("--join", help="address of the head; without it this is the head")
+    parser.add_argument("--port", type=int, default=0, help="of the head; 0: any that is free")
+    parser.add_argument("--dashboard-port", type=int, help="of the head")
+    parser.add_argument("--labels", type=json.loads, default={})
+    node = start_node(parser.parse_args())
+    while not node.dead_processes():
+        time.sleep(POLL_INTERVAL_S)
+    node.kill_all_processes(check_alive=False, allow_graceful=False)
+    raise SystemExit(1)
+
+
+def start_node(options: argparse.Namespace) -> Any:
+    """A running `ray._private.node.Node`, whose processes live no longer than this one."""
+    from ray._private.node import Node
+    from ray._private.parameter import RayParams
+
+    head = options.join is None
+    parameters = RayParams(
+        gcs_address=options.join,
+        gcs_server_port=options.port if head else None,
+        node_ip_address=LOOPBACK,
+        min_worker_port=0,
+        max_worker_port=0,
+        num_cpus=options.cpus,
+        num_gpus=0,
+        object_store_memory=OBJECT_STORE_BYTES,
+        temp_dir=options.temp_dir,
+        include_dashboard=head,
+        dashboard_host=LOOPBACK,
+        dashboard_port=options.dashboard_port,
+        include_log_monitor=head,  # one reads the logs of all nodes of a machine
+        labels=options.labels,
+    )
+    node = Node(parameters, head=head, shutdown_at_exit=True, spawn_reaper=True)
+    record = {
+        "id": node.node_id,
+        "address": node.gcs_address,
+        "dashboard": node.webui_url,
+        "pids": {"node": os.getpid()}
+        | {name: started[0].process.pid for name, started in node.all_processes.items()},
+    }
+    partial = options.record.with_suffix(".partial")
+    partial.write_text(json.dumps(record))
+    partial.replace(options.record)
+    return node
+
+
+if __name__ == "__main__":
+    main()
