@@ -79,7 +79,7 @@ def test_a_failed_write_keeps_the_old_file_and_leaves_no_partial(
         raise OSError("disk full")
 
     monkeypatch.setattr(os, "replace", fail)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(StorageError, match="disk full"):
         store.write_bytes("file", b"new")
     assert store.read_bytes("file") == b"old"
     assert store.list() == ["file"]
