@@ -289,14 +289,23 @@ def _read(folder: str, window: Window, decoder: Decoder) -> Iterator[Batch]:
 
 def _tables(folder: str, window: Window, columns: list[str]) -> Iterator[pa.Table]:
     """Rows of a window in order, not decoded, DECODE_ROWS at a time."""
-    tables = []
-    for group in window.groups:
-        store, inner = filesystem(join(folder, group.shard))
-        with pq.ParquetFile(inner, filesystem=store) as file:
-            tables.append(file.read_row_group(group.index, columns=columns))
-    rows = pa.concat_tables(tables)
+    rows = pa.concat_tables([_row_group(folder, group, columns) for group in window.groups])
     for start in range(0, len(window.picks), DECODE_ROWS):
         yield rows.take(window.picks[start : start + DECODE_ROWS])
+
+
+def _row_group(folder: str, group: RowGroup, columns: list[str]) -> pa.Table:
+    """DataError, with what to do, where the shard is not as it was written."""
+    path = join(folder, group.shard)
+    store, inner = filesystem(path)
+    try:
+        with pq.ParquetFile(inner, filesystem=store, page_checksum_verification=True) as file:
+            return file.read_row_group(group.index, columns=columns)
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(
+            f"shard {path} is missing or damaged ({error}): delete {folder} and run again, "
+            "it is prepared anew"
+        ) from None
 
 
 def _rebatched(parts: Iterable[Batch], batch_rows: int) -> Iterator[Batch]:

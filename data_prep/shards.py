@@ -172,6 +172,7 @@ def write_shard(plan: pa.Table, *, job: Job) -> pa.Table:
         compression=UNCOMPRESSED,
         use_dictionary=False,
         write_statistics=False,
+        write_page_checksum=True,
     )
     content = stream.getvalue()
     path = plan["shard"][0].as_py()

@@ -44,13 +44,19 @@ def read_bytes(path: str) -> bytes:
 
 
 def write_bytes(path: str, data: bytes) -> None:
-    """Write beside the target and rename: readers see all of it or nothing."""
+    """Write beside the target and rename: readers see all of it or nothing. OSError names it."""
     store, inner = filesystem(path)
-    store.create_dir(posixpath.dirname(inner), recursive=True)
     partial = f"{inner}.{uuid.uuid4().hex[:8]}.tmp"
-    with store.open_output_stream(partial, compression=None) as stream:
-        stream.write(data)
-    store.move(partial, inner)
+    try:
+        store.create_dir(posixpath.dirname(inner), recursive=True)
+        with store.open_output_stream(partial, compression=None) as stream:
+            stream.write(data)
+        if isinstance(store, fs.LocalFileSystem):
+            with open(partial, "rb") as written:
+                os.fsync(written.fileno())
+        store.move(partial, inner)
+    except OSError as error:
+        raise OSError(f"{path} cannot be written: {error}") from error
 
 
 def delete_file(path: str) -> None:

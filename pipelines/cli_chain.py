@@ -183,6 +183,7 @@ def terminal(settings: Settings, as_json: bool, resume: str) -> Iterator[TextIO]
     Also used by cli_tune.
     """
     from pipelines.cluster import check_disk
+    from pipelines.last_words import last_words
     from pipelines.logs import captured_output
     from pipelines.stages import StageFailed
     from pipelines.storage import Store
@@ -191,21 +192,23 @@ def terminal(settings: Settings, as_json: bool, resume: str) -> Iterator[TextIO]
     if root is not None:
         check_disk(root)
     log = Path("runs/logs") if root is None else root / "logs"
+    resuming = f"Resume with:\n  {resume}"
     try:
-        with captured_output(log) as (stdout, stderr, log):
+        lost = f"the command was killed, or its Ray was. Details are in {log}. {resuming}"
+        with last_words(lost), captured_output(log) as (stdout, stderr, log):
             try:
                 yield stderr if as_json else stdout
             except Exception:
                 logger.exception("the command failed")
                 raise
     except KeyboardInterrupt:
-        raise Stopped(f"interrupted. Resume with:\n  {resume}", INTERRUPTED) from None
+        raise Stopped(f"interrupted. {resuming}", INTERRUPTED) from None
     except Exception as error:
         cause = error.cause if isinstance(error, StageFailed) else error
         if is_mistake(cause):
             raise Stopped(f"error: {cause}", MISTAKE) from None
         told = str(error) if error is not cause else f"{type(error).__name__}: {error}"
-        raise Stopped(f"{told}\nDetails are in {log}. Resume with:\n  {resume}", FAILURE) from None
+        raise Stopped(f"{told}\nDetails are in {log}. {resuming}", FAILURE) from None
 
 
 def _print_plan(plan: Plan, until: StageKind | None, as_json: bool) -> None:

@@ -225,6 +225,8 @@ def _ray_environment(cluster: ClusterConfig) -> dict[str, str]:
         "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(cluster.start_timeout_s),
         "RAY_TRAIN_COLLECTIVE_TIMEOUT_S": str(cluster.collective_timeout_s),
         "RAY_TRAIN_METRICS_ENABLED": "0",
+        # A command whose cluster has lost its head ends after this many seconds, and says so.
+        "RAY_gcs_rpc_server_reconnect_timeout_s": "30",
     }
     if cluster_address(cluster) == "local":
         wanted |= {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -10,11 +11,16 @@ from typing import Any
 
 from pipelines.console import Console
 
+logger = logging.getLogger(__name__)
+
 BOARD_NAME = "mantis-progress"
 MIN_INTERVAL_S = 0.2  # between two updates a worker sends
 POLL_INTERVAL_S = 0.5
 
 _last_sent: dict[str, float] = {}
+
+News = tuple[dict[str, dict[str, Any]], list[tuple[str, dict[str, Any]]], list[str]]
+"""By stage its newest values; (stage, figures) of epochs; messages."""
 
 
 class ProgressBoard:
@@ -23,6 +29,7 @@ class ProgressBoard:
     def __init__(self) -> None:
         self._latest: dict[str, dict[str, Any]] = {}
         self._epochs: list[tuple[str, dict[str, Any]]] = []
+        self._notes: list[str] = []
 
     def update(self, stage: str, values: dict[str, Any]) -> None:
         self._latest.setdefault(stage, {}).update(values)
@@ -30,10 +37,13 @@ class ProgressBoard:
     def epoch(self, stage: str, values: dict[str, Any]) -> None:
         self._epochs.append((stage, values))
 
-    def drain(self) -> tuple[dict[str, dict[str, Any]], list[tuple[str, dict[str, Any]]]]:
+    def note(self, text: str) -> None:
+        self._notes.append(text)
+
+    def drain(self) -> News:
         """What came since the last call."""
-        news = (self._latest, self._epochs)
-        self._latest, self._epochs = {}, []
+        news = (self._latest, self._epochs, self._notes)
+        self._latest, self._epochs, self._notes = {}, [], []
         return news
 
 
@@ -43,12 +53,18 @@ def report_step(stage: str, values: Mapping[str, Any]) -> None:
     now = time.monotonic()
     if now - _last_sent.get(stage, 0.0) >= MIN_INTERVAL_S:
         _last_sent[stage] = now
-        _send("update", stage, values)
+        _send("update", stage, dict(values))
 
 
 def report_epoch(stage: str, values: Mapping[str, Any]) -> None:
     """Called by rank 0 at the end of an epoch: one printed line. Never blocks, never raises."""
-    _send("epoch", stage, values)
+    _send("epoch", stage, dict(values))
+
+
+def report_note(text: str) -> None:
+    """Called by rank 0 in a worker: one message to who runs the command. Never blocks or raises."""
+    logger.warning("%s", text)
+    _send("note", text)
 
 
 @contextlib.contextmanager
@@ -60,7 +76,9 @@ def watch_progress(console: Console) -> Iterator[None]:
     stopped = threading.Event()
 
     def show() -> None:
-        latest, epochs = ray.get(board.drain.remote(), timeout=5)
+        latest, epochs, notes = ray.get(board.drain.remote(), timeout=5)
+        for text in notes:
+            console.note(text)
         for stage, values in epochs:
             console.epoch(stage, values)
         for stage, values in latest.items():
@@ -84,7 +102,7 @@ def watch_progress(console: Console) -> Iterator[None]:
         ray.kill(board)
 
 
-def _send(method: str, stage: str, values: Mapping[str, Any]) -> None:
+def _send(method: str, *news: Any) -> None:
     import ray
 
     if not ray.is_initialized():
@@ -93,4 +111,4 @@ def _send(method: str, stage: str, values: Mapping[str, Any]) -> None:
         board = ray.get_actor(BOARD_NAME)
     except ValueError:  # nobody watches: a worker in a test, or the driver has gone
         return
-    getattr(board, method).remote(stage, dict(values))
+    getattr(board, method).remote(*news)

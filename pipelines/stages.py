@@ -133,6 +133,8 @@ def run_chain(
     if all(state == "done" for state in states.values()):
         outcomes = {spec.name: _skip(spec, store, console) for spec in specs}
         run_id = recall_run(store, plan.key)
+        if plan.settings.tracking.enabled and (run_id is None or store.list("spool")):
+            run_id = _catch_up(plan, specs, make_tracker(plan.settings, console), config_name)
         return _chain_result(plan, store, specs, outcomes, run_id)
     check_machine(plan.settings)
     check_batches(specs)
@@ -153,7 +155,10 @@ def run_chain(
                 config_name=config_name,
                 run_id=run_id,
             )
-        tracker.finish(run_id, "FINISHED")
+        if tracker.was_away:
+            run_id = _catch_up(plan, specs, tracker, config_name)
+        else:
+            tracker.finish(run_id, "FINISHED")
     except (KeyboardInterrupt, SystemExit) as stop:
         # Ray Train leaves by SystemExit(0) on Ctrl-C: an interrupt must not look like success.
         tracker.close("KILLED")
@@ -193,13 +198,13 @@ def run_stages(
     outcomes = {}
     for spec in specs:
         if stage_state(store, spec, uri) == "done":
-            _open_stage_run(spec, context, finished=True)
+            _open_stage_run(spec, context.specs, tracker, run_id, finished=True)
             outcomes[spec.name] = _skip(spec, store, console)
             continue
         with claim(store, spec):
             state = stage_state(store, spec, uri)  # another process may just have finished it
             if state == "done":
-                _open_stage_run(spec, context, finished=True)
+                _open_stage_run(spec, context.specs, tracker, run_id, finished=True)
                 outcomes[spec.name] = _skip(spec, store, console)
             else:
                 outcomes[spec.name] = _run_stage(spec, context, resumed=state == "started")
@@ -211,7 +216,9 @@ def _run_stage(spec: StageSpec, context: StageContext, *, resumed: bool) -> Stag
     uri = context.settings.tracking.uri
     console.stage_started(spec.name, resumed=resumed)
     began = time.monotonic()
-    stage_run_id = _open_stage_run(spec, context, finished=False)
+    stage_run_id = _open_stage_run(
+        spec, context.specs, context.tracker, context.run_id, finished=False
+    )
     interrupt = signal.getsignal(signal.SIGINT)
     mark_started(store, spec)
     try:
@@ -243,14 +250,38 @@ def _skip(spec: StageSpec, store: Store, console: Console) -> StageOutcome:
     return StageOutcome(spec.key, "skipped", 0.0, read_result(store, spec).get("rows", {}))
 
 
-def _open_stage_run(spec: StageSpec, context: StageContext, *, finished: bool) -> str | None:
-    return context.tracker.open_stage(
-        context.run_id,
+def _catch_up(
+    plan: Plan, specs: Sequence[StageSpec], tracker: Tracker, config_name: str
+) -> str | None:
+    """Tells MLflow what it missed of finished stages; the pipeline's run id, None if it is away."""
+    store = Store(plan.settings.storage.root)
+    by_name = {spec.name: spec for spec in plan.specs}
+    shown = plan.settings.model_dump(mode="json")
+    run_id = tracker.open_pipeline(config_name, shown, plan.key)
+    for spec in specs if run_id is not None else ():
+        stage_run_id = _open_stage_run(spec, by_name, tracker, run_id, finished=True)
+        figures = read_result(store, spec).get("metrics", {})
+        tracker.finish(stage_run_id, "FINISHED", metrics=figures)
+    tracker.finish(run_id, "FINISHED")
+    remember_run(store, plan.key, run_id)
+    return run_id
+
+
+def _open_stage_run(
+    spec: StageSpec,
+    specs: Mapping[str, StageSpec],
+    tracker: Tracker,
+    run_id: str | None,
+    *,
+    finished: bool,
+) -> str | None:
+    return tracker.open_stage(
+        run_id,
         spec.name,
         spec.key,
         spec.config,
         folder=spec.folder,
-        upstream_keys=[context.specs[name].key for name in spec.upstream],
+        upstream_keys=[specs[name].key for name in spec.upstream],
         finished=finished,
     )
 

@@ -1,9 +1,11 @@
 """Files under the storage root, on a local disk or behind a URI; knows nothing of stages or Ray."""
 
+import contextlib
 import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,17 +48,21 @@ class Store:
             return bytes(stream.read())
 
     def write_bytes(self, path: str, data: bytes) -> None:
-        """Writes atomically: a reader, or a crash, sees the old file or the new one, whole."""
+        """Writes atomically: a reader, or a crash, sees the old file or the new one, whole.
+
+        Raises StorageError where storage is full or cannot be written.
+        """
         target = self._inside(path)
         folder, name = target.rsplit("/", 1)
-        self.filesystem.create_dir(folder, recursive=True)
-        if self.is_local:
-            _write_local(Path(target), data)
-            return
-        partial = f"{folder}/.{name}.{os.getpid()}.partial"
-        with self.filesystem.open_output_stream(partial) as stream:
-            stream.write(data)
-        self.filesystem.move(partial, target)
+        with writing(self.join(path)):
+            self.filesystem.create_dir(folder, recursive=True)
+            if self.is_local:
+                _write_local(Path(target), data)
+                return
+            partial = f"{folder}/.{name}.{os.getpid()}.partial"
+            with self.filesystem.open_output_stream(partial) as stream:
+                stream.write(data)
+            self.filesystem.move(partial, target)
 
     def read_json(self, path: str) -> Any:
         return json.loads(self.read_bytes(path))
@@ -111,6 +117,37 @@ class Store:
         if ".." in parts:
             raise StorageError(f"{path!r} leaves the storage root {self.root}")
         return "/".join(parts)
+
+
+@contextlib.contextmanager
+def writing(address: str) -> Iterator[None]:
+    """What fails inside is told as a failure to write to `address`: StorageError."""
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(
+            f"{address} cannot be written ({error.strerror or error}): free space there or make "
+            "it writable, then run again"
+        ) from error
+
+
+class local_copy:
+    """Context: a folder's files on this machine's disk, downloaded if they are elsewhere."""
+
+    def __init__(self, folder: str) -> None:
+        self.store = Store(folder)
+        self.temporary: tempfile.TemporaryDirectory[str] | None = None
+
+    def __enter__(self) -> Path:
+        path = self.store.local_path()
+        if path is not None:
+            return path
+        self.temporary = tempfile.TemporaryDirectory(prefix="mantis-")
+        return self.store.download_folder("", self.temporary.name)
+
+    def __exit__(self, *error: object) -> None:
+        if self.temporary is not None:
+            self.temporary.cleanup()
 
 
 def absolute_root(root: str, folder: str | os.PathLike[str] | None = None) -> str:

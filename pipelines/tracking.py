@@ -97,6 +97,7 @@ class Tracker:
         self.experiment = experiment
         self.enabled = enabled
         self.available = enabled
+        self.was_away = False  # at any time: MLflow has missed something
         self._note = note
         self._experiment_id: str | None = None
         self._open: set[str] = set()
@@ -321,7 +322,7 @@ class Tracker:
                     f"({failure_text(error, self.location.uri)}). Work goes on; "
                     "metrics are kept and sent by the next `mantis run`."
                 )
-            self.available = False
+            self.available, self.was_away = False, True
             return None
         self.available = True
         return result

@@ -62,11 +62,15 @@ def _fit(spec: StageSpec, context: StageContext) -> None:
     from ray.train.torch import TorchTrainer
 
     from pipelines.process_group import torch_config
+    from pipelines.run_checkpoints import drop_unreadable_notes
     from pipelines.schedule import check_batches
     from pipelines.stage_callback import StageCallback
+    from pipelines.storage import Store
 
     check_batches([spec])  # a sample of a search is checked by nobody before
     cluster = spec.settings.cluster
+    checkpoints = context.store.join("training", spec.key)
+    drop_unreadable_notes(Store(checkpoints))
     writer = context.tracker.metric_writer(context.stage_run_id, spec.key)
     resources = {"CPU": cluster.cpus_per_worker, "GPU": cluster.gpus_per_worker}
     trainer = TorchTrainer(
@@ -78,6 +82,7 @@ def _fit(spec: StageSpec, context: StageContext) -> None:
             "settings": spec.settings.model_dump(mode="json"),
             "manifest_folder": context.manifest_folder,
             "folder": spec.folder,
+            "checkpoints": checkpoints,
             "upstream": {
                 context.specs[name].kind: context.specs[name].folder for name in spec.upstream
             },

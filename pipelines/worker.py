@@ -13,7 +13,6 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_prep.reader import local_batches, train_batches
@@ -30,7 +29,6 @@ from mantis_core.build import (
 )
 from mantis_core.checkpoint import (
     load_folder,
-    load_training_state,
     save_folder,
     save_model,
     save_training_state,
@@ -42,8 +40,9 @@ from mantis_core.tasks import Batch
 from mantis_core.teacher import Teacher
 from mantis_core.training import Session, TrainingError, fit, steps_per_epoch
 from pipelines.problem import problem_of
+from pipelines.run_checkpoints import Checkpoint, newest_intact, read_checkpoint
 from pipelines.settings import Settings
-from pipelines.storage import Store
+from pipelines.storage import Store, local_copy, writing
 from pipelines.trainer import (
     BEST,
     CHECKPOINT,
@@ -82,12 +81,10 @@ def worker_loop(config: dict[str, Any]) -> None:
         rank=rank,
     )
     history: list[dict[str, Any]] = []
-    checkpoint = ray_train.get_checkpoint()
+    checkpoint = agreed_checkpoint(config, rank)
     if checkpoint is not None:
-        with checkpoint.as_directory() as folder:
-            tensors, record = load_training_state(folder)
-        session.load_state(tensors, record)
-        history = record["history"]
+        session.load_state(checkpoint.tensors, checkpoint.record)
+        history = checkpoint.record["history"]
     if world > 1:
         from torch.nn.parallel import DistributedDataParallel
 
@@ -118,6 +115,21 @@ def worker_loop(config: dict[str, Any]) -> None:
         report_checkpoint(session, history, config, rank)
     if rank == 0:
         ship(session, settings, manifest, config, history)
+
+
+def agreed_checkpoint(config: Mapping[str, Any], rank: int) -> Checkpoint | None:
+    """The newest intact checkpoint of this training, the same one for all workers."""
+    from ray.train.collective import broadcast_from_rank_zero
+
+    from pipelines.progress import report_note
+
+    store = Store(config["checkpoints"])
+    if rank == 0:
+        found = newest_intact(store, lambda text: report_note(f"{config['name']}: {text}"))
+        broadcast_from_rank_zero(found.name if found else None)
+        return found
+    name = broadcast_from_rank_zero(None)
+    return read_checkpoint(store, name) if name else None
 
 
 def epoch_record(
@@ -170,25 +182,6 @@ def stage_tensors(folder: str) -> dict[str, Tensor]:
         return load_folder(local)[0]
 
 
-class local_copy:
-    """Context: a folder's files on this machine's disk, downloaded if they are elsewhere."""
-
-    def __init__(self, folder: str) -> None:
-        self.store = Store(folder)
-        self.temporary: tempfile.TemporaryDirectory[str] | None = None
-
-    def __enter__(self) -> Path:
-        path = self.store.local_path()
-        if path is not None:
-            return path
-        self.temporary = tempfile.TemporaryDirectory(prefix="mantis-")
-        return self.store.download_folder("", self.temporary.name)
-
-    def __exit__(self, *error: object) -> None:
-        if self.temporary is not None:
-            self.temporary.cleanup()
-
-
 def holdout_batches(
     folder: str,
     manifest: Manifest,
@@ -227,7 +220,8 @@ def report_checkpoint(
         tensors, record = session.state()
         record = {**record, "key": config["key"], "history": list(history)}
         save_training_state(folder, tensors, record)
-        ray_train.report(metrics, checkpoint=ray_train.Checkpoint.from_directory(folder))
+        with writing(config["checkpoints"]):
+            ray_train.report(metrics, checkpoint=ray_train.Checkpoint.from_directory(folder))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     report_epoch(config["name"], {"epochs": session.config.epochs, **history[-1]})

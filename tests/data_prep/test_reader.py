@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -262,3 +264,18 @@ def test_without_flip_and_crop_training_rows_are_the_plain_ones(shapes: Any) -> 
     for batch in local_batches(shapes.folder, shapes.manifest, data, epoch=0, global_batch=5):
         for row, image in zip(batch["row_id"], batch["image"], strict=True):
             assert (plain[int(row)] == image).all()
+
+
+@pytest.mark.parametrize("harm", ["flipped bit", "cut short", "gone"])
+def test_a_damaged_shard_is_named_with_what_to_do(shapes: Any, tmp_path: Path, harm: str) -> None:
+    folder = shutil.copytree(shapes.folder, tmp_path / "prepared")
+    shard = folder / shapes.manifest.split("train").shards[0].path
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content if harm == "flipped bit" else content[: len(content) // 2])
+    if harm == "gone":
+        shard.unlink()
+    with pytest.raises(DataError, match=f"{shard} is missing or damaged .* delete {folder}"):
+        list(
+            local_batches(str(folder), shapes.manifest, shapes.data, split="train", global_batch=8)
+        )

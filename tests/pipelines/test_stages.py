@@ -37,6 +37,8 @@ ORDER = [
 class FakeTracker:
     """Remembers what MLflow would be told."""
 
+    was_away = False
+
     def __init__(self) -> None:
         self.calls: list[tuple[str, ...]] = []
 
@@ -142,6 +144,23 @@ def test_a_second_run_runs_nothing_and_starts_nothing(
         first.metrics,
         first.model,
     )
+
+
+def test_mlflow_back_after_an_absence_is_told_of_every_stage(bench: Bench) -> None:
+    bench.tracker.was_away = True
+    bench.run()
+    told = [name for call, name in bench.tracker.calls if call == "finished"]
+    assert told == ORDER
+    assert bench.tracker.calls[-1] == ("FINISHED", "run-1")
+
+
+def test_figures_left_in_the_spool_are_sent_though_nothing_is_left_to_run(bench: Bench) -> None:
+    bench.run()
+    (bench.root / "spool").mkdir()
+    (bench.root / "spool/key.jsonl").write_text("{}")
+    bench.run()
+    assert bench.ran == []
+    assert [name for call, name in bench.tracker.calls if call == "finished"] == ORDER
 
 
 def test_a_changed_field_reruns_its_stage_and_those_downstream(bench: Bench) -> None:

@@ -1,6 +1,8 @@
 """Storage: the same behaviour on a local folder and behind a URI, and atomic writes."""
 
 import os
+import subprocess
+import sys
 import uuid
 from pathlib import Path
 
@@ -77,7 +79,7 @@ def test_a_failed_write_keeps_the_old_file_and_leaves_no_partial(
         raise OSError("disk full")
 
     monkeypatch.setattr(os, "replace", fail)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(StorageError, match="disk full"):
         store.write_bytes("file", b"new")
     assert store.read_bytes("file") == b"old"
     assert store.list() == ["file"]
@@ -99,3 +101,28 @@ def test_relative_roots_resolve_against_the_given_folder() -> None:
 def test_an_unknown_scheme_gets_one_clear_message() -> None:
     with pytest.raises(StorageError, match="s3://bucket/folder"):
         Store("nosuchscheme://x/y")
+
+
+FULL = """
+import resource, sys
+from pipelines.storage import Store
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+Store(sys.argv[1]).write_bytes("result.json", b"new" * 10_000)
+"""
+
+
+def test_a_full_disk_is_named_and_leaves_the_old_file_whole(tmp_path: Path) -> None:
+    Store(tmp_path).write_bytes("result.json", b"old")
+    done = subprocess.run(
+        [sys.executable, "-c", FULL, str(tmp_path)], capture_output=True, text=True, check=False
+    )
+    error = done.stderr.strip().splitlines()[-1]
+    assert f"StorageError: {tmp_path}/result.json cannot be written (File too large)" in error
+    assert Store(tmp_path).read_bytes("result.json") == b"old"
+    assert Store(tmp_path).list() == ["result.json"]
+
+
+def test_a_root_below_a_file_cannot_be_written_and_says_so(tmp_path: Path) -> None:
+    (tmp_path / "runs").write_text("no folder")
+    with pytest.raises(StorageError, match=r"runs/a/b cannot be written .* free space there"):
+        Store(tmp_path / "runs").write_bytes("a/b", b"")
