@@ -57,6 +57,7 @@ def start_node(options: argparse.Namespace) -> Any:
         include_dashboard=head,
         dashboard_host=LOOPBACK,
         dashboard_port=options.dashboard_port,
+        dashboard_agent_listen_port=0,  # Ray's fixed one would be taken by another node, or Ray
         include_log_monitor=head,  # one reads the logs of all nodes of a machine
         labels=options.labels,
     )
