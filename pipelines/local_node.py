@@ -42,6 +42,7 @@ def start_node(options: argparse.Namespace) -> Any:
     """A running `ray._private.node.Node`, whose processes live no longer than this one."""
     from ray._private.node import Node
     from ray._private.parameter import RayParams
+    from ray._private.utils import write_ray_address
 
     head = options.join is None
     parameters = RayParams(
@@ -62,6 +63,8 @@ def start_node(options: argparse.Namespace) -> Any:
         labels=options.labels,
     )
     node = Node(parameters, head=head, shutdown_at_exit=True, spawn_reaper=True)
+    if head:  # where jobs look for their cluster, before any other on this machine
+        write_ray_address(node.gcs_address, options.temp_dir)
     record = {
         "id": node.node_id,
         "address": node.gcs_address,
