@@ -55,6 +55,8 @@ def start_node(options: argparse.Namespace) -> Any:
         num_gpus=0,
         object_store_memory=OBJECT_STORE_BYTES,
         temp_dir=options.temp_dir,
+        # Each node unpacks a job's files anew, over what is there: not where another's driver runs.
+        runtime_env_dir_name=f"runtime_resources_{options.record.stem}",
         include_dashboard=head,
         dashboard_host=LOOPBACK,
         dashboard_port=options.dashboard_port,
