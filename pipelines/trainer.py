@@ -23,6 +23,8 @@ HISTORY = "history"
 """Figures of all epochs: a metric of every report (JSON text), in the end a file of the stage."""
 BEST = "best.json"
 """Figures of the best epoch, written when the model folder is complete."""
+ROWS = "train/rows"
+"""Rows an epoch consumed; begins the names of all that is told of them, the same in every epoch."""
 ROWS_LEFT_OUT = "train/rows_left_out"
 """Training rows that filled no global batch in an epoch; others in the next."""
 ROWS_SHA256 = "train/rows_sha256"
@@ -51,7 +53,7 @@ def train(spec: StageSpec, context: StageContext) -> dict[str, Any]:
 def rows_of(history: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """What a training consumed: rows an epoch, rows left out of each, a hash for every epoch."""
     return {
-        "per_epoch": history[-1]["train/rows"],
+        "per_epoch": history[-1][ROWS],
         "left_out": history[-1][ROWS_LEFT_OUT],
         "sha256": [epoch[ROWS_SHA256] for epoch in history],
     }

@@ -47,6 +47,7 @@ from pipelines.trainer import (
     BEST,
     CHECKPOINT,
     HISTORY,
+    ROWS,
     ROWS_LEFT_OUT,
     ROWS_SHA256,
     training_config,
@@ -224,7 +225,8 @@ def report_checkpoint(
             ray_train.report(metrics, checkpoint=ray_train.Checkpoint.from_directory(folder))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    report_epoch(config["name"], {"epochs": session.config.epochs, **history[-1]})
+    told = {name: value for name, value in history[-1].items() if not name.startswith(ROWS)}
+    report_epoch(config["name"], {"epochs": session.config.epochs, **told})
 
 
 def ship(
