@@ -11,6 +11,8 @@ from typing import Any
 
 from pyarrow import fs
 
+PROBE = ".writable"
+
 
 class StorageError(ValueError):
     """A storage root that cannot be used; the message says what is allowed."""
@@ -63,6 +65,11 @@ class Store:
             with self.filesystem.open_output_stream(partial) as stream:
                 stream.write(data)
             self.filesystem.move(partial, target)
+
+    def check_writable(self) -> None:
+        """Writes a file and deletes it. Raises StorageError where that fails."""
+        self.write_bytes(PROBE, b"")
+        self.delete(PROBE)
 
     def read_json(self, path: str) -> Any:
         return json.loads(self.read_bytes(path))

@@ -105,11 +105,16 @@ def _fit(spec: StageSpec, context: StageContext) -> None:
             callbacks=[StageCallback(writer)],
         ),
     )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        result = trainer.fit()
-    if result.error is not None:
-        raise result.error
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            result = trainer.fit()
+        if result.error is not None:
+            raise result.error
+    except Exception:
+        # Ray Train tells in many ways that it could not write: ask the storage itself.
+        Store(checkpoints).check_writable()
+        raise
 
 
 def start_worker(config: dict[str, Any]) -> None:

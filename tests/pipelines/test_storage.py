@@ -85,6 +85,15 @@ def test_a_failed_write_keeps_the_old_file_and_leaves_no_partial(
     assert store.list() == ["file"]
 
 
+def test_storage_is_asked_whether_it_can_be_written_and_nothing_is_left(tmp_path: Path) -> None:
+    Store(tmp_path).check_writable()
+    assert Store(tmp_path).list() == []
+    blocked = tmp_path / "file"
+    blocked.write_text("where a folder should be")
+    with pytest.raises(StorageError, match="cannot be written"):
+        Store(blocked / "folder").check_writable()
+
+
 def test_only_a_plain_path_is_local_and_unshared(tmp_path: Path) -> None:
     assert Store(tmp_path).local_path("a") == tmp_path / "a"
     assert Store("memory://somewhere").local_path("a") is None
