@@ -120,9 +120,11 @@ def descendants(pids: Sequence[int]) -> list[psutil.Process]:
 
 def titled(pids: Sequence[int], title: str) -> Iterator[psutil.Process]:
     """Processes below `pids` whose program or Ray title holds `title`, such as ray::RayTrain."""
-    for process in descendants(pids):
+    for process in psutil.process_iter():  # Ray's reading tasks last for milliseconds: be quick
         if title in title_of(process):
-            yield process
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if not {parent.pid for parent in process.parents()}.isdisjoint(pids):
+                    yield process
 
 
 def kill(find: Callable[[], psutil.Process | None], title: str) -> float:
