@@ -56,8 +56,8 @@ class Outcome:
     """What became of a cell.
 
     `seconds` from the kill to the next sign of work, if it recovered by itself, else to its exit;
-    `resumed_s` from the start of the resuming command to the end of the stage. `twice` counts the
-    epochs that were finished again.
+    `resumed_s` from the start of the resuming command to the first sign of the stage's work.
+    `twice` counts the epochs that were finished again.
     """
 
     cell: str
@@ -84,6 +84,12 @@ class Moment:
     def pattern(self) -> str:
         """The line after which it is time: the cell before may have taken an epoch more."""
         told = f"epoch [{self.epoch}-{EPOCHS}]/" if self.epoch else "(started|resuming)"
+        return f"{self.label}: {told}"
+
+    @property
+    def back(self) -> str:
+        """The line that shows that a command which resumes is there again."""
+        told = "(epoch|ran|resumed|finished)" if self.epoch else "(started|resuming)"
         return f"{self.label}: {told}"
 
 
@@ -220,7 +226,7 @@ def campaign(
         ray.mend()
         with Command(arguments, experiment.folder, ray.environment) as command:
             if lost is not None:
-                back = works(command, lost, ray, since=0)
+                back = command.line(lost.back)
                 assert back is not None, command.output[-3000:]
                 outcomes[lost] = replace(outcomes[lost], resumed_s=round(back - command.began, 1))
                 lost = None
@@ -281,7 +287,7 @@ def worker(command: Command, moment: Moment, ray: LocalRay) -> psutil.Process | 
 def works(command: Command, moment: Moment, ray: LocalRay, *, since: int) -> float | None:
     """When the stage showed, from line `since` on, that it works; None if the command ended."""
     if moment.epoch:
-        return command.line(f"{moment.label}: (epoch|ran|resumed|finished)", since=since)
+        return command.line(moment.back, since=since)
     return wait_for(lambda: worker(command, moment, ray), "evaluation actor")
 
 
