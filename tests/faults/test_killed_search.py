@@ -1,4 +1,4 @@
-"""Kill -9 during a search, of a trial's worker, of the raylet: the search, or --resume, goes on."""
+"""Kill -9 of a trial's worker, the raylet, the driver: the search, or --resume, goes on."""
 
 from __future__ import annotations
 
@@ -127,16 +127,17 @@ def test_a_killed_worker_costs_an_epoch_at_most_and_no_trial(
 
 @pytest.mark.faults
 @pytest.mark.timeout(1200)
-def test_a_killed_raylet_ends_the_search_and_a_resume_ends_it_well(
-    experiment: tuple[Path, list[str]],
+@pytest.mark.parametrize("victim", ["raylet", "driver"])
+def test_what_ends_the_search_costs_no_finished_trial(
+    experiment: tuple[Path, list[str]], victim: str
 ) -> None:
     folder, command = experiment
     with start(folder, command) as driver:
         until(driver, "trial 1: epoch 1/")
         raylets = children(driver, "raylet")
         assert raylets
-        for raylet in raylets:
-            raylet.kill()
+        for process in raylets if victim == "raylet" else [driver]:
+            process.kill()
         driver.communicate(timeout=300)
     assert driver.returncode != 0
     check_resumed(folder, command, journal(folder))
