@@ -261,7 +261,10 @@ def strike(command: Command, moment: Moment, ray: LocalRay) -> Outcome:
         title = TITLES[victim]
         killed = kill(lambda: next(titled(ray.pids(command), title), None), title)
     seen = sum(when <= killed for when, _ in command.lines)
-    if moment.epoch or victim == "data worker":
+    if victim in ("driver", "gcs"):  # an epoch's end may still be told, but it cannot go on
+        assert command.end(PATIENCE_S) is not None, "the command hangs:\n" + command.output
+        goes_on = None
+    elif moment.epoch or victim == "data worker":
         goes_on = works(command, moment, ray, since=seen)
     else:
         goes_on = command.line(f"{moment.label}: (ran|resumed)", since=seen)
