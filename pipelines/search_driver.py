@@ -105,9 +105,9 @@ class SearchDriver:
         return None
 
     def judged(self, verdict: Verdict) -> None:
-        """An epoch of a running trial."""
+        """An epoch of a running trial; after a resume those known already come again."""
         record = self.journal.trials[verdict.trial]
-        if record.state == "running":
+        if record.state == "running" and int(verdict.figures["epoch"]) not in record.epochs:
             self.journal.epoch(verdict.trial, verdict.figures)
             self.view.epoch(self.journal.trials[verdict.trial])
 

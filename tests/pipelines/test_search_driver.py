@@ -105,6 +105,11 @@ def test_a_killed_search_goes_on_with_what_was_running_and_asks_no_trial_again(
     second = bench.driver(trials=4)
     again = second.next_trial()
     assert again == running
+    for epoch in (1, 2):  # a resumed training reports all its epochs with the next one
+        second.judged(Verdict(1, learned(running["params"], epoch)))
+    told = bench.text.getvalue().splitlines()
+    assert len([line for line in told if line.startswith("trial 1: epoch 1/")]) == 1
+    assert len([line for line in told if line.startswith("trial 1: epoch 2/")]) == 1
     second.over(1, outcome(running["params"]))
     rest = [second.next_trial(), second.next_trial()]
     assert [trial["number"] for trial in rest if trial] == [2, 3]
