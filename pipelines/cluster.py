@@ -43,6 +43,15 @@ def cluster_address(cluster: ClusterConfig) -> str:
     return cluster.address or os.environ.get("RAY_ADDRESS") or "local"
 
 
+def on_this_node() -> Any:
+    """The scheduling strategy of an actor that serves this process: where its node is lost, so is
+    whom it serves. Ray would put it anywhere. Ray must be connected."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+
+
 def check_machine(settings: Settings) -> None:
     """What can be told before Ray starts: CPUs of a local run, disk, tracking. PreflightError."""
     root = settings.storage.root

@@ -72,7 +72,13 @@ def watch_progress(console: Console) -> Iterator[None]:
     """Shows on `console` what workers report while the block runs. Ray must be connected."""
     import ray
 
-    board = ray.remote(num_cpus=0)(ProgressBoard).options(name=BOARD_NAME).remote()
+    from pipelines.cluster import on_this_node  # not needed where news are only sent
+
+    board = (
+        ray.remote(num_cpus=0)(ProgressBoard)
+        .options(name=BOARD_NAME, scheduling_strategy=on_this_node())
+        .remote()
+    )
     stopped = threading.Event()
 
     def show() -> None:

@@ -19,7 +19,7 @@ from ray import tune
 from ray.actor import ActorHandle
 from ray.tune.search import Searcher
 
-from pipelines.cluster import Available, check_resources, environment
+from pipelines.cluster import Available, check_resources, environment, on_this_node
 from pipelines.search_driver import SearchDriver
 from pipelines.search_points import Halving
 from pipelines.search_referee import Referee
@@ -177,7 +177,7 @@ def _referee(driver: SearchDriver, halving: Halving | None) -> Iterator[tuple[st
     name = f"mantis-referee-{uuid.uuid4().hex[:12]}"
     referee = (
         ray.remote(num_cpus=0)(Referee)
-        .options(name=name, max_restarts=0)
+        .options(name=name, max_restarts=0, scheduling_strategy=on_this_node())
         .remote(halving, driver.options.objective)
     )
     ray.get(referee.recall.remote(list(driver.journal.trials.values())))

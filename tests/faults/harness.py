@@ -92,10 +92,11 @@ class Command:
 
     def _listen(self) -> None:
         assert self.process.stdout is not None
-        for line in self.process.stdout:
-            with self._news:
-                self.lines.append((time.monotonic(), line))
-                self._news.notify_all()
+        with self.process.stdout as stdout:
+            for line in stdout:
+                with self._news:
+                    self.lines.append((time.monotonic(), line))
+                    self._news.notify_all()
 
     def _await(self, listener: threading.Thread) -> None:
         """A process left behind may hold stdout open: what counts is the end of the command."""
