@@ -15,7 +15,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, replace
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
+from threading import Thread
 from typing import Any
 
 import torch
@@ -76,8 +77,7 @@ def run_plain(
             arms.sort(key=lambda arm: arm.rate_weight or math.inf)  # a rate's arms side by side
             todo += [(number, arm) for arm in arms]
     measured: list[dict[str, Evaluated]] = [{} for _ in plans]
-    context = get_context("spawn")  # CUDA does not survive a fork
-    with ProcessPoolExecutor(jobs, mp_context=context) as pool:
+    with _pool(jobs) as pool:
 
         def measure(number: int, arm: Arm) -> Future[Any]:
             plan = plans[number]
@@ -108,7 +108,7 @@ def train_plain(
     figures of its stage 2, epoch by epoch, as soon as they are there. Failures as in `run_plain`.
     """
     todo = [(number, next(iter(plan_arms(plan.settings)))) for number, plan in enumerate(plans)]
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+    with _pool(jobs) as pool:
 
         def history(number: int, arm: Arm) -> Future[Any]:
             plan = plans[number]
@@ -143,6 +143,24 @@ def adopt(plan: Plan) -> Plan:
                     break
         specs.append(spec)
     return replace(plan, specs=tuple(specs))
+
+
+def _pool(jobs: int) -> ProcessPoolExecutor:
+    """Processes that end when this one does, whatever ended it."""
+    context = get_context("spawn")  # CUDA does not survive a fork
+    return ProcessPoolExecutor(jobs, mp_context=context, initializer=_end_with_parent)
+
+
+def _end_with_parent() -> None:
+    """Ends this process at once when its parent is gone: nobody is left to take what it makes."""
+    parent = parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    Thread(target=watch, daemon=True).start()
 
 
 def _in_order(

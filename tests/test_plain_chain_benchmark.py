@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 
 from benchmarks.plain_chain import adopt, train_plain
@@ -67,3 +70,25 @@ def test_histories_of_finished_trainings_are_given_without_training(plan: Plan) 
         mark_done(store, spec, {"metrics": {}}, plan.settings.tracking.uri)
     found = list(train_plain([plan], prepared="nowhere", jobs=1, say=print))
     assert found == [(0, [{"epoch": 1.0, "train/loss": 2.0}])]
+
+
+def test_trainings_end_with_the_study_that_is_killed() -> None:
+    busy = """
+import os, time
+from benchmarks.plain_chain import _pool
+if __name__ == "__main__":
+    with _pool(1) as pool:
+        print(pool.submit(os.getpid).result(), flush=True)
+        pool.submit(time.sleep, 600).result()
+"""
+    study = subprocess.Popen([sys.executable, "-c", busy], stdout=subprocess.PIPE, text=True)
+    try:
+        assert study.stdout is not None
+        with study.stdout:
+            training = psutil.Process(int(study.stdout.readline()))
+        assert training.is_running()
+    finally:
+        study.kill()
+        study.wait()
+    _, left = psutil.wait_procs([training], timeout=60)
+    assert not left
