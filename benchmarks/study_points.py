@@ -92,10 +92,11 @@ def bd_figures(rows: Sequence[Mapping[str, Any]], size: str, *, accuracy: bool) 
     MANTiS is the arm with early exit, where it was measured; then `mantis` is what it is without.
     """
     by_kind = curves(rows, size)
+    codecs = {row["kind"] for row in rows if row["quality"] is not None}
     ours = by_kind.pop("early_exit", None) or by_kind.pop("mantis", {})
     out: dict[str, Any] = {}
     for kind, theirs in by_kind.items():
-        if len(theirs) == 1 and len(ours) > 1:  # an image codec has no seeds
+        if kind in codecs:  # files are the same for every seed
             theirs = dict.fromkeys(ours, next(iter(theirs.values())))
         seeds = sorted(ours.keys() & theirs.keys())
         try:

@@ -133,3 +133,15 @@ def test_mantis_is_what_it_is_with_early_exit_where_that_was_measured(
     assert bd_figures(without, "wire_bytes", accuracy=False)["none"]["mean"] == pytest.approx(
         -50, abs=0.1
     )
+
+
+def test_image_codecs_stand_beside_every_seed_and_networks_beside_their_own(
+    measured: list[dict[str, Any]],
+) -> None:
+    ours = [each for each in measured if each["kind"] == "early_exit"]
+    copies = [{**each, "seed": 1} for each in ours]
+    theirs = [each for each in measured if each["kind"] == "none"]
+    files = [{**each, "kind": "webp", "quality": n} for n, each in enumerate(theirs)]
+    found = bd_figures([*ours, *copies, *theirs, *files], "wire_bytes", accuracy=False)
+    assert len(found["none"]["seeds"]) == 1
+    assert len(found["webp"]["seeds"]) == 2
