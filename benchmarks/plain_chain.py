@@ -1,5 +1,9 @@
 """The stage chain without Ray and MLflow, for machines that have neither: a GPU lent for an hour.
 
+    python -m benchmarks.plain_chain SHARDS --config configs/camvid.yaml --jobs 2 [key=value ...]
+
+trains and measures what `mantis evaluate` would; SHARDS is the folder `mantis prepare` wrote.
+
 Same plan, same keys, same folders as `mantis evaluate`: a stage finished by one is skipped by the
 other, and one that was interrupted is trained anew. Stages and the measuring of arms are spread
 over processes, which may share a GPU: one of these small networks does not fill it.
@@ -7,6 +11,8 @@ over processes, which may share a GPU: one of these small networks does not fill
 
 from __future__ import annotations
 
+import argparse
+import json
 import math
 import os
 import re
@@ -28,9 +34,9 @@ from mantis_core.training import Session, fit, steps_per_epoch
 from pipelines.evaluation import arm_sources, write_evaluation
 from pipelines.plan import TRAINING_KINDS, Arm, StageSpec, plan_arms, with_upstream
 from pipelines.run_record import claim, mark_done, mark_started, stage_state
-from pipelines.settings import Settings
+from pipelines.settings import Settings, load_settings
 from pipelines.split_pass import ArmSource, Evaluated, arm_figures, evaluate_locally
-from pipelines.stages import Plan
+from pipelines.stages import Plan, make_plan
 from pipelines.storage import Store
 from pipelines.trainer import HISTORY, rows_of, training_config
 from pipelines.worker import build_recipe, epoch_record, ship
@@ -308,3 +314,26 @@ def _is_evaluated(plan: Plan) -> bool:
 
 def _threads(jobs: int) -> int:
     return max(1, len(os.sched_getaffinity(0)) // jobs)
+
+
+def main() -> int:
+    """One config's chain up to its stage `evaluate`, line by line on stderr."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("shards")
+    parser.add_argument("--config", required=True)
+    parser.add_argument("--jobs", type=int, default=1, help="stages or arms at once")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    arguments = parser.parse_intermixed_args()
+    plan = make_plan(load_settings(arguments.config, arguments.overrides))
+
+    def say(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    run_plain([plan], prepared=arguments.shards, jobs=arguments.jobs, say=say)
+    evaluate = next(spec for spec in plan.specs if spec.kind == "evaluate")
+    print(json.dumps({"evaluation": f"{evaluate.folder}/evaluation.json"}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

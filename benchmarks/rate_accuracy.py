@@ -221,12 +221,9 @@ def point_row(
         images["payload_bytes"],
         named & (images["class_label"] >= 0),
     )
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout.strip()
+    commit = _git("rev-parse", "--short=12", "HEAD")
+    if _git("status", "--porcelain", "--untracked-files=no", "--", f":!{RESULTS}"):
+        commit += "-dirty"
     key = step.specs[arm.stage].key if arm.stage else None
     own = (arm.kind, arm.seed, arm.rate_weight, arm.quality, arm.exit_confidence)
     row = dict(zip(COLUMNS, (point, step.name, protocol, *own, commit, key), strict=True))
@@ -316,6 +313,11 @@ def main() -> None:
     if arguments.data:
         result["elsewhere"] = score_elsewhere(done, arguments.data)
     print(json.dumps(result))
+
+
+def _git(*words: str) -> str:
+    done = subprocess.run(["git", *words], capture_output=True, text=True, check=True)
+    return done.stdout.strip()
 
 
 def _wanted(step: Step, arm: Arm, arguments: argparse.Namespace, known: set[str]) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -22,15 +23,12 @@ ROOT = Path(__file__).resolve().parents[2]
 RUN = """
 import sys
 sys.modules["ray"] = sys.modules["mlflow"] = None
-from benchmarks.plain_chain import run_plain
-from pipelines.settings import load_settings
-from pipelines.stages import make_plan
+from benchmarks.plain_chain import main
 
 if __name__ == "__main__":
-    config, prepared, *overrides = sys.argv[1:]
-    plan = make_plan(load_settings(config, overrides))
-    run_plain([plan], prepared=prepared, jobs=2, say=print)
+    sys.exit(main())
 """
+SAID = re.compile(r"(\S+) seed \d+: |(\S+:) \{")  # a stage is trained, an arm is measured
 
 
 @pytest.mark.slow
@@ -45,8 +43,9 @@ def test_it_finishes_the_stages_that_the_chain_would(tmp_path):
     root = tmp_path / "plain"
     tuned = "codec_teacher={epochs: 1, batch_size: 16}"
     overrides = [f"storage.root={root}", "evaluate.codec_teachers=true", tuned]
+    command = [sys.executable, str(script)]
     done = subprocess.run(
-        [sys.executable, str(script), str(config), str(prepared), *overrides],
+        [*command, str(prepared), "--config", str(config), "--jobs", "2", *overrides],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -54,7 +53,8 @@ def test_it_finishes_the_stages_that_the_chain_would(tmp_path):
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    said = [line.split()[0] for line in done.stdout.splitlines()]
+    lines = filter(None, map(SAID.match, done.stderr.splitlines()))
+    said = [line[1] or line[2] for line in lines]
     assert said[0] == "stage1"
     assert said[-1] == "evaluate"
     trained = [name for name in said[:-1] if not name.endswith(":")]
@@ -69,7 +69,9 @@ def test_it_finishes_the_stages_that_the_chain_would(tmp_path):
     states = {name: stage_state(Store(str(root)), spec, None) for name, spec in specs.items()}
     assert states.pop("prepare") == "new"
     assert states == dict.fromkeys(("stage1", "stage2", "codec_teacher/webp", "evaluate"), "done")
-    evaluation = json.loads(Path(specs["evaluate"].folder, "evaluation.json").read_text())
+    written = Path(specs["evaluate"].folder, "evaluation.json")
+    assert json.loads(done.stdout) == {"evaluation": str(written)}
+    evaluation = json.loads(written.read_text())
     assert evaluation["rows"] == VAL_ROWS * len(CLASSES)
     by_kind = {arm["kind"]: arm["metrics"] for arm in evaluation["arms"]}
     assert by_kind.keys() == {"mantis", "oracle", "teacher", "webp", "webp_tuned"}
