@@ -9,8 +9,8 @@ hits a file below results/images. A point is named by its recipe, all that its c
 one that is there is not trained again, whatever commit made it, which its row tells. The last line
 is one JSON object. `--data PATH` then scores the models on other images.
 
-`--seeds 0 --phases 1` does a part of it, to be gone on with later or elsewhere; `--kinds` with
-`--plain` a smaller one.
+`--seeds 0 --phases 1` does a part of it, to be gone on with later or elsewhere; `--kinds` and
+`--rates` with `--plain` a smaller one.
 
 `--plain SHARDS --jobs N` trains and measures without Ray and MLflow, N processes at once, on shards
 that `mantis prepare` wrote: for a machine with a GPU and little else. It writes each point as soon
@@ -58,6 +58,7 @@ CODECS = "{jpeg: [5, 10, 20, 40, 75], webp: [0, 5, 10, 20, 40, 75], avif: [20, 3
 class Protocol:
     """`baselines` by phase: a later phase is begun when every seed has the earlier one.
 
+    The first of `rates` is the main arm's.
     `exits`: confidence by rate weight, at which arms are measured with early exit too. The lower
     the rate, the less a latent adds to the client's own answer, and the sooner that is enough.
     """
@@ -80,11 +81,11 @@ PROTOCOLS = {
     ),
     "full": Protocol(
         (0, 1, 2),
-        (3e-4, 1e-3, 3e-3, 1e-2),
+        (3e-4, 1e-3, 3e-3, 1e-2, 1e-4),
         (("none",), ("none", "none_prior", "student", "oracle", "teacher"), ("per_task",)),
         overrides=("stage1.epochs=6",),
         codecs=CODECS,
-        exits=((3e-4, 0.5), (1e-3, 0.35), (3e-3, 0.2), (1e-2, 0.1)),
+        exits=((1e-4, 0.65), (3e-4, 0.5), (1e-3, 0.35), (3e-3, 0.2), (1e-2, 0.1)),
     ),
 }
 
@@ -262,6 +263,7 @@ def main() -> None:
     parser.add_argument("--plain", metavar="SHARDS", help="without Ray, on these prepared shards")
     parser.add_argument("--jobs", type=int, default=1, help="with --plain: processes at once")
     parser.add_argument("--kinds", metavar="K,K", help="with --plain: only arms of these kinds")
+    parser.add_argument("--rates", type=float, nargs="+", help="with --plain: only these weights")
     parser.add_argument(
         "--reuse",
         action="store_true",
@@ -269,15 +271,17 @@ def main() -> None:
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     arguments = parser.parse_args()
-    if (arguments.kinds or arguments.reuse) and not arguments.plain:
-        parser.error("--kinds and --reuse go with --plain: the chain measures all arms of a run")
+    if (arguments.kinds or arguments.rates or arguments.reuse) and not arguments.plain:
+        parser.error("--kinds, --rates, --reuse go with --plain: the chain measures a run's arms")
     unknown = set((arguments.kinds or "").split(",")) - {"", *LABELS}
     if unknown:
         parser.error(f"--kinds {', '.join(sorted(unknown))}: known are {', '.join(LABELS)}")
     protocol = PROTOCOLS[arguments.protocol]
-    strangers = sorted(set(arguments.seeds or ()) - set(protocol.seeds))
-    if strangers:
-        parser.error(f"--seeds {strangers}: protocol {arguments.protocol} has {protocol.seeds}")
+    for name in ("seeds", "rates"):
+        allowed = getattr(protocol, name)
+        strangers = sorted(set(getattr(arguments, name) or ()) - set(allowed))
+        if strangers:
+            parser.error(f"--{name} {strangers}: protocol {arguments.protocol} has {allowed}")
     table = RESULTS / "rate_accuracy.csv"
     done: list[Step] = []
     if not arguments.report_only:
@@ -323,6 +327,7 @@ def _git(*words: str) -> str:
 def _wanted(step: Step, arm: Arm, arguments: argparse.Namespace, known: set[str]) -> bool:
     """Whether a point is asked for and not there yet."""
     asked = arguments.kinds is None or arm.kind in arguments.kinds.split(",")
+    asked &= arguments.rates is None or arm.rate_weight in arguments.rates
     return asked and step.point_of(arm) not in known
 
 

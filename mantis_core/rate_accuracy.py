@@ -15,9 +15,18 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 
-MIN_POINTS = 4
-MIN_SPAN = 8.0
-"""Points of top1, in per cent, that the common range of two curves must span."""
+
+@dataclass(frozen=True)
+class Demand:
+    """What two curves must have for a figure: `points` that rise each, and a common range of `span`
+    points of top1, in per cent."""
+
+    points: int = 4
+    span: float = 8.0
+
+
+REPLICATE_DEMAND = Demand(3, 4.0)
+"""Of images drawn anew: refusing those that fall just short would bend the interval."""
 REPLICATES = 1000
 
 
@@ -63,14 +72,14 @@ def efficient(points: Array) -> Array:
     return np.array(kept)
 
 
-def delta_rate(anchor: Array, test: Array) -> float:
+def delta_rate(anchor: Array, test: Array, demand: Demand = Demand()) -> float:
     """BD-rate in per cent: how many more bytes `test` needs than `anchor` at equal top1.
 
     Both are (P, 2) points. The mean over the common range of top1 of the difference of log10 bytes,
     each curve interpolated by PCHIP (after Bjontegaard, VCEG-M33, 2001).
-    Raises CurveError with fewer than four points that rise, or a common range under 8 points.
+    Raises CurveError with fewer points that rise, or a smaller common range, than `demand`.
     """
-    one, two = _comparable(anchor, test)
+    one, two = _comparable(anchor, test, demand)
     return float(
         bd_rate(
             one[:, 0],
@@ -84,12 +93,12 @@ def delta_rate(anchor: Array, test: Array) -> float:
     )
 
 
-def delta_accuracy(anchor: Array, test: Array) -> float:
+def delta_accuracy(anchor: Array, test: Array, demand: Demand = Demand()) -> float:
     """BD-accuracy: mean difference of top1, in points, over the common range of log10 bytes.
 
     Arguments and errors as `delta_rate`.
     """
-    one, two = _comparable(anchor, test)
+    one, two = _comparable(anchor, test, demand)
     if min(one[-1, 0], two[-1, 0]) <= max(one[0, 0], two[0, 0]):
         raise CurveError("the curves have no common range of bytes")
     return float(
@@ -111,8 +120,8 @@ def over_seeds(
     """BD figure of `tests` against `anchors`, paired by seed, with a bootstrap interval.
 
     The mean is that of the seeds' own figures. A replicate draws seeds and images anew with
-    replacement, both arms alike; replicates without a figure are left out. Raises CurveError as
-    `delta_rate`, or if over half the replicates have none.
+    replacement, both arms alike; replicates short of REPLICATE_DEMAND are left out. Raises
+    CurveError as `delta_rate`, or if those are over half.
     """
     measure = delta_accuracy if accuracy else delta_rate
     own = tuple(
@@ -126,7 +135,8 @@ def over_seeds(
         for pair in rng.integers(len(own), size=len(own)):
             chosen = rng.integers(images, size=images)
             try:
-                values.append(measure(anchors[pair].points(chosen), tests[pair].points(chosen)))
+                ours, theirs = tests[pair].points(chosen), anchors[pair].points(chosen)
+                values.append(measure(theirs, ours, REPLICATE_DEMAND))
             except CurveError:
                 break
         else:
@@ -150,16 +160,16 @@ def label_floor_bits(classes: int, accuracy: float) -> float:
     return math.log2(classes) - entropy - wrong * math.log2(classes - 1)
 
 
-def _comparable(anchor: Array, test: Array) -> tuple[Array, Array]:
+def _comparable(anchor: Array, test: Array, demand: Demand) -> tuple[Array, Array]:
     curves = (efficient(anchor), efficient(test))
     for name, points in zip(("first", "second"), curves, strict=True):
-        if len(points) < MIN_POINTS:
+        if len(points) < demand.points:
             raise CurveError(
-                f"the {name} curve has {len(points)} points that rise, {MIN_POINTS} are needed"
+                f"the {name} curve has {len(points)} points that rise, {demand.points} are needed"
             )
     span = min(c[-1, 1] for c in curves) - max(c[0, 1] for c in curves)
-    if span < MIN_SPAN:
+    if span < demand.span:
         raise CurveError(
-            f"the curves share {max(0.0, span):.1f} points of top1, {MIN_SPAN:g} are needed"
+            f"the curves share {max(0.0, span):.1f} points of top1, {demand.span:g} are needed"
         )
     return curves

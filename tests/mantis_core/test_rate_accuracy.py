@@ -65,6 +65,16 @@ def test_an_interval_holds_the_truth_and_the_seeds_own_values() -> None:
     assert 0 < better.low < better.mean < better.high
 
 
+def test_a_range_that_just_suffices_has_an_interval_too() -> None:
+    difficulty = (np.arange(2000) + 0.5) / 2000
+    right = difficulty[None] < np.array([0.200, 0.227, 0.254, 0.281])[:, None]
+    sizes = np.broadcast_to(SIZES[:, None], right.shape)
+    others = np.roll(right, 1000, axis=1)  # the same points; images drawn anew part them
+    found = over_seeds([Curve(sizes, right)], [Curve(0.8 * sizes, others)])
+    assert found.mean == pytest.approx(-20)
+    assert found.low < -20 < found.high
+
+
 def test_no_difference_has_an_interval_around_zero() -> None:
     anchors = [drawn_curve(seed, 1.0) for seed in range(3)]
     tests = [drawn_curve(seed + 10, 1.0) for seed in range(3)]
