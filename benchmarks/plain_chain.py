@@ -36,7 +36,7 @@ from pipelines.plan import TRAINING_KINDS, Arm, StageSpec, plan_arms, with_upstr
 from pipelines.run_record import claim, mark_done, mark_started, stage_state
 from pipelines.settings import Settings, load_settings
 from pipelines.split_pass import ArmSource, Evaluated, arm_figures, evaluate_locally
-from pipelines.stages import Plan, make_plan
+from pipelines.stages import Plan, add_report, make_plan
 from pipelines.storage import Store
 from pipelines.trainer import HISTORY, rows_of, training_config
 from pipelines.worker import build_recipe, epoch_record, ship
@@ -285,6 +285,7 @@ def _evaluate(plan: Plan, prepared: str, parts: dict[str, Evaluated]) -> str:
         first = next(iter(parts.values()))
         done = Evaluated(answers, first.tasks, first.single_class, first.image_size)
         result = write_evaluation(spec, plan.settings, specs, store, prepared, done)
+        add_report(spec, store)
         mark_done(store, spec, result, plan.settings.tracking.uri)
     return f"evaluate seed {plan.settings.seed}: {result['summary']}"
 

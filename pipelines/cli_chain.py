@@ -261,13 +261,16 @@ def _show_result(plan: Plan, result: ChainResult, console: Console) -> None:
 
 
 def _show_arms(arms: Sequence[dict[str, Any]], console: Console) -> None:
-    figures = ("val/top1", "val/bpp", "val/wire_bytes")
+    columns = {"val/top1": "top1", "val/bpp": "bpp", "val/wire_bytes": "wire bytes"}
+    for name in dict.fromkeys(name for arm in arms for name in arm["metrics"]):
+        if name.endswith("/miou"):
+            columns[name] = f"mIoU {name.split('/')[-2]}"
     rows = []
     for arm in arms:
-        values = (arm["metrics"].get(name) for name in figures)
+        values = (arm["metrics"].get(name) for name in columns)
         shown = ("" if value is None else f"{value:.4g}" for value in values)
         rows.append([arm["name"], *shown])
-    console.final_table("Results", ("arm", "top1", "bpp", "wire bytes"), rows)
+    console.final_table("Results", ("arm", *columns.values()), rows)
 
 
 def _evaluate_model(

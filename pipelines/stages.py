@@ -364,16 +364,21 @@ def _run_training(spec: StageSpec, context: StageContext) -> dict[str, Any]:
 
 
 def _run_evaluate(spec: StageSpec, context: StageContext) -> dict[str, Any]:
-    """Evaluates and writes the report beside evaluation.json."""
     from pipelines.evaluation import run
-    from pipelines.report import write_report
 
     result: dict[str, Any] = run(spec, context)
-    evaluation = context.store.read_json(f"{spec.folder}/evaluation.json")
+    add_report(spec, context.store)
+    return result
+
+
+def add_report(spec: StageSpec, store: Store) -> None:
+    """Writes the report beside a stage's evaluation.json."""
+    from pipelines.report import write_report
+
+    evaluation = store.read_json(f"{spec.folder}/evaluation.json")
     with tempfile.TemporaryDirectory() as folder:
         write_report(evaluation, Path(folder))
-        context.store.upload_folder(folder, f"{spec.folder}/report")
-    return result
+        store.upload_folder(folder, f"{spec.folder}/report")
 
 
 def _run_register(spec: StageSpec, context: StageContext) -> dict[str, Any]:

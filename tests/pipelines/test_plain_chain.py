@@ -71,6 +71,7 @@ def test_it_finishes_the_stages_that_the_chain_would(tmp_path):
     assert states == dict.fromkeys(("stage1", "stage2", "codec_teacher/webp", "evaluate"), "done")
     written = Path(specs["evaluate"].folder, "evaluation.json")
     assert json.loads(done.stdout) == {"evaluation": str(written)}
+    assert (written.parent / "report/report.html").is_file()
     evaluation = json.loads(written.read_text())
     assert evaluation["rows"] == VAL_ROWS * len(CLASSES)
     by_kind = {arm["kind"]: arm["metrics"] for arm in evaluation["arms"]}
