@@ -271,12 +271,14 @@ def start_from_stage1(model: Mantis, stage1: Mapping[str, Tensor]) -> None:
 
 
 def start_tails_from_teacher(model: Mantis, teacher: Teacher) -> None:
-    """Each classification tail starts from the teacher's own rows, "not mine" from nothing."""
+    """Each tail starts from the teacher's own head or rows, "not mine" from nothing."""
     with torch.no_grad():
         for task in model.spec.tasks:
-            if not task.is_classification:
-                continue
             own = model.server.tails[task.name]
+            if not task.is_classification:
+                if task.name in teacher.heads:
+                    own.load_state_dict(teacher.heads[task.name].state_dict())
+                continue
             assert isinstance(own, ClassificationTail)
             tail = own.linear
             if teacher.flat_classes:

@@ -44,7 +44,8 @@ class RelativeMSE(nn.Module):
 class TeacherLogits(nn.Module):
     """KL from the teacher's distributions to the student's, flat or summed over tasks' heads.
 
-    Hinton et al. 2014, with temperature squared in front. For heads a task, over its own images.
+    Hinton et al. 2014, with temperature squared in front. For heads a task, over its own images;
+    a segmentation's is the mean over all their pixels.
     """
 
     def __init__(self, tasks: tuple[TaskSpec, ...], temperature: float = 1.0) -> None:
@@ -59,7 +60,7 @@ class TeacherLogits(nn.Module):
         total = batch.labels.new_zeros((), dtype=torch.float32)
         for k, task in enumerate(self.tasks):
             key = f"logits/{task.name}"
-            if task.is_classification and key in theirs:
+            if key in theirs:
                 active = batch.task_mask[:, k]
                 total = total + _divergence(ours[key], theirs[key], active, self.temperature)
         return total
@@ -160,7 +161,10 @@ class JointDecision(nn.Module):
 
 
 class TeacherDecision(nn.Module):
-    """KL from the teacher's flat distribution to the joint decision, or head by head."""
+    """KL from the teacher's flat distribution to the joint decision, or head by head.
+
+    A segmentation's is the mean over all pixels of its images.
+    """
 
     def __init__(self, tasks: tuple[TaskSpec, ...], temperature: float = 1.0) -> None:
         super().__init__()
@@ -174,8 +178,10 @@ class TeacherDecision(nn.Module):
         total = batch.labels.new_zeros((), dtype=torch.float32)
         for k, task in enumerate(self.tasks):
             key = f"logits/{task.name}"
-            if task.is_classification and key in theirs:
-                mine = ours["tasks"][task.name][:, :-1]
+            if key in theirs:
+                mine = ours["tasks"][task.name]
+                if task.is_classification:
+                    mine = mine[:, :-1]
                 active = ours["loss_mask"][:, k]
                 total = total + _divergence(mine, theirs[key], active, self.temperature)
         return total
@@ -311,13 +317,15 @@ def _mean_over(values: Tensor, keep: Tensor) -> Tensor:
 
 
 def _divergence(ours: Tensor, theirs: Tensor, keep: Tensor, temperature: float) -> Tensor:
+    """Mean over kept images, and pixels, of logits (B, n) or (B, n, H, W); `keep` is (B,)."""
     divergence = kl_div(
         log_softmax(ours.float() / temperature, dim=1),
         log_softmax(theirs.detach().float() / temperature, dim=1),
         reduction="none",
         log_target=True,
     ).sum(dim=1)
-    return temperature**2 * _mean_over(divergence, keep)
+    everywhere = keep.reshape(-1, *[1] * (divergence.dim() - 1)).expand_as(divergence)
+    return temperature**2 * _mean_over(divergence, everywhere)
 
 
 CRITERIA: dict[str, Callable[..., nn.Module]] = {

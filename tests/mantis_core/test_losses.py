@@ -214,6 +214,25 @@ def test_teacher_decision_is_zero_where_the_decision_is_the_teachers(batch: Batc
     assert float(value) == pytest.approx(0, abs=1e-5)
 
 
+def test_a_segmentation_is_distilled_pixel_by_pixel_on_its_own_images(
+    mixed_problem: Problem, batch_of: Any
+) -> None:
+    batch = batch_of(mixed_problem)
+    ground = mixed_problem.tasks[-1:]
+    ours = task_outputs(mixed_problem, len(batch))["ground"]
+    theirs = torch.randn(ours.shape, generator=torch.Generator().manual_seed(5))
+    active = batch.task_mask[:, -1]
+    assert 0 < int(active.sum()) < len(batch)
+    p, q = theirs.softmax(1), ours.softmax(1)
+    by_hand = (p * (p / q).log()).sum(1)[active].mean()
+    teacher = io(**{"logits/ground": theirs})
+    only = replace(batch, task_mask=active[:, None])
+    decided = io(tasks={"ground": ours}, loss_mask=only.task_mask)
+    torch.testing.assert_close(TeacherDecision(ground)(decided, teacher, only), by_hand)
+    stage1 = io(**{"logits/ground": ours})
+    torch.testing.assert_close(TeacherLogits(ground)(stage1, teacher, only), by_hand)
+
+
 def two_terms() -> dict[str, LossTerm]:
     return {
         "labels": LossTerm(criterion="FlatLabels", weight=0.5),

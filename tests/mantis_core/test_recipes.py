@@ -288,6 +288,16 @@ def test_stage_2_starts_from_stage_1_and_the_teacher(
     assert float(tail.weight[-1].detach().abs().sum()) == 0
 
 
+def test_a_segmentation_tail_starts_as_the_teachers_head(
+    mixed_problem: Problem, stage2_of: Callable[..., Any]
+) -> None:
+    recipe = stage2_of(mixed_problem)
+    ours = recipe.student.server.tails["ground"].state_dict()
+    theirs = recipe.teacher.heads["ground"].state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
 def test_at_init_stage_2_codes_as_stage_1_does(
     problem: Problem, stage1_of: Callable[..., Any], stage2_of: Callable[..., Any]
 ) -> None:
