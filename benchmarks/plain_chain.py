@@ -285,7 +285,7 @@ def _evaluate(plan: Plan, prepared: str, parts: dict[str, Evaluated]) -> str:
         first = next(iter(parts.values()))
         done = Evaluated(answers, first.tasks, first.single_class, first.image_size)
         result = write_evaluation(spec, plan.settings, specs, store, prepared, done)
-        add_report(spec, store)
+        add_report(spec.folder, store)
         mark_done(store, spec, result, plan.settings.tracking.uri)
     return f"evaluate seed {plan.settings.seed}: {result['summary']}"
 

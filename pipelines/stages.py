@@ -359,26 +359,24 @@ def _run_prepare(spec: StageSpec, context: StageContext) -> dict[str, Any]:
 def _run_training(spec: StageSpec, context: StageContext) -> dict[str, Any]:
     from pipelines.trainer import train
 
-    result: dict[str, Any] = train(spec, context)
-    return result
+    return train(spec, context)
 
 
 def _run_evaluate(spec: StageSpec, context: StageContext) -> dict[str, Any]:
     from pipelines.evaluation import run
 
     result: dict[str, Any] = run(spec, context)
-    add_report(spec, context.store)
+    add_report(spec.folder, context.store)
     return result
 
 
-def add_report(spec: StageSpec, store: Store) -> None:
-    """Writes the report beside a stage's evaluation.json."""
+def add_report(folder: str, store: Store) -> None:
+    """Writes the report beside an evaluation.json."""
     from pipelines.report import write_report
 
-    evaluation = store.read_json(f"{spec.folder}/evaluation.json")
-    with tempfile.TemporaryDirectory() as folder:
-        write_report(evaluation, Path(folder))
-        store.upload_folder(folder, f"{spec.folder}/report")
+    with tempfile.TemporaryDirectory() as made:
+        write_report(store.read_json(f"{folder}/evaluation.json"), Path(made))
+        store.upload_folder(made, f"{folder}/report")
 
 
 def _run_register(spec: StageSpec, context: StageContext) -> dict[str, Any]:
