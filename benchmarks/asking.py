@@ -18,6 +18,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.program import one_message
 from data_prep.reader import local_batches
 from data_prep.schema import DataConfig, read_manifest
 from mantis_core.checkpoint import load_model, read_meta
@@ -100,6 +101,7 @@ def as_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     return shown
 
 
+@one_message
 def main() -> int:
     """Codes the images once a task and request, and prints all rows."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])

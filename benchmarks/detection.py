@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from benchmarks.program import one_message
 from data_prep.reader import local_batches
 from data_prep.schema import DataConfig, read_manifest
 from mantis_core.checkpoint import load_model, read_meta
@@ -92,6 +93,7 @@ def table(
             yield {"limit": limit, "wanted": wanted, **score(model, seen, mask)}
 
 
+@one_message
 def main() -> int:
     """Looks at both splits once and prints all rows."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])

@@ -34,6 +34,7 @@ from typing import Any
 import torch
 
 from benchmarks.plain_chain import Work, train_stage, upstream_folders
+from benchmarks.program import one_message
 from mantis_core.training import Session
 from pipelines import trainer
 from pipelines.console import Console
@@ -135,6 +136,7 @@ def train_plainly(plan: Plan, stage: str) -> tuple[Clock, list[str]]:
     return epochs, read_result(store, spec)["rows"]["sha256"]
 
 
+@one_message
 def main() -> int:
     """Trains what the stage needs, then the stage by either loop in turn."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])

@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.program import count, one_message, say
 from data_prep.reader import local_batches
 from data_prep.schema import Manifest, read_manifest
 from mantis_core.tasks import Batch
@@ -317,18 +318,16 @@ def _threads(jobs: int) -> int:
     return max(1, len(os.sched_getaffinity(0)) // jobs)
 
 
+@one_message
 def main() -> int:
     """One config's chain up to its stage `evaluate`, line by line on stderr."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("shards")
     parser.add_argument("--config", required=True)
-    parser.add_argument("--jobs", type=int, default=1, help="stages or arms at once")
+    parser.add_argument("--jobs", type=count, default=1, help="stages or arms at once")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     arguments = parser.parse_intermixed_args()
     plan = make_plan(load_settings(arguments.config, arguments.overrides))
-
-    def say(line: str) -> None:
-        print(line, file=sys.stderr, flush=True)
 
     run_plain([plan], prepared=arguments.shards, jobs=arguments.jobs, say=say)
     evaluate = next(spec for spec in plan.specs if spec.kind == "evaluate")

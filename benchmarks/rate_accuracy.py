@@ -33,6 +33,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.program import count, one_message, say
 from benchmarks.study_points import (
     COLUMNS,
     FIGURES,
@@ -173,7 +174,7 @@ def run_plainly(
         [step.plan for step in missing],
         prepared=arguments.plain,
         jobs=arguments.jobs,
-        say=_say,
+        say=say,
         skip=lambda number, arm: not _wanted(missing[number], arm, arguments, known),
         on_measured=keep,
     )
@@ -250,6 +251,7 @@ def score_elsewhere(done: Sequence[Step], data: str) -> list[dict[str, Any]]:
     return scored
 
 
+@one_message
 def main() -> None:
     """Runs the study's missing steps, then prints points and, last, one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -261,7 +263,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", help="only these of the protocol's")
     parser.add_argument("--phases", type=int, help="only the first so many of the protocol's")
     parser.add_argument("--plain", metavar="SHARDS", help="without Ray, on these prepared shards")
-    parser.add_argument("--jobs", type=int, default=1, help="with --plain: processes at once")
+    parser.add_argument("--jobs", type=count, default=1, help="with --plain: processes at once")
     parser.add_argument("--kinds", metavar="K,K", help="with --plain: only arms of these kinds")
     parser.add_argument("--rates", type=float, nargs="+", help="with --plain: only these weights")
     parser.add_argument(
@@ -329,10 +331,6 @@ def _wanted(step: Step, arm: Arm, arguments: argparse.Namespace, known: set[str]
     asked = arguments.kinds is None or arm.kind in arguments.kinds.split(",")
     asked &= arguments.rates is None or arm.rate_weight in arguments.rates
     return asked and step.point_of(arm) not in known
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 def _show(points: Sequence[Mapping[str, Any]]) -> None:

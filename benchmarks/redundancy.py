@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.determinism import image_bytes
+from benchmarks.program import one_message
 from mantis_core.checkpoint import load_client
 
 Symbols = NDArray[np.int64]
@@ -77,6 +78,7 @@ def bits_per_image(symbols: Symbols, context: Symbols) -> float:
     return float(total / len(symbols))
 
 
+@one_message
 def main() -> int:
     """Reads the symbols once and prints what each context costs."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])

@@ -33,6 +33,7 @@ import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.program import count, one_message, say
 from pipelines.search import search_task
 from pipelines.search_journal import TrialRecord
 from pipelines.search_points import (
@@ -199,7 +200,7 @@ def train_table_plainly(
     ]
     plans = [task.plan(sample) for sample in samples]
     rows: dict[int, Row] = {}
-    for number, history in train_plain(plans, prepared=prepared, jobs=jobs, say=_say):
+    for number, history in train_plain(plans, prepared=prepared, jobs=jobs, say=say):
         rows[number] = Row(samples[number], tuple(history))
         write_table(TABLE, [rows[each] for each in sorted(rows)])
 
@@ -265,6 +266,7 @@ def compare(
     }
 
 
+@one_message
 def main() -> None:
     """Trains the table's missing rows, replays both arms, prints a table and one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -274,7 +276,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--replay-only", action="store_true", help="train nothing")
     parser.add_argument("--plain", metavar="SHARDS", help="without Ray, on these prepared shards")
-    parser.add_argument("--jobs", type=int, default=1, help="with --plain: trainings at once")
+    parser.add_argument("--jobs", type=count, default=1, help="with --plain: trainings at once")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     arguments = parser.parse_args()
     space = load_space(arguments.space, include_stage1=False)
@@ -301,10 +303,6 @@ def main() -> None:
         shown.add_row(*map(str, each.values()))
     Console(stderr=True).print(shown)
     print(json.dumps(result))
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 def _gap(field: Field, one: Any, other: Any) -> float:

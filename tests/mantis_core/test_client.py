@@ -6,8 +6,17 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch import Tensor
 
-from mantis_core.client import Client, ResidualBlock, group_norm, latent_size, pool, task_logits
+from mantis_core.client import (
+    Client,
+    ResidualBlock,
+    coverage_threshold,
+    group_norm,
+    latent_size,
+    pool,
+    task_logits,
+)
 from mantis_core.config import ConditioningConfig, DetectorConfig, EncoderConfig, ModelConfig
 from mantis_core.errors import ModelError
 
@@ -186,3 +195,27 @@ def test_a_residual_block_of_zero_weights_is_its_skip() -> None:
     torch.nn.init.zeros_(block.second.weight)
     x = torch.randn(1, 4, 5, 5)
     torch.testing.assert_close(block(x), torch.relu(x))
+
+
+def test_the_threshold_keeps_the_coverage_asked_for_and_no_more_than_needed() -> None:
+    torch.manual_seed(0)
+    p = torch.rand(200, 5) ** 2
+    truth = torch.rand(200, 5) < p
+    for coverage in (0.5, 0.8, 0.95):
+        threshold = coverage_threshold(p, truth, coverage, limit=5)
+        best = torch.zeros_like(truth).scatter(1, p.argmax(1, keepdim=True), True)
+
+        def kept(at: float, best: Tensor = best) -> float:
+            return float((((p > at) | best) & truth).sum() / truth.sum())
+
+        assert kept(threshold) >= coverage
+        assert threshold == 0.5 or kept(threshold * 1.0001) < coverage
+
+
+def test_the_threshold_is_never_over_a_half_and_stops_at_what_can_be_reached() -> None:
+    sure = torch.tensor([[0.9, 0.1]])
+    assert coverage_threshold(sure, torch.tensor([[True, False]]), 1.0, limit=2) == 0.5
+    p = torch.tensor([[0.9, 0.4, 0.3]])
+    everything = torch.ones(1, 3, dtype=torch.bool)
+    assert coverage_threshold(p, everything, 1.0, limit=2) == pytest.approx(0.4, rel=1e-4)
+    assert coverage_threshold(p, torch.zeros_like(everything), 0.9, limit=2) == 0.5

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from mantis_core.build import Problem
-from mantis_core.client import coverage_threshold
 from mantis_core.config import (
     ConditioningConfig,
     DetectorConfig,
@@ -321,30 +320,6 @@ def test_without_conditioning_stage_2_trains_too(
     recipe = stage2_of(problem, none).train()
     recipe(batch, 0.5).loss.backward()
     assert without_gradient(recipe) == []
-
-
-def test_the_threshold_keeps_the_coverage_asked_for_and_no_more_than_needed() -> None:
-    torch.manual_seed(0)
-    p = torch.rand(200, 5) ** 2
-    truth = torch.rand(200, 5) < p
-    for coverage in (0.5, 0.8, 0.95):
-        threshold = coverage_threshold(p, truth, coverage, limit=5)
-        best = torch.zeros_like(truth).scatter(1, p.argmax(1, keepdim=True), True)
-
-        def kept(at: float, best: Tensor = best) -> float:
-            return float((((p > at) | best) & truth).sum() / truth.sum())
-
-        assert kept(threshold) >= coverage
-        assert threshold == 0.5 or kept(threshold * 1.0001) < coverage
-
-
-def test_the_threshold_is_never_over_a_half_and_stops_at_what_can_be_reached() -> None:
-    sure = torch.tensor([[0.9, 0.1]])
-    assert coverage_threshold(sure, torch.tensor([[True, False]]), 1.0, limit=2) == 0.5
-    p = torch.tensor([[0.9, 0.4, 0.3]])
-    everything = torch.ones(1, 3, dtype=torch.bool)
-    assert coverage_threshold(p, everything, 1.0, limit=2) == pytest.approx(0.4, rel=1e-4)
-    assert coverage_threshold(p, torch.zeros_like(everything), 0.9, limit=2) == 0.5
 
 
 def test_stage_2_calibrates_the_threshold_to_the_configured_coverage(

@@ -1,0 +1,51 @@
+"""benchmarks/program.py: how the programs end where the user made the mistake."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+import pytest
+
+from benchmarks import plain_chain
+from benchmarks.program import count, one_message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["nowhere", "--config", "nope.yaml"], "cannot read the config nope.yaml"),
+        (["nowhere", "--config", "configs/quickstart.yaml"], "nowhere holds no manifest.json"),
+        (
+            ["--config", "configs/quickstart.yaml", "nowhere", "stage2.epoch=3"],
+            "stage2.epoch: unknown key; did you mean 'epochs'?",
+        ),
+    ],
+)
+def test_a_mistake_is_told_in_one_line(
+    arguments: list[str],
+    told: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["plain_chain", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        plain_chain.main()
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {told}")
+
+
+def test_another_error_keeps_its_traceback() -> None:
+    def broken() -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        one_message(broken)()
+
+
+def test_a_count_is_one_or_more() -> None:
+    assert count("12") == 12
+    for text in ("0", "-1", "1.5", "two"):
+        with pytest.raises(argparse.ArgumentTypeError, match=f"{text} is no count"):
+            count(text)
