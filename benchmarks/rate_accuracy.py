@@ -88,6 +88,14 @@ PROTOCOLS = {
         codecs=CODECS,
         exits=((1e-4, 0.65), (3e-4, 0.5), (1e-3, 0.35), (3e-3, 0.2), (1e-2, 0.1)),
     ),
+    # MANTiS alone, trained longer and for more bytes: how near to the teacher it comes.
+    "long": Protocol(
+        (0,),
+        (1e-4, 1e-3),
+        ((),),
+        overrides=("stage1.epochs=16", "stage1.rate_weight=3.e-4"),
+        exits=((1e-4, 0.65), (1e-3, 0.35)),
+    ),
 }
 
 
