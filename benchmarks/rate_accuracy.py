@@ -30,8 +30,6 @@ from typing import Any
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
-from rich.console import Console
-from rich.table import Table
 
 from benchmarks.program import count, one_message, say
 from benchmarks.study_points import (
@@ -43,8 +41,10 @@ from benchmarks.study_points import (
     plot,
     read_rows,
     summarise,
+    times_smaller,
     write_images,
 )
+from benchmarks.study_tables import show_factors, show_points
 from pipelines.evaluation import LABELS
 from pipelines.plan import Arm, StageSpec, plan_arms
 from pipelines.settings import load_settings
@@ -309,10 +309,14 @@ def main() -> None:
             for step in [] if arguments.plain else missing:
                 run_step(step, arguments.config)
                 append_rows(table, collect(step, arguments.protocol, known))
-    wanted = (Path(arguments.config).stem, arguments.protocol)
-    rows = [row for row in read_rows(table) if (row["config"], row["protocol"]) == wanted]
+    name = Path(arguments.config).stem
+    study = [row for row in read_rows(table) if row["config"] == name]
+    rows = [row for row in study if row["protocol"] == arguments.protocol]
+    files = [row for row in study if row["quality"] is not None]  # the same in every protocol
+    smaller = times_smaller([row for row in rows if row["quality"] is None] + files)
     points = summarise(rows)
-    _show(points)
+    show_points(points)
+    show_factors(smaller)
     result: dict[str, Any] = {
         "points": points,
         "bd_rate": bd_figures(rows, "wire_bytes", accuracy=False),
@@ -321,6 +325,7 @@ def main() -> None:
         "bd_rate_without_exit": bd_figures(
             [row for row in rows if row["exit_confidence"] is None], "wire_bytes", accuracy=False
         ),
+        "times_smaller": smaller,
     }
     if arguments.plot:
         arguments.plot.write_bytes(plot(rows))
@@ -339,38 +344,6 @@ def _wanted(step: Step, arm: Arm, arguments: argparse.Namespace, known: set[str]
     asked = arguments.kinds is None or arm.kind in arguments.kinds.split(",")
     asked &= arguments.rates is None or arm.rate_weight in arguments.rates
     return asked and step.point_of(arm) not in known
-
-
-def _show(points: Sequence[Mapping[str, Any]]) -> None:
-    """The points as a table, by kind and size; accuracies in per cent, sizes in bytes."""
-    shown = Table()
-    for column in ("arm", "rate weight", "quality", "seeds"):
-        shown.add_column(column, no_wrap=True)
-    for column in ("top1", "std", "wire", "payload", "coverage", "active", "floor", "over it"):
-        shown.add_column(column, justify="right", no_wrap=True)
-
-    def cell(point: Mapping[str, Any], name: str, factor: float, digits: int) -> str:
-        value = point.get(name)
-        return "" if value is None else f"{factor * value:.{digits}f}"
-
-    for point in sorted(points, key=lambda each: (each["kind"], each.get("wire_bytes", 0))):
-        rate, quality = point["rate_weight"], point["quality"]
-        shown.add_row(
-            LABELS[point["kind"]],
-            "" if rate is None else f"{rate:g}",
-            "" if quality is None else str(quality),
-            " ".join(map(str, point["seeds"])),
-            cell(point, "top1", 100, 2),
-            cell(point, "top1_std", 100, 2),
-            cell(point, "wire_bytes", 1, 1),
-            cell(point, "payload_bytes", 1, 1),
-            cell(point, "coverage", 100, 1),
-            cell(point, "active_tasks", 1, 2),
-            cell(point, "floor_bits", 1, 2),
-            cell(point, "payload_over_floor", 1, 0),
-        )
-    console = Console(stderr=True)
-    (console if console.is_terminal else Console(stderr=True, width=140)).print(shown)
 
 
 if __name__ == "__main__":

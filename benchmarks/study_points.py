@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mantis_core.rate_accuracy import Curve, CurveError, label_floor_bits, over_seeds
+from mantis_core.rate_accuracy import Curve, CurveError, label_floor_bits, over_seeds, size_at
 from pipelines.report_figures import rd_figure, styled, to_png
 
 Array = NDArray[Any]
@@ -114,6 +114,29 @@ def bd_figures(rows: Sequence[Mapping[str, Any]], size: str, *, accuracy: bool) 
         except CurveError as error:
             out[kind] = {"refused": str(error)}
     return out
+
+
+def times_smaller(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """For each point of MANTiS how many times its bytes an image codec needs for the same top1.
+
+    Means over seeds; the factors are None where the codec's own curve does not reach that top1.
+    """
+    found = []
+    codecs = sorted({row["kind"] for row in rows if row["quality"] is not None})
+    for point in summarise([row for row in rows if row["kind"] in ("mantis", "early_exit")]):
+        own: dict[str, Any] = {
+            name: point[name]
+            for name in ("kind", "rate_weight", "seeds", "top1", "wire_bytes", "payload_bytes")
+        }
+        for size in ("wire_bytes", "payload_bytes"):
+            factors = {}
+            for codec in codecs:
+                curve = np.array([(r[size], 100 * r["top1"]) for r in rows if r["kind"] == codec])
+                needed = size_at(curve, 100 * point["top1"])
+                factors[codec] = None if needed is None else round(needed / point[size], 2)
+            own[size.replace("bytes", "factor")] = factors
+        found.append(own)
+    return found
 
 
 def summarise(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -114,6 +114,17 @@ def delta_accuracy(anchor: Array, test: Array, demand: Demand = Demand()) -> flo
     )
 
 
+def size_at(points: Array, accuracy: float) -> float | None:
+    """Bytes at which a curve of (P, 2) points has this top1 in per cent; None beyond its ends.
+
+    log10 bytes are taken as linear in top1 between two neighbours of the points that rise.
+    """
+    curve = efficient(points)
+    if not curve[0, 1] <= accuracy <= curve[-1, 1]:
+        return None
+    return float(10 ** np.interp(accuracy, curve[:, 1], np.log10(curve[:, 0])))
+
+
 def over_seeds(
     anchors: Sequence[Curve], tests: Sequence[Curve], *, seed: int = 0, accuracy: bool = False
 ) -> Interval:

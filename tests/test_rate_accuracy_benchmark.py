@@ -17,6 +17,7 @@ from benchmarks.study_points import (
     plot,
     read_rows,
     summarise,
+    times_smaller,
     write_images,
 )
 from tests.pipelines.chain import paint, write_config
@@ -145,3 +146,17 @@ def test_image_codecs_stand_beside_every_seed_and_networks_beside_their_own(
     found = bd_figures([*ours, *copies, *theirs, *files], "wire_bytes", accuracy=False)
     assert len(found["none"]["seeds"]) == 1
     assert len(found["webp"]["seeds"]) == 2
+
+
+def test_an_image_codecs_bytes_at_the_same_top1_are_told_as_a_factor() -> None:
+    ours = [row("mantis", seed, 1e-3, 0.4 + seed / 50, 100.0) for seed in (0, 1)]
+    files = [
+        {**row("webp", 0, 0, top1, size), "rate_weight": None, "quality": size}
+        for top1, size in ((0.36, 500.0), (0.46, 2000.0), (0.45, 3000.0))
+    ]
+    low = [{**each, "kind": "avif", "top1": each["top1"] / 2} for each in files]
+    (point,) = times_smaller([*ours, *files, *low])
+    assert point["seeds"] == [0, 1]
+    assert point["top1"] == pytest.approx(0.41)
+    assert point["wire_factor"] == {"webp": 10.0, "avif": None}
+    assert point["payload_factor"]["webp"] == pytest.approx((486 * 1986) ** 0.5 / 86, abs=0.01)

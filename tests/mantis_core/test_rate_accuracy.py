@@ -11,6 +11,7 @@ from mantis_core.rate_accuracy import (
     efficient,
     label_floor_bits,
     over_seeds,
+    size_at,
 )
 
 SIZES = np.array([20.0, 40.0, 80.0, 160.0])
@@ -21,6 +22,15 @@ LINE = np.stack([SIZES, 20 + 10 * np.log2(SIZES / 20)], axis=1)
 def test_the_same_curve_at_a_multiple_of_the_bytes_has_that_bd_rate(factor: float) -> None:
     moved = LINE * np.array([factor, 1.0])
     assert delta_rate(LINE, moved) == pytest.approx(100 * (factor - 1), abs=1e-9)
+
+
+def test_the_size_at_an_accuracy_lies_between_neighbouring_points_and_never_beyond_the_ends() -> (
+    None
+):
+    assert size_at(LINE, 25.0) == pytest.approx(20 * 2**0.5)
+    assert size_at(LINE, 20.0) == pytest.approx(20.0)
+    assert size_at(LINE, 19.9) is None
+    assert size_at(LINE, 50.1) is None
 
 
 def test_a_curve_three_points_higher_has_that_bd_accuracy() -> None:
