@@ -91,7 +91,7 @@ PROTOCOLS = {
     # MANTiS alone, trained longer and for more bytes: how near to the teacher it comes.
     "long": Protocol(
         (0,),
-        (1e-4, 1e-3),
+        (1e-4, 1e-3, 3e-5),
         ((),),
         overrides=("stage1.epochs=16", "stage1.rate_weight=3.e-4"),
         exits=((1e-4, 0.65), (1e-3, 0.35)),
