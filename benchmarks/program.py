@@ -23,6 +23,20 @@ def count(text: str) -> int:
     return int(text)
 
 
+def listed(kind: Callable[[str], T]) -> Callable[[str], tuple[T, ...]]:
+    """An argument of several values with commas between them; spaces would swallow key=value."""
+
+    def values(text: str) -> tuple[T, ...]:
+        try:
+            return tuple(kind(part) for part in text.split(","))
+        except ValueError:
+            raise argparse.ArgumentTypeError(
+                f"{text} is no list of {kind.__name__}: give values with commas between them"
+            ) from None
+
+    return values
+
+
 def one_message(main: Callable[[], T]) -> Callable[[], T]:
     """Ends the program with one line and exit code 2 where the user made the mistake."""
 

@@ -31,7 +31,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from benchmarks.program import count, one_message, say
+from benchmarks.program import count, listed, one_message, say
 from benchmarks.study_points import (
     COLUMNS,
     FIGURES,
@@ -268,12 +268,18 @@ def main() -> None:
     parser.add_argument("--data", help="score the trained models on these images too")
     parser.add_argument("--plot", type=Path, metavar="PNG", help="draw the curves there")
     parser.add_argument("--report-only", action="store_true", help="train nothing")
-    parser.add_argument("--seeds", type=int, nargs="+", help="only these of the protocol's")
-    parser.add_argument("--phases", type=int, help="only the first so many of the protocol's")
+    parser.add_argument(
+        "--seeds", type=listed(int), metavar="S,S", help="only these of the protocol's"
+    )
+    parser.add_argument("--phases", type=count, help="only the first so many of the protocol's")
     parser.add_argument("--plain", metavar="SHARDS", help="without Ray, on these prepared shards")
     parser.add_argument("--jobs", type=count, default=1, help="with --plain: processes at once")
-    parser.add_argument("--kinds", metavar="K,K", help="with --plain: only arms of these kinds")
-    parser.add_argument("--rates", type=float, nargs="+", help="with --plain: only these weights")
+    parser.add_argument(
+        "--kinds", type=listed(str), metavar="K,K", help="with --plain: only arms of these kinds"
+    )
+    parser.add_argument(
+        "--rates", type=listed(float), metavar="R,R", help="with --plain: only these weights"
+    )
     parser.add_argument(
         "--reuse",
         action="store_true",
@@ -283,7 +289,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if (arguments.kinds or arguments.rates or arguments.reuse) and not arguments.plain:
         parser.error("--kinds, --rates, --reuse go with --plain: the chain measures a run's arms")
-    unknown = set((arguments.kinds or "").split(",")) - {"", *LABELS}
+    unknown = set(arguments.kinds or ()) - set(LABELS)
     if unknown:
         parser.error(f"--kinds {', '.join(sorted(unknown))}: known are {', '.join(LABELS)}")
     protocol = PROTOCOLS[arguments.protocol]
@@ -341,7 +347,7 @@ def _git(*words: str) -> str:
 
 def _wanted(step: Step, arm: Arm, arguments: argparse.Namespace, known: set[str]) -> bool:
     """Whether a point is asked for and not there yet."""
-    asked = arguments.kinds is None or arm.kind in arguments.kinds.split(",")
+    asked = arguments.kinds is None or arm.kind in arguments.kinds
     asked &= arguments.rates is None or arm.rate_weight in arguments.rates
     return asked and step.point_of(arm) not in known
 

@@ -1,6 +1,6 @@
 """Does the number of workers change what is learned? One config at several worker counts and seeds.
 
-    python -m benchmarks.workers --config configs/quickstart.yaml --workers 1 2 4 --seeds 0 1 2 \
+    python -m benchmarks.workers --config configs/quickstart.yaml --workers 1,2,4 --seeds 0,1,2 \
         [key=value ...]
 
 Each run is `mantis evaluate` of the main arm alone, under a storage root of its own for each worker
@@ -25,6 +25,8 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+
+from benchmarks.program import count, listed
 
 MAIN_ARM_ALONE = (
     "evaluate.baselines=[]",
@@ -128,13 +130,13 @@ def show(runs: Sequence[Run], console: Console) -> None:
     found = summary(runs)
     seeds = sorted({each.seed for each in runs})
     table = Table("workers", *(f"seed {seed}" for seed in seeds), "less first", "standard error")
-    for count, by_seed in found["top1"].items():
-        difference = found["paired"].get(count)
+    for workers, by_seed in found["top1"].items():
+        difference = found["paired"].get(workers)
         cells = [f"{by_seed[str(seed)]:.4f}" for seed in seeds]
         if difference is not None:
             error = difference["standard_error"]
             cells += [f"{difference['mean']:+.4f}", "" if error is None else f"{error:.4f}"]
-        table.add_row(count, *cells)
+        table.add_row(workers, *cells)
     console.print(table)
     console.print(f"rows of every step: {'the same' if found['same_hash'] else 'NOT the same'}")
 
@@ -143,11 +145,11 @@ def main() -> int:
     """Runs all seeds, one after another, each with every worker count."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", default="configs/quickstart.yaml")
-    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 4])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--workers", type=listed(count), metavar="N,N", default=(1, 2, 4))
+    parser.add_argument("--seeds", type=listed(int), metavar="S,S", default=(0, 1, 2))
     parser.add_argument("--root", default="runs/workers", help="storage roots are made below it")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
-    arguments = parser.parse_intermixed_args()
+    arguments = parser.parse_args()
     runs = [
         run(arguments.config, arguments.root, workers, seed, arguments.overrides)
         for seed in arguments.seeds

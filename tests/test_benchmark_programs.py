@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from benchmarks import plain_chain
-from benchmarks.program import count, one_message
+from benchmarks.program import count, listed, one_message
 
 
 @pytest.mark.parametrize(
@@ -49,3 +49,20 @@ def test_a_count_is_one_or_more() -> None:
     for text in ("0", "-1", "1.5", "two"):
         with pytest.raises(argparse.ArgumentTypeError, match=f"{text} is no count"):
             count(text)
+
+
+def test_several_values_are_given_with_commas_so_that_overrides_may_follow() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--seeds", type=listed(int))
+    parser.add_argument("overrides", nargs="*")
+    found = parser.parse_args(["--seeds", "0,2", "a.b=1"])
+    assert found.seeds == (0, 2)
+    assert found.overrides == ["a.b=1"]
+
+
+def test_a_list_of_something_else_says_what_to_give(capsys: pytest.CaptureFixture[str]) -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--rates", type=listed(float))
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--rates", "1e-3 3e-3"])
+    assert "1e-3 3e-3 is no list of float: give values with commas" in capsys.readouterr().err
