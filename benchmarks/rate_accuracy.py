@@ -286,7 +286,7 @@ def main() -> None:
         help="with --plain: take what other code has trained by the same recipe",
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     if (arguments.kinds or arguments.rates or arguments.reuse) and not arguments.plain:
         parser.error("--kinds, --rates, --reuse go with --plain: the chain measures a run's arms")
     unknown = set(arguments.kinds or ()) - set(LABELS)

@@ -149,7 +149,7 @@ def main() -> int:
     parser.add_argument("--seeds", type=listed(int), metavar="S,S", default=(0, 1, 2))
     parser.add_argument("--root", default="runs/workers", help="storage roots are made below it")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     runs = [
         run(arguments.config, arguments.root, workers, seed, arguments.overrides)
         for seed in arguments.seeds
