@@ -90,12 +90,14 @@ def bd_figures(rows: Sequence[Mapping[str, Any]], size: str, *, accuracy: bool) 
     """BD of MANTiS against each baseline: mean, low, high and each seed's, or why there is none.
 
     MANTiS is the arm with early exit, where it was measured; then `mantis` is what it is without.
+    Codecs that are told the task (`per_task`) stand beside MANTiS told it (`oracle`).
     """
     by_kind = curves(rows, size)
     codecs = {row["kind"] for row in rows if row["quality"] is not None}
-    ours = by_kind.pop("early_exit", None) or by_kind.pop("mantis", {})
+    mantis = by_kind.pop("early_exit", None) or by_kind.pop("mantis", {})
     out: dict[str, Any] = {}
     for kind, theirs in by_kind.items():
+        ours = by_kind.get("oracle", {}) if kind == "per_task" else mantis
         if kind in codecs:  # files are the same for every seed
             theirs = dict.fromkeys(ours, next(iter(theirs.values())))
         seeds = sorted(ours.keys() & theirs.keys())

@@ -148,6 +148,16 @@ def test_image_codecs_stand_beside_every_seed_and_networks_beside_their_own(
     assert len(found["webp"]["seeds"]) == 2
 
 
+def test_codecs_told_the_task_stand_beside_mantis_told_it(measured: list[dict[str, Any]]) -> None:
+    told = [{**each, "kind": "oracle"} for each in measured if each["kind"] == "mantis"]
+    apart = [{**each, "kind": "per_task"} for each in measured if each["kind"] == "none"]
+    ours = [each for each in measured if each["kind"] == "early_exit"]
+    found = bd_figures([*ours, *told, *apart], "wire_bytes", accuracy=False)
+    assert found["per_task"]["mean"] == pytest.approx(-50, abs=0.1)
+    alone = bd_figures([*ours, *apart], "wire_bytes", accuracy=False)
+    assert alone["per_task"] == {"refused": "no seed has both"}
+
+
 def test_an_image_codecs_bytes_at_the_same_top1_are_told_as_a_factor() -> None:
     ours = [row("mantis", seed, 1e-3, 0.4 + seed / 50, 100.0) for seed in (0, 1)]
     files = [
