@@ -16,6 +16,7 @@ import json
 import math
 import os
 import re
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -159,7 +160,11 @@ def _pool(jobs: int) -> ProcessPoolExecutor:
 
 
 def _end_with_parent() -> None:
-    """Ends this process at once when its parent is gone: nobody is left to take what it makes."""
+    """Ends this process at once when its parent is gone: nobody is left to take what it makes.
+
+    Ctrl-C reaches both; only the parent says so.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     parent = parent_process()
     assert parent is not None
 

@@ -38,12 +38,20 @@ def listed(kind: Callable[[str], T]) -> Callable[[str], tuple[T, ...]]:
 
 
 def one_message(main: Callable[[], T]) -> Callable[[], T]:
-    """Ends the program with one line and exit code 2 where the user made the mistake."""
+    """Ends the program with one line where the user made the mistake, or interrupted it.
+
+    Exit codes as `mantis`'s: 2 and 130.
+    """
 
     @functools.wraps(main)
     def wrapped() -> T:
         try:
             return main()
+        except KeyboardInterrupt:
+            from pipelines.cli_errors import INTERRUPTED
+
+            say("interrupted: the same command again takes what is finished as it is")
+            sys.exit(INTERRUPTED)
         except Exception as error:
             from pipelines.cli_errors import MISTAKE, is_mistake
 

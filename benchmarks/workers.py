@@ -26,7 +26,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.program import count, listed
+from benchmarks.program import count, listed, one_message
 
 MAIN_ARM_ALONE = (
     "evaluate.baselines=[]",
@@ -141,6 +141,7 @@ def show(runs: Sequence[Run], console: Console) -> None:
     console.print(f"rows of every step: {'the same' if found['same_hash'] else 'NOT the same'}")
 
 
+@one_message
 def main() -> int:
     """Runs all seeds, one after another, each with every worker count."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])

@@ -44,6 +44,17 @@ def test_another_error_keeps_its_traceback() -> None:
         one_message(broken)()
 
 
+def test_an_interrupted_program_says_so_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as ended:
+        one_message(interrupted)()
+    assert ended.value.code == 130
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("interrupted: the same command again")
+
+
 def test_a_count_is_one_or_more() -> None:
     assert count("12") == 12
     for text in ("0", "-1", "1.5", "two"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -72,16 +74,24 @@ def test_histories_of_finished_trainings_are_given_without_training(plan: Plan) 
     assert found == [(0, [{"epoch": 1.0, "train/loss": 2.0}])]
 
 
-def test_trainings_end_with_the_study_that_is_killed() -> None:
-    busy = """
+BUSY = """
 import os, time
 from benchmarks.plain_chain import _pool
-if __name__ == "__main__":
+from benchmarks.program import one_message
+
+@one_message
+def main():
     with _pool(1) as pool:
         print(pool.submit(os.getpid).result(), flush=True)
         pool.submit(time.sleep, 600).result()
+
+if __name__ == "__main__":
+    main()
 """
-    study = subprocess.Popen([sys.executable, "-c", busy], stdout=subprocess.PIPE, text=True)
+
+
+def test_trainings_end_with_the_study_that_is_killed() -> None:
+    study = subprocess.Popen([sys.executable, "-c", BUSY], stdout=subprocess.PIPE, text=True)
     try:
         assert study.stdout is not None
         with study.stdout:
@@ -90,5 +100,25 @@ if __name__ == "__main__":
     finally:
         study.kill()
         study.wait()
+    _, left = psutil.wait_procs([training], timeout=60)
+    assert not left
+
+
+def test_ctrl_c_ends_a_study_and_its_trainings_with_one_line() -> None:
+    study = subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-c", BUSY],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert study.stdout is not None
+    training = psutil.Process(int(study.stdout.readline()))
+    os.killpg(study.pid, signal.SIGINT)
+    _, told = study.communicate(timeout=60)
+    assert study.returncode == 130
+    assert [line for line in told.splitlines() if "Warning" not in line and "warn" not in line] == [
+        "interrupted: the same command again takes what is finished as it is"
+    ]
     _, left = psutil.wait_procs([training], timeout=60)
     assert not left
