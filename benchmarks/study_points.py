@@ -12,7 +12,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mantis_core.rate_accuracy import Curve, CurveError, label_floor_bits, over_seeds, size_at
+from mantis_core.rate_accuracy import (
+    Curve,
+    CurveError,
+    Demand,
+    label_floor_bits,
+    over_seeds,
+    size_at,
+)
 from pipelines.report_figures import rd_figure, styled, to_png
 
 Array = NDArray[Any]
@@ -90,7 +97,8 @@ def bd_figures(rows: Sequence[Mapping[str, Any]], size: str, *, accuracy: bool) 
     """BD of MANTiS against each baseline: mean, low, high and each seed's, or why there is none.
 
     MANTiS is the arm with early exit, where it was measured; then `mantis` is what it is without.
-    Codecs that are told the task (`per_task`) stand beside MANTiS told it (`oracle`).
+    Codecs that are told the task (`per_task`) stand beside MANTiS told it (`oracle`). A seed that
+    has not yet the points a figure needs does not take it from the others: it is `unfinished`.
     """
     by_kind = curves(rows, size)
     codecs = {row["kind"] for row in rows if row["quality"] is not None}
@@ -100,10 +108,12 @@ def bd_figures(rows: Sequence[Mapping[str, Any]], size: str, *, accuracy: bool) 
         ours = by_kind.get("oracle", {}) if kind == "per_task" else mantis
         if kind in codecs:  # files are the same for every seed
             theirs = dict.fromkeys(ours, next(iter(theirs.values())))
-        seeds = sorted(ours.keys() & theirs.keys())
+        both = sorted(ours.keys() & theirs.keys())
+        needed = Demand().points
+        seeds = [s for s in both if min(len(ours[s].sizes), len(theirs[s].sizes)) >= needed]
         try:
             if not seeds:
-                raise CurveError("no seed has both")
+                raise CurveError(f"no seed has both at {needed} rates")
             found = over_seeds(
                 [theirs[s] for s in seeds], [ours[s] for s in seeds], accuracy=accuracy
             )
@@ -111,8 +121,10 @@ def bd_figures(rows: Sequence[Mapping[str, Any]], size: str, *, accuracy: bool) 
                 "mean": round(found.mean, 2),
                 "low": round(found.low, 2),
                 "high": round(found.high, 2),
-                "seeds": [round(value, 2) for value in found.seeds],
+                "seeds": {s: round(v, 2) for s, v in zip(seeds, found.seeds, strict=True)},
             }
+            if len(seeds) < len(both):
+                out[kind]["unfinished"] = [s for s in both if s not in seeds]
         except CurveError as error:
             out[kind] = {"refused": str(error)}
     return out

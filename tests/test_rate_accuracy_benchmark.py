@@ -148,6 +148,18 @@ def test_image_codecs_stand_beside_every_seed_and_networks_beside_their_own(
     assert len(found["webp"]["seeds"]) == 2
 
 
+def test_a_seed_begun_does_not_take_the_figure_from_those_that_are_finished(
+    measured: list[dict[str, Any]],
+) -> None:
+    begun = [{**each, "seed": 1} for each in measured if each["rate_weight"] != 2.0]
+    found = bd_figures([*measured, *begun], "wire_bytes", accuracy=False)
+    assert found["none"] == {
+        **bd_figures(measured, "wire_bytes", accuracy=False)["none"],
+        "unfinished": [1],
+    }
+    assert found["none"]["seeds"].keys() == {0}
+
+
 def test_codecs_told_the_task_stand_beside_mantis_told_it(measured: list[dict[str, Any]]) -> None:
     told = [{**each, "kind": "oracle"} for each in measured if each["kind"] == "mantis"]
     apart = [{**each, "kind": "per_task"} for each in measured if each["kind"] == "none"]
@@ -155,7 +167,7 @@ def test_codecs_told_the_task_stand_beside_mantis_told_it(measured: list[dict[st
     found = bd_figures([*ours, *told, *apart], "wire_bytes", accuracy=False)
     assert found["per_task"]["mean"] == pytest.approx(-50, abs=0.1)
     alone = bd_figures([*ours, *apart], "wire_bytes", accuracy=False)
-    assert alone["per_task"] == {"refused": "no seed has both"}
+    assert alone["per_task"] == {"refused": "no seed has both at 4 rates"}
 
 
 def test_an_image_codecs_bytes_at_the_same_top1_are_told_as_a_factor() -> None:
