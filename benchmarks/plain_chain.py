@@ -6,7 +6,7 @@ trains and measures what `mantis evaluate` would; SHARDS is the folder `mantis p
 
 Same plan, same keys, same folders as `mantis evaluate`: a stage finished by one is skipped by the
 other, and one that was interrupted is trained anew. Stages and the measuring of arms are spread
-over processes, which may share a GPU: one of these small networks does not fill it.
+over processes, which may share a GPU.
 """
 
 from __future__ import annotations

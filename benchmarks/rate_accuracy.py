@@ -91,10 +91,10 @@ PROTOCOLS = {
     # Trained longer: how near to the teacher, and does conditioning still pay?
     "long": Protocol(
         (0, 1, 2),
-        (1e-4, 1e-3, 3e-5, 3e-4, 3e-3),
+        (1e-4, 1e-3, 3e-5, 3e-4, 3e-3, 1e-2),
         (("none",),),
         overrides=("stage1.epochs=16", "stage1.rate_weight=3.e-4"),
-        exits=((1e-4, 0.65), (3e-4, 0.5), (1e-3, 0.35), (3e-3, 0.2)),
+        exits=((1e-4, 0.65), (3e-4, 0.5), (1e-3, 0.35), (3e-3, 0.2), (1e-2, 0.1)),
     ),
 }
 
