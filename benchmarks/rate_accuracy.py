@@ -281,14 +281,18 @@ def main() -> None:
         "--rates", type=listed(float), metavar="R,R", help="with --plain: only these weights"
     )
     parser.add_argument(
+        "--qualities", type=listed(int), metavar="Q,Q", help="with --plain: only these of files"
+    )
+    parser.add_argument(
         "--reuse",
         action="store_true",
         help="with --plain: take what other code has trained by the same recipe",
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     arguments = parser.parse_intermixed_args()
-    if (arguments.kinds or arguments.rates or arguments.reuse) and not arguments.plain:
-        parser.error("--kinds, --rates, --reuse go with --plain: the chain measures a run's arms")
+    parts = (arguments.kinds, arguments.rates, arguments.qualities, arguments.reuse)
+    if any(parts) and not arguments.plain:
+        parser.error("--kinds, --rates, --qualities and --reuse go with --plain")
     unknown = set(arguments.kinds or ()) - set(LABELS)
     if unknown:
         parser.error(f"--kinds {', '.join(sorted(unknown))}: known are {', '.join(LABELS)}")
@@ -349,6 +353,7 @@ def _wanted(step: Step, arm: Arm, arguments: argparse.Namespace, known: set[str]
     """Whether a point is asked for and not there yet."""
     asked = arguments.kinds is None or arm.kind in arguments.kinds
     asked &= arguments.rates is None or arm.rate_weight in arguments.rates
+    asked &= arguments.qualities is None or arm.quality in arguments.qualities
     return asked and step.point_of(arm) not in known
 
 
