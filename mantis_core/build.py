@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from mantis_core.client import latent_size
 from mantis_core.config import (
     CodecTeacherConfig,
-    IndividualConfig,
     ModelConfig,
     Stage1Config,
     Stage2Config,
@@ -185,12 +184,10 @@ def _per_task_recipe(
     return PerTaskRecipe(parts, problem.tasks)
 
 
-def individual_recipe(
-    config: IndividualConfig, teacher: Teacher, problem: Problem, *, seed: int
-) -> Recipe:
+def individual_recipe(teacher: Teacher, problem: Problem, *, seed: int) -> Recipe:
     """The uncompressed baseline: one network a task."""
     torch.manual_seed(seed)
-    return IndividualRecipe(individual_models(config, teacher, problem.image_size), problem.tasks)
+    return IndividualRecipe(individual_models(teacher, problem.image_size), problem.tasks)
 
 
 def model_spec(model: ModelConfig, teacher: Teacher, problem: Problem) -> ModelSpec:

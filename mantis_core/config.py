@@ -263,5 +263,3 @@ class Stage2Config(TrainingConfig):
 
 class IndividualConfig(TrainingConfig):
     """The baseline of one uncompressed network per task, trained in one fit."""
-
-    backbone: str | None = Field(default=None, description="torchvision model; none: the teacher's")
