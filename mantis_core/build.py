@@ -117,7 +117,6 @@ def stage1_recipe(
         len(spec.tasks),
         image_size=spec.image_size,
         split_shape=spec.split_shape,
-        last_shape=spec.last_shape,
         latent_size=latent_size(spec.image_size, model.encoder.stride),
         tail=teacher.backbone.tail_after(teacher.split),
         members=spec.class_members(),
@@ -234,15 +233,13 @@ def of_task(problem: Problem, task: TaskSpec) -> Problem:
 _FROM_STAGE1 = (
     "client.stem",
     "client.encoder",
-    "client.summary",
     "client.detector",
     "server.decoder.",
-    "server.summary_decoder.",
 )
 
 
 def start_from_stage1(model: Mantis, stage1: Mapping[str, Tensor]) -> None:
-    """Loads stem, encoders, detector, density (every row alike) and decoders of stage 1.
+    """Loads stem, encoder, detector, density (every row alike) and decoder of stage 1.
 
     A detector of another number of tasks keeps its own last layer.
     """
@@ -251,7 +248,7 @@ def start_from_stage1(model: Mantis, stage1: Mapping[str, Tensor]) -> None:
     for name, value in stage1.items():
         if name.startswith("bottleneck.table"):
             continue
-        target = f"server.{name}" if name.startswith(("decoder.", "summary_decoder.")) else name
+        target = f"server.{name}" if name.startswith("decoder.") else name
         if target.startswith("bottleneck.density.") and target in own:
             rows = own[target].shape[0] // max(1, value.shape[0]) if value.ndim else 1
             value = value.repeat(rows, *([1] * (value.ndim - 1))) if rows > 1 else value
