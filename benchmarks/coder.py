@@ -19,12 +19,11 @@ import torch
 from rich.console import Console
 from rich.table import Table as RichTable
 
-from mantis_core.coder import TOTAL, Ints, Table, decode_symbols, encode_symbols, to_symbols
+from mantis_core.coder import TOTAL, Ints, RangeReader, RangeWriter, Table, to_symbols
 
 warnings.filterwarnings("ignore", category=FutureWarning)  # torch-geometric's, at its import
 
 from mantis_core.bottleneck import Bottleneck  # noqa: E402  (imports CompressAI)
-from mantis_core.latent import Latent  # noqa: E402
 
 LATENTS = ((16, 8, 8), (16, 16, 16), (48, 28, 28), (24, 55, 55))
 SMALL = LATENTS[0]
@@ -40,8 +39,7 @@ def trained_bottleneck(channels: int, steps: int = 150) -> tuple[Bottleneck, tor
     mask, primary = torch.ones(8, 1, dtype=torch.bool), torch.zeros(8, dtype=torch.long)
     for _ in range(steps):
         optimiser.zero_grad()
-        latent = Latent(draw(scales, (8, channels, 8, 8)), torch.zeros(8, 0))
-        bottleneck(latent, mask, primary).bits.mean().backward()
+        bottleneck(draw(scales, (8, channels, 8, 8)), mask, primary).bits.mean().backward()
         optimiser.step()
     bottleneck.update_tables()
     bottleneck.density.update(force=True, update_quantiles=True)  # its search for the tails
@@ -70,6 +68,21 @@ def ideal_bytes(symbols: Ints, table: Table) -> float:
     return float(bits / 8)
 
 
+def encode(symbols: Ints, table: Table) -> bytes:
+    """The payload of one latent (C, h, w) alone."""
+    writer = RangeWriter()
+    writer.put_symbols(symbols, table)
+    return writer.close()
+
+
+def decode(payload: bytes, table: Table, shape: tuple[int, int, int]) -> torch.Tensor:
+    """The latent (C, h, w) of `payload`, checked to be its only spelling as a stream is."""
+    reader = RangeReader(payload)
+    symbols = reader.take_symbols(table, shape)
+    reader.close()
+    return torch.from_numpy(symbols).float()
+
+
 def seconds_of(call: Callable[[], object]) -> float:
     """Mean seconds of one call over a short burst of them."""
     started = time.perf_counter()
@@ -88,16 +101,12 @@ def measure(shape: tuple[int, int, int], pairs: int) -> dict[str, float | str]:
     density, table = bottleneck.density, bottleneck.tables().table_for((True,), 0)
     latent = draw(scales, (1, *shape))
     symbols = to_symbols(latent[0].numpy())
-    payload, theirs = encode_symbols(symbols, table), density.compress(latent)
-
-    def decode() -> torch.Tensor:
-        return torch.from_numpy(decode_symbols(payload, table, shape)).float()
-
-    assert torch.equal(decode(), density.decompress(theirs, shape[1:])[0])
+    payload, theirs = encode(symbols, table), density.compress(latent)
+    assert torch.equal(decode(payload, table, shape), density.decompress(theirs, shape[1:])[0])
     calls: dict[str, Callable[[], object]] = {
-        "encode": lambda: encode_symbols(to_symbols(latent[0].numpy()), table),
+        "encode": lambda: encode(to_symbols(latent[0].numpy()), table),
         "compressai_encode": lambda: density.compress(latent),
-        "decode": decode,
+        "decode": lambda: decode(payload, table, shape),
         "compressai_decode": lambda: density.decompress(theirs, shape[1:]),
     }
     times: dict[str, list[float]] = {name: [] for name in calls}

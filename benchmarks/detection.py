@@ -25,10 +25,9 @@ from data_prep.reader import local_batches
 from data_prep.schema import DataConfig, read_manifest
 from mantis_core.checkpoint import load_model, read_meta
 from mantis_core.client import coverage_threshold, select_mask
-from mantis_core.conditioning import as_sent
-from mantis_core.latent import Latent
 from mantis_core.model import Mantis
 from mantis_core.preprocessing import normalise
+from mantis_core.task_field import dequantise_level, quantise_log2
 
 COVERAGES = (0.8, 0.85, 0.9, 0.95)
 
@@ -40,7 +39,7 @@ class Seen:
     p: Tensor
     truth: Tensor
     classes: Tensor
-    latent: Latent
+    latent: Tensor
 
 
 @torch.no_grad()
@@ -57,9 +56,18 @@ def look(model: Mantis, shards: str, data: DataConfig, split: str) -> Seen:
             torch.from_numpy(batch["task_mask"]),
             torch.from_numpy(batch["class_label"]),
         )
-        parts.append((p, truth, classes, latent.map.round(), latent.summary.round()))
-    p, truth, classes, maps, summaries = map(torch.cat, zip(*parts, strict=True))
-    return Seen(p, truth, classes, Latent(maps, summaries))
+        parts.append((p, truth, classes, latent.round()))
+    return Seen(*map(torch.cat, zip(*parts, strict=True)))
+
+
+def as_sent(p: Tensor, mask: Tensor, *, levels: bool) -> Tensor:
+    """What a stream says of the tasks, (N, K): p in half-bit steps where `mask`, else 0.
+
+    Without `levels`, which a stream may leave out, 1 where active.
+    """
+    if not levels:
+        return mask.float()
+    return p.clone().apply_(lambda value: dequantise_level(quantise_log2(value))) * mask
 
 
 @torch.no_grad()
@@ -70,8 +78,7 @@ def score(model: Mantis, seen: Seen, mask: Tensor) -> dict[str, float]:
     size, hits = model.spec.image_size, 0
     for rows in torch.arange(len(mask)).split(128):
         sent = as_sent(seen.p[rows], mask[rows], levels=levels)
-        latent = Latent(*(part[rows] for part in seen.latent))
-        scores = model.joint(model.server(latent, sent, size), sent.log())
+        scores = model.joint(model.server(seen.latent[rows], size), sent.log())
         hits += int((scores.argmax(dim=1) == seen.classes[rows]).sum())
     return {
         "active_tasks": round(float(mask.sum(dim=1).float().mean()), 3),

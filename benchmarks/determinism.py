@@ -53,7 +53,7 @@ def encode_all(model: str, files: list[str], images: int, threads: int, batch: i
         for seen in codec.look(pixels):
             data = codec.write_together([seen])
             streams.update(data)
-            symbols.update(seen.image.map.tobytes() + seen.image.summary.tobytes())
+            symbols.update(seen.image.map.tobytes())
             wire_bytes += len(data)
             count += 1
     print(

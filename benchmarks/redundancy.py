@@ -27,7 +27,7 @@ PRIOR_WEIGHT = 20.0  # how many symbols the table without context weighs in ever
 
 
 def read_symbols(model: str, files: list[str], images: int) -> tuple[Symbols, Symbols]:
-    """Symbols of the latent's map (N, C, h, w) and the primary task (N,) of the first images."""
+    """Symbols of the latent (N, C, h, w) and the primary task (N,) of the first images."""
     import torch
 
     codec = load_client(model)

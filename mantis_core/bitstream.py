@@ -58,11 +58,11 @@ class BitstreamError(ValueError):
 class StreamSpec:
     """What client and server know before a stream is sent.
 
-    `input_shape` is the model's own (H, W) in pixels, `latent_channels` and `summary_channels` are
-    those of the latent's map and summary, `stride` the downsampling from input to map. `labels` are
-    the tasks' numbers of labels, 0 where there is none to send, for a client that may answer an
-    image itself; empty for one that may not. `max_pixels` of one image, `max_total_pixels` of all
-    images of a stream and `max_stream_bytes` bound what a stream may make its reader allocate.
+    `input_shape` is the model's own (H, W) in pixels, `stride` the downsampling from input to
+    latent. `labels` are the tasks' numbers of labels, 0 where there is none to send, for a client
+    that may answer an image itself; empty for one that may not. `max_pixels` of one image,
+    `max_total_pixels` of all images of a stream and `max_stream_bytes` bound what a stream may make
+    its reader allocate.
     """
 
     model_id: bytes
@@ -70,7 +70,6 @@ class StreamSpec:
     input_shape: tuple[int, int]
     latent_channels: int
     stride: int
-    summary_channels: int = 0
     labels: tuple[int, ...] = ()
     max_pixels: int = 2**24
     max_total_pixels: int = 2**26
@@ -81,17 +80,13 @@ class StreamSpec:
             raise ValueError(f"model_id has {len(self.model_id)} bytes, must have {_ID_BYTES}")
         if not 1 <= self.num_tasks <= 256:
             raise ValueError(f"num_tasks is {self.num_tasks}, must be 1 to 256")
-        if min(*self.input_shape, self.stride) < 1:
-            raise ValueError("input_shape and stride must be at least 1")
-        if min(self.latent_channels, self.summary_channels) < 0 or not (
-            self.latent_channels + self.summary_channels
-        ):
-            raise ValueError("latent_channels and summary_channels: at least 0, not both 0")
+        if min(*self.input_shape, self.latent_channels, self.stride) < 1:
+            raise ValueError("input_shape, latent_channels and stride must be at least 1")
         if self.labels and (len(self.labels) != self.num_tasks or min(self.labels) < 0):
             raise ValueError(f"labels {self.labels}: need one number, 0 or more, for each task")
 
     def latent_shape(self, input_shape: tuple[int, int]) -> tuple[int, int, int]:
-        """The map's (C, h, w) for an input of (H, W) pixels: sides / stride, rounded up."""
+        """The latent's (C, h, w) for an input of (H, W) pixels: sides / stride, rounded up."""
         height, width = input_shape
         return self.latent_channels, -(-height // self.stride), -(-width // self.stride)
 

@@ -1,8 +1,8 @@
 """The bottleneck: rounding or noise, the learned density, the rate, and the tables made from it.
 
-B batch, C channels of the latent's map and G of its summary, C + G together, K tasks, h w of the
-map, R prior rows (1 shared, else K), X contexts (1, or those of contexts.py), N symbols of a
-channel, L entries of a table. Coding by the tables is in coder.py, the container in bitstream.py.
+B batch, C h w of the latent, K tasks, R prior rows (1 shared, else K), X contexts (1, or those of
+contexts.py), N symbols of a channel, L entries of a table. Coding by the tables is in coder.py, the
+container in bitstream.py.
 """
 
 import copy
@@ -16,9 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mantis_core.coder import MAX_SYMBOL, TOTAL, Prior, Table, TableSet
+from mantis_core.coder import MAX_SYMBOL, TOTAL, Prior, TableSet
 from mantis_core.contexts import CONTEXTS, REACH, contexts, pass_of
-from mantis_core.latent import Latent
 
 Quantizer: TypeAlias = Literal["noise", "ste"]
 
@@ -34,23 +33,20 @@ _TABLES = ("table_cdf", "table_offsets", "table_lengths")
 class BottleneckOutput(NamedTuple):
     """What decoders get, `y_hat`, and each image's payload, `bits` (B,): float32."""
 
-    y_hat: Latent
+    y_hat: Tensor
     bits: Tensor
 
 
 class Bottleneck(nn.Module):
     """Factorised entropy bottleneck with one density per channel and prior row.
 
-    Channels of the map come first, those of the summary behind them, one symbol an image each.
-
         y ─┬─ + U(-1/2, 1/2) ─▶ density[row] ─▶ bits        training
            └─ round (straight-through) ─▶ y_hat
         y ─── round ─▶ y_hat ─▶ density[row] ─▶ bits        evaluation
 
     Balle et al., "Variational image compression with a scale hyperprior" (ICLR 2018), appendix 6.1;
-    parameters and their start are those of CompressAI's EntropyBottleneck with (C + G) * R
-    channels, row after row. Medians are fixed at 0: symbols are plain rounded
-    values.
+    parameters and their start are those of CompressAI's EntropyBottleneck with C * R channels, row
+    after row. Medians are fixed at 0: symbols are plain rounded values.
 
     `prior` says which row an image uses: `shared` the only one; `primary` that of its most probable
     task; `per_task` the mean of its active tasks' likelihoods. `quantizer` says what decoders are
@@ -73,11 +69,10 @@ class Bottleneck(nn.Module):
         prior: Prior,
         quantizer: Quantizer = "ste",
         *,
-        summary_channels: int = 0,
         neighbour_contexts: bool = False,
     ) -> None:
         super().__init__()
-        self.channels = channels + summary_channels
+        self.channels = channels
         self.num_tasks = num_tasks
         self.prior: Prior = prior
         self.quantizer: Quantizer = quantizer
@@ -94,29 +89,24 @@ class Bottleneck(nn.Module):
             self.register_buffer(name, torch.zeros(0, dtype=torch.int32))
         self._tables: TableSet | None = None
 
-    def forward(self, latent: Latent, mask: Tensor, primary: Tensor) -> BottleneckOutput:
-        """Quantises a latent and estimates its size; float32 throughout, under autocast too.
+    def forward(self, latent: Tensor, mask: Tensor, primary: Tensor) -> BottleneckOutput:
+        """Quantises a latent (B, C, h, w) and estimates its size; float32, under autocast too.
 
         `mask` (B, K) bool are the active tasks, `primary` (B,) int64 the most probable of them;
         each is read only by the prior that needs it. ValueError if an image has no row. In training
         mode every parameter gets a gradient (zero for the rows of tasks that are absent).
         """
-        first = 0
-        received, bits = [], torch.zeros(len(mask), device=mask.device)
-        with torch.autocast(device_type=mask.device.type, enabled=False):
-            for y in (latent.map.float(), latent.summary.float()[:, :, None, None]):
-                own, first = slice(first, first + y.shape[1]), first + y.shape[1]
-                if self.training:
-                    noisy = y + torch.rand_like(y) - 0.5
-                    y_hat = noisy if self.quantizer == "noise" else y + (y.round() - y).detach()
-                else:
-                    noisy = y_hat = y.round().clamp(-MAX_SYMBOL, MAX_SYMBOL)
-                if y.shape[1]:
-                    noisy, half = self._by_context(noisy, y, own)
-                    likelihood = self._likelihood(noisy, half, mask, primary, own)
-                    bits = bits - self.likelihood_bound(likelihood).log2().flatten(1).sum(1)
-                received.append(y_hat)
-        return BottleneckOutput(Latent(received[0], received[1].flatten(1)), bits)
+        with torch.autocast(device_type=latent.device.type, enabled=False):
+            y = latent.float()
+            if self.training:
+                noisy = y + torch.rand_like(y) - 0.5
+                y_hat = noisy if self.quantizer == "noise" else y + (y.round() - y).detach()
+            else:
+                noisy = y_hat = y.round().clamp(-MAX_SYMBOL, MAX_SYMBOL)
+            noisy, half = self._by_context(noisy, y)
+            likelihood = self._likelihood(noisy, half, mask, primary)
+            bits = -self.likelihood_bound(likelihood).log2().flatten(1).sum(1)
+        return BottleneckOutput(y_hat, bits)
 
     @property
     def tables_ready(self) -> bool:
@@ -169,17 +159,11 @@ class Bottleneck(nn.Module):
             self._tables = TableSet(self.prior, cdf, offsets, lengths)
         return self._tables
 
-    def table_for(self, mask: NDArray[np.bool_] | tuple[bool, ...], primary: int) -> Table:
-        """One image's table, by the rule of TableSet.table_for."""
-        return self.tables().table_for(mask, primary)
-
-    def _by_context(
-        self, values: Tensor, latent: Tensor, channels: slice
-    ) -> tuple[Tensor, Tensor | None]:
+    def _by_context(self, values: Tensor, latent: Tensor) -> tuple[Tensor, Tensor | None]:
         """Where the channel's density is asked for `values`, and half a symbol's width there.
 
-        Contexts come of the rounded `latent`; both are (B, n, h, w), of the n `channels`. A width
-        of None is that of a symbol.
+        Contexts come of the rounded `latent`; both are (B, C, h, w). A width of None is that of a
+        symbol.
         """
         if self.context_shift is None or self.context_log_scale is None:
             return values, None
@@ -189,7 +173,7 @@ class Bottleneck(nn.Module):
         own = CONTEXTS * torch.arange(values.shape[1], device=values.device)[:, None, None]
         index = contexts(padded, passes) + own
         weights = torch.stack(
-            [self.context_shift[channels].flatten(), self.context_log_scale[channels].flatten()], 1
+            [self.context_shift.flatten(), self.context_log_scale.flatten()], dim=1
         )
         shift, log_scale = functional.embedding(index, weights).unbind(-1)
         scale = log_scale.exp()
@@ -207,28 +191,20 @@ class Bottleneck(nn.Module):
         ]
 
     def _likelihood(
-        self,
-        values: Tensor,
-        half: Tensor | None,
-        mask: Tensor,
-        primary: Tensor,
-        channels: slice,
+        self, values: Tensor, half: Tensor | None, mask: Tensor, primary: Tensor
     ) -> Tensor:
-        """P(value) of each element of values (B, n, h, w), mixed over the image's rows.
+        """P(value) of each element of values (B, C, h, w), mixed over the image's rows.
 
-        The n `channels` are some of each row's; `half` is as `_by_context` gives it. Evaluates each
-        (row, image) pair that occurs once, row by row.
+        `half` is as `_by_context` gives it. Evaluates each (row, image) pair that occurs once, row
+        by row.
         """
         rows, images, rows_per_image = self._pairs(values, mask, primary)
         weights = [
-            [
-                t.view(self.num_rows, self.channels, *t.shape[1:])[:, channels].unbind(0)
-                for t in tensors
-            ]
+            [t.view(self.num_rows, self.channels, *t.shape[1:]).unbind(0) for t in tensors]
             for tensors in _weights(self.density)
         ]
 
-        def by_row(x: Tensor) -> tuple[Tensor, ...]:  # (n, pairs, h * w) of each row
+        def by_row(x: Tensor) -> tuple[Tensor, ...]:  # (C, pairs, h * w) of each row
             gathered = x.flatten(2).index_select(0, images).transpose(0, 1)
             return torch.split(gathered, rows, dim=1)
 

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from mantis_core.client import latent_size
 from mantis_core.config import (
     CodecTeacherConfig,
-    IndividualConfig,
     ModelConfig,
     Stage1Config,
     Stage2Config,
@@ -118,7 +117,6 @@ def stage1_recipe(
         len(spec.tasks),
         image_size=spec.image_size,
         split_shape=spec.split_shape,
-        last_shape=spec.last_shape,
         latent_size=latent_size(spec.image_size, model.encoder.stride),
         tail=teacher.backbone.tail_after(teacher.split),
         members=spec.class_members(),
@@ -185,12 +183,10 @@ def _per_task_recipe(
     return PerTaskRecipe(parts, problem.tasks)
 
 
-def individual_recipe(
-    config: IndividualConfig, teacher: Teacher, problem: Problem, *, seed: int
-) -> Recipe:
+def individual_recipe(teacher: Teacher, problem: Problem, *, seed: int) -> Recipe:
     """The uncompressed baseline: one network a task."""
     torch.manual_seed(seed)
-    return IndividualRecipe(individual_models(config, teacher, problem.image_size), problem.tasks)
+    return IndividualRecipe(individual_models(teacher, problem.image_size), problem.tasks)
 
 
 def model_spec(model: ModelConfig, teacher: Teacher, problem: Problem) -> ModelSpec:
@@ -237,15 +233,13 @@ def of_task(problem: Problem, task: TaskSpec) -> Problem:
 _FROM_STAGE1 = (
     "client.stem",
     "client.encoder",
-    "client.summary",
     "client.detector",
     "server.decoder.",
-    "server.summary_decoder.",
 )
 
 
 def start_from_stage1(model: Mantis, stage1: Mapping[str, Tensor]) -> None:
-    """Loads stem, encoders, detector, density (every row alike) and decoders of stage 1.
+    """Loads stem, encoder, detector, density (every row alike) and decoder of stage 1.
 
     A detector of another number of tasks keeps its own last layer.
     """
@@ -254,7 +248,7 @@ def start_from_stage1(model: Mantis, stage1: Mapping[str, Tensor]) -> None:
     for name, value in stage1.items():
         if name.startswith("bottleneck.table"):
             continue
-        target = f"server.{name}" if name.startswith(("decoder.", "summary_decoder.")) else name
+        target = f"server.{name}" if name.startswith("decoder.") else name
         if target.startswith("bottleneck.density.") and target in own:
             rows = own[target].shape[0] // max(1, value.shape[0]) if value.ndim else 1
             value = value.repeat(rows, *([1] * (value.ndim - 1))) if rows > 1 else value

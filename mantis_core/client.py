@@ -15,7 +15,6 @@ from torch.nn.functional import interpolate
 from mantis_core.conditioning import CONDITIONING, Layers, Modulation, modulate
 from mantis_core.config import ModelConfig
 from mantis_core.errors import ModelError
-from mantis_core.latent import Latent
 
 
 class View(NamedTuple):
@@ -156,12 +155,11 @@ def task_logits(class_logits: Tensor, own: Tensor, members: Tensor) -> Tensor:
 
 
 class FiLMedEncoder(nn.Module):
-    """Stem features to the latent's map, modulated after every block and at the latent itself.
+    """Stem features to the latent, modulated after every block and at the latent itself.
 
     stem ─ residual s2 ─ FiLM ─ [residual ─ FiLM] x blocks ─ conv1x1 ─ FiLM ─▶ y (B, C, h, w)
 
-    `stride` is that from input to latent, 8 or 16; at 16 there are two halving blocks. Without
-    latent channels it makes no map, and its pooled features alone are used.
+    `stride` is that from input to latent, 8 or 16; at 16 there are two halving blocks.
     """
 
     def __init__(
@@ -174,48 +172,17 @@ class FiLMedEncoder(nn.Module):
         self.blocks = nn.ModuleList(
             halving + [ResidualBlock(channels, channels) for _ in range(blocks)]
         )
-        self.modulated_channels = (channels,) * len(self.blocks)
-        self.to_latent: nn.Conv2d | None = None
-        if latent_channels:
-            self.to_latent = nn.Conv2d(channels, latent_channels, 1)
-            self.modulated_channels += (latent_channels,)
-        self.modulated_steps = (1, *(stride // 8,) * (len(self.modulated_channels) - 1))
+        self.to_latent = nn.Conv2d(channels, latent_channels, 1)
+        self.modulated_channels = (channels,) * len(self.blocks) + (latent_channels,)
+        self.modulated_steps = (1, *(stride // 8,) * len(self.blocks))
 
-    def forward(self, stem: Tensor, modulation: Modulation | None = None) -> tuple[Tensor, Tensor]:
-        """(B, inputs, H/4, W/4) to y (B, C, h, w) and the features (B, C', h, w) it is made of.
-
-        No modulation is the task-agnostic encoder.
-        """
+    def forward(self, stem: Tensor, modulation: Modulation | None = None) -> Tensor:
+        """(B, inputs, H/4, W/4) to y (B, C, h, w). No modulation is the task-agnostic encoder."""
         layers = modulation or [None] * len(self.modulated_channels)
         x = stem
         for block, gamma_beta in zip(self.blocks, layers, strict=False):
             x = block(x, gamma_beta)
-        if self.to_latent is None:
-            return x[:, :0], x
-        return modulate(self.to_latent(x), layers[-1]), x
-
-
-class SummaryEncoder(nn.Module):
-    """Pooled features of detector and encoder to the latent's summary of the whole image.
-
-    pooled ─ norm ─ linear ─ FiLM ─ ReLU ─ linear ─ FiLM ─▶ (B, G)
-
-    What is known of an image as a whole takes a symbol here, and one a position in the map.
-    """
-
-    def __init__(self, inputs: int, *, hidden: int, channels: int) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(inputs)
-        self.first = nn.Linear(inputs, hidden)
-        self.last = nn.Linear(hidden, channels)
-        self.modulated_channels = (hidden, channels)
-
-    def forward(self, pooled: Tensor, modulation: Modulation | None = None) -> Tensor:
-        """(B, inputs) to (B, channels). No modulation is the task-agnostic encoder."""
-        layers = modulation or [None] * len(self.modulated_channels)
-        x = self.first(self.norm(pooled))[:, :, None, None]
-        y = self.last(torch.relu(modulate(x, layers[0])).flatten(1))
-        return modulate(y[:, :, None, None], layers[1]).flatten(1)
+        return modulate(self.to_latent(x), layers[-1])
 
 
 def latent_size(image_size: tuple[int, int], stride: int) -> tuple[int, int]:
@@ -228,8 +195,7 @@ class Client(nn.Module):
     """All that runs on the device.
 
     x ─ stem ─┬─ detector ─▶ p, its map ─ conditioning ─▶ gamma, beta
-              │                 └─ pooled ─┬──────────────────┤
-              └────────── encoder ─────────┴─ summary encoder ┴─▶ map, summary
+              └───────────────── encoder ──────────────┴─▶ y
     """
 
     def __init__(self, config: ModelConfig, num_tasks: int, members: Tensor | None = None) -> None:
@@ -258,19 +224,13 @@ class Client(nn.Module):
             latent_channels=encoder.latent_channels,
             stride=encoder.stride,
         )
-        modulated, steps = self.encoder.modulated_channels, self.encoder.modulated_steps
-        self.summary: SummaryEncoder | None = None
-        if encoder.summary_channels:
-            self.summary = SummaryEncoder(
-                2 * self.detector.channels + 2 * encoder.channels,
-                hidden=encoder.summary_hidden,
-                channels=encoder.summary_channels,
-            )
-            modulated += self.summary.modulated_channels
-            steps += (0,) * len(self.summary.modulated_channels)
         self.conditioning = CONDITIONING[config.conditioning.kind](
             num_tasks,
-            Layers(modulated, steps, self.detector.channels),
+            Layers(
+                self.encoder.modulated_channels,
+                self.encoder.modulated_steps,
+                self.detector.channels,
+            ),
             hidden=config.conditioning.hidden,
         )
 
@@ -278,15 +238,10 @@ class Client(nn.Module):
         """Normalised images (B, 3, H, W) to all that the detector and the encoder go on from."""
         return self.detector(self.stem(x))  # type: ignore[no-any-return]
 
-    def encode(self, view: View, probabilities: Tensor) -> Latent:
-        """What was seen and p (B, K), or a multi-hot, to the latent, not yet rounded."""
+    def encode(self, view: View, probabilities: Tensor) -> Tensor:
+        """What was seen and p (B, K), or a multi-hot, to the latent (B, C, h, w), not rounded."""
         layers = self.conditioning(probabilities, view.detected)
-        own = len(self.encoder.modulated_channels)
-        y, features = self.encoder(view.stem, layers[:own])
-        if self.summary is None:
-            return Latent(y, y.new_zeros(len(y), 0))
-        seen = torch.cat([pool(view.detected), pool(features)], dim=1)
-        return Latent(y, self.summary(seen, layers[own:]))
+        return self.encoder(view.stem, layers)  # type: ignore[no-any-return]
 
 
 def select_mask(probabilities: Tensor, threshold: Tensor | float, max_active: int) -> Tensor:

@@ -20,14 +20,13 @@ from mantis_core.client import Client, View, primary_task, select_mask
 from mantis_core.coder import TableSet, to_symbols
 from mantis_core.errors import ModelError
 from mantis_core.inference import one_thread, still
-from mantis_core.latent import Latent
 from mantis_core.preprocessing import normalise, prepare_image
 from mantis_core.spec import ModelSpec
 from mantis_core.task_field import TaskField, quantise_log2
 from mantis_core.wire import CodedImage, write_stream
 
-Estimate = Callable[[Latent, Tensor, Tensor], Tensor]
-"""Bits (B,) of a latent under a density, given mask (B, K) and primary task (B,)."""
+Estimate = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Bits (B,) of a latent (B, C, h, w) under a density, given mask (B, K) and primary task (B,)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -216,7 +215,6 @@ class ClientCodec:
                 CodedImage(
                     TaskField(mask, task, levels),
                     nothing,
-                    np.zeros(self.stream_spec.summary_channels, np.int32),
                     self.spec.tasks[task].classes.index(index),
                 )
             )
@@ -236,14 +234,13 @@ class ClientCodec:
         if self.estimate is not None:
             bits = self.estimate(latent, mask, primary).tolist()
         sends = self.spec.model.send_probabilities and asked is None
-        maps = to_symbols(latent.map.float().cpu().numpy())
-        summaries = to_symbols(latent.summary.float().cpu().numpy())
+        maps = to_symbols(latent.float().cpu().numpy())
         masks, probabilities = mask.cpu().numpy(), detected.cpu().numpy()
         for i, first in enumerate(primary.tolist()):
             active = masks[i]
             levels = tuple(quantise_log2(float(p)) for p in probabilities[i][active])
             field = TaskField(tuple(active.tolist()), first, levels if sends else None)
-            yield CodedImage(field, maps[i], summaries[i]), bits[i]
+            yield CodedImage(field, maps[i]), bits[i]
 
     def _asked(
         self, tasks: Sequence[str] | Tensor | None, count: int, device: torch.device

@@ -136,28 +136,6 @@ class TableSet:
             sha.update(np.ascontiguousarray(array, "<i4").tobytes())
         return sha.digest()
 
-    def to_arrays(self) -> dict[str, NDArray[Any]]:
-        """The set as plain named arrays, for npz or safetensors."""
-        prior = np.asarray([get_args(Prior).index(self.prior)], np.int32)
-        return {
-            "prior": prior,
-            "cdf": self.cdf,
-            "offsets": self.offsets,
-            "lengths": self.lengths,
-        }
-
-    @classmethod
-    def from_arrays(cls, arrays: dict[str, NDArray[Any]]) -> "TableSet":
-        """The set that `to_arrays` wrote. ValueError if it is none."""
-        missing = {"prior", "cdf", "offsets", "lengths"} - set(arrays)
-        if missing:
-            raise ValueError(f"tables lack {sorted(missing)}")
-        kinds = dict(enumerate(get_args(Prior)))
-        kind = int(arrays["prior"].reshape(-1)[0])
-        if kind not in kinds:
-            raise ValueError(f"tables name prior number {kind}, known are {kinds}")
-        return cls(kinds[kind], arrays["cdf"], arrays["offsets"], arrays["lengths"])
-
 
 def to_symbols(latent: NDArray[np.float32]) -> Ints:
     """A latent rounded (half to even) and clamped to +-MAX_SYMBOL; ValueError on NaN."""
@@ -309,25 +287,6 @@ class RangeReader:
         return np.where(above, last + distance, first - distance)
 
 
-def encode_symbols(symbols: Ints, table: Table) -> bytes:
-    """The payload of one latent alone; errors as RangeWriter.put_symbols."""
-    writer = RangeWriter()
-    writer.put_symbols(symbols, table)
-    return writer.close()
-
-
-def decode_symbols(payload: bytes, table: Table, shape: tuple[int, int, int]) -> Ints:
-    """The latent (C, h, w) of `payload`, which must be just what `encode_symbols` makes of it.
-
-    Raises BitstreamError (corrupt) if bytes are left over, are missing or were changed so that the
-    payload is not the one spelling of what it decodes to.
-    """
-    reader = RangeReader(payload)
-    symbols = reader.take_symbols(table, shape)
-    reader.close()
-    return symbols
-
-
 def exact_model(counts: NDArray[Any], precision: int = PRECISION) -> Any:
     """constriction's model with exactly the probabilities counts / 2**precision, n of them.
 
@@ -351,18 +310,6 @@ GAMMA_CLASS = exact_model(_CLASS_COUNTS, _CODER_PRECISION)
 def _mixture(tables: TableSet, rows: tuple[int, ...]) -> Table:
     total = tables.cdf[list(rows)].sum(axis=0, dtype=np.int64)
     return Table((total // len(rows)).astype(np.int32), tables.offsets, tables.lengths)
-
-
-@lru_cache(maxsize=_TABLES_IN_MEMORY)
-def split_table(table: Table, channels: int) -> tuple[Table | None, Table | None]:
-    """The table of the first `channels` channels and of those behind; None where there is none."""
-    if channels == len(table.lengths):
-        return table, None
-    rows = channels * table.contexts
-    rest = Table(table.cdf[rows:], table.offsets[channels:], table.lengths[channels:])
-    if channels == 0:
-        return None, rest
-    return Table(table.cdf[:rows], table.offsets[:channels], table.lengths[:channels]), rest
 
 
 def _range_of(table: Table, channel: NDArray[np.int64]) -> tuple[NDArray[Any], NDArray[Any]]:

@@ -1,4 +1,4 @@
-"""What turns task probabilities into modulation of en- and decoder: one class a kind, one dict.
+"""What turns task probabilities into modulation of the encoder: one class a kind, one dict.
 
 Shapes: B batch, K tasks, C channels of a modulated layer, h w its height and width, D channels of
 the detector's map.
@@ -14,8 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d
 
-from mantis_core.task_field import MAX_LEVEL
-
 Modulation = list[tuple[Tensor, Tensor] | None]
 """For each modulated layer gamma and beta, (B, C, 1, 1) or (B, C, h, w) each, None for identity."""
 
@@ -24,7 +22,7 @@ class Layers(NamedTuple):
     """What of an encoder can be conditioned.
 
     `channels` of each modulated layer. `steps`: positions of the detector's map to one of that
-    layer's, each way; 0 for a layer without positions. `detector` is D.
+    layer's, each way. `detector` is D.
     """
 
     channels: tuple[int, ...]
@@ -57,18 +55,6 @@ class FiLMGenerator(nn.Module):
             delta, beta = part[:, :, None, None].chunk(2, dim=1)
             modulation.append((1 + delta, beta))
         return modulation
-
-
-def as_sent(probabilities: Tensor, mask: Tensor, *, levels: bool) -> Tensor:
-    """What a stream says of the tasks, (B, K) from p (B, K) and the mask (B, K); no gradient.
-
-    p to the nearest half bit, 1 to 2**-7.5, where a task is active, else 0; without `levels`, which
-    a stream may leave out, 1 where active. The arithmetic of task_field.quantise_log2.
-    """
-    if not levels:
-        return mask.float()
-    steps = (-2 * probabilities.detach().float().clamp_min(1e-6).log2()).round()
-    return torch.exp2(-steps.clamp(0, MAX_LEVEL) / 2) * mask
 
 
 def modulate(x: Tensor, gamma_beta: tuple[Tensor, Tensor] | None) -> Tensor:
@@ -119,19 +105,12 @@ class AttentionConditioning(nn.Module):
             delta, beta = self.by_task(probabilities)[:, :, None, None].chunk(2, dim=1)
             x = (1 + delta) * x + beta
         x = torch.relu(x)
-        pooled = {step: _pooled(x, step) for step in set(self.steps)}
+        pooled = {step: avg_pool2d(x, step, ceil_mode=True) for step in set(self.steps)}
         modulation: Modulation = []
         for step, last in zip(self.steps, self.last, strict=True):
             delta, beta = last(pooled[step]).chunk(2, dim=1)
             modulation.append((1 + delta, beta))
         return modulation
-
-
-def _pooled(x: Tensor, step: int) -> Tensor:
-    """The mean of x (B, C, h, w) over squares of `step` positions, over all of them for 0."""
-    if step == 0:
-        return x.mean(dim=(2, 3), keepdim=True)
-    return x if step == 1 else avg_pool2d(x, step, ceil_mode=True)
 
 
 class NoConditioning(nn.Module):

@@ -6,9 +6,9 @@ config or print its help never imports torch.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 
 class Section(BaseModel):
@@ -146,22 +146,10 @@ class EncoderConfig(Section):
     blocks: int = Field(
         default=1, ge=0, description="FiLMed residual blocks after the last halving"
     )
-    latent_channels: int = Field(
-        default=16, ge=0, description="of the latent's map; 0 sends the summary alone"
-    )
-    summary_channels: int = Field(
-        default=0, ge=0, description="symbols of the latent's summary of the whole image; 0 none"
-    )
-    summary_hidden: int = Field(default=256, ge=1, description="of the MLP that makes the summary")
+    latent_channels: int = Field(default=16, ge=1)
     stride: Literal[8, 16] = Field(
         default=8, description="input pixels per latent position, each way"
     )
-
-    @model_validator(mode="after")
-    def _sends_something(self) -> Self:
-        if self.latent_channels + self.summary_channels == 0:
-            raise ValueError("latent_channels and summary_channels are both 0: nothing to send")
-        return self
 
 
 class DecoderConfig(Section):
@@ -170,7 +158,6 @@ class DecoderConfig(Section):
     channels: int = Field(default=128, ge=1)
     blocks: int = Field(default=2, ge=0, description="residual blocks of the decoder")
     task_channels: int = Field(default=128, ge=1, description="of each task's own decoder")
-    summary_hidden: int = Field(default=256, ge=1, description="of the MLP that reads the summary")
 
 
 class ModelConfig(Section):
@@ -187,7 +174,7 @@ class ModelConfig(Section):
     )
     neighbour_contexts: bool = Field(
         default=False,
-        description="code a symbol of the latent's map by its neighbours already decoded",
+        description="code a symbol of the latent by its neighbours already decoded",
     )
     send_probabilities: bool = Field(
         default=True, description="send a 4-bit log-probability for each active task"
@@ -263,5 +250,3 @@ class Stage2Config(TrainingConfig):
 
 class IndividualConfig(TrainingConfig):
     """The baseline of one uncompressed network per task, trained in one fit."""
-
-    backbone: str | None = Field(default=None, description="torchvision model; none: the teacher's")

@@ -17,7 +17,6 @@ from mantis_core.client import Client, select_mask
 from mantis_core.client_codec import ClientCodec
 from mantis_core.coder import TableSet
 from mantis_core.inference import still
-from mantis_core.latent import Latent
 from mantis_core.preprocessing import prepare_image
 from mantis_core.server_codec import ServerCodec, new_joint, new_server
 from mantis_core.spec import ModelSpec
@@ -41,14 +40,12 @@ class Mantis(nn.Module):
         super().__init__()
         self.spec = spec
         config = spec.model
-        channels = config.encoder.latent_channels
         self.client = Client(config, len(spec.tasks), spec.class_members())
         self.bottleneck = Bottleneck(
-            channels,
+            config.encoder.latent_channels,
             len(spec.tasks),
             config.prior,
             quantizer=config.quantizer,
-            summary_channels=config.encoder.summary_channels,
             neighbour_contexts=config.neighbour_contexts,
         )
         self.server = new_server(spec, trunk)
@@ -139,7 +136,7 @@ class Mantis(nn.Module):
             **self.server_codec().describe(),
         }
 
-    def _estimate(self, latent: Latent, mask: Tensor, primary: Tensor) -> Tensor:
+    def _estimate(self, latent: Tensor, mask: Tensor, primary: Tensor) -> Tensor:
         with still(self.bottleneck):
             return self.bottleneck(latent, mask, primary).bits  # type: ignore[no-any-return]
 

@@ -17,7 +17,6 @@ from torchdistill.core.forward_hook import ForwardHookManager
 
 from mantis_core.bottleneck import Bottleneck
 from mantis_core.client import Client, TaskDetector, coverage_threshold, primary_task
-from mantis_core.conditioning import as_sent
 from mantis_core.config import (
     LossTerm,
     ModelConfig,
@@ -27,11 +26,10 @@ from mantis_core.config import (
 from mantis_core.errors import ModelError
 from mantis_core.hits import decision_hits, label_hits
 from mantis_core.inference import still
-from mantis_core.latent import Latent
 from mantis_core.losses import DETECTION, build_criterion, hooked_paths, weighted_terms
 from mantis_core.model import Mantis
 from mantis_core.preprocessing import normalise
-from mantis_core.server import FeatureDecoder, SummaryDecoder, rebuild
+from mantis_core.server import FeatureDecoder
 from mantis_core.tasks import Batch, TaskSpec
 from mantis_core.teacher import Teacher, freeze
 
@@ -124,7 +122,6 @@ class Stage1Student(nn.Module):
         *,
         image_size: tuple[int, int],
         split_shape: tuple[int, int, int],
-        last_shape: tuple[int, int, int],
         latent_size: tuple[int, int],
         tail: nn.Module,
         members: Tensor | None = None,
@@ -133,48 +130,28 @@ class Stage1Student(nn.Module):
         plain = config.model_copy(
             update={"conditioning": config.conditioning.model_copy(update={"kind": "none"})}
         )
-        channels, summary = config.encoder.latent_channels, config.encoder.summary_channels
+        channels = config.encoder.latent_channels
         self.client = Client(plain, num_tasks, members)
         self.bottleneck = Bottleneck(
             channels,
             num_tasks,
             "shared",
             quantizer=config.quantizer,
-            summary_channels=summary,
             neighbour_contexts=config.neighbour_contexts,
         )
-        self.decoder: FeatureDecoder | None = None
-        self.tail: nn.Module | None = None
-        if channels:
-            self.decoder = FeatureDecoder(
-                channels,
-                split_shape,
-                latent_size,
-                channels=config.decoder.channels,
-                blocks=config.decoder.blocks,
-            )
-            self.tail = freeze(tail)
-        self.summary_decoder: SummaryDecoder | None = None
-        if summary:
-            self.summary_decoder = SummaryDecoder(
-                summary,
-                hidden=config.decoder.summary_hidden,
-                shallow=config.decoder.channels if channels else 0,
-                deep=last_shape[0],
-            )
-
-    def features(self, latent: Latent) -> tuple[Tensor, Tensor]:
-        """What was received to the split feature and the deep one."""
-        summary = None
-        if self.summary_decoder is not None:
-            summary = self.summary_decoder(latent.summary)
-        return rebuild(latent, self.decoder, self.tail, summary)
+        self.decoder = FeatureDecoder(
+            channels,
+            split_shape,
+            latent_size,
+            channels=config.decoder.channels,
+            blocks=config.decoder.blocks,
+        )
+        self.tail = freeze(tail)
 
     def train(self, mode: bool = True) -> Stage1Student:
         """As usual, but the tail keeps the teacher's statistics."""
         super().train(mode)
-        if self.tail is not None:
-            self.tail.eval()
+        self.tail.eval()
         return self
 
     def shipped(self) -> dict[str, Tensor]:
@@ -204,7 +181,8 @@ class Stage1Recipe(Recipe):
             latent = student.client.encode(view, torch.sigmoid(task_logits))
             everyone = torch.ones_like(task_logits, dtype=torch.bool)
             received = student.bottleneck(latent, everyone, task_logits.argmax(dim=1))
-            split, last = student.features(received.y_hat)
+            split = student.decoder(received.y_hat)
+            last = student.tail(split)
             assert self.teacher is not None
             logits = self.teacher.decide(split, last, (images.shape[2], images.shape[3]))
             seen = {"task_logits": task_logits, "class_logits": view.class_logits}
@@ -254,8 +232,7 @@ class Stage2Recipe(Recipe):
             latent = student.client.encode(view, condition)
             primary = primary_task(detected.detach(), mask)
             received = student.bottleneck(latent, mask, primary)
-            sent = as_sent(condition, mask, levels=student.spec.model.send_probabilities)
-            tasks = student.server(received.y_hat, sent, (images.shape[2], images.shape[3]))
+            tasks = student.server(received.y_hat, (images.shape[2], images.shape[3]))
             out = {
                 "bits": received.bits,
                 "task_logits": task_logits,

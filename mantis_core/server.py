@@ -13,18 +13,14 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from mantis_core.client import ResidualBlock, group_norm
-from mantis_core.conditioning import FiLMGenerator, modulate
 from mantis_core.config import DecoderConfig
-from mantis_core.errors import ModelError
-from mantis_core.latent import Latent
 from mantis_core.tasks import TaskSpec, class_slots
 
 
 class FeatureDecoder(nn.Module):
-    """The received map back to the teacher's feature at its split; serves every task.
+    """The received latent back to the teacher's feature at its split; serves every task.
 
     y_hat (B, C, h, w) ─ conv3x3 ─ residual blocks ─ [up or down by 2] ─ conv1x1 ─▶ (B, C', h', w')
-                            + shift
     """
 
     def __init__(
@@ -55,68 +51,10 @@ class FeatureDecoder(nn.Module):
         self.scale = nn.Sequential(*scale)
         self.last = nn.Conv2d(channels, target[0], 1)
 
-    def forward(self, latent: Tensor, shift: Tensor | None = None) -> Tensor:
-        """(B, C, h, w) to the non-negative feature (B, C', h', w') at the teacher's split.
-
-        `shift` (B, channels) is what the summary adds at every position.
-        """
-        x = self.first(latent)
-        if shift is not None:
-            x = x + shift[:, :, None, None]
-        return torch.relu(self.last(self.scale(self.blocks(torch.relu(x)))))
-
-
-class SummaryDecoder(nn.Module):
-    """The received summary to what it adds to the decoder's first and the trunk's last feature.
-
-    summary (B, G) ─ linear ─ FiLM ─ ReLU ─┬─ linear (0 at init) ─▶ (B, shallow)
-                                           └─ linear ─────────────▶ (B, deep)
-
-    `shallow` is 0 where there is no map, and so no decoder of one.
-    """
-
-    def __init__(self, inputs: int, *, hidden: int, shallow: int, deep: int) -> None:
-        super().__init__()
-        self.first = nn.Linear(inputs, hidden)
-        self.to_deep = nn.Linear(hidden, deep)
-        self.to_shallow: nn.Linear | None = None
-        if shallow:
-            self.to_shallow = nn.Linear(hidden, shallow)
-            nn.init.zeros_(self.to_shallow.weight)
-            nn.init.zeros_(self.to_shallow.bias)
-        self.modulated_channels = (hidden,)
-
-    def forward(
-        self, summary: Tensor, gamma_beta: tuple[Tensor, Tensor] | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """(B, G) to (B, shallow) and (B, deep)."""
-        x = self.first(summary)[:, :, None, None]
-        x = torch.relu(modulate(x, gamma_beta)).flatten(1)
-        shallow = x[:, :0] if self.to_shallow is None else self.to_shallow(x)
-        return shallow, self.to_deep(x)
-
-
-def rebuild(
-    latent: Latent,
-    decoder: FeatureDecoder | None,
-    trunk: nn.Module | None,
-    summary: tuple[Tensor, Tensor] | None,
-) -> tuple[Tensor, Tensor]:
-    """The split feature and the deep one from a received latent; `summary` as decoded, if any.
-
-    Without a map there is no split feature, and the deep one has no positions: (B, 0, 1, 1) and
-    (B, C, 1, 1).
-    """
-    if decoder is None or trunk is None:
-        assert summary is not None
-        deep = torch.relu(summary[1])[:, :, None, None]
-        return deep[:, :0], deep
-    if summary is None:
-        split: Tensor = decoder(latent.map)
-        return split, trunk(split)
-    shift, deep = summary
-    split = decoder(latent.map, shift)
-    return split, torch.relu(trunk(split) + deep[:, :, None, None])
+    def forward(self, latent: Tensor) -> Tensor:
+        """(B, C, h, w) to the non-negative feature (B, C', h', w') at the teacher's split."""
+        x = torch.relu(self.first(latent))
+        return torch.relu(self.last(self.scale(self.blocks(x))))
 
 
 class SegmentationHead(nn.Module):
@@ -177,15 +115,11 @@ class ClassificationTail(nn.Module):
 class Server(nn.Module):
     """All that runs where the bits arrive.
 
-    tasks ─ conditioning ─┐ gamma, beta
-            summary ─ summary decoder ─┬───────┐
-                      map ─────── decoder ─┬─ trunk ─┬─ decoder_k ─ tail_k   for each active task k
-                                           └─────────┴─▶ segmentation tails read both depths
+    y_hat ─ decoder ─┬─ trunk ─┬─ decoder_k ─ tail_k   for each active task k
+                     └─────────┴─▶ segmentation tails read both depths
 
-    What a summary means depends on the tasks it was made for, and the stream says which these are:
-    its decoder is modulated by them, whether the encoder was or not. `trunk` is a copy of the
-    teacher's blocks behind its split, fine-tuned in stage 2; its batch norms keep the teacher's
-    statistics.
+    `trunk` is a copy of the teacher's blocks behind its split, fine-tuned in stage 2; its batch
+    norms keep the teacher's statistics.
     """
 
     def __init__(
@@ -198,39 +132,17 @@ class Server(nn.Module):
         split_shape: tuple[int, int, int],
         last_shape: tuple[int, int, int],
         trunk: nn.Module,
-        summary_channels: int = 0,
-        conditioning_hidden: int = 64,
     ) -> None:
         super().__init__()
         self.tasks = tuple(tasks)
-        segmented = [task.name for task in tasks if not task.is_classification]
-        if segmented and not latent_channels:
-            raise ModelError(
-                f"model.encoder.latent_channels is 0: without a map there is nothing to segment "
-                f"for {', '.join(segmented)}; give it at least one channel"
-            )
-        self.decoder: FeatureDecoder | None = None
-        if latent_channels:
-            self.decoder = FeatureDecoder(
-                latent_channels,
-                split_shape,
-                latent_size,
-                channels=config.channels,
-                blocks=config.blocks,
-            )
-        self.summary_decoder: SummaryDecoder | None = None
-        self.conditioning: FiLMGenerator | None = None
-        if summary_channels:
-            self.summary_decoder = SummaryDecoder(
-                summary_channels,
-                hidden=config.summary_hidden,
-                shallow=config.channels if latent_channels else 0,
-                deep=last_shape[0],
-            )
-            self.conditioning = FiLMGenerator(
-                len(tasks), self.summary_decoder.modulated_channels, hidden=conditioning_hidden
-            )
-        self.trunk = trunk if latent_channels else None
+        self.decoder = FeatureDecoder(
+            latent_channels,
+            split_shape,
+            latent_size,
+            channels=config.channels,
+            blocks=config.blocks,
+        )
+        self.trunk = trunk
         self.task_decoders = nn.ModuleDict()
         self.tails = nn.ModuleDict()
         for task in tasks:
@@ -241,15 +153,10 @@ class Server(nn.Module):
                 else SegmentationHead(split_shape[0], last_shape[0], task.num_classes)
             )
 
-    def features(self, latent: Latent, tasks: Tensor) -> tuple[Tensor, Tensor]:
-        """What was received to the split feature and the deep one.
-
-        `tasks` (B, K) is what the stream says of the tasks, as `conditioning.as_sent` gives it.
-        """
-        summary = None
-        if self.summary_decoder is not None and self.conditioning is not None:
-            summary = self.summary_decoder(latent.summary, self.conditioning(tasks)[0])
-        return rebuild(latent, self.decoder, self.trunk, summary)
+    def features(self, latent: Tensor) -> tuple[Tensor, Tensor]:
+        """The received latent (B, C, h, w) to the split feature and the deep one."""
+        split = self.decoder(latent)
+        return split, self.trunk(split)
 
     def answer(self, task: TaskSpec, split: Tensor, last: Tensor, size: tuple[int, int]) -> Tensor:
         """One task's output: log P (B, n + 1), or segmentation logits (B, n, H, W)."""
@@ -258,16 +165,15 @@ class Server(nn.Module):
             return self.tails[task.name](own)  # type: ignore[no-any-return]
         return self.tails[task.name](split, own, size)  # type: ignore[no-any-return]
 
-    def forward(self, latent: Latent, tasks: Tensor, size: tuple[int, int]) -> dict[str, Tensor]:
+    def forward(self, latent: Tensor, size: tuple[int, int]) -> dict[str, Tensor]:
         """Every task's output, for training: all decoders take part in every step."""
-        split, last = self.features(latent, tasks)
+        split, last = self.features(latent)
         return {task.name: self.answer(task, split, last, size) for task in self.tasks}
 
     def train(self, mode: bool = True) -> Server:
         """As usual, but batch norms of the trunk keep the teacher's statistics."""
         super().train(mode)
-        if self.trunk is not None:
-            still_batch_norms(self.trunk)
+        still_batch_norms(self.trunk)
         return self
 
 

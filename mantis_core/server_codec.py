@@ -17,7 +17,6 @@ from mantis_core.answer import Answer
 from mantis_core.client import latent_size
 from mantis_core.coder import TableSet
 from mantis_core.inference import still
-from mantis_core.latent import Latent
 from mantis_core.server import JointDecision, Server
 from mantis_core.spec import ModelSpec
 from mantis_core.task_field import TaskField, dequantise_level
@@ -99,10 +98,9 @@ class ServerCodec:
         mask = torch.tensor([image.tasks.mask for image in images], device=device)
         log_p = torch.tensor([_log_probabilities(image.tasks) for image in images], device=device)
         maps = torch.from_numpy(np.stack([image.map for image in images])).to(device).float()
-        summaries = torch.from_numpy(np.stack([image.summary for image in images])).to(device)
         with still(self.server):
-            latent = Latent(maps.contiguous(memory_format=torch.channels_last), summaries.float())
-            split, last = self.server.features(latent, log_p.exp())
+            latent = maps.contiguous(memory_format=torch.channels_last)
+            split, last = self.server.features(latent)
             outputs = {
                 task.name: self._task_output(k, mask, split, last, shape)
                 for k, task in enumerate(self.spec.tasks)
@@ -170,8 +168,6 @@ def new_server(spec: ModelSpec, trunk: nn.Module | None = None) -> Server:
         split_shape=spec.split_shape,
         last_shape=spec.last_shape,
         trunk=Backbone(spec.teacher).tail_after(spec.split) if trunk is None else trunk,
-        summary_channels=spec.model.encoder.summary_channels,
-        conditioning_hidden=spec.model.conditioning.hidden,
     )
 
 

@@ -51,7 +51,6 @@ class ModelSpec(BaseModel):
             num_tasks=len(self.tasks),
             input_shape=self.image_size,
             latent_channels=self.model.encoder.latent_channels,
-            summary_channels=self.model.encoder.summary_channels,
             stride=self.model.encoder.stride,
             labels=self.answerable(),
             max_pixels=_MAX_AREA_RATIO * own,

@@ -135,10 +135,6 @@ class Teacher(nn.Module):
                 logits[f"logits/{task.name}"] = value
         return logits
 
-    @property
-    def has_logits(self) -> bool:
-        return bool(self.flat_classes or len(self.heads))
-
 
 def narrowed(teacher: Teacher, task: TaskSpec) -> Teacher:
     """The teacher asked about one task alone: same backbone, its rows for the task's labels.

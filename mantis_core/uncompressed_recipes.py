@@ -12,13 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mantis_core.config import CodecTeacherConfig, IndividualConfig, LossTerm, TeacherConfig
+from mantis_core.config import CodecTeacherConfig, LossTerm, TeacherConfig
 from mantis_core.hits import label_hits
 from mantis_core.image_codecs import IMAGE_CODECS
 from mantis_core.preprocessing import normalise
 from mantis_core.recipes import Recipe, StepOutput
 from mantis_core.tasks import Batch, TaskSpec
-from mantis_core.teacher import Backbone, Teacher
+from mantis_core.teacher import Teacher
 
 
 class TeacherRecipe(Recipe):
@@ -87,25 +87,11 @@ class IndividualRecipe(Recipe):
         return StepOutput(loss, sums, len(batch))
 
 
-def individual_models(
-    config: IndividualConfig, teacher: Teacher, image_size: tuple[int, int]
-) -> nn.ModuleDict:
-    """One network a task: the teacher's trained backbone to start from, or another by name."""
+def individual_models(teacher: Teacher, image_size: tuple[int, int]) -> nn.ModuleDict:
+    """One network a task, the teacher's trained backbone to start from."""
     models = nn.ModuleDict()
     for task in teacher.tasks:
-        name = config.backbone or teacher.name
-        own = Teacher(
-            name,
-            split=teacher.split if name == teacher.name else _any_split(name),
-            tasks=(task,),
-            image_size=image_size,
-        )
-        if name == teacher.name:
-            own.backbone.load_state_dict(copy.deepcopy(teacher.backbone.state_dict()))
+        own = Teacher(teacher.name, split=teacher.split, tasks=(task,), image_size=image_size)
+        own.backbone.load_state_dict(copy.deepcopy(teacher.backbone.state_dict()))
         models[task.name] = own
     return models
-
-
-def _any_split(name: str) -> str:
-    names = Backbone(name).names
-    return names[len(names) // 2]

@@ -1,32 +1,31 @@
 """Streams as a whole: task fields and latents to bytes and back, by integer tables. No networks.
 
-C h w of the latent's map, G of its summary, H W input pixels.
+C h w of the latent, H W input pixels.
 """
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 from constriction import stream
 
 from mantis_core.bitstream import Stream, StreamSpec, pack, unpack
-from mantis_core.coder import Ints, RangeReader, RangeWriter, TableSet, split_table
+from mantis_core.coder import Ints, RangeReader, RangeWriter, TableSet
 from mantis_core.task_field import TaskField, put_task_field, take_task_field
 
 
 @dataclass(frozen=True, eq=False)
 class CodedImage:
-    """One image as it is sent: task field, the latent's map (C, h, w) and summary (G,), int32.
+    """One image as it is sent: task field and the latent, a map (C, h, w), int32.
 
     Or, with a `label` of its one active task, an image that the client has answered itself: then
-    the level sent is that of the answer's probability, and map and summary are zeros, not sent.
+    the level sent is that of the answer's probability, and the map is of zeros, not sent.
     """
 
     tasks: TaskField
     map: Ints
-    summary: Ints = field(default_factory=lambda: np.zeros(0, np.int32))
     label: int | None = None
 
 
@@ -65,20 +64,14 @@ def write_stream(
     for image in images:
         if (image.tasks.levels is not None) != with_levels:
             raise ValueError("some images of a stream send levels and some do not")
-        given = (image.map.shape, image.summary.shape, len(image.tasks.mask))
-        wanted = (shape, (spec.summary_channels,), spec.num_tasks)
+        given, wanted = (image.map.shape, len(image.tasks.mask)), (shape, spec.num_tasks)
         if given != wanted:
-            raise ValueError(f"map, summary and tasks are {given}, must be {wanted}")
+            raise ValueError(f"map and tasks are {given}, must be {wanted}")
         field_bits += put_task_field(writer, image.tasks)
         field_bits += _put_label(writer, image, spec)
-        if image.label is not None:
-            continue
-        table = tables.table_for(image.tasks.mask, image.tasks.primary)
-        of_map, of_summary = split_table(table, spec.latent_channels)
-        if of_summary is not None:
-            writer.put_symbols(image.summary[:, None, None], of_summary)
-        if of_map is not None:
-            writer.put_symbols(image.map, of_map)
+        if image.label is None:
+            table = tables.table_for(image.tasks.mask, image.tasks.primary)
+            writer.put_symbols(image.map, table)
     body = writer.close()
     data = pack(Stream(len(images), input_shape, with_levels, body), spec)
     return Packed(data, _payload_bytes(body, field_bits))
@@ -96,19 +89,11 @@ def read_stream(data: bytes, tables: TableSet, spec: StreamSpec) -> Unpacked:
     for _ in range(found.num_images):
         tasks = take_task_field(reader, spec.num_tasks, with_levels=found.with_levels)
         label = _take_label(reader, tasks, spec)
-        if label is not None:
-            nothing = np.zeros(shape, np.int32), np.zeros(spec.summary_channels, np.int32)
-            images.append(CodedImage(tasks, *nothing, label))
-            continue
-        table = tables.table_for(tasks.mask, tasks.primary)
-        of_map, of_summary = split_table(table, spec.latent_channels)
-        summary = np.zeros(0, np.int32)
-        if of_summary is not None:
-            summary = reader.take_symbols(of_summary, (spec.summary_channels, 1, 1)).reshape(-1)
-        symbols = np.zeros(shape, np.int32)
-        if of_map is not None:
-            symbols = reader.take_symbols(of_map, shape)
-        images.append(CodedImage(tasks, symbols, summary))
+        if label is None:
+            symbols = reader.take_symbols(tables.table_for(tasks.mask, tasks.primary), shape)
+        else:
+            symbols = np.zeros(shape, np.int32)
+        images.append(CodedImage(tasks, symbols, label))
     reader.close()
     again = RangeWriter()
     field_bits = sum(

@@ -282,7 +282,7 @@ def _load(source: ArmSource, settings: Settings, problem: Problem) -> nn.Module:
     if source.kind == "individual":
         tensors = stage_tensors(source.folder)
         untrained = new_teacher(settings.teacher, problem)
-        models = individual_models(settings.individual, untrained, problem.image_size)
+        models = individual_models(untrained, problem.image_size)
         models.load_state_dict(tensors)
         return models
     with local_copy(source.folder) as folder:

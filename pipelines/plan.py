@@ -75,7 +75,6 @@ SLICES: dict[StageKind, tuple[str, ...]] = {
         "model.encoder",
         "model.decoder.channels",
         "model.decoder.blocks",
-        "model.decoder.summary_hidden",
         "model.quantizer",
         "model.neighbour_contexts",
         "stage1",

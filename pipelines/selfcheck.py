@@ -82,9 +82,7 @@ def run() -> dict[str, Any]:
         assert [answer.wire_bytes for answer in answers] == [len(data) for data in streams]
         found[f"stage 2 {kind}/{prior}"] += f", {len(streams[0])} bytes an image"
     individual = IndividualConfig(epochs=1)
-    trained(
-        "individual models", individual_recipe(individual, teacher, problem, seed=0), individual
-    )
+    trained("individual models", individual_recipe(teacher, problem, seed=0), individual)
     torch.set_num_threads(threads)
     return {"ok": True, **found, "seconds": round(time.monotonic() - began, 1)}
 

@@ -162,7 +162,7 @@ def build_recipe(
     if kind == "codec_teacher":
         return codec_teacher_recipe(settings.codec_teacher, teacher)
     if kind == "individual":
-        return individual_recipe(settings.individual, teacher, problem, seed=settings.seed)
+        return individual_recipe(teacher, problem, seed=settings.seed)
     if kind == "stage1":
         return stage1_recipe(settings.stage1, settings.model, teacher, problem, seed=settings.seed)
     stage1 = stage_tensors(upstream["stage1"])

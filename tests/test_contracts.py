@@ -20,7 +20,7 @@ from mantis_core.tasks import Batch, TaskSpec
 from pipelines.settings import load_settings, to_yaml
 
 CONFIGS = sorted((Path(__file__).resolve().parents[1] / "configs").glob("*.yaml"))
-LAYERS = Layers((4, 6, 5), (1, 2, 0), 9)
+LAYERS = Layers((4, 6, 5), (1, 2, 2), 9)
 TASKS = (
     TaskSpec("animals", "classification", 3, (0, 1, 2)),
     TaskSpec("tools", "classification", 2, (3, 4)),
@@ -112,7 +112,7 @@ def condition(kind: str, count: int) -> Modulation:
 
 def features(count: int) -> list[Tensor]:
     """What LAYERS modulates beside such a map."""
-    sizes = {0: (1, 1), 1: (4, 6), 2: (2, 3)}
+    sizes = {1: (4, 6), 2: (2, 3)}
     return [
         torch.randn(count, channels, *sizes[step])
         for channels, step in zip(LAYERS.channels, LAYERS.steps, strict=True)

@@ -11,5 +11,4 @@ SPACE: Space = {
     "model.decoder.task_channels": Field(Choice((32, 64, 128))),
     "model.detector.hidden": Field(Choice((32, 64, 128)), touches="stage1", optional=True),
     "model.encoder.latent_channels": Field(Choice((4, 8, 16)), touches="stage1", optional=True),
-    "model.encoder.summary_channels": Field(Choice((0, 16, 32)), touches="stage1", optional=True),
 }

@@ -1,8 +1,8 @@
 """Frozen streams: how one is written, once and for ever, and how it is read back.
 
 A case is two files. NAME.mts is the stream. NAME.safetensors holds what made it: the model's
-tables (prior, cdf, offsets, lengths), the images' maps, summaries, masks, primaries and levels,
-and in its metadata what client and server know beforehand. `python -m tests.golden.cases` writes
+tables (prior, cdf, offsets, lengths), the images' maps, masks, primaries, levels and answers, and
+in its metadata what client and server know beforehand. `python -m tests.golden.cases` writes
 the cases that are missing; it never touches one that is there.
 """
 
@@ -10,6 +10,7 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 from safetensors import safe_open
@@ -22,6 +23,7 @@ from mantis_core.task_field import TaskField
 from mantis_core.wire import CodedImage, write_stream
 
 FOLDER = Path(__file__).parent
+PRIORS: tuple[Prior, ...] = get_args(Prior)
 
 
 def write_case(
@@ -29,9 +31,12 @@ def write_case(
 ) -> None:
     """Writes both files of a case."""
     known = asdict(spec) | {"model_id": spec.model_id.hex(), "shape": shape}
-    arrays = tables.to_arrays() | {
+    arrays = {
+        "prior": np.array([PRIORS.index(tables.prior)], np.int32),
+        "cdf": tables.cdf,
+        "offsets": tables.offsets,
+        "lengths": tables.lengths,
         "symbols": np.stack([image.map for image in images]),
-        "summaries": np.stack([image.summary for image in images]),
         "masks": np.array([image.tasks.mask for image in images]),
         "primaries": np.array([image.tasks.primary for image in images], np.int32),
         # One row an image, -1 behind its own levels; no columns where none are sent.
@@ -50,6 +55,7 @@ def read_case(name: str) -> tuple[bytes, list[CodedImage], tuple[int, int], Tabl
         known = json.loads(file.metadata()["known"])
     shape = tuple(known.pop("shape"))
     known["labels"] = tuple(known.get("labels", ()))
+    known.pop("summary_channels", None)  # 0, where an earlier version wrote the case
     spec = StreamSpec(
         **known
         | {
@@ -58,11 +64,9 @@ def read_case(name: str) -> tuple[bytes, list[CodedImage], tuple[int, int], Tabl
         }
     )
     images = []
-    summaries = arrays.get("summaries", np.zeros((len(arrays["symbols"]), 0), np.int32))
-    answers = arrays.get("answers", np.full(len(summaries), -1, np.int32))
-    for symbols, summary, mask, primary, levels, answer in zip(
+    answers = arrays.get("answers", np.full(len(arrays["symbols"]), -1, np.int32))
+    for symbols, mask, primary, levels, answer in zip(
         arrays["symbols"],
-        summaries,
         arrays["masks"],
         arrays["primaries"],
         arrays["levels"],
@@ -71,9 +75,11 @@ def read_case(name: str) -> tuple[bytes, list[CodedImage], tuple[int, int], Tabl
     ):
         own = tuple(int(level) for level in levels if level >= 0) if len(levels) else None
         field = TaskField(tuple(map(bool, mask)), int(primary), own)
-        images.append(CodedImage(field, symbols, summary, None if answer < 0 else answer))
+        images.append(CodedImage(field, symbols, None if answer < 0 else answer))
     data = (FOLDER / f"{name}.mts").read_bytes()
-    return data, images, shape, TableSet.from_arrays(arrays), spec
+    prior = PRIORS[int(arrays["prior"][0])]
+    tables = TableSet(prior, arrays["cdf"], arrays["offsets"], arrays["lengths"])
+    return data, images, shape, tables, spec
 
 
 def names() -> list[str]:
@@ -103,20 +109,15 @@ def random_image(
     levels: bool,
     seed: int,
     reach: int = 6,
-    summary: int = 0,
 ) -> CodedImage:
-    """Up to four active tasks, a map of `shape` and a summary of `summary` symbols.
-
-    They are of +-`reach`, many of them outside their tables.
-    """
+    """Up to four active tasks; symbols of +-`reach`, many of them outside their tables."""
     rng = np.random.default_rng(seed)
     active = sorted(rng.choice(tasks, rng.integers(1, min(tasks, 4) + 1), replace=False).tolist())
     primary = int(rng.choice(active))
     least = int(rng.integers(0, 8))
     own = tuple(least if k == primary else int(rng.integers(least, 16)) for k in active)
     field = TaskField(tuple(k in active for k in range(tasks)), primary, own if levels else None)
-    drawn = [rng.integers(-reach, reach + 1, size).astype(np.int32) for size in (shape, summary)]
-    return CodedImage(field, *drawn)
+    return CodedImage(field, rng.integers(-reach, reach + 1, shape).astype(np.int32))
 
 
 def _padded(rows: list[tuple[int, ...]]) -> "np.ndarray[tuple[int, int], np.dtype[np.int32]]":
@@ -140,17 +141,13 @@ def answered_image(
 def _spec(
     tasks: int, shape: tuple[int, int], image: CodedImage, labels: tuple[int, ...]
 ) -> StreamSpec:
-    return StreamSpec(b"gold", tasks, shape, len(image.map), 8, len(image.summary), labels)
+    return StreamSpec(b"gold", tasks, shape, len(image.map), 8, labels)
 
 
 def _write_missing() -> list[str]:
     extreme = random_image(1, (3, 2, 2), levels=True, seed=5)
     extreme.map[0] = [[MAX_SYMBOL, -MAX_SYMBOL], [2**16, -1]]
     many = [random_image(7, (6, 4, 4), levels=True, seed=seed) for seed in range(20, 25)]
-    brief = [
-        random_image(5, (2, 4, 4), levels=True, seed=seed, summary=16, reach=40)
-        for seed in range(30, 34)
-    ]
     alone = random_image(1, (2, 4, 4), levels=True, seed=11)
     mixed = [answered_image(6, (3, 4, 4), levels=True, seed=s, labels=5) for s in (50, 51)]
     mixed[1:1] = [random_image(6, (3, 4, 4), levels=True, seed=52)]
@@ -173,13 +170,6 @@ def _write_missing() -> list[str]:
             200,
         ),
         "several": (many, (32, 32), "primary", 7),
-        "summary": (
-            [random_image(10, (6, 4, 4), levels=True, seed=8, summary=9)],
-            (32, 32),
-            "primary",
-            10,
-        ),
-        "several_with_summaries": (brief, (32, 32), "per_task", 5),
         "answered": (
             [answered_image(10, (8, 4, 4), levels=True, seed=10, labels=10)],
             (32, 32),
@@ -188,8 +178,8 @@ def _write_missing() -> list[str]:
         ),
         "could_be_answered": ([alone], (32, 32), "shared", 1),
         "some_answered": (mixed, (32, 32), "primary", 6),
-        "contexts": (
-            [random_image(4, (5, 5, 7), levels=True, seed=9, summary=3, reach=4)],
+        "odd_sides_with_contexts": (
+            [random_image(4, (5, 5, 7), levels=True, seed=9, reach=4)],
             (40, 56),
             "primary",
             4,
@@ -205,7 +195,7 @@ def _write_missing() -> list[str]:
     for seed, (name, (images, shape, prior, tasks)) in enumerate(cases.items()):
         if name in names():
             continue
-        channels = len(images[0].map) + len(images[0].summary)
+        channels = len(images[0].map)
         rows = 1 if prior == "shared" else tasks
         own = (32, 32) if name == "of_another_shape" else shape
         contexts = CONTEXTS if name.endswith("contexts") else 1

@@ -54,10 +54,8 @@ def make_config(**changes: object) -> ModelConfig:
         stem=StemConfig(channels=(8, 8)),
         detector=DetectorConfig(channels=8, blocks=0, hidden=8),
         conditioning=ConditioningConfig(hidden=8),
-        encoder=EncoderConfig(
-            channels=8, blocks=1, latent_channels=4, summary_channels=3, summary_hidden=8
-        ),
-        decoder=DecoderConfig(channels=8, blocks=1, task_channels=8, summary_hidden=8),
+        encoder=EncoderConfig(channels=8, blocks=1, latent_channels=4),
+        decoder=DecoderConfig(channels=8, blocks=1, task_channels=8),
     )
     return small.model_copy(update=changes)
 
@@ -143,8 +141,6 @@ def make_codec(problem: Problem, model: ModelConfig | None = None) -> Mantis:
     codec = make_stage2(problem, model).student
     with torch.no_grad():
         codec.client.encoder.to_latent.weight.mul_(8)
-        assert codec.client.summary is not None
-        codec.client.summary.last.weight.mul_(8)
         for parameter in codec.client.conditioning.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
     codec.finish()

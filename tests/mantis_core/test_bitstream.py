@@ -187,8 +187,6 @@ def test_the_latent_shape_rounds_up():
         {"num_tasks": 257},
         {"stride": 0},
         {"latent_channels": 0},
-        {"latent_channels": -1, "summary_channels": 4},
-        {"summary_channels": -1},
     ],
 )
 def test_an_impossible_spec_is_refused(change):

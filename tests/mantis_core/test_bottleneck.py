@@ -7,26 +7,18 @@ from compressai.entropy_models import EntropyBottleneck
 from safetensors.torch import load_file, save_file
 
 from mantis_core.bottleneck import Bottleneck
-from mantis_core.coder import (
-    MAX_SYMBOL,
-    TOTAL,
-    decode_symbols,
-    encode_symbols,
-    split_table,
-    to_symbols,
-)
+from mantis_core.coder import MAX_SYMBOL, TOTAL, to_symbols
 from mantis_core.contexts import CONTEXTS, REACH, contexts, pass_of
-from mantis_core.latent import Latent
+from tests.mantis_core.payloads import decode, encode
 
 PRIORS = ("shared", "per_task", "primary")
-CHANNELS, SUMMARY, TASKS, BATCH = 4, 2, 3, 6
-ALL_CHANNELS = CHANNELS + SUMMARY
+CHANNELS, TASKS, BATCH = 4, 3, 6
 
 
 def build(prior="per_task", seed=0, **kwargs):
     """A bottleneck whose rows and channels differ, narrow enough for tiny latents."""
     torch.manual_seed(seed)
-    bottleneck = Bottleneck(CHANNELS, TASKS, prior, summary_channels=SUMMARY, **kwargs)
+    bottleneck = Bottleneck(CHANNELS, TASKS, prior, **kwargs)
     with torch.no_grad():
         for parameter in bottleneck.parameters():
             if parameter.requires_grad:
@@ -36,18 +28,11 @@ def build(prior="per_task", seed=0, **kwargs):
 
 def batch(seed=0, scale=3.0, side=6):
     generator = torch.Generator().manual_seed(seed)
-    latent = Latent(
-        scale * torch.randn(BATCH, CHANNELS, side, side, generator=generator),
-        scale * torch.randn(BATCH, SUMMARY, generator=generator),
-    )
+    latent = scale * torch.randn(BATCH, CHANNELS, side, side, generator=generator)
     mask = torch.rand(BATCH, TASKS, generator=generator) < 0.4
     primary = torch.randint(TASKS, (BATCH,), generator=generator)
     mask[torch.arange(BATCH), primary] = True
     return latent, mask, primary
-
-
-def map_alone(y):
-    return Latent(y, y.new_zeros(len(y), 0))
 
 
 @pytest.mark.parametrize("prior", PRIORS)
@@ -55,36 +40,30 @@ def test_eval_rounds_and_estimates_each_image(prior):
     bottleneck = build(prior).eval()
     latent, mask, primary = batch()
     y_hat, bits = bottleneck(latent, mask, primary)
-    assert torch.equal(y_hat.map, latent.map.round())
-    assert torch.equal(y_hat.summary, latent.summary.round())
+    assert torch.equal(y_hat, latent.round())
     assert bits.shape == (BATCH,)
     assert (bits > 0).all()
 
 
 def test_eval_rounds_as_the_coder_does_up_to_the_cap():
-    y = torch.tensor([0.5, 1.5, -2.5, 1e9]).view(1, CHANNELS, 1, 1)
-    latent = Latent(y, torch.tensor([[2.5, -1e9]]))
+    latent = torch.tensor([0.5, 1.5, -2.5, 2.5, 1e9, -1e9, 0.0, -0.5]).view(1, CHANNELS, 1, 2)
     y_hat, _ = build().eval()(latent, torch.ones(1, TASKS).bool(), torch.zeros(1).long())
-    assert y_hat.map.flatten().tolist() == [0, 2, -2, MAX_SYMBOL]
-    assert y_hat.summary.flatten().tolist() == [2, -MAX_SYMBOL]
-    for values, rounded in zip(latent, y_hat, strict=True):
-        assert to_symbols(values.numpy()).ravel().tolist() == rounded.flatten().tolist()
+    assert y_hat.flatten().tolist() == [0, 2, -2, 2, MAX_SYMBOL, -MAX_SYMBOL, 0, 0]
+    assert to_symbols(latent.numpy()).ravel().tolist() == y_hat.flatten().tolist()
 
 
 def test_ste_gives_decoders_the_rounded_latent_and_passes_gradients_through():
     latent, mask, primary = batch()
-    for values in latent:
-        values.requires_grad_()
+    latent.requires_grad_()
     y_hat, _ = build(quantizer="ste").train()(latent, mask, primary)
-    (y_hat.map.sum() + y_hat.summary.sum()).backward()
-    for values, rounded in zip(latent, y_hat, strict=True):
-        assert torch.allclose(rounded, values.detach().round(), atol=1e-6)
-        assert torch.equal(values.grad, torch.ones_like(values))
+    y_hat.sum().backward()
+    assert torch.allclose(y_hat, latent.detach().round(), atol=1e-6)
+    assert torch.equal(latent.grad, torch.ones_like(latent))
 
 
 def test_noise_gives_decoders_a_latent_within_half_a_step():
     latent, mask, primary = batch()
-    difference = build(quantizer="noise").train()(latent, mask, primary).y_hat.map - latent.map
+    difference = build(quantizer="noise").train()(latent, mask, primary).y_hat - latent
     assert difference.abs().max() <= 0.5 + 1e-5
     assert difference.std() > 0.2
 
@@ -92,13 +71,10 @@ def test_noise_gives_decoders_a_latent_within_half_a_step():
 def test_the_shared_density_is_compressais():
     torch.manual_seed(0)
     bottleneck = build("shared").eval()
-    reference = EntropyBottleneck(ALL_CHANNELS).eval()
+    reference = EntropyBottleneck(CHANNELS).eval()
     reference.load_state_dict(bottleneck.density.state_dict())
     latent, mask, primary = batch()
-    y = torch.zeros(BATCH, ALL_CHANNELS, 6, 6)
-    y[:, :CHANNELS], y[:, CHANNELS:, 0, 0] = latent
-    cost = -reference(y)[1].log2()
-    expected = cost[:, :CHANNELS].flatten(1).sum(1) + cost[:, CHANNELS:, 0, 0].sum(1)
+    expected = -reference(latent)[1].log2().flatten(1).sum(1)
     assert torch.allclose(bottleneck(latent, mask, primary).bits, expected, rtol=1e-3)
 
 
@@ -108,8 +84,8 @@ def test_rows_are_those_of_separate_bottlenecks_and_per_task_is_their_mean():
     by_primary.load_state_dict(per_task.state_dict())
     rows = []
     for row in range(TASKS):
-        alone = Bottleneck(CHANNELS, 1, "shared", summary_channels=SUMMARY).eval()
-        own = slice(row * ALL_CHANNELS, (row + 1) * ALL_CHANNELS)
+        alone = Bottleneck(CHANNELS, 1, "shared").eval()
+        own = slice(row * CHANNELS, (row + 1) * CHANNELS)
         with torch.no_grad():
             for (name, target), (_, source) in zip(
                 alone.density.named_parameters(), per_task.density.named_parameters(), strict=True
@@ -117,12 +93,7 @@ def test_rows_are_those_of_separate_bottlenecks_and_per_task_is_their_mean():
                 target.copy_(source[own])
                 assert name
         ones = torch.ones(BATCH, 1, dtype=torch.bool)
-        parts = (
-            (latent.map.round(), slice(0, CHANNELS)),
-            (latent.summary.round()[:, :, None, None], slice(CHANNELS, ALL_CHANNELS)),
-        )
-        flat = [alone._likelihood(y, None, ones, primary, own).flatten(1) for y, own in parts]
-        rows.append(torch.cat(flat, 1))
+        rows.append(alone._likelihood(latent.round(), None, ones, primary).flatten(1))
     stacked = torch.stack(rows, 1)
     weights = mask.float() / mask.sum(1, keepdim=True)
     mixed = (stacked * weights[:, :, None]).sum(1).clamp(min=1e-9)
@@ -143,7 +114,7 @@ def test_every_trainable_parameter_gets_a_gradient_at_every_step(prior, known):
     assert len(trainable) == (16 if known else 14)
     assert all(p.grad is not None and p.grad.isfinite().all() for p in trainable)
     if prior != "shared":
-        of_row = bottleneck.density.biases[0].grad.view(TASKS, ALL_CHANNELS, -1).abs().sum((1, 2))
+        of_row = bottleneck.density.biases[0].grad.view(TASKS, CHANNELS, -1).abs().sum((1, 2))
         assert of_row.gt(0).tolist() == [False, True, False]
 
 
@@ -164,10 +135,10 @@ def test_both_tails_keep_a_likelihood_and_a_gradient_that_pulls_inwards(side):
     for distance in (12.0, 16.0):
         y = torch.full((1, CHANNELS, 1, 1), side * distance)
         ones = torch.ones(1, 1).bool()
-        bits.append(bottleneck(map_alone(y), ones, torch.zeros(1).long()).bits.item())
+        bits.append(bottleneck(y, ones, torch.zeros(1).long()).bits.item())
     assert bits[1] > bits[0] + 1
     y = torch.full((1, CHANNELS, 1, 1), side * 12.0, requires_grad=True)
-    bottleneck.train()(map_alone(y), ones, torch.zeros(1).long()).bits.sum().backward()
+    bottleneck.train()(y, ones, torch.zeros(1).long()).bits.sum().backward()
     assert (side * y.grad > 0).all()
 
 
@@ -178,7 +149,7 @@ def test_autocast_changes_nothing(prior):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         inside = bottleneck(y, mask, primary)
     outside = bottleneck(y, mask, primary)
-    assert inside.y_hat.map.dtype == inside.bits.dtype == torch.float32
+    assert inside.y_hat.dtype == inside.bits.dtype == torch.float32
     assert torch.equal(inside.bits, outside.bits)
 
 
@@ -198,19 +169,11 @@ def test_payloads_have_the_estimated_size_and_decode_exactly(prior, known):
     y_hat, bits = bottleneck(latent, mask, primary)
     for i in range(BATCH):
         table = bottleneck.tables().table_for(mask[i].numpy(), int(primary[i]))
-        coded = 0
-        for values, received, own in zip(
-            (latent.map[i], latent.summary[i, :, None, None]),
-            (y_hat.map[i], y_hat.summary[i, :, None, None]),
-            split_table(table, CHANNELS),
-            strict=True,
-        ):
-            payload = encode_symbols(to_symbols(values.numpy()), own)
-            decoded = decode_symbols(payload, own, tuple(values.shape))
-            assert torch.equal(torch.from_numpy(decoded).float(), received)
-            coded += len(payload)
+        payload = encode(to_symbols(latent[i].numpy()), table)
+        decoded = decode(payload, table, tuple(latent[i].shape))
+        assert torch.equal(torch.from_numpy(decoded).float(), y_hat[i])
         estimate = bits[i].item() / 8
-        assert abs(coded - estimate) <= 0.01 * estimate + 8
+        assert abs(len(payload) - estimate) <= 0.01 * estimate + 8
 
 
 @pytest.mark.parametrize("prior", PRIORS)
@@ -221,14 +184,13 @@ def test_tables_are_integer_counts_that_follow_the_density(prior):
         bottleneck.tables()
     bottleneck.update_tables()
     tables = bottleneck.tables()
-    assert tables.cdf.shape[:2] == (bottleneck.num_rows, ALL_CHANNELS)
+    assert tables.cdf.shape[:2] == (bottleneck.num_rows, CHANNELS)
     assert (tables.cdf[..., -1] == TOTAL).all()
-    values = torch.arange(-5.0, 6).view(1, 1, 1, -1).expand(1, ALL_CHANNELS, 1, -1)
+    values = torch.arange(-5.0, 6).view(1, 1, 1, -1).expand(1, CHANNELS, 1, -1)
     for row in range(bottleneck.num_rows):
         mask = torch.nn.functional.one_hot(torch.tensor([row]), TASKS).bool()
-        every = slice(0, ALL_CHANNELS)
-        likelihood = bottleneck._likelihood(values, None, mask, torch.tensor([row]), every)[0, :, 0]
-        for channel in range(ALL_CHANNELS):
+        likelihood = bottleneck._likelihood(values, None, mask, torch.tensor([row]))[0, :, 0]
+        for channel in range(CHANNELS):
             start = -5 - tables.offsets[channel]
             assert start >= 0
             counts = np.diff(tables.cdf[row, channel])[start : start + 11]
@@ -251,21 +213,18 @@ def test_update_tables_follows_later_training_and_is_repeatable():
 def test_untrained_contexts_change_nothing():
     latent, mask, primary = batch()
     plain = build("primary").eval()
-    with_contexts = Bottleneck(
-        CHANNELS, TASKS, "primary", summary_channels=SUMMARY, neighbour_contexts=True
-    ).eval()
+    with_contexts = Bottleneck(CHANNELS, TASKS, "primary", neighbour_contexts=True).eval()
     with_contexts.density.load_state_dict(plain.density.state_dict())
     for ours, theirs in zip(
         with_contexts(latent, mask, primary), plain(latent, mask, primary), strict=True
     ):
-        for a, b in zip(ours, theirs, strict=True):
-            assert torch.equal(a, b)
+        assert torch.equal(ours, theirs)
 
 
 def test_contexts_learn_what_neighbours_tell():
     torch.manual_seed(0)
     smooth = torch.randn(64, 1, 4, 4).repeat_interleave(2, 2).repeat_interleave(2, 3)
-    y = map_alone(3 * smooth.expand(-1, CHANNELS, -1, -1).contiguous())
+    y = 3 * smooth.expand(-1, CHANNELS, -1, -1).contiguous()
     mask, primary = torch.ones(64, 1, dtype=torch.bool), torch.zeros(64, dtype=torch.int64)
     bits = {}
     for known in (False, True):
@@ -284,9 +243,8 @@ def test_contexts_of_the_rate_are_those_of_the_coder():
     bottleneck = build("shared", neighbour_contexts=True).eval()
     bottleneck.update_tables()
     latent, mask, primary = batch(side=5, scale=1.0)
-    alone = map_alone(latent.map[:1])
-    table, _ = split_table(bottleneck.table_for((True,) * TASKS, 0), CHANNELS)
-    symbols = to_symbols(alone.map[0].numpy())
+    table = bottleneck.tables().table_for((True,) * TASKS, 0)
+    symbols = to_symbols(latent[0].numpy())
     padded = np.pad(symbols.clip(-REACH, REACH), ((0, 0), (1, 1), (1, 1)))
     index = contexts(padded, pass_of(5, 5))
     bits = 0.0
@@ -294,7 +252,7 @@ def test_contexts_of_the_rate_are_those_of_the_coder():
         own = table.cdf[channel * CONTEXTS + index[channel, row, column]]
         entry = symbols[channel, row, column] - table.offsets[channel]
         bits -= np.log2((own[entry + 1] - own[entry]) / TOTAL)
-    estimate = bottleneck(alone, mask[:1], primary[:1]).bits.item()
+    estimate = bottleneck(latent[:1], mask[:1], primary[:1]).bits.item()
     assert bits == pytest.approx(estimate, rel=5e-3)
 
 
@@ -324,10 +282,10 @@ def test_a_density_far_wider_than_a_table_codes_the_rest_by_escapes():
     with torch.no_grad():
         bottleneck.density.matrices[0].fill_(-9.0)
     bottleneck.update_tables()
-    table, _ = split_table(bottleneck.table_for((True,) * TASKS, 0), CHANNELS)
+    table = bottleneck.tables().table_for((True,) * TASKS, 0)
     assert table.lengths.max() <= 2050
     symbols = np.arange(-2000, 2000, 100, dtype=np.int32).reshape(CHANNELS, 2, 5)
-    decoded = decode_symbols(encode_symbols(symbols, table), table, symbols.shape)
+    decoded = decode(encode(symbols, table), table, symbols.shape)
     assert (decoded == symbols).all()
 
 

@@ -14,7 +14,6 @@ from safetensors.torch import save_file
 
 from mantis_core.build import (
     Problem,
-    individual_recipe,
     model_spec,
     new_teacher,
     ready_teacher,
@@ -24,7 +23,6 @@ from mantis_core.build import (
 )
 from mantis_core.config import (
     ConditioningConfig,
-    IndividualConfig,
     ModelConfig,
     Stage1Config,
     Stage2Config,
@@ -104,11 +102,6 @@ def test_a_codec_may_be_cut_at_a_split_of_another_resolution(
     teacher.tasks = problem.tasks
     recipe = stage1_recipe(Stage1Config(), small_config(), teacher, problem, seed=0)
     assert torch.isfinite(recipe.train()(batch_of(problem), 0.5).loss)
-
-
-def test_individual_models_may_have_another_backbone(problem: Problem, teacher: Teacher) -> None:
-    recipe = individual_recipe(IndividualConfig(backbone="mobilenet_v2"), teacher, problem, seed=0)
-    assert list(recipe.student.children())[0].name == "mobilenet_v2"  # noqa: RUF015
 
 
 def test_one_task_of_all_classes_is_trained_from_the_same_stage1_and_codes_the_class(

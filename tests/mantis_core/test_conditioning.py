@@ -9,10 +9,8 @@ from mantis_core.conditioning import (
     FiLMGenerator,
     Layers,
     NoConditioning,
-    as_sent,
     modulate,
 )
-from mantis_core.task_field import dequantise_level, quantise_log2
 
 SEEN = torch.rand(1, 5, 2, 2)
 
@@ -52,19 +50,19 @@ def test_modulation_is_gamma_x_plus_beta_for_each_channel() -> None:
 
 
 def test_none_leaves_every_layer_as_it_is_and_has_nothing_to_train() -> None:
-    none = NoConditioning(3, Layers((4, 6), (1, 0), 5), hidden=8)
+    none = NoConditioning(3, Layers((4, 6), (1, 2), 5), hidden=8)
     assert none(torch.rand(1, 3), SEEN) == [None, None]
     assert not list(none.parameters())
 
 
 def test_attention_modulates_a_position_by_what_the_detector_sees_there() -> None:
-    attention = AttentionConditioning(3, Layers((4, 4, 4), (1, 2, 0), 5), hidden=8)
+    attention = AttentionConditioning(3, Layers((4, 4), (1, 2), 5), hidden=8)
     for layer in attention.last:
         torch.nn.init.normal_(layer.weight)
     p, seen = torch.rand(1, 3), torch.rand(1, 5, 5, 8)
     elsewhere = seen.clone()
     elsewhere[:, :, :2, :4] += 1
-    fine, coarse, whole = (
+    fine, coarse = (
         (first != second).any(dim=1)[0]
         for (first, _), (second, _) in zip(attention(p, seen), attention(p, elsewhere), strict=True)
     )
@@ -73,15 +71,3 @@ def test_attention_modulates_a_position_by_what_the_detector_sees_there() -> Non
     assert not fine[2:].any()
     assert not fine[:, 4:].any()
     assert coarse.tolist() == [[True, True, False, False], [False] * 4, [False] * 4]
-    assert whole.tolist() == [[True]]
-
-
-def test_what_the_server_is_told_is_what_the_stream_says() -> None:
-    p = torch.tensor([[1.0, 0.7, 0.5, 0.013], [1e-9, 0.25, 0.999, 0.06]])
-    mask = torch.tensor([[True, True, False, True], [True, False, True, True]])
-    told = as_sent(p, mask, levels=True)
-    for row in range(2):
-        for k in range(4):
-            stands_for = dequantise_level(quantise_log2(float(p[row, k])))
-            assert abs(float(told[row, k]) - stands_for * bool(mask[row, k])) < 1e-6
-    assert torch.equal(as_sent(p, mask, levels=False), mask.float())

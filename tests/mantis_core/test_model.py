@@ -17,22 +17,14 @@ from PIL import Image
 from torch import Tensor
 
 from mantis_core.bitstream import BitstreamError, Reason, StreamSpec, pack, unpack
-from mantis_core.build import Problem, stage1_recipe, stage2_recipe
+from mantis_core.build import Problem
 from mantis_core.client import primary_task
-from mantis_core.config import (
-    ConditioningConfig,
-    LossTerm,
-    ModelConfig,
-    Stage1Config,
-    Stage2Config,
-)
+from mantis_core.config import ConditioningConfig, ModelConfig
 from mantis_core.errors import ModelError
 from mantis_core.inference import still
 from mantis_core.model import Mantis
 from mantis_core.preprocessing import normalise
-from mantis_core.recipes import Stage1Student
 from mantis_core.tasks import Batch
-from mantis_core.teacher import Teacher
 from mantis_core.wire import read_stream
 
 PRIORS = ("shared", "per_task", "primary")
@@ -79,49 +71,19 @@ def test_what_is_encoded_is_decoded_for_every_prior_and_conditioning(
     with torch.no_grad():
         view = codec.client(normalise(pixels))
         latent = codec.client.encode(view, torch.sigmoid(view.logits))
-    maps, summaries = (part.round().numpy() for part in latent)
+    symbols = latent.round().numpy()
     for i, (answer, stream, data) in enumerate(
         zip(codec.decode(streams), sent, streams, strict=True)
     ):
         (image,) = stream.images
         assert np.abs(image.map).max() > 0
-        assert np.abs(image.summary).max() > 0
-        np.testing.assert_array_equal(image.map, maps[i])
-        np.testing.assert_array_equal(image.summary, summaries[i])
+        np.testing.assert_array_equal(image.map, symbols[i])
         active = [t.name for t, on in zip(problem.tasks, image.tasks.mask, strict=True) if on]
         assert list(answer.tasks) == active == list(answer.labels)
         assert answer.wire_bytes == len(data)
         assert answer.payload_bytes == stream.payload_bytes
         assert answer.class_name == problem.class_names[answer.class_index]
         assert 0 < answer.class_probability <= 1
-
-
-@pytest.mark.parametrize(("channels", "summary"), [(0, 5), (4, 0)])
-def test_a_codec_may_send_only_a_summary_or_only_a_map(
-    channels: int,
-    summary: int,
-    problem: Problem,
-    teacher: Teacher,
-    small_config: Callable[..., ModelConfig],
-) -> None:
-    encoder = small_config().encoder.model_copy(
-        update={"latent_channels": channels, "summary_channels": summary}
-    )
-    model = small_config(encoder=encoder)
-    losses = {"logits": LossTerm(criterion="TeacherLogits")}
-    first = stage1_recipe(Stage1Config(losses=losses), model, teacher, problem, seed=0)
-    pixels = images()
-    assert isinstance(first.student, Stage1Student)
-    shipped = first.student.shipped()
-    codec = stage2_recipe(Stage2Config(), model, teacher, problem, shipped, seed=0).student
-    assert isinstance(codec, Mantis)
-    codec.finish()
-    streams = codec.encode(pixels)
-    for data in streams:
-        (image,) = read_stream(data, codec.tables(), stream_spec(codec)).images
-        assert image.map.shape == (channels, 4, 4)
-        assert image.summary.shape == (summary,)
-    assert [answer.wire_bytes for answer in codec.decode(streams)] == list(map(len, streams))
 
 
 @pytest.mark.parametrize("prior", PRIORS)

@@ -270,16 +270,10 @@ def test_stage_2_starts_from_stage_1_and_the_teacher(
     first, second = stage1_of(problem), stage2_of(problem)
     shipped, codec = first.student.shipped(), second.student.state_dict()
     assert not any(name.startswith("tail.") for name in shipped)
-    for name in (
-        "client.stem.0.weight",
-        "client.encoder.to_latent.weight",
-        "client.summary.last.weight",
-    ):
+    for name in ("client.stem.0.weight", "client.encoder.to_latent.weight"):
         assert torch.equal(codec[name], shipped[name])
     assert torch.equal(codec["server.decoder.last.weight"], shipped["decoder.last.weight"])
-    name = "summary_decoder.to_deep.weight"
-    assert torch.equal(codec[f"server.{name}"], shipped[name])
-    rows = codec["bottleneck.density.matrices.0"].split(4 + 3)  # the map's and the summary's
+    rows = codec["bottleneck.density.matrices.0"].split(4)  # the latent's channels
     assert len(rows) == 3
     assert all(torch.equal(row, shipped["bottleneck.density.matrices.0"]) for row in rows)
     tail = second.student.server.tails["kitchen"].linear

@@ -9,8 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from mantis_core.config import DecoderConfig
-from mantis_core.errors import ModelError
-from mantis_core.latent import Latent
 from mantis_core.server import (
     ClassificationTail,
     FeatureDecoder,
@@ -86,85 +84,26 @@ def test_a_tail_that_says_not_mine_loses_to_one_that_does_not() -> None:
     assert JointDecision(tasks, 2)(outputs, torch.zeros(1, 2)).argmax() == 1
 
 
-def make_server(
-    summary_channels: int = 3,
-    latent_channels: int = 4,
-    tasks: tuple[TaskSpec, ...] = (
-        TaskSpec("a", "classification", 2, (0, 1)),
-        TaskSpec("road", "segmentation", 3),
-    ),
-) -> Server:
+def make_server() -> Server:
+    tasks = (TaskSpec("a", "classification", 2, (0, 1)), TaskSpec("road", "segmentation", 3))
     trunk = nn.Sequential(nn.Conv2d(8, 16, 3, 2, 1), nn.BatchNorm2d(16), nn.ReLU())
     return Server(
         DecoderConfig(channels=8, blocks=0, task_channels=8),
         tasks,
-        latent_channels=latent_channels,
+        latent_channels=4,
         latent_size=(4, 4),
         split_shape=(8, 4, 4),
         last_shape=(16, 2, 2),
         trunk=trunk,
-        summary_channels=summary_channels,
-        conditioning_hidden=8,
     )
 
 
-def make_latent(count: int, summary_channels: int = 3) -> Latent:
-    return Latent(torch.randn(count, 4, 4, 4), torch.randn(count, summary_channels))
-
-
 def test_the_server_answers_every_task_in_training() -> None:
-    outputs = make_server()(make_latent(2), torch.rand(2, 2), (32, 32))
+    outputs = make_server()(torch.randn(2, 4, 4, 4), (32, 32))
     assert {name: tuple(out.shape) for name, out in outputs.items()} == {
         "a": (2, 3),
         "road": (2, 3, 32, 32),
     }
-
-
-def test_a_summary_is_read_by_the_tasks_it_was_made_for_once_modulation_has_weights() -> None:
-    server = make_server()
-    latent, tasks = make_latent(1), torch.eye(2)
-    before = [server.features(latent, each[None])[1] for each in tasks]
-    assert torch.equal(*before)  # the identity at init
-    assert server.conditioning is not None
-    torch.nn.init.normal_(server.conditioning.last.weight)
-    after = [server.features(latent, each[None])[1] for each in tasks]
-    assert not torch.allclose(*after)
-
-
-def test_a_summary_reaches_the_deep_feature_and_once_trained_the_split_too() -> None:
-    server = make_server().eval()
-    latent, tasks = make_latent(1), torch.ones(1, 2)
-    other = latent._replace(summary=-latent.summary)
-    assert server.summary_decoder is not None
-    split, deep = zip(*(server.features(each, tasks) for each in (latent, other)), strict=True)
-    assert torch.equal(*split)
-    assert not torch.allclose(*deep)
-    torch.nn.init.normal_(server.summary_decoder.to_shallow.weight)
-    split, _ = zip(*(server.features(each, tasks) for each in (latent, other)), strict=True)
-    assert not torch.allclose(*split)
-
-
-def test_a_server_for_summaries_alone_has_no_decoder_of_maps_and_no_trunk() -> None:
-    server = make_server(latent_channels=0, tasks=(TaskSpec("a", "classification", 2, (0, 1)),))
-    latent = Latent(torch.zeros(2, 0, 4, 4), torch.randn(2, 3))
-    outputs = server.train()(latent, torch.ones(2, 1), (32, 32))
-    assert outputs["a"].shape == (2, 3)
-    outputs["a"].sum().backward()
-    assert all(p.grad is not None for p in server.parameters())
-    assert (server.decoder, server.trunk) == (None, None)
-
-
-def test_segmentation_without_a_map_is_refused_by_name() -> None:
-    with pytest.raises(ModelError, match="segment for road"):
-        make_server(latent_channels=0)
-
-
-def test_a_server_for_latents_without_summary_has_nothing_to_read_one() -> None:
-    server = make_server(summary_channels=0)
-    assert server.summary_decoder is None
-    assert server.conditioning is None
-    _, deep = server.features(make_latent(2, 0), torch.ones(2, 2))
-    assert deep.shape == (2, 16, 2, 2)
 
 
 def test_the_trunks_batch_norms_keep_the_teachers_statistics_in_training() -> None:
@@ -172,7 +111,7 @@ def test_the_trunks_batch_norms_keep_the_teachers_statistics_in_training() -> No
     norm = server.trunk[1]
     assert isinstance(norm, nn.BatchNorm2d)
     before = norm.running_mean.clone()  # type: ignore[union-attr]
-    server(make_latent(2), torch.rand(2, 2), (32, 32))
+    server(torch.randn(2, 4, 4, 4), (32, 32))
     assert server.training
     assert not norm.training
     assert torch.equal(norm.running_mean, before)  # type: ignore[arg-type]

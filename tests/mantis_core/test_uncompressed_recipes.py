@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mantis_core.build import Problem, codec_teacher_recipe, individual_recipe, teacher_recipe
-from mantis_core.config import CodecTeacherConfig, IndividualConfig, TeacherConfig, TrainingConfig
+from mantis_core.config import CodecTeacherConfig, TeacherConfig, TrainingConfig
 from mantis_core.image_codecs import IMAGE_CODECS
 from mantis_core.preprocessing import normalise
 from mantis_core.tasks import Batch
@@ -33,7 +33,7 @@ def test_a_teacher_is_trained_on_labels_flat_and_head_by_head(
 def test_individual_models_start_from_the_teacher_and_train_on_their_own_images(
     problem: Problem, teacher: Teacher, batch_of: Callable[..., Batch]
 ) -> None:
-    recipe = individual_recipe(IndividualConfig(), teacher, problem, seed=0)
+    recipe = individual_recipe(teacher, problem, seed=0)
     first = recipe.student["animals"].backbone.net.conv1.weight  # type: ignore[index]
     assert torch.equal(first, teacher.backbone.net.conv1.weight)  # type: ignore[union-attr]
     recipe.train()
@@ -63,7 +63,7 @@ def test_a_tuned_teacher_sees_what_its_codec_leaves(
 def test_an_individual_model_answers_its_one_image_wherever_it_stands_in_the_batch(
     problem: Problem, teacher: Teacher, batch_of: Callable[..., Batch]
 ) -> None:
-    recipe = individual_recipe(IndividualConfig(), teacher, problem, seed=0).eval()
+    recipe = individual_recipe(teacher, problem, seed=0).eval()
     others, one = batch_of(problem, 5, classes=(0,)), batch_of(problem, 1, classes=(5,))
     joined = Batch(
         *(
