@@ -21,7 +21,7 @@ from data_prep.source_base import DataError as DataError
 from data_prep.sources import AnySource
 from data_prep.storage import join, read_bytes, write_bytes
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 SPLITS = ("train", "holdout", "val")
 
@@ -192,8 +192,6 @@ class Manifest(_Frozen):
     single_class: bool
     seed: int
     splits: dict[str, SplitInfo]
-    class_counts: dict[str, dict[str, int]]  # split -> class id -> rows
-    task_counts: dict[str, dict[str, int]]  # split -> task -> rows
     unassigned: dict[str, int]  # split -> rows of no task, kept or dropped
     rejected: int  # unreadable images, listed in rejected.parquet
     fingerprint: str
