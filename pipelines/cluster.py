@@ -28,6 +28,8 @@ POLL_INTERVAL_S = 1.0
 class PreflightError(ValueError):
     """What is asked for cannot be had here; told before anything starts."""
 
+    exit_code = 2
+
 
 @dataclass(frozen=True)
 class Available:

@@ -14,6 +14,8 @@ from pydantic_core import ErrorDetails
 class SettingsError(ValueError):
     """A user's mistake in a config file or an override."""
 
+    exit_code = 2
+
 
 def explain(error: ValidationError, model: type[BaseModel], raw: Any) -> str:
     """One line per mistake, each naming the dotted key as the user would write it."""

@@ -17,6 +17,8 @@ PROBE = ".writable"
 class StorageError(ValueError):
     """A storage root that cannot be used; the message says what is allowed."""
 
+    exit_code = 2
+
 
 class Store:
     """Reads and writes under one root.

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from pipelines import plan, stages
 from pipelines.__main__ import app
-from pipelines.cli_errors import USER_ERRORS
+from pipelines.cli_errors import MISTAKE, is_mistake
 from pipelines.cli_models import BATCH
 
 CONFIG = """
@@ -200,11 +200,40 @@ def test_an_interrupt_exits_130_with_the_command_that_resumes_it(
     assert f"interrupted. Resume with:\n  mantis run --config {config}" in done.stderr
 
 
-def test_every_user_error_named_exists() -> None:
-    import importlib
+def test_what_a_user_can_mend_says_so_itself() -> None:
+    from data_prep.source_base import DataError
+    from mantis_core.bitstream import BitstreamError
+    from mantis_core.errors import ModelError
+    from mantis_core.image_codecs import CodecError
+    from pipelines.cluster import PreflightError
+    from pipelines.local_cluster import LocalClusterError
+    from pipelines.registry import RegistryError
+    from pipelines.report import ReportError
+    from pipelines.run_record import StageBusy
+    from pipelines.settings_errors import SettingsError
+    from pipelines.storage import StorageError
+    from pipelines.tracking import TrackingError
 
-    for module, name in USER_ERRORS.items():
-        assert issubclass(getattr(importlib.import_module(module), name), ValueError)
+    errors = (
+        DataError,
+        BitstreamError,
+        ModelError,
+        CodecError,
+        PreflightError,
+        LocalClusterError,
+        RegistryError,
+        ReportError,
+        StageBusy,
+        SettingsError,
+        StorageError,
+        TrackingError,
+    )
+    assert {error.exit_code for error in errors} == {MISTAKE}
+
+
+@pytest.mark.parametrize("error", [ValueError("x"), OSError("x"), stages.TrainingStopped("x")])
+def test_no_other_error_is_taken_for_a_users_mistake(error: Exception) -> None:
+    assert not is_mistake(error)
 
 
 @pytest.fixture
