@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -30,6 +30,21 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+STAGES: dict[str, tuple[StageKind | None, str]] = {
+    "run": (
+        None,
+        "The whole chain: prepare, train, evaluate, register. Finished stages are skipped.",
+    ),
+    "prepare": ("prepare", "Images and labels into Parquet shards."),
+    "teacher": (
+        "teacher",
+        "The uncompressed network that is distilled, where `teacher.weights` is `train`.",
+    ),
+    "stage1": ("stage1", "The task-agnostic codec, and whatever it needs first."),
+    "stage2": ("stage2", "The task-aware codec (main arm), and whatever it needs first."),
+}
+"""Command to the stage it ends with, None for the last, and its help."""
+
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="KEY=VALUE", help="such as stage2.rate_weight=0.01"),
@@ -40,66 +55,6 @@ AsJson = Annotated[bool, typer.Option("--json", help="one JSON object on stdout,
 Address = Annotated[
     str | None, typer.Option("--address", help="Ray cluster to join; default RAY_ADDRESS, or none")
 ]
-
-
-@ending_well
-def run(
-    config: Config,
-    overrides: Overrides = None,
-    dry_run: DryRun = False,
-    as_json: AsJson = False,
-    address: Address = None,
-) -> None:
-    """The whole chain: prepare, train, evaluate, register. Finished stages are skipped."""
-    _chain("run", None, config, overrides, dry_run, as_json, address)
-
-
-@ending_well
-def prepare(
-    config: Config,
-    overrides: Overrides = None,
-    dry_run: DryRun = False,
-    as_json: AsJson = False,
-    address: Address = None,
-) -> None:
-    """Images and labels into Parquet shards."""
-    _chain("prepare", "prepare", config, overrides, dry_run, as_json, address)
-
-
-@ending_well
-def teacher(
-    config: Config,
-    overrides: Overrides = None,
-    dry_run: DryRun = False,
-    as_json: AsJson = False,
-    address: Address = None,
-) -> None:
-    """The uncompressed network that is distilled, where `teacher.weights` is `train`."""
-    _chain("teacher", "teacher", config, overrides, dry_run, as_json, address)
-
-
-@ending_well
-def stage1(
-    config: Config,
-    overrides: Overrides = None,
-    dry_run: DryRun = False,
-    as_json: AsJson = False,
-    address: Address = None,
-) -> None:
-    """The task-agnostic codec, and whatever it needs first."""
-    _chain("stage1", "stage1", config, overrides, dry_run, as_json, address)
-
-
-@ending_well
-def stage2(
-    config: Config,
-    overrides: Overrides = None,
-    dry_run: DryRun = False,
-    as_json: AsJson = False,
-    address: Address = None,
-) -> None:
-    """The task-aware codec (main arm), and whatever it needs first."""
-    _chain("stage2", "stage2", config, overrides, dry_run, as_json, address)
 
 
 @ending_well
@@ -132,7 +87,23 @@ def evaluate(
         )
 
 
-COMMANDS = (run, prepare, teacher, stage1, stage2, evaluate)
+def _stage_command(name: str, until: StageKind | None, text: str) -> Callable[..., None]:
+    """The command that runs a chain until that stage."""
+
+    def command(
+        config: Config,
+        overrides: Overrides = None,
+        dry_run: DryRun = False,
+        as_json: AsJson = False,
+        address: Address = None,
+    ) -> None:
+        _chain(name, until, config, overrides, dry_run, as_json, address)
+
+    command.__name__, command.__doc__ = name, text
+    return ending_well(command)
+
+
+COMMANDS = (*(_stage_command(name, *STAGES[name]) for name in STAGES), evaluate)
 
 
 def _chain(
