@@ -50,7 +50,10 @@ class TaskConfig(_Frozen):
     @field_validator("indices", mode="before")
     @classmethod
     def _one_range_is_a_list(cls, value: Any) -> Any:
-        return (value,) if isinstance(value, int | str) else value
+        if isinstance(value, int | str):
+            return (value,)
+        # Strict JSON takes a list for a tuple, but not from here on.
+        return tuple(value) if isinstance(value, list) else value
 
     @model_validator(mode="after")
     def _one_way_to_name_the_labels(self) -> TaskConfig:
