@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
 import types
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
+
+from data_prep.subgroups import did_you_mean
 
 
 class SettingsError(ValueError):
@@ -27,19 +28,14 @@ def explain(error: ValidationError, model: type[BaseModel], raw: Any) -> str:
     return "\n".join(dict.fromkeys(lines))
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """ "; did you mean 'x'?" or, when nothing is near, the list of what is known."""
-    names = sorted(known)
-    near = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
-    return f"did you mean {near[0]!r}?" if near else f"known are: {', '.join(names)}"
-
-
 def _line(detail: ErrorDetails, model: type[BaseModel], raw: Any) -> str:
     location = detail["loc"]
     key = _dotted(location, raw)
     if detail["type"] == "extra_forbidden":
         fields = {name for found in _models_at(model, location[:-1]) for name in found.model_fields}
-        return f"{key}: unknown key; {did_you_mean(str(location[-1]), fields)}"
+        hint = did_you_mean(str(location[-1]), fields)
+        known = f"; known are: {', '.join(sorted(fields))}"
+        return f"{key}: unknown key{hint or known}"
     if detail["type"] == "missing":
         return f"{key}: missing; add it to the config or as {key}=VALUE"
     message = detail["msg"].removeprefix("Value error, ")
@@ -53,8 +49,7 @@ def _line(detail: ErrorDetails, model: type[BaseModel], raw: Any) -> str:
     if detail["type"] == "literal_error" and isinstance(came, str):
         expected = detail["ctx"]["expected"].replace(" or ", ",")
         allowed = [word.strip("' ") for word in expected.split(",")]
-        near = difflib.get_close_matches(came, allowed, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = did_you_mean(came, allowed)
     return f"{key}: got {shown}; {message[0].lower()}{message[1:]}{hint}"
 
 
