@@ -105,6 +105,8 @@ def test_run_in_a_pipe_tells_each_stage_and_the_results(config: Path) -> None:
 def test_a_stage_command_stops_after_its_stage(config: Path) -> None:
     done = mantis("stage1", "--config", config, "--json", "stage1.epochs=1")
     assert list(json.loads(done.stdout)["stages"]) == ["prepare", "teacher", "stage1"]
+    done = mantis("evaluate", "--config", config, "--json", "stage1.epochs=1")
+    assert list(json.loads(done.stdout)["stages"])[-1] == "evaluate"
 
 
 @pytest.mark.usefixtures("fakes")
@@ -138,9 +140,9 @@ def test_a_dry_run_tells_what_would_run_and_writes_nothing(config: Path) -> None
         (("run", "--config", "tiny.yaml", "cluster.workers=999"), "asks for 999 CPUs"),
         (("run", "--config", "tiny.yaml", "tasks.0.classes_from=shaped"), "shape"),
         (("teacher", "--config", "tiny.yaml", "teacher.weights=pretrained"), "no stage teacher"),
-        (("evaluate",), "give --config for an experiment, or --model and --data"),
-        (("evaluate", "--model", "m", "--config", "tiny.yaml"), "give --config"),
-        (("evaluate", "--model", "m", "--data", "d"), "m is no model folder"),
+        (("evaluate",), "--config"),
+        (("score", "m"), "DATA"),
+        (("score", "m", "d"), "m is no model folder"),
         (("report", "--root", "empty"), "there are no runs in"),
         (("models",), "there are no runs in"),
         (("encode", "nomodel", "a.png", "-o", "a.mts"), "nomodel is no model folder"),
@@ -346,7 +348,7 @@ def python(*arguments: str, cwd: Path) -> "subprocess.CompletedProcess[str]":
     )
 
 
-@pytest.mark.parametrize("command", ["", "run", "tune", "evaluate", "encode", "models"])
+@pytest.mark.parametrize("command", ["", "run", "tune", "evaluate", "score", "encode", "models"])
 def test_help_answers_without_heavy_imports(command: str, tmp_path: Path) -> None:
     code = (
         "import sys; from pipelines.__main__ import main; sys.argv.append('--help')\n"
