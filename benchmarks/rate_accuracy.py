@@ -249,8 +249,7 @@ def score_elsewhere(done: Sequence[Step], data: str) -> list[dict[str, Any]]:
         model = Path(folder) / "checkpoint"
         if "stage2" not in folder or "per_task" in folder or not model.is_dir():
             continue
-        command = [sys.executable, "-m", "pipelines", "evaluate", "--json"]
-        command += ["--model", str(model), "--data", data]
+        command = [sys.executable, "-m", "pipelines", "score", str(model), data, "--json"]
         answer = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
         metrics = json.loads(answer.splitlines()[-1])["metrics"]
         scored.append(

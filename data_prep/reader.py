@@ -110,15 +110,16 @@ def train_batches(
     global_batch: int,
     rank: int = 0,
     world_size: int = 1,
-    start_step: int = 0,
     num_cpus: float = 0.25,
-    max_tasks: int | None = None,
 ) -> Iterator[Batch]:
     """Augmented training batches of exactly global_batch / world_size rows (see Decoder.decode).
 
-    To be called in each worker; Ray must be initialised. `start_step` skips the batches a resumed
-    epoch has seen. `num_cpus` is what a reading task claims: workers must leave that much free.
-    `max_tasks` caps this rank's tasks at once; default: its share of the cluster's CPUs but one."""
+    To be called in each worker; Ray must be initialised. `num_cpus` is what a reading task claims:
+    workers must leave that much free. A rank runs as many tasks at once as its share of the
+    cluster's CPUs, but one."""
+    # Imported here and in _dataset alone: local_batches works where there is no Ray.
+    from data_prep.ray_data import reading_cpus
+
     windows = plan_epoch(
         manifest.split("train"),
         seed=seed,
@@ -128,19 +129,13 @@ def train_batches(
         world_size=world_size,
         window_rows=data.shuffle_window_rows,
     )
-    batch_rows = global_batch // world_size
-    windows = _section(windows, start_step * batch_rows, sum(len(w.picks) for w in windows))
-    if not windows:
-        return
-    if max_tasks is None:
-        # Imported here and in _dataset alone: local_batches works where there is no Ray.
-        from data_prep.ray_data import reading_cpus
-
-        max_tasks = max(1, int(reading_cpus()) // world_size - 1)
+    max_tasks = max(1, int(reading_cpus()) // world_size - 1)
     decoder = Decoder.of(manifest, data, (seed, epoch))
     dataset = _dataset(folder, windows, decoder, num_cpus, max_tasks, confined=True)
     for batch in dataset.iter_batches(
-        batch_size=batch_rows, batch_format="numpy", prefetch_batches=PREFETCH_BATCHES
+        batch_size=global_batch // world_size,
+        batch_format="numpy",
+        prefetch_batches=PREFETCH_BATCHES,
     ):
         yield {name: np.require(values, requirements="W") for name, values in batch.items()}
 
@@ -165,7 +160,6 @@ def local_batches(
     epoch: int | None = None,
     rank: int = 0,
     world_size: int = 1,
-    start_step: int = 0,
     threads: int = 0,
 ) -> Iterator[Batch]:
     """The batches of train_batches, in plain Python. With `epoch` None: all rows of
@@ -173,7 +167,6 @@ def local_batches(
 
     `threads` > 0 decode ahead of the consumer, two parts each at most."""
     info = manifest.split(split)
-    batch_rows = global_batch // world_size
     if epoch is None:
         windows, augment = _in_order(info), None
     else:
@@ -187,9 +180,9 @@ def local_batches(
             world_size=world_size,
             window_rows=data.shuffle_window_rows,
         )
-    windows = _section(windows, start_step * batch_rows, sum(len(w.picks) for w in windows))
     decoder = Decoder.of(manifest, data, augment)
-    yield from _rebatched(_parts(absolute(folder), windows, decoder, threads), batch_rows)
+    parts = _parts(absolute(folder), windows, decoder, threads)
+    yield from _rebatched(parts, global_batch // world_size)
 
 
 def read_window(plan: pa.Table, *, folder: str, decoder: Decoder) -> Iterator[Batch]:
@@ -246,17 +239,6 @@ def _window(groups: tuple[RowGroup, ...], picks: NDArray[np.int64]) -> Window:
 
 def _in_order(split: SplitInfo) -> list[Window]:
     return [Window((group,), np.arange(group.rows)) for group in _row_groups(split)]
-
-
-def _section(windows: list[Window], start: int, end: int) -> list[Window]:
-    """The part of a plan from row `start` to row `end`."""
-    kept, first = [], 0
-    for window in windows:
-        picks = window.picks[max(0, start - first) : max(0, end - first)]
-        if len(picks):
-            kept.append(Window(window.groups, picks))
-        first += len(window.picks)
-    return kept
 
 
 def _parts(

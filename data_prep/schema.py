@@ -21,7 +21,7 @@ from data_prep.source_base import DataError as DataError
 from data_prep.sources import AnySource
 from data_prep.storage import join, read_bytes, write_bytes
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 SPLITS = ("train", "holdout", "val")
 
@@ -50,7 +50,10 @@ class TaskConfig(_Frozen):
     @field_validator("indices", mode="before")
     @classmethod
     def _one_range_is_a_list(cls, value: Any) -> Any:
-        return (value,) if isinstance(value, int | str) else value
+        if isinstance(value, int | str):
+            return (value,)
+        # Strict JSON takes a list for a tuple, but not from here on.
+        return tuple(value) if isinstance(value, list) else value
 
     @model_validator(mode="after")
     def _one_way_to_name_the_labels(self) -> TaskConfig:
@@ -192,8 +195,6 @@ class Manifest(_Frozen):
     single_class: bool
     seed: int
     splits: dict[str, SplitInfo]
-    class_counts: dict[str, dict[str, int]]  # split -> class id -> rows
-    task_counts: dict[str, dict[str, int]]  # split -> task -> rows
     unassigned: dict[str, int]  # split -> rows of no task, kept or dropped
     rejected: int  # unreadable images, listed in rejected.parquet
     fingerprint: str

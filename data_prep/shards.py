@@ -40,7 +40,6 @@ from data_prep.schema import (
 from data_prep.staging import (
     STAGING,
     Job,
-    flat_counts,
     pieces,
     segmentation_tasks,
     stage_piece,
@@ -51,7 +50,6 @@ from data_prep.storage import (
     delete_folder,
     filesystem,
     join,
-    read_bytes,
     write_bytes,
 )
 
@@ -103,8 +101,6 @@ def prepare(
         ),
         seed=seed,
         splits=shards,
-        class_counts={split: _class_counts(part, table) for split, part in parts.items()},
-        task_counts={split: _task_counts(part, table) for split, part in parts.items()},
         unassigned={split: dropped[split] + late.get(split, 0) for split in splits},
         rejected=rejected,
         fingerprint=_fingerprint(shards, table),
@@ -113,20 +109,6 @@ def prepare(
     delete_folder(join(job.folder, STAGING))
     write_manifest(job.folder, manifest)
     return manifest
-
-
-def verify(folder: str, manifest: Manifest) -> list[str]:
-    """Paths of the shards that are missing or differ from the manifest."""
-    damaged = []
-    for split in manifest.splits.values():
-        for shard in split.shards:
-            try:
-                found = hashlib.sha256(read_bytes(join(folder, shard.path))).hexdigest()
-            except FileNotFoundError:
-                found = "missing"
-            if found != shard.sha256:
-                damaged.append(shard.path)
-    return damaged
 
 
 def row_schema(table: TaskTable) -> pa.Schema:
@@ -319,16 +301,6 @@ def _fetch(plan: pa.Table, job: Job) -> list[list[bytes]]:
                     blob[end - size : end] for size, end in zip(sizes[row], ends, strict=True)
                 ]
     return found
-
-
-def _class_counts(part: pa.Table, table: TaskTable) -> dict[str, int]:
-    counts = flat_counts(part["class_indices"], len(table.classes))
-    return dict(zip(table.classes, counts, strict=True))
-
-
-def _task_counts(part: pa.Table, table: TaskTable) -> dict[str, int]:
-    masks = np.array(part["task_mask"].to_pylist(), int).reshape(-1, len(table.tasks)).sum(axis=0)
-    return {task.name: int(count) for task, count in zip(table.tasks, masks, strict=True)}
 
 
 def _fingerprint(shards: dict[str, SplitInfo], table: TaskTable) -> str:

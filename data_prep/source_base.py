@@ -27,6 +27,8 @@ REFERENCES = pa.schema(
 class DataError(ValueError):
     """A user's mistake found in data or data settings: what came, what is allowed, what to do."""
 
+    exit_code = 2
+
 
 @dataclass(frozen=True)
 class RawRow:

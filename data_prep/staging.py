@@ -11,7 +11,6 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import numpy as np
 import pyarrow as pa
 
 from data_prep.checks import CleanImage, Rejection, clean_image, clean_mask
@@ -190,9 +189,3 @@ def _mask_blob(
     if mask is None:
         return b""
     return clean_mask(mask, image, num_labels=num_labels, ignored=ignored)
-
-
-def flat_counts(lists: pa.ChunkedArray, length: int) -> list[int]:
-    """How often each of 0..length-1 occurs in a column of lists."""
-    values = lists.combine_chunks().flatten().to_numpy(zero_copy_only=False)
-    return [int(count) for count in np.bincount(values, minlength=length)] if length else []

@@ -54,8 +54,8 @@ def class_name(class_id: str) -> str:
 
 def did_you_mean(wrong: str, known: Iterable[str]) -> str:
     """A hint to close an error message with; empty when nothing is near."""
-    near = difflib.get_close_matches(wrong, list(known), n=3, cutoff=0.6)
-    return f"; did you mean {' or '.join(near)}?" if near else ""
+    near = difflib.get_close_matches(wrong, sorted(known), n=3, cutoff=0.6)
+    return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
 
 
 def members_below(node: str, edges: Iterable[tuple[str, str]]) -> tuple[str, ...]:

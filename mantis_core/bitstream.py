@@ -49,6 +49,8 @@ class Reason(StrEnum):
 class BitstreamError(ValueError):
     """A stream that cannot be read or written; `reason` says why in a form a program can act on."""
 
+    exit_code = 2
+
     def __init__(self, reason: Reason, message: str) -> None:
         super().__init__(message)
         self.reason = reason

@@ -3,3 +3,5 @@
 
 class ModelError(ValueError):
     """A model, its weights or its classes do not fit what was asked of them."""
+
+    exit_code = 2

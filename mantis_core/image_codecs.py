@@ -21,6 +21,8 @@ Pixels = NDArray[np.uint8]
 class CodecError(ValueError):
     """A codec this Pillow was built without, or a file that is not of its format."""
 
+    exit_code = 2
+
 
 @dataclass(frozen=True)
 class ImageCodec:

@@ -7,7 +7,7 @@ from types import FrameType
 
 import typer
 
-from pipelines import cli_chain, cli_models, cli_tune
+from pipelines import cli_chain, cli_models, cli_score, cli_tune
 
 app = typer.Typer(
     help="MANTiS: train, measure, register and use task-adaptive image codecs.",
@@ -15,8 +15,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (*cli_chain.COMMANDS, *cli_tune.COMMANDS, *cli_models.COMMANDS):
-    app.command()(command)
+for module in (cli_chain, cli_score, cli_tune, cli_models):
+    for command in module.COMMANDS:
+        app.command()(command)
 
 
 def main() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -30,6 +30,22 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+STAGES: dict[str, tuple[StageKind | None, str]] = {
+    "run": (
+        None,
+        "The whole chain: prepare, train, evaluate, register. Finished stages are skipped.",
+    ),
+    "prepare": ("prepare", "Images and labels into Parquet shards."),
+    "teacher": (
+        "teacher",
+        "The uncompressed network that is distilled, where `teacher.weights` is `train`.",
+    ),
+    "stage1": ("stage1", "The task-agnostic codec, and whatever it needs first."),
+    "stage2": ("stage2", "The task-aware codec (main arm), and whatever it needs first."),
+    "evaluate": ("evaluate", "Every arm of an experiment, and whatever it needs first."),
+}
+"""Command to the stage it ends with, None for the last, and its help."""
+
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="KEY=VALUE", help="such as stage2.rate_weight=0.01"),
@@ -42,97 +58,23 @@ Address = Annotated[
 ]
 
 
-@ending_well
-def run(
-    config: Config,
-    overrides: Overrides = None,
-    dry_run: DryRun = False,
-    as_json: AsJson = False,
-    address: Address = None,
-) -> None:
-    """The whole chain: prepare, train, evaluate, register. Finished stages are skipped."""
-    _chain("run", None, config, overrides, dry_run, as_json, address)
+def _stage_command(name: str, until: StageKind | None, text: str) -> Callable[..., None]:
+    """The command that runs a chain until that stage."""
+
+    def command(
+        config: Config,
+        overrides: Overrides = None,
+        dry_run: DryRun = False,
+        as_json: AsJson = False,
+        address: Address = None,
+    ) -> None:
+        _chain(name, until, config, overrides, dry_run, as_json, address)
+
+    command.__name__, command.__doc__ = name, text
+    return ending_well(command)
 
 
-@ending_well
-def prepare(
-    config: Config,
-    overrides: Overrides = None,
-    dry_run: DryRun = False,
-    as_json: AsJson = False,
-    address: Address = None,
-) -> None:
-    """Images and labels into Parquet shards."""
-    _chain("prepare", "prepare", config, overrides, dry_run, as_json, address)
-
-
-@ending_well
-def teacher(
-    config: Config,
-    overrides: Overrides = None,
-    dry_run: DryRun = False,
-    as_json: AsJson = False,
-    address: Address = None,
-) -> None:
-    """The uncompressed network that is distilled, where `teacher.weights` is `train`."""
-    _chain("teacher", "teacher", config, overrides, dry_run, as_json, address)
-
-
-@ending_well
-def stage1(
-    config: Config,
-    overrides: Overrides = None,
-    dry_run: DryRun = False,
-    as_json: AsJson = False,
-    address: Address = None,
-) -> None:
-    """The task-agnostic codec, and whatever it needs first."""
-    _chain("stage1", "stage1", config, overrides, dry_run, as_json, address)
-
-
-@ending_well
-def stage2(
-    config: Config,
-    overrides: Overrides = None,
-    dry_run: DryRun = False,
-    as_json: AsJson = False,
-    address: Address = None,
-) -> None:
-    """The task-aware codec (main arm), and whatever it needs first."""
-    _chain("stage2", "stage2", config, overrides, dry_run, as_json, address)
-
-
-@ending_well
-def evaluate(
-    overrides: Overrides = None,
-    config: Annotated[
-        Path | None, typer.Option("--config", "-c", help="evaluate every arm of an experiment")
-    ] = None,
-    model: Annotated[
-        str | None, typer.Option("--model", help="models:/mantis@champion or a checkpoint folder")
-    ] = None,
-    data: Annotated[
-        str | None, typer.Option("--data", help="Parquet files or a folder of images by class")
-    ] = None,
-    root: Annotated[
-        str | None, typer.Option("--root", help="where `models:/...` is looked up")
-    ] = None,
-    dry_run: DryRun = False,
-    as_json: AsJson = False,
-    address: Address = None,
-) -> None:
-    """Every arm of an experiment (--config), or one model on other images (--model --data)."""
-    if config is not None and model is None and data is None:
-        _chain("evaluate", "evaluate", config, overrides, dry_run, as_json, address)
-    elif model is not None and data is not None and config is None and not dry_run:
-        _evaluate_model(model, data, list(overrides or ()), root, as_json, address)
-    else:
-        raise Stopped(
-            "error: give --config for an experiment, or --model and --data for a model", MISTAKE
-        )
-
-
-COMMANDS = (run, prepare, teacher, stage1, stage2, evaluate)
+COMMANDS = tuple(_stage_command(name, *STAGES[name]) for name in STAGES)
 
 
 def _chain(
@@ -271,55 +213,3 @@ def _show_arms(arms: Sequence[dict[str, Any]], console: Console) -> None:
         shown = ("" if value is None else f"{value:.4g}" for value in values)
         rows.append([arm["name"], *shown])
     console.final_table("Results", ("arm", *columns.values()), rows)
-
-
-def _evaluate_model(
-    model: str,
-    data: str,
-    overrides: Sequence[str],
-    root: str | None,
-    as_json: bool,
-    address: str | None,
-) -> None:
-    from pipelines.cli_models import model_folder
-    from pipelines.cluster import connect
-    from pipelines.logs import captured_output
-    from pipelines.settings import with_overrides
-    from pipelines.storage import absolute_root
-
-    folder = model_folder(model, root)
-    joined = [*overrides, f"cluster.address={address}"] if address else overrides
-    settings = with_overrides(_settings_around(folder), joined)
-    runs = absolute_root(root or settings.storage.root)
-    logs = Path("runs/logs") if "://" in runs else Path(runs) / "logs"
-    with captured_output(logs), connect(settings.cluster, runs):
-        from pipelines.evaluation import evaluate_model  # imports ray: what it reads is set by now
-
-        measured = evaluate_model(folder, absolute_root(data), settings)
-    if as_json:
-        print_json(measured)
-        return
-    typer.echo(f"{measured['rows']} images, {measured['rejected']} rejected")
-    for name, value in measured["metrics"].items():
-        typer.echo(f"{name}  {value:.6g}")
-
-
-def _settings_around(folder: Path) -> Settings:
-    """Default settings over a model's own data and tasks; `evaluate` and `cluster` count."""
-    import yaml
-
-    from mantis_core.checkpoint import read_meta
-    from pipelines.settings import Settings
-
-    preparation = read_meta(folder)["preparation"]
-    spec = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    tasks = []
-    for task in spec["tasks"]:
-        labels = {"labels": task["labels"]}
-        if task["kind"] == "classification":
-            labels = {"classes": [spec["classes"][index] for index in task["classes"]]}
-        tasks.append({"name": task["name"], "kind": task["kind"], **labels})
-    evaluate = {"batch_size": preparation["batch_size"]}
-    return Settings.model_validate(
-        {"data": preparation["data"], "tasks": tasks, "evaluate": evaluate}
-    )

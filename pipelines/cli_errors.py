@@ -4,29 +4,12 @@ from __future__ import annotations
 
 import functools
 import json
-import sys
 from collections.abc import Callable
 from typing import Any
 
 import typer
 
 MISTAKE, FAILURE, SOME_FAILED, INTERRUPTED = 2, 1, 3, 130  # exit codes
-
-# What a user can have got wrong, by module: looked up only among modules already imported.
-USER_ERRORS = {
-    "data_prep.source_base": "DataError",
-    "mantis_core.bitstream": "BitstreamError",
-    "mantis_core.errors": "ModelError",
-    "pipelines.cluster": "PreflightError",
-    "mantis_core.image_codecs": "CodecError",
-    "pipelines.local_cluster": "LocalClusterError",
-    "pipelines.registry": "RegistryError",
-    "pipelines.report": "ReportError",
-    "pipelines.run_record": "StageBusy",
-    "pipelines.settings_errors": "SettingsError",
-    "pipelines.storage": "StorageError",
-    "pipelines.tracking": "TrackingError",
-}
 
 
 class Stopped(Exception):
@@ -60,13 +43,8 @@ def ending_well(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def is_mistake(error: BaseException) -> bool:
-    """Whether the error is one that the user can mend, told by one message."""
-    known = [
-        getattr(sys.modules[module], name)
-        for module, name in USER_ERRORS.items()
-        if module in sys.modules
-    ]
-    return isinstance(error, tuple(known))
+    """Whether the user can mend the error, told by one message: its class has `exit_code` 2."""
+    return getattr(error, "exit_code", FAILURE) == MISTAKE
 
 
 def print_json(value: Any) -> None:

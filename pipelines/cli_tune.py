@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import shlex
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from pipelines.cli_chain import Address, AsJson, Config, Overrides, terminal
-from pipelines.cli_errors import FAILURE, MISTAKE, SOME_FAILED, Stopped, ending_well, print_json
+from pipelines.cli_errors import FAILURE, SOME_FAILED, Stopped, ending_well, print_json
 
 if TYPE_CHECKING:
     from typing import TextIO
 
     from pipelines.search import SearchResult
 
-SEARCHES = ("optuna", "random")
-OBJECTIVES = ("pareto", "top1", "bits", "loss")
+Search = Literal["optuna", "random"]
+Objective = Literal["pareto", "top1", "bits", "loss"]
 SHOWN_FAILURES = 5
 
 
@@ -30,10 +30,10 @@ def tune(
     trials: Annotated[int, typer.Option("--trials", "-n", min=1, help="in all, resumed or not")],
     overrides: Overrides = None,
     search: Annotated[
-        str, typer.Option("--search", help="optuna (multi-objective TPE) or random")
+        Search, typer.Option("--search", help="optuna (multi-objective TPE) or random")
     ] = "optuna",
     objective: Annotated[
-        str,
+        Objective,
         typer.Option(
             "--objective",
             help="pareto (top1 over bytes), or one of held-back rows: top1, bits, loss",
@@ -65,15 +65,13 @@ def tune(
     from pipelines.search_driver import SearchOptions
     from pipelines.settings import load_settings
 
-    _one_of("--search", search, SEARCHES)
-    _one_of("--objective", objective, OBJECTIVES)
     overrides = list(overrides or ())
     joined = [*overrides, f"cluster.address={address}"] if address else overrides
     settings = load_settings(config, joined)
     options = SearchOptions(
         space=space,
         trials=trials,
-        kind=search,  # type: ignore[arg-type]  # checked above
+        kind=search,
         objective=objective,
         include_stage1=include_stage1,
         resume=resume,
@@ -101,11 +99,6 @@ def tune(
 
 
 COMMANDS = (tune,)
-
-
-def _one_of(option: str, came: str, allowed: tuple[str, ...]) -> None:
-    if came not in allowed:
-        raise Stopped(f"error: {option} {came}: give one of {', '.join(allowed)}", MISTAKE)
 
 
 def _show(result: SearchResult, stream: TextIO) -> None:

@@ -28,14 +28,29 @@ POLL_INTERVAL_S = 1.0
 class PreflightError(ValueError):
     """What is asked for cannot be had here; told before anything starts."""
 
+    exit_code = 2
+
 
 @dataclass(frozen=True)
 class Available:
-    """What a machine or cluster has."""
+    """What a node, or a cluster of several, has."""
 
     cpus: float
     gpus: float
-    nodes: int
+    nodes: int = 1
+
+
+def cluster_nodes() -> list[Available]:
+    """What each node that is alive has. Ray must be connected."""
+    import ray
+
+    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return [Available(each.get("CPU", 0.0), each.get("GPU", 0.0)) for each in alive]
+
+
+def together(nodes: Sequence[Available]) -> Available:
+    """What these nodes have in all."""
+    return Available(sum(n.cpus for n in nodes), sum(n.gpus for n in nodes), len(nodes))
 
 
 def cluster_address(cluster: ClusterConfig) -> str:
@@ -57,7 +72,7 @@ def check_machine(settings: Settings) -> None:
     root = settings.storage.root
     if cluster_address(settings.cluster) == "local":
         cpus = len(os.sched_getaffinity(0))
-        check_resources(settings.cluster, root, Available(cpus, math.inf, 1), data_cpus=0)
+        check_resources(settings.cluster, root, Available(cpus, math.inf), data_cpus=0)
     folder = Store(root).local_path()
     if folder is not None:
         check_disk(folder)
@@ -264,23 +279,12 @@ def _wait_for_resources(
         request_resources(bundles=[bundle] * cluster.min_workers + [{"CPU": math.ceil(data_cpus)}])
     while True:
         try:
-            check_resources(cluster, root, _cluster_has(), data_cpus=data_cpus)
+            nodes = cluster_nodes()
+            check_resources(cluster, root, together(nodes), data_cpus=data_cpus)
             if not data_nodes():
-                check_room_for_data(cluster, _nodes(), data_cpus=data_cpus)
+                check_room_for_data(cluster, nodes, data_cpus=data_cpus)
             return
         except PreflightError:
             if not cluster.autoscaling or now() > deadline:
                 raise
         time.sleep(POLL_INTERVAL_S)
-
-
-def _cluster_has() -> Available:
-    nodes = _nodes()
-    return Available(sum(n.cpus for n in nodes), sum(n.gpus for n in nodes), len(nodes))
-
-
-def _nodes() -> list[Available]:
-    import ray
-
-    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    return [Available(each.get("CPU", 0.0), each.get("GPU", 0.0), 1) for each in alive]

@@ -36,6 +36,8 @@ LOG_LINES = 20
 class LocalClusterError(ValueError):
     """A cluster that cannot be started or is not there; the message says what to do."""
 
+    exit_code = 2
+
 
 @dataclass(frozen=True)
 class Started:

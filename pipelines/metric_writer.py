@@ -21,6 +21,8 @@ from mlflow.entities import Metric, RunTag
 from mlflow.exceptions import MlflowException
 from sqlalchemy.exc import SQLAlchemyError
 
+from pipelines.storage import write_file
+
 logger = logging.getLogger(__name__)
 
 TRACKING_FAILURES = (MlflowException, SQLAlchemyError, requests.RequestException, OSError)
@@ -110,7 +112,8 @@ class MetricWriter:
         return []
 
     def _spool(self, records: list[dict[str, Any]]) -> None:
-        _write_atomically(self.spool, "".join(json.dumps(record) + "\n" for record in records))
+        self.spool.parent.mkdir(parents=True, exist_ok=True)
+        write_file(self.spool, "".join(json.dumps(record) + "\n" for record in records).encode())
 
     def _spooled(self) -> list[dict[str, Any]]:
         if not self.spool.exists():
@@ -183,13 +186,3 @@ def _record(metrics: Mapping[str, Any]) -> dict[str, Any]:
     }
     record = {"step": step, "timestamp": now_ms(), "metrics": finite(values)}
     return {**record, "tags": tags}
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)

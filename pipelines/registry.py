@@ -37,6 +37,8 @@ FIGURES = ("val/top1", "val/bpp", "val/wire_bytes")
 class RegistryError(ValueError):
     """A model, version or run that cannot be used; the message says what is allowed."""
 
+    exit_code = 2
+
 
 def register_stage(spec: "StageSpec", context: "StageContext") -> dict[str, Any]:
     """Register the main arm of a chain as the newest `candidate`.

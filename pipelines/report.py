@@ -52,6 +52,8 @@ TIMES = "\N{MULTIPLICATION SIGN}"
 class ReportError(ValueError):
     """An evaluation that cannot be reported; the message says why."""
 
+    exit_code = 2
+
 
 @dataclass(frozen=True)
 class ReportPaths:

@@ -19,6 +19,8 @@ StageState = Literal["done", "started", "new"]
 class StageBusy(ValueError):
     """Another process works on the same stage."""
 
+    exit_code = 2
+
 
 @contextlib.contextmanager
 def claim(store: Store, spec: StageSpec) -> Iterator[None]:

@@ -167,7 +167,8 @@ class _Session:
         self._run(self.base, last, self.runs.run_id)
 
     def _search(self) -> None:
-        from pipelines.search_tune import check_fits, cluster_nodes, concurrent_trials, run_trials
+        from pipelines.cluster import cluster_nodes
+        from pipelines.search_tune import check_fits, concurrent_trials, run_trials
         from pipelines.search_view import SearchView
 
         settings, tune = self.task.settings, self.task.settings.tune

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from optuna.study import Study
 
 SearchKind = Literal["optuna", "random"]
-SEARCH_KINDS: tuple[SearchKind, ...] = ("optuna", "random")
 
 
 def propose(

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import tune_spaces
-from pipelines.settings_errors import SettingsError, did_you_mean
+from data_prep.subgroups import did_you_mean
+from pipelines.settings_errors import SettingsError
 from tune_spaces.domains import Choice, Domain, Field, Integer, LogUniform, Space, Uniform, Value
 
 if TYPE_CHECKING:
@@ -32,7 +33,8 @@ def load_space(name: str, *, include_stage1: bool) -> Space:
     """The fields of `tune_spaces/<name>.py` that are searched. Raises SettingsError."""
     known = space_names()
     if name not in known:
-        raise SettingsError(f"--space {name}: there is no such space; {did_you_mean(name, known)}")
+        hint = did_you_mean(name, known) or f"; known are: {', '.join(known)}"
+        raise SettingsError(f"--space {name}: there is no such space{hint}")
     space: Space = importlib.import_module(f"tune_spaces.{name}").SPACE
     return {key: field for key, field in space.items() if include_stage1 or not field.optional}
 

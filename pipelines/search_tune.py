@@ -11,7 +11,6 @@ import math
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -19,7 +18,7 @@ from ray import tune
 from ray.actor import ActorHandle
 from ray.tune.search import Searcher
 
-from pipelines.cluster import Available, check_resources, environment, on_this_node
+from pipelines.cluster import Available, check_resources, environment, on_this_node, together
 from pipelines.search_driver import SearchDriver
 from pipelines.search_points import Halving
 from pipelines.search_referee import Referee
@@ -41,15 +40,7 @@ TUNE_ENVIRONMENT = {
 }
 
 
-@dataclass(frozen=True)
-class Node:
-    """What one node of the cluster has."""
-
-    cpus: float
-    gpus: float
-
-
-def concurrent_trials(cluster: ClusterConfig, nodes: Sequence[Node]) -> int:
+def concurrent_trials(cluster: ClusterConfig, nodes: Sequence[Available]) -> int:
     """How many trials train at a time without one waiting for what another holds; at least 1.
 
     Workers are counted node by node, as none spans two, and each trial has its share of CPUs for
@@ -57,8 +48,8 @@ def concurrent_trials(cluster: ClusterConfig, nodes: Sequence[Node]) -> int:
     """
     workers = sum(_workers_on(node, cluster) for node in nodes)
     wanted = cluster.max_workers * cluster.cpus_per_worker + (cluster.data_cpus or 1.0)
-    cpus = sum(node.cpus for node in nodes)
-    return max(1, min(workers // cluster.max_workers, math.floor(cpus / wanted + LEAST)))
+    by_cpus = math.floor(together(nodes).cpus / wanted + LEAST)
+    return max(1, min(workers // cluster.max_workers, by_cpus))
 
 
 def run_trials(driver: SearchDriver, halving: Halving | None, *, concurrent: int) -> float:
@@ -91,17 +82,9 @@ def run_trials(driver: SearchDriver, halving: Halving | None, *, concurrent: int
     return time.time() - began
 
 
-def cluster_nodes() -> list[Node]:
-    """The nodes that are alive."""
-    resources = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    return [Node(each.get("CPU", 0.0), each.get("GPU", 0.0)) for each in resources]
-
-
-def check_fits(nodes: Sequence[Node], settings: Settings) -> None:
+def check_fits(nodes: Sequence[Available], settings: Settings) -> None:
     """Raises PreflightError for a trial whose training the whole cluster could not hold."""
-    cpus, gpus = sum(node.cpus for node in nodes), sum(node.gpus for node in nodes)
-    available = Available(cpus, gpus, len(nodes))
-    check_resources(settings.cluster, settings.storage.root, available, data_cpus=0)
+    check_resources(settings.cluster, settings.storage.root, together(nodes), data_cpus=0)
 
 
 class _Link:
@@ -159,7 +142,7 @@ class _Watch(tune.Callback):
             self.link.fetch()
 
 
-def _workers_on(node: Node, cluster: ClusterConfig) -> int:
+def _workers_on(node: Available, cluster: ClusterConfig) -> int:
     """Training workers that fit on a node; a fraction of a GPU stays on one GPU."""
     counts = []
     if cluster.cpus_per_worker:

@@ -26,7 +26,7 @@ from mantis_core.config import (
     Stage2Config,
     TeacherConfig,
 )
-from pipelines.settings_errors import SettingsError, explain, refuse_conversions
+from pipelines.settings_errors import SettingsError, explain
 from pipelines.storage import absolute_root
 
 Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -336,13 +336,11 @@ def _override(raw: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any
 
 def _validate(raw: Mapping[str, Any]) -> Settings:
     try:
-        settings = Settings.model_validate_json(json.dumps(raw))
+        return Settings.model_validate_json(json.dumps(raw), strict=True)
     except TypeError as error:
         raise SettingsError(f"the config holds a value that is not plain YAML: {error}") from error
     except ValidationError as error:
         raise SettingsError(explain(error, Settings, raw)) from error
-    refuse_conversions(raw, settings.model_dump(mode="json"))
-    return settings
 
 
 def _with_absolute_paths(settings: Settings) -> Settings:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import difflib
 import types
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from data_prep.subgroups import did_you_mean
+
 
 class SettingsError(ValueError):
     """A user's mistake in a config file or an override."""
+
+    exit_code = 2
 
 
 def explain(error: ValidationError, model: type[BaseModel], raw: Any) -> str:
@@ -25,45 +28,19 @@ def explain(error: ValidationError, model: type[BaseModel], raw: Any) -> str:
     return "\n".join(dict.fromkeys(lines))
 
 
-def refuse_conversions(raw: Any, read: Any, key: str = "") -> None:
-    """Raises SettingsError where pydantic took text or true/false for a number, or the reverse.
-
-    `raw` is what the user wrote, `read` the same place in the validated config.
-    """
-    if isinstance(raw, dict) and isinstance(read, dict):
-        for name in raw.keys() & read.keys():
-            refuse_conversions(raw[name], read[name], f"{key}.{name}".lstrip("."))
-    elif isinstance(raw, list) and isinstance(read, list):
-        for index, (came, taken) in enumerate(zip(raw, read, strict=False)):
-            refuse_conversions(came, taken, f"{key}.{index}")
-    elif isinstance(raw, str | bool) and isinstance(read, bool | int | float | str):
-        if type(raw) is not type(read):
-            raise SettingsError(f"{key}: got {raw!r}; input should be a valid {_kind(read)}")
-    elif isinstance(raw, int | float) and isinstance(read, bool):
-        raise SettingsError(f"{key}: got {raw!r}; input should be true or false")
-
-
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """ "; did you mean 'x'?" or, when nothing is near, the list of what is known."""
-    names = sorted(known)
-    near = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
-    return f"did you mean {near[0]!r}?" if near else f"known are: {', '.join(names)}"
-
-
-def _kind(value: bool | int | float | str) -> str:
-    names = {bool: "boolean: true or false", int: "integer", float: "number", str: "text"}
-    return names[type(value)]
-
-
 def _line(detail: ErrorDetails, model: type[BaseModel], raw: Any) -> str:
     location = detail["loc"]
     key = _dotted(location, raw)
     if detail["type"] == "extra_forbidden":
         fields = {name for found in _models_at(model, location[:-1]) for name in found.model_fields}
-        return f"{key}: unknown key; {did_you_mean(str(location[-1]), fields)}"
+        hint = did_you_mean(str(location[-1]), fields)
+        known = f"; known are: {', '.join(sorted(fields))}"
+        return f"{key}: unknown key{hint or known}"
     if detail["type"] == "missing":
         return f"{key}: missing; add it to the config or as {key}=VALUE"
     message = detail["msg"].removeprefix("Value error, ")
+    if detail["type"] == "bool_type":
+        message = "Input should be true or false"
     if detail["type"] in ("value_error", "assertion_error"):
         return f"{key}: {message}" if key and not message.startswith(key) else message
     came = detail["input"]
@@ -72,8 +49,7 @@ def _line(detail: ErrorDetails, model: type[BaseModel], raw: Any) -> str:
     if detail["type"] == "literal_error" and isinstance(came, str):
         expected = detail["ctx"]["expected"].replace(" or ", ",")
         allowed = [word.strip("' ") for word in expected.split(",")]
-        near = difflib.get_close_matches(came, allowed, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = did_you_mean(came, allowed)
     return f"{key}: got {shown}; {message[0].lower()}{message[1:]}{hint}"
 
 

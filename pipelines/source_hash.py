@@ -19,6 +19,7 @@ PLUMBING = frozenset(
         "cli_chain",
         "cli_errors",
         "cli_models",
+        "cli_score",
         "cli_tune",
         "cluster",
         "console",

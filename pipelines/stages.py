@@ -54,10 +54,6 @@ class StageContext:
     run_id: str | None = None
     stage_run_id: str | None = None
 
-    def result(self, stage: str) -> dict[str, Any]:
-        """The result of a stage that has run."""
-        return read_result(self.store, self.specs[stage])
-
 
 @dataclass(frozen=True)
 class StageOutcome:

@@ -17,6 +17,8 @@ PROBE = ".writable"
 class StorageError(ValueError):
     """A storage root that cannot be used; the message says what is allowed."""
 
+    exit_code = 2
+
 
 class Store:
     """Reads and writes under one root.
@@ -59,7 +61,7 @@ class Store:
         with writing(self.join(path)):
             self.filesystem.create_dir(folder, recursive=True)
             if self.is_local:
-                _write_local(Path(target), data)
+                write_file(Path(target), data)
                 return
             partial = f"{folder}/.{name}.{os.getpid()}.partial"
             with self.filesystem.open_output_stream(partial) as stream:
@@ -194,7 +196,8 @@ def _open_fsspec(root: str) -> tuple[fs.FileSystem, str]:
     return fs.PyFileSystem(fs.FSSpecHandler(filesystem)), base
 
 
-def _write_local(target: Path, data: bytes) -> None:
+def write_file(target: Path, data: bytes) -> None:
+    """Writes a file of this machine atomically; its folder exists. Raises OSError."""
     descriptor, partial = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
     try:
         with os.fdopen(descriptor, "wb") as stream:

@@ -38,6 +38,8 @@ DECIDING_PACKAGES = ("torch", "compressai", "constriction", "ray", "mlflow", "nu
 class TrackingError(ValueError):
     """A tracking setting or run name that cannot be used; the message says what to do."""
 
+    exit_code = 2
+
 
 @dataclass(frozen=True)
 class TrackingLocation:

@@ -13,7 +13,7 @@ import pytest
 from PIL import ExifTags, Image
 
 from data_prep.schema import DataConfig, DataError, TaskConfig, TaskTable, read_manifest
-from data_prep.shards import prepare, verify
+from data_prep.shards import prepare
 from data_prep.staging import row_labels
 from data_prep.subgroups import resolve_tasks
 
@@ -131,14 +131,14 @@ def test_a_class_of_two_tasks_makes_both_active(
 ) -> None:
     table = resolve_tasks(animals, folder_data)
     manifest = prepare(folder_data, table, seed=0, output=str(tmp_path))
-    for row in rows_of(tmp_path, "val"):
+    rows = rows_of(tmp_path, "val")
+    assert len(rows) == 12
+    for row in rows:
         index = table.classes.index(row["source_id"].split("/")[1])
         assert row["class_label"] == index
         assert row["task_mask"] == [index < 2, True]
         assert row["labels"] == [index if index < 2 else -1, index]
     assert manifest.single_class
-    assert manifest.task_counts["val"] == {"pets": 8, "animals": 12}
-    assert set(manifest.class_counts["val"].values()) == {4}
 
 
 @pytest.mark.parametrize("unassigned", ["drop", "keep"])
@@ -171,10 +171,11 @@ def test_sources_mix(image_folder: Path, animals: tuple[TaskConfig, ...], tmp_pa
         TaskConfig(name="blobs", kind="segmentation", mask="regions", labels=("0", "r", "g", "b")),
     )
     manifest = prepare(data, resolve_tasks(tasks, data), seed=0, output=str(tmp_path / "out"))
-    counts = manifest.task_counts["train"]
-    assert counts["animals"] > 30
-    assert counts["stroke"] > 0
-    assert counts["blobs"] > 0
+    active = [row["task_mask"] for row in rows_of(tmp_path / "out", "train")]
+    animals_rows, stroke_rows, blobs_rows = (sum(each) for each in zip(*active, strict=True))
+    assert animals_rows > 30
+    assert stroke_rows > 0
+    assert blobs_rows > 0
     assert [source.rows for source in manifest.sources] == [
         {"train": 36, "val": 12},
         {"train": 20, "val": 5},
@@ -220,21 +221,6 @@ def test_scoring_prepares_val_alone_and_reports_progress(
     assert set(manifest.splits) == {"val"}
     assert seen[-1] == ("write", 12, 12)
     assert ("read", 12, 12) in seen
-
-
-def test_verify_names_a_damaged_and_a_missing_shard(
-    folder_data: DataConfig, animals: tuple[TaskConfig, ...], tmp_path: Path
-) -> None:
-    manifest = prepare(
-        folder_data, resolve_tasks(animals, folder_data), seed=0, output=str(tmp_path)
-    )
-    assert verify(str(tmp_path), manifest) == []
-    train, val = manifest.splits["train"].shards[0].path, manifest.splits["val"].shards[0].path
-    content = bytearray((tmp_path / train).read_bytes())
-    content[100] ^= 1
-    (tmp_path / train).write_bytes(content)
-    (tmp_path / val).unlink()
-    assert verify(str(tmp_path), manifest) == [train, val]
 
 
 def test_a_row_of_several_classes_has_no_single_class_label() -> None:

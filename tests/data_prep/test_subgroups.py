@@ -55,7 +55,7 @@ def test_a_class_of_two_tasks_has_one_global_index() -> None:
 @pytest.mark.parametrize(
     ("task", "message"),
     [
-        (TaskConfig(name="a", group="dog"), "did you mean dogs"),
+        (TaskConfig(name="a", group="dog"), "did you mean 'dogs'"),
         (TaskConfig(name="a", classes=("n02085621", "n02085620")), "did you mean .*n02085620"),
         (TaskConfig(name="a", classes=("x", "x")), "x is named twice"),
         (TaskConfig(name="a", indices=("990-1000",)), "within 0-999"),
@@ -75,5 +75,5 @@ def test_a_mistake_in_a_task_is_named(task: TaskConfig, message: str) -> None:
 def test_members_below_a_node_are_found_through_two_parents() -> None:
     edges = [("animal", "pet"), ("animal", "dog"), ("pet", "n02123045"), ("dog", "n02085620")]
     assert members_below("animal", edges) == ("n02085620", "n02123045")
-    with pytest.raises(DataError, match="did you mean animal"):
+    with pytest.raises(DataError, match="did you mean 'animal"):
         members_below("animals", edges)

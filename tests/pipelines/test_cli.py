@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from pipelines import plan, stages
 from pipelines.__main__ import app
-from pipelines.cli_errors import USER_ERRORS
+from pipelines.cli_errors import MISTAKE, is_mistake
 from pipelines.cli_models import BATCH
 
 CONFIG = """
@@ -105,6 +105,8 @@ def test_run_in_a_pipe_tells_each_stage_and_the_results(config: Path) -> None:
 def test_a_stage_command_stops_after_its_stage(config: Path) -> None:
     done = mantis("stage1", "--config", config, "--json", "stage1.epochs=1")
     assert list(json.loads(done.stdout)["stages"]) == ["prepare", "teacher", "stage1"]
+    done = mantis("evaluate", "--config", config, "--json", "stage1.epochs=1")
+    assert list(json.loads(done.stdout)["stages"])[-1] == "evaluate"
 
 
 @pytest.mark.usefixtures("fakes")
@@ -138,9 +140,9 @@ def test_a_dry_run_tells_what_would_run_and_writes_nothing(config: Path) -> None
         (("run", "--config", "tiny.yaml", "cluster.workers=999"), "asks for 999 CPUs"),
         (("run", "--config", "tiny.yaml", "tasks.0.classes_from=shaped"), "shape"),
         (("teacher", "--config", "tiny.yaml", "teacher.weights=pretrained"), "no stage teacher"),
-        (("evaluate",), "give --config for an experiment, or --model and --data"),
-        (("evaluate", "--model", "m", "--config", "tiny.yaml"), "give --config"),
-        (("evaluate", "--model", "m", "--data", "d"), "m is no model folder"),
+        (("evaluate",), "--config"),
+        (("score", "m"), "DATA"),
+        (("score", "m", "d"), "m is no model folder"),
         (("report", "--root", "empty"), "there are no runs in"),
         (("models",), "there are no runs in"),
         (("encode", "nomodel", "a.png", "-o", "a.mts"), "nomodel is no model folder"),
@@ -200,11 +202,40 @@ def test_an_interrupt_exits_130_with_the_command_that_resumes_it(
     assert f"interrupted. Resume with:\n  mantis run --config {config}" in done.stderr
 
 
-def test_every_user_error_named_exists() -> None:
-    import importlib
+def test_what_a_user_can_mend_says_so_itself() -> None:
+    from data_prep.source_base import DataError
+    from mantis_core.bitstream import BitstreamError
+    from mantis_core.errors import ModelError
+    from mantis_core.image_codecs import CodecError
+    from pipelines.cluster import PreflightError
+    from pipelines.local_cluster import LocalClusterError
+    from pipelines.registry import RegistryError
+    from pipelines.report import ReportError
+    from pipelines.run_record import StageBusy
+    from pipelines.settings_errors import SettingsError
+    from pipelines.storage import StorageError
+    from pipelines.tracking import TrackingError
 
-    for module, name in USER_ERRORS.items():
-        assert issubclass(getattr(importlib.import_module(module), name), ValueError)
+    errors = (
+        DataError,
+        BitstreamError,
+        ModelError,
+        CodecError,
+        PreflightError,
+        LocalClusterError,
+        RegistryError,
+        ReportError,
+        StageBusy,
+        SettingsError,
+        StorageError,
+        TrackingError,
+    )
+    assert {error.exit_code for error in errors} == {MISTAKE}
+
+
+@pytest.mark.parametrize("error", [ValueError("x"), OSError("x"), stages.TrainingStopped("x")])
+def test_no_other_error_is_taken_for_a_users_mistake(error: Exception) -> None:
+    assert not is_mistake(error)
 
 
 @pytest.fixture
@@ -317,7 +348,7 @@ def python(*arguments: str, cwd: Path) -> "subprocess.CompletedProcess[str]":
     )
 
 
-@pytest.mark.parametrize("command", ["", "run", "tune", "evaluate", "encode", "models"])
+@pytest.mark.parametrize("command", ["", "run", "tune", "evaluate", "score", "encode", "models"])
 def test_help_answers_without_heavy_imports(command: str, tmp_path: Path) -> None:
     code = (
         "import sys; from pipelines.__main__ import main; sys.argv.append('--help')\n"

@@ -102,8 +102,8 @@ def test_the_exit_code_tells_that_some_or_all_trials_failed(
     ("arguments", "message"),
     [
         (("--space", "joimt", "--trials", "2"), "did you mean 'joint'"),
-        (("--space", "joint", "--trials", "2", "--search", "grid"), "give one of optuna, random"),
-        (("--space", "joint", "--trials", "2", "--objective", "psnr"), "give one of pareto"),
+        (("--space", "joint", "--trials", "2", "--search", "grid"), "'grid' is not one of"),
+        (("--space", "joint", "--trials", "2", "--objective", "psnr"), "'psnr' is not one of"),
         (("--space", "joint", "--trials", "0"), "--trials"),
         (("--trials", "2"), "--space"),
         (("--space", "joint", "--trials", "2", "cluster.workers=999"), "asks for 999 CPUs"),

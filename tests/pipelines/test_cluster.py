@@ -32,12 +32,12 @@ tasks: [{name: outline, classes_from: shapes}]
 @pytest.mark.parametrize(
     ("asked", "available", "data_cpus", "message"),
     [
-        ({"workers": 4}, Available(2, 0, 1), 0, r"4 x .* asks for 4 CPUs, and this machine has 2"),
-        ({"workers": 2}, Available(2, 0, 1), 1, r"and 1 for data \(cluster\.data_cpus\)"),
-        ({"gpus_per_worker": 1}, Available(8, 0, 1), 0, "asks for 1 GPUs, and this machine has 0"),
+        ({"workers": 4}, Available(2, 0), 0, r"4 x .* asks for 4 CPUs, and this machine has 2"),
+        ({"workers": 2}, Available(2, 0), 1, r"and 1 for data \(cluster\.data_cpus\)"),
+        ({"gpus_per_worker": 1}, Available(8, 0), 0, "asks for 1 GPUs, and this machine has 0"),
         ({"workers": 9}, Available(8, 0, 4), 0, "the 4 nodes have 8"),
         ({}, Available(8, 0, 2), 0, r"storage\.root /here is a folder of one machine"),
-        ({"autoscaling": True}, Available(8, 0, 1), 0, r"s3://bucket/folder, or file:///folder"),
+        ({"autoscaling": True}, Available(8, 0), 0, r"s3://bucket/folder, or file:///folder"),
     ],
 )
 def test_more_than_there_is_gets_one_clear_message(
@@ -48,12 +48,12 @@ def test_more_than_there_is_gets_one_clear_message(
 
 
 def test_an_elastic_training_needs_room_for_its_fewest_workers_alone() -> None:
-    check_resources(ClusterConfig(workers=(2, 8)), "/here", Available(3, 0, 1), data_cpus=1)
+    check_resources(ClusterConfig(workers=(2, 8)), "/here", Available(3, 0), data_cpus=1)
     with pytest.raises(PreflightError, match=r"cluster\.workers 2 x .* asks for 2 CPUs"):
-        check_resources(ClusterConfig(workers=(2, 8)), "/here", Available(2, 0, 1), data_cpus=1)
+        check_resources(ClusterConfig(workers=(2, 8)), "/here", Available(2, 0), data_cpus=1)
 
 
-SMALL = [Available(2, 0, 1)] * 4
+SMALL = [Available(2, 0)] * 4
 
 
 @pytest.mark.parametrize(
@@ -61,8 +61,8 @@ SMALL = [Available(2, 0, 1)] * 4
     [
         ({"workers": 8}, SMALL),
         ({"workers": (1, 8), "cpus_per_worker": 1.5}, SMALL),
-        ({"workers": (1, 4), "gpus_per_worker": 1}, [Available(16, 1, 1)] * 4),
-        ({"workers": (1, 2)}, [Available(3, 0, 1)]),
+        ({"workers": (1, 4), "gpus_per_worker": 1}, [Available(16, 1)] * 4),
+        ({"workers": (1, 2)}, [Available(3, 0)]),
     ],
 )
 def test_an_elastic_training_that_leaves_cpus_to_data_is_taken(

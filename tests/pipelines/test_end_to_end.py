@@ -120,9 +120,7 @@ def test_image_codecs_stand_beside_the_codec_with_their_whole_files(finished):
 def test_scoring_the_registered_model_gives_the_chains_own_figures(finished):
     folder, _, result = finished
     data = str(folder / "images")
-    done = mantis(
-        "evaluate", "--model", "models:/mantis@candidate", "--data", data, "--json", folder=folder
-    )
+    done = mantis("score", "models:/mantis@candidate", data, "--json", folder=folder)
     scored = last_json(done)["metrics"]
     for name in ("val/top1", "val/wire_bytes", "val/payload_bytes"):
         assert scored[name] == result["metrics"][name]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import get_args
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mantis_core import bitstream
-from pipelines.cli_tune import OBJECTIVES as OFFERED
+from pipelines.cli_tune import Objective, Search
 from pipelines.search_points import (
     CONTAINER_BYTES,
     OBJECTIVES,
@@ -23,6 +24,7 @@ from pipelines.search_points import (
     spread,
     worst_corner,
 )
+from pipelines.search_sampler import SearchKind
 
 CORNER = RdPoint(1000.0, 0.0)
 POINTS = st.lists(
@@ -47,8 +49,12 @@ def test_an_epoch_without_numbers_has_no_point(bad: dict[str, float]) -> None:
     assert rd_point({"holdout/bits": 80.0}) is None
 
 
+def test_searches_are_those_the_command_line_offers() -> None:
+    assert set(get_args(Search)) == set(get_args(SearchKind))
+
+
 def test_objectives_are_those_the_command_line_offers_and_less_is_better() -> None:
-    assert set(OFFERED) == set(OBJECTIVES)
+    assert set(get_args(Objective)) == set(OBJECTIVES)
     worse, better = figures(88, 0.4, **{"holdout/loss": 2.0}), figures(80, 0.5)
     better["holdout/loss"] = 1.0
     for objective in OBJECTIVES:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from pipelines import plan
+from pipelines.cluster import Available
 from pipelines.search_driver import SearchDriver, SearchOptions
 from pipelines.search_journal import Journal
 from pipelines.search_points import Halving, RdPoint
@@ -45,9 +46,9 @@ from tests.pipelines.test_search_driver import FakeRuns
 def test_trials_at_a_time_are_those_that_fit_together(
     cluster: dict[str, Any], nodes: list[tuple[int, int]], expected: int
 ) -> None:
-    from pipelines.search_tune import Node, concurrent_trials
+    from pipelines.search_tune import concurrent_trials
 
-    found = concurrent_trials(ClusterConfig(**cluster), [Node(*node) for node in nodes])
+    found = concurrent_trials(ClusterConfig(**cluster), [Available(*node) for node in nodes])
     assert found == expected
 
 

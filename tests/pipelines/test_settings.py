@@ -52,6 +52,8 @@ def test_the_resolved_yaml_gives_equal_settings(config: Path, tmp_path: Path) ->
         ("stage2.losses.tasks.weight=2", lambda s: s.stage2.losses["tasks"].weight == 2.0),
         ("model.encoder={channels: 8}", lambda s: s.model.encoder.channels == 8),
         ("tracking.experiment=yes", lambda s: s.tracking.experiment == "yes"),
+        ("data.image_size=[64, 48]", lambda s: s.data.image_size == (64, 48)),
+        ("stage2.rate_weight=1", lambda s: s.stage2.rate_weight == 1.0),
     ],
 )
 def test_overrides_reach_any_depth(config: Path, override: str, read: object) -> None:
@@ -95,7 +97,16 @@ def test_settings_take_overrides_later_too(config: Path) -> None:
         ("stage2.epochs=ten", "stage2.epochs: got 'ten'; input should be a valid integer"),
         ("stage2.epochs=true", "stage2.epochs: got True; input should be a valid integer"),
         ("stage2.epochs='3'", "stage2.epochs: got '3'; input should be a valid integer"),
+        ("stage2.epochs=2.0", "stage2.epochs: got 2.0; input should be a valid integer"),
         ("stage2.epochs=0", "stage2.epochs: got 0; input should be greater than or equal to 1"),
+        ("stage2.rate_weight='1'", "stage2.rate_weight: got '1'; input should be a valid number"),
+        ("stage2.rate_weight=true", "stage2.rate_weight: got True; input should be a valid numb"),
+        ("data.flip=1", "data.flip: got 1; input should be true or false"),
+        ("data.flip='true'", "data.flip: got 'true'; input should be true or false"),
+        ("tasks.0.name=3", "tasks.0.name: got 3; input should be a valid string"),
+        ("tasks.0.indices=true", "tasks.0.indices: got True; input should be a valid integer"),
+        ("evaluate.seeds=['1']", "evaluate.seeds.0: got '1'; input should be a valid integer"),
+        ("evaluate.early_exit={0.1: '1'}", "evaluate.early_exit.0.1: got '1'; input should be a v"),
         (
             "model.prior=primry",
             "model.prior: got 'primry'; .*did you mean 'primary'",
