@@ -29,10 +29,10 @@ quickstart: setup ## train, evaluate and register a small codec on this machine
 	@$(BIN)/mantis run --config configs/quickstart.yaml
 
 cluster-local: setup ## a Ray cluster and an MLflow server on this machine: make cluster-local OPTIONS="--workers 2"
-	@$(BIN)/python -m pipelines.cli_local_cluster up $(OPTIONS)
+	@$(BIN)/mantis cluster up $(OPTIONS)
 
 cluster-local-down: setup ## end what cluster-local started, and nothing else
-	@$(BIN)/python -m pipelines.cli_local_cluster down $(OPTIONS)
+	@$(BIN)/mantis cluster down $(OPTIONS)
 
 test: setup ## the test suite: no GPU, no network
 	@$(BIN)/python -m pytest

@@ -7,7 +7,7 @@ from types import FrameType
 
 import typer
 
-from pipelines import cli_chain, cli_models, cli_score, cli_tune
+from pipelines import cli_chain, cli_local_cluster, cli_models, cli_score, cli_tune
 
 app = typer.Typer(
     help="MANTiS: train, measure, register and use task-adaptive image codecs.",
@@ -18,6 +18,7 @@ app = typer.Typer(
 for module in (cli_chain, cli_score, cli_tune, cli_models):
     for command in module.COMMANDS:
         app.command()(command)
+app.add_typer(cli_local_cluster.app, name="cluster")
 
 
 def main() -> None:

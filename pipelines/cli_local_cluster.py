@@ -1,7 +1,4 @@
-"""The commands behind `make cluster-local`: a cluster on this machine with an MLflow server.
-
-python -m pipelines.cli_local_cluster up | status | down
-"""
+"""The commands `mantis cluster up | status | down`: a cluster on this machine with MLflow."""
 
 from __future__ import annotations
 
@@ -11,15 +8,19 @@ import socket
 import sys
 import urllib.request
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from pipelines.cli_errors import FAILURE, Stopped, ending_well
-from pipelines.local_cluster import LocalCluster, LocalClusterError
+from pipelines.cli_chain import AsJson
+from pipelines.cli_errors import FAILURE, Stopped, ending_well, print_json
+from pipelines.local_cluster import MLFLOW, LocalCluster, LocalClusterError
 from pipelines.local_node import LOOPBACK
 
-app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
+app = typer.Typer(
+    help="A Ray cluster on this machine with an MLflow server: up, status, down.",
+    no_args_is_help=True,
+)
 Folder = Annotated[
     Path, typer.Option("--folder", help="its token, logs and sockets, gone when it ends; short")
 ]
@@ -54,6 +55,7 @@ def up(
         "runs"
     ),
     folder: Folder = DEFAULT_FOLDER,
+    as_json: AsJson = False,
 ) -> None:
     """Starts a head, worker nodes and an MLflow server, and says how to submit a job."""
     root = root.resolve()
@@ -63,36 +65,65 @@ def up(
     cluster.start(workers=workers, cpus=cpus, port=port, dashboard_port=dashboard_port)
     try:
         tracking_uri = start_mlflow(cluster, root / "mlflow-server", mlflow_port, mlflow_store)
-        typer.echo(how_to_submit(cluster, root, tracking_uri))
     except BaseException:
         cluster.stop()
         raise
+    if as_json:
+        print_json(what_runs(cluster))
+    else:
+        typer.echo(how_to_submit(cluster, root, tracking_uri))
 
 
 @app.command()
 @ending_well
-def status(folder: Folder = DEFAULT_FOLDER) -> None:
-    """Says which of the processes that were started run; exit code 1 if one does not."""
-    started = LocalCluster(folder).started
-    for each in started:
-        typer.echo(f"{each.name}  pid {each.pid}  {'runs' if each.process() else 'has ended'}")
-    if not started or not all(each.process() for each in started):
-        raise Stopped(
-            f"{'parts have ended of the' if started else 'no'} cluster in {folder}", FAILURE
-        )
+def status(folder: Folder = DEFAULT_FOLDER, as_json: AsJson = False) -> None:
+    """Says what runs, and where it is reached; exit code 1 if a part, or all of it, does not."""
+    found = what_runs(LocalCluster(folder))
+    processes = found["processes"]
+    if as_json:
+        print_json(found)
+    else:
+        for each in processes:
+            state = "runs" if each["runs"] else "has ended"
+            typer.echo(f"{each['name']}  pid {each['pid']}  {state}")
+        for name, address in found["addresses"].items():
+            typer.echo(f"{name}: {address}")
+    if not any(each["runs"] for each in processes):
+        raise Stopped(f"no cluster runs in {folder}", FAILURE)
+    if not all(each["runs"] for each in processes):
+        raise Stopped(f"parts of the cluster in {folder} have ended", FAILURE)
 
 
 @app.command()
 @ending_well
-def down(folder: Folder = DEFAULT_FOLDER) -> None:
+def down(folder: Folder = DEFAULT_FOLDER, as_json: AsJson = False) -> None:
     """Ends what `up` started, and nothing else. Results and MLflow's files stay."""
     cluster = LocalCluster(folder)
-    ended = [each.name for each in cluster.started if each.process()]
-    if not cluster.started:
-        typer.echo(f"no cluster in {folder}")
-        return
+    started = cluster.started
+    ended = [each.name for each in started if each.process()]
     cluster.stop()
-    typer.echo(f"ended {', '.join(ended) or 'nothing: all had ended before'}")
+    if as_json:
+        print_json({"folder": str(cluster.folder), "ended": ended})
+    elif not started:
+        typer.echo(f"no cluster in {folder}")
+    else:
+        typer.echo(f"ended {', '.join(ended) or 'nothing: all had ended before'}")
+
+
+def what_runs(cluster: LocalCluster) -> dict[str, Any]:
+    """What `up` and `status` print as JSON: processes, and the addresses of those that run."""
+    processes = [
+        {"name": each.name, "pid": each.pid, "runs": each.process() is not None}
+        for each in cluster.started
+    ]
+    running = {each["name"] for each in processes if each["runs"]}
+    addresses = {
+        name: address
+        for part, places in cluster.addresses.items()
+        if part in running
+        for name, address in places.items()
+    }
+    return {"folder": str(cluster.folder), "processes": processes, "addresses": addresses}
 
 
 def start_mlflow(cluster: LocalCluster, folder: Path, port: int | None, store: str | None) -> str:
@@ -114,7 +145,8 @@ def start_mlflow(cluster: LocalCluster, folder: Path, port: int | None, store: s
         # Nine processes for evaluations by language models.
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
     }
-    cluster.run("mlflow", command, lambda: _answers(f"{uri}/health"), environment)
+    cluster.run(MLFLOW, command, lambda: _answers(f"{uri}/health"), environment)
+    cluster.note_mlflow(uri)
     return uri
 
 
@@ -134,6 +166,9 @@ def how_to_submit(cluster: LocalCluster, root: Path, tracking_uri: str) -> str:
     token = shlex.quote(str(cluster.token_path))
     ray = shlex.quote(str(Path(sys.executable).with_name("ray")))
     address = f"--address {cluster.job_address}"
+    python = shlex.quote(sys.executable)
+    elsewhere = cluster.folder != DEFAULT_FOLDER
+    down = f"down --folder {shlex.quote(str(cluster.folder))}" if elsewhere else "down"
     places = f"{shlex.quote(f'storage.root={root.as_uri()}')} tracking.uri={tracking_uri}"
     return f"""\
 Jobs and dashboard: {cluster.job_address}    MLflow: {tracking_uri}
@@ -147,8 +182,9 @@ Submit the quickstart; the same line with a new --submission-id goes on where a 
 Stop it:
   {ray} job stop {address} quickstart-1
 Models it registered:
-  {shlex.quote(sys.executable)} -m pipelines models
-End all of this: make cluster-local-down"""
+  {python} -m pipelines models
+End all of this:
+  {python} -m pipelines cluster {down}"""
 
 
 def _answers(url: str) -> bool:
@@ -157,7 +193,3 @@ def _answers(url: str) -> bool:
             return bool(response.status == 200)
     except OSError:
         return False
-
-
-if __name__ == "__main__":
-    app(prog_name="python -m pipelines.cli_local_cluster")

@@ -31,6 +31,7 @@ JOB_STOP_S = 8
 """Seconds a stopped job has to close its MLflow runs; Ray's own default is 3."""
 POLL_INTERVAL_S = 0.2
 LOG_LINES = 20
+MLFLOW = "mlflow"
 
 
 class LocalClusterError(ValueError):
@@ -82,6 +83,20 @@ class LocalCluster:
     def job_address(self) -> str:
         """What `ray job submit --address` takes."""
         return f"http://{self._node('head')['dashboard']}"
+
+    @property
+    def addresses(self) -> dict[str, dict[str, str]]:
+        """Process to where it is reached, by what is there; of those that have been ready once."""
+        found = {}
+        if self._file("head").exists():
+            found["head"] = {"address": self.address, "dashboard": self.job_address}
+        if self._file(MLFLOW).exists():
+            found[MLFLOW] = {"mlflow": str(self._node(MLFLOW)["address"])}
+        return found
+
+    def note_mlflow(self, uri: str) -> None:
+        """Keeps where the MLflow server of this cluster is reached, for `addresses`."""
+        self._file(MLFLOW).write_text(json.dumps({"address": uri}))
 
     @property
     def environment(self) -> dict[str, str]:
@@ -141,7 +156,7 @@ class LocalCluster:
         if self.running:
             raise LocalClusterError(
                 f"a cluster runs already, its folder is {self.folder}: nothing was started. "
-                "`make cluster-local-down` ends it."
+                f"`mantis cluster down --folder {self.folder}` ends it."
             )
         if not self.folder.exists():
             return
@@ -225,6 +240,10 @@ class LocalCluster:
     def _record(self) -> Path:
         return self.folder / "started.json"
 
+    def _file(self, name: str) -> Path:
+        """What a process says of itself once it is ready."""
+        return self.folder / f"{name}.json"
+
     def _make_folder(self) -> None:
         self.check_free()
         if self.folder.exists():
@@ -236,7 +255,7 @@ class LocalCluster:
 
     def _start_node(self, name: str, cpus: int, options: Sequence[str]) -> None:
         script = Path(__file__).with_name("local_node.py")
-        record = self.folder / f"{name}.json"
+        record = self._file(name)
         command = [sys.executable, "-P", str(script), str(record), "--cpus", str(cpus)]
         command += ["--temp-dir", str(self.folder / "ray"), *options]
         self.run(name, command, lambda: record.exists() and self._counts(name))
@@ -252,10 +271,11 @@ class LocalCluster:
 
     def _node(self, name: str) -> dict[str, Any]:
         try:
-            node: dict[str, Any] = json.loads((self.folder / f"{name}.json").read_text())
+            node: dict[str, Any] = json.loads(self._file(name).read_text())
         except FileNotFoundError:
             raise LocalClusterError(
-                f"no node {name} of a cluster in {self.folder}: start one with make cluster-local"
+                f"no node {name} of a cluster in {self.folder}: start one with "
+                f"`mantis cluster up --folder {self.folder}`"
             ) from None
         return node
 

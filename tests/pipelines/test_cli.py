@@ -348,7 +348,9 @@ def python(*arguments: str, cwd: Path) -> "subprocess.CompletedProcess[str]":
     )
 
 
-@pytest.mark.parametrize("command", ["", "run", "tune", "evaluate", "score", "encode", "models"])
+@pytest.mark.parametrize(
+    "command", ["", "run", "tune", "evaluate", "score", "encode", "models", "cluster up"]
+)
 def test_help_answers_without_heavy_imports(command: str, tmp_path: Path) -> None:
     code = (
         "import sys; from pipelines.__main__ import main; sys.argv.append('--help')\n"

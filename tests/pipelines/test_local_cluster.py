@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import socket
@@ -12,6 +13,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -19,7 +21,8 @@ from typer.testing import CliRunner
 
 from pipelines import cli_local_cluster
 from pipelines import local_cluster as module
-from pipelines.cli_local_cluster import app, free_port, how_to_submit, start_mlflow
+from pipelines.__main__ import app
+from pipelines.cli_local_cluster import DEFAULT_FOLDER, free_port, how_to_submit, start_mlflow
 from pipelines.local_cluster import (
     MAX_FOLDER,
     LocalCluster,
@@ -46,6 +49,10 @@ def folder() -> Iterator[Path]:
     """A folder short enough for sockets; pytest's own are not."""
     with tempfile.TemporaryDirectory(prefix="mantis-", dir="/tmp", ignore_cleanup_errors=True) as f:
         yield Path(f)
+
+
+def mantis_cluster(command: str, folder: Path, *options: str) -> Any:
+    return CliRunner().invoke(app, ["cluster", command, "--folder", str(folder), *options])
 
 
 def test_a_folder_too_long_for_sockets_is_refused() -> None:
@@ -87,11 +94,12 @@ def test_stopping_ends_children_of_what_was_started_and_nothing_else(
 def test_a_second_start_says_so_and_starts_nothing(folder: Path) -> None:
     cluster = LocalCluster(folder)
     cluster.run("node", SLEEP, lambda: True)
-    second = CliRunner().invoke(app, ["up", "--folder", str(folder)])
+    second = mantis_cluster("up", folder)
     assert second.exit_code == 2
     assert "runs already" in second.output
+    assert f"`mantis cluster down --folder {folder}` ends it" in second.output
     assert [each.name for each in cluster.started] == ["node"]
-    assert CliRunner().invoke(app, ["down", "--folder", str(folder)]).output == "ended node\n"
+    assert mantis_cluster("down", folder).output == "ended node\n"
     assert cluster.running == []
     cluster.stop()
 
@@ -118,7 +126,7 @@ def test_when_mlflow_cannot_start_the_nodes_end_too(
     started: list[psutil.Process] = []
     monkeypatch.setattr(LocalCluster, "start", start)
     monkeypatch.setattr(cli_local_cluster, "start_mlflow", start_mlflow)
-    done = CliRunner().invoke(app, ["up", "--folder", str(folder), "--root", str(tmp_path)])
+    done = mantis_cluster("up", folder, "--root", str(tmp_path))
     assert done.exit_code == 2
     assert "error: mlflow ended with code 1. The end of its log:\nno store" in done.output
     assert started
@@ -126,9 +134,46 @@ def test_when_mlflow_cannot_start_the_nodes_end_too(
 
 
 def test_without_a_cluster_there_is_nothing_to_end(folder: Path) -> None:
-    done = CliRunner().invoke(app, ["down", "--folder", str(folder)])
+    done = mantis_cluster("down", folder)
     assert done.output == f"no cluster in {folder}\n"
-    assert CliRunner().invoke(app, ["status", "--folder", str(folder)]).exit_code == 1
+    done = mantis_cluster("status", folder)
+    assert (done.exit_code, done.output) == (1, f"no cluster runs in {folder}\n")
+    done = mantis_cluster("status", folder, "--json")
+    assert done.exit_code == 1
+    assert json.loads(done.stdout) == {"folder": str(folder), "processes": [], "addresses": {}}
+
+
+def test_status_tells_what_runs_and_where_it_is_reached(folder: Path) -> None:
+    cluster = LocalCluster(folder)
+    for name in ("head", "mlflow"):
+        cluster.run(name, SLEEP, lambda: True)
+    (folder / "head.json").write_text(
+        json.dumps({"address": "127.0.0.1:6379", "dashboard": "127.0.0.1:8265"})
+    )
+    cluster.note_mlflow("http://127.0.0.1:5000")
+    places = {
+        "address": "127.0.0.1:6379",
+        "dashboard": "http://127.0.0.1:8265",
+        "mlflow": "http://127.0.0.1:5000",
+    }
+    head, mlflow = cluster.running
+    done = mantis_cluster("status", folder)
+    assert done.exit_code == 0
+    assert done.stdout.splitlines() == [
+        f"head  pid {head.pid}  runs",
+        f"mlflow  pid {mlflow.pid}  runs",
+        *(f"{name}: {address}" for name, address in places.items()),
+    ]
+    assert json.loads(mantis_cluster("status", folder, "--json").stdout)["addresses"] == places
+    mlflow.kill()
+    mlflow.wait()
+    done = mantis_cluster("status", folder)
+    assert done.exit_code == 1
+    assert f"parts of the cluster in {folder} have ended" in done.stderr
+    assert "http://127.0.0.1:5000" not in done.stdout
+    done = mantis_cluster("down", folder, "--json")
+    assert json.loads(done.stdout) == {"folder": str(folder), "ended": ["head"]}
+    cluster.stop()
 
 
 def test_a_port_in_use_is_not_taken(folder: Path, tmp_path: Path) -> None:
@@ -148,6 +193,9 @@ def test_the_lines_to_submit_can_be_pasted(folder: Path, monkeypatch: pytest.Mon
     assert words[1:5] == ["job", "submit", "--address", address]
     assert words[words.index("--") + 1 :][:4] == ["python", "-m", "pipelines", "run"]
     assert "storage.root=file:///home/a%20b/runs" in words
+    assert text.endswith(f" -m pipelines cluster down --folder {folder}")
+    text = how_to_submit(LocalCluster(DEFAULT_FOLDER), Path("/runs"), "http://127.0.0.1:5000")
+    assert text.endswith(" -m pipelines cluster down")
 
 
 @pytest.fixture(scope="module")
