@@ -1,11 +1,11 @@
-"""What asking for one task saves: bytes and accuracy of a trained codec, task by task.
+"""Measures what a request for one task saves: bytes and accuracy of a trained codec per task.
 
     python -m benchmarks.asking MODEL SHARDS [--images N]
 
-MODEL is a checkpoint folder, SHARDS the folder `mantis prepare` wrote for it. For each task, on the
-validation images that carry it: encoded as asked for that task alone, as asked for every task, and
-as detected; real streams, decoded again. The figure is the share of right answers, or the mean
-intersection over union of a segmentation. The last line is one JSON object.
+MODEL is a checkpoint folder, SHARDS the folder that `mantis prepare` wrote for it. The validation
+images of each task are encoded three times: for that task alone, for every task, and for the
+detected tasks. The real streams are decoded again. The figure of a task is its accuracy, or the
+mean intersection over union of a segmentation. The last line is one JSON object.
 """
 
 import argparse
@@ -19,20 +19,23 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.program import one_message
-from data_prep.reader import local_batches
-from data_prep.schema import DataConfig, read_manifest
-from mantis_core.checkpoint import load_model, read_meta
-from mantis_core.metrics import mean_iou, pixel_confusion
-from mantis_core.model import Mantis
+from data_prep.config import DataConfig
+from data_prep.manifest import read_manifest
+from data_prep.read.batches import local_batches
+from mantis_core.codec.checkpoint import load_model
+from mantis_core.codec.mantis import Mantis
+from mantis_core.folders import read_meta
+from mantis_core.measure.metrics import mean_iou, pixel_confusion
 from mantis_core.tasks import Batch
 
 
 def score(
     model: Mantis, batches: Sequence[Batch], task: str, request: Sequence[str] | None
 ) -> dict[str, float | None]:
-    """Mean sizes and one task's figure over the images that carry it; undecoded counts as wrong.
+    """Returns mean sizes in bytes and a task's figure over the images that have the task.
 
-    `request` as `Mantis.encode` takes it: tasks by name, or None to let the client detect.
+    A task that is missing from an answer counts as wrong. `request` holds task names; None lets the
+    client detect the tasks, as in `Mantis.encode`.
     """
     k = model.spec.task_names.index(task)
     spec = model.spec.tasks[k]
@@ -62,7 +65,7 @@ def score(
 
 
 def table(model: Mantis, batches: Sequence[Batch]) -> list[dict[str, Any]]:
-    """One row a task that any image carries."""
+    """Returns one row for each task that at least one image has."""
     rows = []
     for k, task in enumerate(model.spec.task_names):
         images = sum(int(batch.task_mask[:, k].sum()) for batch in batches)
@@ -83,9 +86,9 @@ def table(model: Mantis, batches: Sequence[Batch]) -> list[dict[str, Any]]:
 
 
 def as_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """Wire bytes and figure of each task and request; payload bytes are in the JSON alone."""
+    """Formats wire bytes and figure of each task and request; payload bytes are only in JSON."""
     kinds = ("alone", "all", "detected")
-    shown = Table(title="asked for a task alone, for all, or as detected")
+    shown = Table(title="requested: one task alone, all tasks, or the detected tasks")
     shown.add_column("task", overflow="fold")
     shown.add_column("images", justify="right")
     for kind in kinds:
@@ -103,11 +106,13 @@ def as_table(rows: Sequence[Mapping[str, Any]]) -> Table:
 
 @one_message
 def main() -> int:
-    """Codes the images once a task and request, and prints all rows."""
+    """Encodes and decodes the images for each task and request, and prints all rows."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model")
-    parser.add_argument("shards")
-    parser.add_argument("--images", type=int, help="only the first so many")
+    parser.add_argument("model", help="checkpoint folder")
+    parser.add_argument("shards", help="folder that `mantis prepare` wrote for the model")
+    parser.add_argument(
+        "--images", type=int, metavar="N", help="only the first N validation images; default: all"
+    )
     arguments = parser.parse_args()
     if arguments.images is not None and arguments.images < 1:
         parser.error(f"--images is {arguments.images}: give 1 or more, or leave it out for all")
@@ -116,7 +121,7 @@ def main() -> int:
     manifest = read_manifest(arguments.shards)
     batches, left = [], arguments.images or manifest.split("val").rows
     for arrays in local_batches(
-        arguments.shards, manifest, data, split="val", global_batch=min(left, 64), threads=1
+        arguments.shards, manifest, data.reading, split="val", global_batch=min(left, 64), threads=1
     ):
         batches.append(Batch.from_arrays({k: v[:left] for k, v in arrays.items()}))
         left -= len(batches[-1])

@@ -1,10 +1,10 @@
-"""Our coder beside CompressAI's on the same symbols: throughput, sizes, the arithmetic ideal.
+"""Compares our coder with CompressAI's on the same symbols: speed, sizes and the ideal size.
 
     python -m benchmarks.coder [--pairs 15] [--json]
 
-Both get the latent as a float tensor and give it back as one, on one thread, one image a time, in
-alternating runs. CompressAI codes by the tables it makes of the same density. The last line is one
-JSON object; ratios are CompressAI's time over ours, from the medians.
+Both encode a latent from a float tensor and decode it to one, on one thread, one image at a time,
+in alternating runs. CompressAI uses its own tables of the same density. The last line is one JSON
+object. A ratio is CompressAI's median time divided by ours.
 """
 
 import argparse
@@ -19,19 +19,20 @@ import torch
 from rich.console import Console
 from rich.table import Table as RichTable
 
-from mantis_core.coder import TOTAL, Ints, RangeReader, RangeWriter, Table, to_symbols
+from mantis_core.bitstream.coder import TOTAL, Ints, RangeReader, RangeWriter, Table, to_symbols
 
-warnings.filterwarnings("ignore", category=FutureWarning)  # torch-geometric's, at its import
+warnings.filterwarnings("ignore", category=FutureWarning)  # torch-geometric warns at import
 
-from mantis_core.bottleneck import Bottleneck  # noqa: E402  (imports CompressAI)
+from mantis_core.codec.tables import table_set, update_tables  # noqa: E402
+from mantis_core.networks.bottleneck import Bottleneck  # noqa: E402  (imports CompressAI)
 
 LATENTS = ((16, 8, 8), (16, 16, 16), (48, 28, 28), (24, 55, 55))
 SMALL = LATENTS[0]
-BURST_SECONDS = 0.02  # a timing repeats its call for about this long
+BURST_SECONDS = 0.02  # a timing repeats its call for at least this long
 
 
 def trained_bottleneck(channels: int, steps: int = 150) -> tuple[Bottleneck, torch.Tensor]:
-    """A density fitted to Laplace latents, and the scale of each channel (C, 1, 1): 0.1 to 4."""
+    """Fits a density to Laplace latents. Also returns the scales (C, 1, 1), from 0.1 to 4."""
     torch.manual_seed(0)
     bottleneck = Bottleneck(channels, 1, "shared")
     scales = torch.logspace(-1, 0.6, channels)[:, None, None]
@@ -41,21 +42,24 @@ def trained_bottleneck(channels: int, steps: int = 150) -> tuple[Bottleneck, tor
         optimiser.zero_grad()
         bottleneck(draw(scales, (8, channels, 8, 8)), mask, primary).bits.mean().backward()
         optimiser.step()
-    bottleneck.update_tables()
-    bottleneck.density.update(force=True, update_quantiles=True)  # its search for the tails
+    update_tables(bottleneck)
+    bottleneck.density.update(force=True, update_quantiles=True)  # finds the tails
     with torch.no_grad():
-        bottleneck.density.quantiles[:, :, 1] = 0  # and our median: both code the same integers
+        bottleneck.density.quantiles[:, :, 1] = 0  # our median, so both encode the same integers
     bottleneck.density.update(force=True)
     return bottleneck.eval(), scales
 
 
 def draw(scales: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-    """A Laplace latent (..., C, h, w) with a scale a channel."""
+    """Draws a Laplace latent (..., C, h, w) with one scale per channel."""
     return torch.distributions.Laplace(0.0, 1.0).sample(shape) * scales
 
 
 def ideal_bytes(symbols: Ints, table: Table) -> float:
-    """-log2 of the integer probabilities of all symbols (C, h, w), escapes with their own code."""
+    """Returns the ideal size of symbols (C, h, w) in bytes: the sum of -log2 p, divided by 8.
+
+    p are the integer probabilities of the table. An escaped symbol adds the length of its code.
+    """
     bits = 0.0
     for values, row, offset, length in zip(
         symbols.reshape(len(symbols), -1), table.cdf, table.offsets, table.lengths, strict=True
@@ -69,14 +73,14 @@ def ideal_bytes(symbols: Ints, table: Table) -> float:
 
 
 def encode(symbols: Ints, table: Table) -> bytes:
-    """The payload of one latent (C, h, w) alone."""
+    """Encodes one latent (C, h, w) to a payload without a header."""
     writer = RangeWriter()
     writer.put_symbols(symbols, table)
     return writer.close()
 
 
 def decode(payload: bytes, table: Table, shape: tuple[int, int, int]) -> torch.Tensor:
-    """The latent (C, h, w) of `payload`, checked to be its only spelling as a stream is."""
+    """Decodes a latent (C, h, w). Refuses a second payload of the same latent, as a stream does."""
     reader = RangeReader(payload)
     symbols = reader.take_symbols(table, shape)
     reader.close()
@@ -84,7 +88,7 @@ def decode(payload: bytes, table: Table, shape: tuple[int, int, int]) -> torch.T
 
 
 def seconds_of(call: Callable[[], object]) -> float:
-    """Mean seconds of one call over a short burst of them."""
+    """Returns the mean seconds of a call, over calls for BURST_SECONDS."""
     started = time.perf_counter()
     count = 0
     while (spent := time.perf_counter() - started) < BURST_SECONDS or count == 0:
@@ -95,10 +99,10 @@ def seconds_of(call: Callable[[], object]) -> float:
 
 @torch.no_grad()
 def measure(shape: tuple[int, int, int], pairs: int) -> dict[str, float | str]:
-    """Times and sizes at one latent shape (C, h, w), from `pairs` alternating pairs of runs."""
+    """Measures times and sizes for a latent (C, h, w), in `pairs` alternating pairs of runs."""
     with torch.enable_grad():
         bottleneck, scales = trained_bottleneck(shape[0])
-    density, table = bottleneck.density, bottleneck.tables().table_for((True,), 0)
+    density, table = bottleneck.density, table_set(bottleneck).table_for((True,), 0)
     latent = draw(scales, (1, *shape))
     symbols = to_symbols(latent[0].numpy())
     payload, theirs = encode(symbols, table), density.compress(latent)
@@ -131,10 +135,10 @@ def measure(shape: tuple[int, int, int], pairs: int) -> dict[str, float | str]:
 
 
 def main() -> None:
-    """Measures all latents, prints a table and, last, one JSON object."""
+    """Measures all latents, then prints a table and one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pairs", type=int, default=15, help="alternating pairs of runs")
-    parser.add_argument("--json", action="store_true", help="the JSON object alone")
+    parser.add_argument("--json", action="store_true", help="print the JSON object only")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     rows = [measure(shape, arguments.pairs) for shape in LATENTS]

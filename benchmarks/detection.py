@@ -1,12 +1,12 @@
-"""What detection costs: top1 and coverage of a trained codec by how many tasks it may send.
+"""Measures top1 and coverage of a trained codec for different limits on the active tasks.
 
     python -m benchmarks.detection MODEL SHARDS
 
-MODEL is a checkpoint folder, SHARDS the folder `mantis prepare` wrote for it. Each row calibrates
-the mask anew, on the held-back rows, for one limit on active tasks and one wanted coverage, as
-training does, and then scores the validation split with the probabilities as the stream would carry
-them. Symbols are rounded, not coded: the coder changes none. The last line is one JSON object; its
-first row decodes every task.
+MODEL is a checkpoint folder, SHARDS the folder that `mantis prepare` wrote for it. Each row
+calibrates the task mask on the holdout rows, as training does, for one limit on active tasks and
+one wanted coverage. It then scores the validation split with the probabilities as a stream stores
+them. Symbols are rounded but not coded, because coding is lossless. The last line is one JSON
+object. Its first row decodes every task.
 """
 
 import argparse
@@ -21,20 +21,25 @@ from rich.table import Table
 from torch import Tensor
 
 from benchmarks.program import one_message
-from data_prep.reader import local_batches
-from data_prep.schema import DataConfig, read_manifest
-from mantis_core.checkpoint import load_model, read_meta
-from mantis_core.client import coverage_threshold, select_mask
-from mantis_core.model import Mantis
-from mantis_core.preprocessing import normalise
-from mantis_core.task_field import dequantise_level, quantise_log2
+from data_prep.config import DataConfig
+from data_prep.manifest import read_manifest
+from data_prep.read.batches import local_batches
+from mantis_core.bitstream.task_field import dequantise_level, quantise_log2
+from mantis_core.codec.checkpoint import load_model
+from mantis_core.codec.mantis import Mantis
+from mantis_core.codec.mask import coverage_threshold, select_mask
+from mantis_core.folders import read_meta
+from mantis_core.networks.preprocessing import normalise
 
 COVERAGES = (0.8, 0.85, 0.9, 0.95)
 
 
 @dataclass(frozen=True, eq=False)
 class Seen:
-    """A split through the client: p (N, K), true tasks (N, K), classes (N,), rounded latents."""
+    """The client's view of a split of N images and K tasks.
+
+    Task probabilities `p` (N, K), true tasks (N, K), classes (N,) and rounded latents (N, C, h, w).
+    """
 
     p: Tensor
     truth: Tensor
@@ -44,10 +49,10 @@ class Seen:
 
 @torch.no_grad()
 def look(model: Mantis, shards: str, data: DataConfig, split: str) -> Seen:
-    """Every image of a split as the client sees it."""
+    """Runs the client on every image of a split."""
     parts: list[tuple[Tensor, ...]] = []
-    manifest = read_manifest(shards)
-    for batch in local_batches(shards, manifest, data, split=split, global_batch=128, threads=1):
+    own = (shards, read_manifest(shards), data.reading)
+    for batch in local_batches(*own, split=split, global_batch=128, threads=1):
         images = normalise(torch.from_numpy(batch["image"]))
         view = model.client(images)
         p = torch.sigmoid(view.logits.float())
@@ -61,9 +66,10 @@ def look(model: Mantis, shards: str, data: DataConfig, split: str) -> Seen:
 
 
 def as_sent(p: Tensor, mask: Tensor, *, levels: bool) -> Tensor:
-    """What a stream says of the tasks, (N, K): p in half-bit steps where `mask`, else 0.
+    """Returns the task probabilities (N, K) that the server reads from a stream.
 
-    Without `levels`, which a stream may leave out, 1 where active.
+    They are quantised in half-bit steps, and 0 outside `mask`. Without `levels`, which a stream may
+    leave out, they are 1 inside `mask`.
     """
     if not levels:
         return mask.float()
@@ -72,7 +78,10 @@ def as_sent(p: Tensor, mask: Tensor, *, levels: bool) -> Tensor:
 
 @torch.no_grad()
 def score(model: Mantis, seen: Seen, mask: Tensor) -> dict[str, float]:
-    """Top1 of the joint decision over the tasks in `mask` (N, K), and what that mask holds."""
+    """Returns top1 of the joint decision over the tasks in `mask` (N, K).
+
+    Also returns the mean number of active tasks and the share of true tasks in `mask`.
+    """
     assert model.joint is not None
     levels = model.spec.model.send_probabilities
     size, hits = model.spec.image_size, 0
@@ -90,7 +99,7 @@ def score(model: Mantis, seen: Seen, mask: Tensor) -> dict[str, float]:
 def table(
     model: Mantis, held: Seen, seen: Seen, limits: Sequence[int]
 ) -> Iterator[dict[str, float]]:
-    """One row with every task, then one a limit and coverage."""
+    """Yields one row with every task, then one row per limit and wanted coverage."""
     tasks = seen.p.shape[1]
     yield {"limit": tasks, "wanted": 1.0, **score(model, seen, torch.ones_like(seen.truth))}
     for limit in limits:
@@ -102,14 +111,17 @@ def table(
 
 @one_message
 def main() -> int:
-    """Looks at both splits once and prints all rows."""
+    """Runs the client on both splits and prints all rows."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model")
-    parser.add_argument("shards")
+    parser.add_argument("model", help="checkpoint folder")
+    parser.add_argument("shards", help="folder that `mantis prepare` wrote for the model")
     arguments = parser.parse_args()
     model = load_model(arguments.model)
     if model.joint is None:
-        parser.error(f"{arguments.model}: its images have no single class, so there is no top1")
+        parser.error(
+            f"{arguments.model} has no top1, because its images have no single class: give a model "
+            "whose images have one class each"
+        )
     data = DataConfig.model_validate(read_meta(arguments.model)["preparation"]["data"])
     held, seen = (look(model, arguments.shards, data, split) for split in ("holdout", "val"))
     tasks = len(model.spec.tasks)

@@ -1,10 +1,11 @@
-"""Whether what is sent depends on threads or batches: every image coded in several processes.
+"""Checks that streams do not depend on the number of threads or on the batch size.
 
     python -m benchmarks.determinism MODEL DATA.parquet [DATA.parquet ...] [--images 10000]
 
-MODEL is a checkpoint folder of a codec or of its client; DATA are Parquet files whose first binary
-column, or struct with a field `bytes`, holds encoded images. Each setting (threads, batch) runs in
-a process of its own. The last line is one JSON object; the exit code is 1 if any stream differs.
+MODEL is a checkpoint folder of a codec or of its client. DATA are Parquet files with encoded images
+in their first binary column, or in the field `bytes` of their first struct column. Each setting
+(threads, batch) encodes every image in a process of its own. The last line is one JSON object. The
+exit code is 1 if any stream differs.
 """
 
 import argparse
@@ -20,7 +21,7 @@ SETTINGS = ((1, 1), (2, 1), (1, 64), (2, 64))
 
 
 def image_bytes(files: list[str]) -> Iterator[bytes]:
-    """The encoded images of Parquet files, in order."""
+    """Yields the encoded images of Parquet files in order."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -38,10 +39,10 @@ def image_bytes(files: list[str]) -> Iterator[bytes]:
 
 
 def encode_all(model: str, files: list[str], images: int, threads: int, batch: int) -> None:
-    """One setting: prints the hashes of all streams and of all symbols, and the bytes sent."""
+    """Encodes with one setting. Prints hashes of all streams and symbols, and the total bytes."""
     import torch
 
-    from mantis_core.checkpoint import load_client
+    from mantis_core.codec.checkpoint import load_client
 
     torch.set_num_threads(threads)
     codec = load_client(model)
@@ -71,11 +72,13 @@ def encode_all(model: str, files: list[str], images: int, threads: int, batch: i
 
 
 def main() -> int:
-    """Runs every setting and compares them."""
+    """Runs every setting and compares the hashes."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model")
-    parser.add_argument("data", nargs="+")
-    parser.add_argument("--images", type=int, default=10_000)
+    parser.add_argument("model", help="checkpoint folder of a codec or of its client")
+    parser.add_argument("data", nargs="+", help="Parquet files with encoded images")
+    parser.add_argument(
+        "--images", type=int, metavar="N", default=10_000, help="only the first N images"
+    )
     parser.add_argument("--setting", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.setting:

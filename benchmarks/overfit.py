@@ -1,11 +1,11 @@
-"""Is a codec held back by too little training, or by what it was trained on?
+"""Compares a stage's losses on images it was trained on with those on other images.
 
     python -m benchmarks.overfit SHARDS --config C [--stage stage1] [--images 2500] [key=value ...]
 
-The losses of a finished stage 1 or stage 2 of this config on photographs that it was not trained
-on, and on as many that it was, none of them augmented. SHARDS is the folder `mantis prepare` wrote.
-Equal losses say that more training is what is missing. Trains nothing: the stage is taken from
-`storage.root`, whatever code trained it. The last line is one JSON object.
+SHARDS is the folder that `mantis prepare` wrote. The losses of a finished stage 1 or stage 2 are
+measured on validation images and on as many training images, without augmentation. Equal losses
+mean that the stage does not overfit and more training would help. Trains nothing: the stage is read
+from `storage.root`, whatever code trained it. The last line is one JSON object.
 """
 
 import argparse
@@ -17,18 +17,21 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.plain_chain import adopt, upstream_folders
 from benchmarks.program import count, one_message
-from data_prep.reader import local_batches
-from data_prep.schema import DataConfig, DataError, Manifest, read_manifest
-from mantis_core.recipes import Recipe
+from data_prep.errors import DataError
+from data_prep.manifest import Manifest, read_manifest
+from data_prep.read.batches import local_batches
+from data_prep.reading import ReadingConfig
 from mantis_core.tasks import Batch
-from mantis_core.training import Meter
-from pipelines.run_record import stage_state
-from pipelines.settings import load_settings
-from pipelines.stages import make_plan
+from mantis_core.training.meter import Meter
+from mantis_core.training.recipe import Recipe
+from pipelines.chain.plan import make_plan
+from pipelines.settings.reading import load_settings
+from pipelines.stages.record import stage_state
+from pipelines.stages.spec import upstream_folders
 from pipelines.storage import Store
-from pipelines.worker import build_recipe, stage_tensors
+from pipelines.training.problem import problem_of
+from pipelines.training.weights import stage_tensors
 
 BATCH = 125
 SPLITS = ("val", "train")
@@ -36,7 +39,7 @@ SPLITS = ("val", "train")
 
 @torch.no_grad()
 def losses(recipe: Recipe, batches: Iterable[Batch]) -> dict[str, float]:
-    """The recipe's figures in eval mode, means in which every image weighs the same."""
+    """Returns the recipe's figures in eval mode, as means over images."""
     recipe.eval()
     meter = Meter()
     for batch in batches:
@@ -46,10 +49,12 @@ def losses(recipe: Recipe, batches: Iterable[Batch]) -> dict[str, float]:
 
 
 def first_images(
-    shards: str, manifest: Manifest, data: DataConfig, split: str, images: int
+    shards: str, manifest: Manifest, reading: ReadingConfig, split: str, images: int
 ) -> Iterator[Batch]:
-    """The first `images` of a split, or all if it has fewer, not augmented."""
-    for arrays in local_batches(shards, manifest, data, split=split, global_batch=BATCH, threads=1):
+    """Yields the first `images` images of a split without augmentation, or all if it has fewer."""
+    for arrays in local_batches(
+        shards, manifest, reading, split=split, global_batch=BATCH, threads=1
+    ):
         batch = Batch.from_arrays({name: values[:images] for name, values in arrays.items()})
         yield batch
         images -= len(batch)
@@ -59,31 +64,37 @@ def first_images(
 
 @one_message
 def main() -> int:
-    """Both splits once, side by side."""
+    """Measures the losses on both splits and prints them side by side."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("shards")
-    parser.add_argument("--config", required=True)
+    parser.add_argument("shards", help="folder that `mantis prepare` wrote")
+    parser.add_argument("--config", required=True, help="the config that the stage was trained by")
     parser.add_argument("--stage", choices=("stage1", "stage2"), default="stage1")
-    parser.add_argument("--images", type=count, default=2500, help="of either split, at most")
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument(
+        "--images", type=count, metavar="N", default=2500, help="at most N images of each split"
+    )
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="values that replace the config's"
+    )
     arguments = parser.parse_intermixed_args()
-    plan = adopt(make_plan(load_settings(arguments.config, arguments.overrides)))
-    spec = next(each for each in plan.specs if each.name == arguments.stage)
+    plan = make_plan(load_settings(arguments.config, arguments.overrides), adopt=True)
+    spec = plan.by_name[arguments.stage]
     settings = spec.settings
     if stage_state(Store(settings.storage.root), spec, settings.tracking.uri) != "done":
         raise DataError(
             f"{settings.storage.root} has no finished {spec.name} of this config: train it first, "
-            "or name the keys it was trained with"
+            "or give the key=value overrides that it was trained with"
         )
     manifest = read_manifest(arguments.shards)
-    recipe = build_recipe(spec.kind, settings, manifest, upstream_folders(spec, plan))
-    # A stage leaves what it trained; the teacher's part of its student is there already.
+    problem = problem_of(manifest, settings.data.stored_short_side)
+    assert spec.stage.recipe is not None
+    recipe = spec.stage.recipe(settings, problem, upstream_folders(spec, plan.by_name))
+    # A stage stores only the tensors it trained. The recipe has loaded the teacher's tensors.
     found = recipe.student.load_state_dict(stage_tensors(spec.folder), strict=False)
     assert not found.unexpected_keys, found
     images = min(arguments.images, *(manifest.split(split).rows for split in SPLITS))
     sides = {
         split: losses(
-            recipe, first_images(arguments.shards, manifest, settings.data, split, images)
+            recipe, first_images(arguments.shards, manifest, settings.data.reading, split, images)
         )
         for split in SPLITS
     }

@@ -1,18 +1,19 @@
-"""What Ray costs a training step: a stage in the pipeline against the same loop in plain PyTorch.
+"""Measures what Ray costs a training step, against the same loop in plain PyTorch.
 
     python -m benchmarks.overhead --config configs/quickstart.yaml --stage stage1 --pairs 3 \
         [key=value ...]
 
-The stage is trained again and again, in turn by the pipeline (Ray Train with one worker, rows read
-by Ray Data tasks in processes of their own) and by a fresh process without Ray (`train_stage` of
-benchmarks/plain_chain.py: the same recipe and `mantis_core.training.fit`, rows decoded by as many
-threads as there are cores). Both give torch a thread a core, and the hashes of their rows tell
-whether they took the same batches. What the stage needs is prepared and trained first.
+The stage is trained alternately by the pipeline and without Ray. The pipeline uses Ray Train with
+one worker and reads rows in Ray Data tasks. The plain loop is `train_stage` of
+pipelines/chain/plain.py in a fresh process: the same recipe and loop, with rows decoded in one
+thread per core. Both give torch one thread per core. The hashes of their rows show whether both
+took the same batches. Upstream stages are prepared and trained first.
 
-A step's time is that from the end of the step before it, so waiting for data counts; the first
-steps of each epoch are warm-up. The last line is one JSON object: `step_ratio` is the median over
-pairs of median step times, pipeline by plain; `mean_ratio` that of mean step times; `epoch_ratio`
-that of whole epochs from their first request for data, holdout figures and checkpoints left out.
+A step is timed from the end of the previous step, so waiting for data counts. The first steps of
+each epoch are warm-up and are not counted. The last line is one JSON object. Each ratio is the
+pipeline's time divided by the plain loop's, as the median over pairs: `step_ratio` of median step
+times, `mean_ratio` of mean step times, `epoch_ratio` of whole epochs. An epoch is timed from its
+first request for data, without holdout figures and checkpoints.
 """
 
 from __future__ import annotations
@@ -33,24 +34,26 @@ from typing import Any
 
 import torch
 
-from benchmarks.plain_chain import Work, train_stage, upstream_folders
 from benchmarks.program import one_message
-from mantis_core.training import Session
-from pipelines import trainer
-from pipelines.console import Console
-from pipelines.run_record import read_result
-from pipelines.settings import load_settings
-from pipelines.stages import Plan, make_plan, run_chain
+from mantis_core.training.loop import Session
+from pipelines.chain.plain import train_stage
+from pipelines.chain.plan import Plan, make_plan
+from pipelines.chain.run import run_chain
+from pipelines.settings.reading import load_settings
+from pipelines.stages import train as driver
+from pipelines.stages.record import read_result
+from pipelines.stages.train import training_of
 from pipelines.storage import Store
+from pipelines.terminal.console import Console
 
-WARM_UP = 10  # steps of each epoch
+WARM_UP = 10  # steps at the start of each epoch that are not counted
 Clock = list[list[float]]
-"""For each epoch, the moment it began and the end of each of its steps, in seconds."""
+"""For each epoch its start and the end of each of its steps, in seconds."""
 
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds a step: median and mean after the warm-up, and of whole epochs."""
+    """Seconds per step: median and mean after the warm-up, and the mean over whole epochs."""
 
     median: float
     mean: float
@@ -58,20 +61,20 @@ class Times:
 
 
 def times_of(clock: Clock, warm_up: int = WARM_UP) -> Times:
-    """ValueError if no epoch has a step after the warm-up."""
+    """Computes step times. Raises ValueError if no epoch has a step after the warm-up."""
     steps = [
         after - before
         for epoch in clock
         for before, after in zip(epoch[warm_up:], epoch[warm_up + 1 :], strict=False)
     ]
     if not steps:
-        raise ValueError(f"no epoch has more than {warm_up} steps: give it more images")
+        raise ValueError(f"no epoch has more than {warm_up} steps: train on more images")
     whole = sum(epoch[-1] - epoch[0] for epoch in clock) / sum(len(epoch) - 1 for epoch in clock)
     return Times(median(steps), fmean(steps), whole)
 
 
 def ratios(pairs: Sequence[tuple[Times, Times]]) -> dict[str, float]:
-    """Pipeline by plain, the median over pairs."""
+    """Divides the pipeline's times by the plain loop's. Returns medians over pairs."""
     return {
         "step_ratio": median(ray.median / plain.median for ray, plain in pairs),
         "mean_ratio": median(ray.mean / plain.mean for ray, plain in pairs),
@@ -81,7 +84,7 @@ def ratios(pairs: Sequence[tuple[Times, Times]]) -> dict[str, float]:
 
 @contextmanager
 def clocked() -> Iterator[Clock]:
-    """Notes when epochs begin and steps end in every Session of this process."""
+    """Records when epochs begin and steps end in every Session of this process."""
     epochs: Clock = []
     train_epoch, step = Session.train_epoch, Session.step
 
@@ -102,48 +105,49 @@ def clocked() -> Iterator[Clock]:
 
 
 def timed_worker(config: dict[str, Any]) -> None:
-    """In place of `pipelines.trainer.start_worker`: the same loop under the clock."""
-    from pipelines.worker import worker_loop
+    """Replaces `pipelines.stages.train.start_worker` with the same loop, timed."""
+    from pipelines.training.worker import ray_worker
 
     with clocked() as epochs:
-        worker_loop(config)
-    Path(config["folder"], "clock.json").write_text(json.dumps(epochs))
+        ray_worker(config)
+    Path(config["training"].folder, "clock.json").write_text(json.dumps(epochs))
 
 
 def in_pipeline(plan: Plan, stage: str) -> tuple[Clock, list[str]]:
-    """Trains the stage anew through the chain; its clock and the hashes of its rows."""
-    spec = next(spec for spec in plan.specs if spec.name == stage)
-    store = Store(plan.settings.storage.root)
+    """Trains the stage from scratch in the pipeline. Returns its clock and its row hashes."""
+    spec, store = plan.by_name[stage], Store(plan.settings.storage.root)
     store.delete(spec.folder)
-    trainer.start_worker = timed_worker
+    driver.start_worker = timed_worker
     done = run_chain(plan, console=Console(sys.stderr), config_name="overhead", until=spec.kind)
     return store.read_json(f"{spec.folder}/clock.json"), done.stages[stage].rows["sha256"]
 
 
 def in_plain_pytorch(plan: Plan, stage: str) -> tuple[Clock, list[str]]:
-    """Trains the stage anew without Ray, in a process of its own; as `in_pipeline`."""
+    """Trains the stage from scratch without Ray, in a new process. Returns as `in_pipeline`."""
     with get_context("spawn").Pool(1) as pool:
         return pool.apply(train_plainly, (plan, stage))
 
 
 def train_plainly(plan: Plan, stage: str) -> tuple[Clock, list[str]]:
-    specs = {spec.name: spec for spec in plan.specs}
-    spec, store = specs[stage], Store(plan.settings.storage.root)
+    spec, store = plan.by_name[stage], Store(plan.settings.storage.root)
     store.delete(spec.folder)
-    work = Work(spec, upstream_folders(spec, plan), specs["prepare"].folder, jobs=1)
+    prepared = plan.by_name["prepare"].folder
+    training = training_of(spec, plan.by_name, prepared, plan.table, store)
     with clocked() as epochs:
-        train_stage(work)
+        train_stage(spec, training, len(os.sched_getaffinity(0)))
     return epochs, read_result(store, spec)["rows"]["sha256"]
 
 
 @one_message
 def main() -> int:
-    """Trains what the stage needs, then the stage by either loop in turn."""
+    """Trains the upstream stages, then the stage alternately with both loops."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", default="configs/quickstart.yaml")
     parser.add_argument("--stage", default="stage1", choices=("teacher", "stage1", "stage2"))
-    parser.add_argument("--pairs", type=int, default=3)
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
+    parser.add_argument("--pairs", type=int, default=3, help="alternating pairs of trainings")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="KEY=VALUE", help="values that replace the config's"
+    )
     arguments = parser.parse_intermixed_args()
     own = (
         "cluster.workers=1",
@@ -154,7 +158,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="mantis-overhead-") as folder:
         overrides = [*arguments.overrides, *own, f"storage.root={folder}"]
         plan = make_plan(load_settings(arguments.config, overrides))
-        in_pipeline(plan, arguments.stage)  # makes what the stage needs, and warms the disk
+        in_pipeline(plan, arguments.stage)  # trains the upstream stages and fills disk caches
         pairs, same_rows = [], True
         for number in range(arguments.pairs):
             ray_clock, ray_rows = in_pipeline(plan, arguments.stage)
@@ -163,8 +167,8 @@ def main() -> int:
             same_rows = same_rows and ray_rows == plain_rows
             shown = [f"{each.median * 1000:.1f} ms" for each in pairs[-1]]
             print(f"pair {number + 1}: pipeline {shown[0]}, plain {shown[1]}", file=sys.stderr)
-    told = [{"pipeline": asdict(ray), "plain": asdict(plain)} for ray, plain in pairs]
-    print(json.dumps({**ratios(pairs), "same_rows": same_rows, "pairs": told}))
+    measured = [{"pipeline": asdict(ray), "plain": asdict(plain)} for ray, plain in pairs]
+    print(json.dumps({**ratios(pairs), "same_rows": same_rows, "pairs": measured}))
     return 0
 
 

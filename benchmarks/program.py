@@ -1,4 +1,4 @@
-"""What the programs here share: lines for people, counts from the command line, mistakes."""
+"""Output, argument types and error handling that the programs in benchmarks/ share."""
 
 from __future__ import annotations
 
@@ -12,35 +12,38 @@ T = TypeVar("T")
 
 
 def say(line: str) -> None:
-    """A line for people, at once: standard output is left to the JSON object at the end."""
+    """Prints a line to stderr, because stdout is for the JSON object at the end."""
     print(line, file=sys.stderr, flush=True)
 
 
 def count(text: str) -> int:
-    """An argument that is a whole number of 1 or more."""
+    """Parses a command-line argument that must be a whole number of 1 or more."""
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is no count: give a whole number, 1 or more")
+        raise argparse.ArgumentTypeError(f"{text} is not a count: give a whole number, 1 or more")
     return int(text)
 
 
 def listed(kind: Callable[[str], T]) -> Callable[[str], tuple[T, ...]]:
-    """An argument of several values with commas between them; spaces would swallow key=value."""
+    """Returns a parser for a command-line argument of several values, separated by commas.
+
+    With spaces between them, argparse would also take the key=value overrides.
+    """
 
     def values(text: str) -> tuple[T, ...]:
         try:
             return tuple(kind(part) for part in text.split(","))
         except ValueError:
             raise argparse.ArgumentTypeError(
-                f"{text} is no list of {kind.__name__}: give values with commas between them"
+                f"{text} is not a list of {kind.__name__}: give values separated by commas"
             ) from None
 
     return values
 
 
 def one_message(main: Callable[[], T]) -> Callable[[], T]:
-    """Ends the program with one line where the user made the mistake, or interrupted it.
+    """Makes a program end with one line after a user's mistake or an interrupt.
 
-    Exit codes as `mantis`'s: 2 and 130.
+    The exit codes are those of `mantis`: 2 for a mistake, 130 for an interrupt.
     """
 
     @functools.wraps(main)
@@ -48,12 +51,12 @@ def one_message(main: Callable[[], T]) -> Callable[[], T]:
         try:
             return main()
         except KeyboardInterrupt:
-            from pipelines.cli_errors import INTERRUPTED
+            from pipelines.commands.errors import INTERRUPTED
 
-            say("interrupted: the same command again takes what is finished as it is")
+            say("interrupted. The same command keeps what is finished and does the rest.")
             sys.exit(INTERRUPTED)
         except Exception as error:
-            from pipelines.cli_errors import MISTAKE, is_mistake
+            from pipelines.commands.errors import MISTAKE, is_mistake
 
             if not is_mistake(error):
                 raise

@@ -1,10 +1,11 @@
-"""What an entropy model that looked further would save: code lengths of a codec's real symbols.
+"""Estimates what an entropy model with more context would save on a codec's real symbols.
 
     python -m benchmarks.redundancy MODEL DATA.parquet [DATA.parquet ...] [--images 2500]
 
-Every context predicts each symbol from a table of its own. Tables are counted on one half of the
-images and pay for the other half, and the other way round, so that a context with too many tables
-is charged for it. Bits per image, the task field left out. The last line is one JSON object.
+Each context selects the probability table of a symbol. Tables are counted on one half of the images
+and code the other half, and the other way round. So a context with too many tables pays for
+overfitting. The figures are bits per image without the task field. The last line is one JSON
+object.
 """
 
 import argparse
@@ -19,15 +20,15 @@ from rich.table import Table
 
 from benchmarks.determinism import image_bytes
 from benchmarks.program import one_message
-from mantis_core.checkpoint import load_client
+from mantis_core.codec.checkpoint import load_client
 
 Symbols = NDArray[np.int64]
-WIDEST = 12  # symbols beyond it are counted as it: rare, and alike for all contexts
-PRIOR_WEIGHT = 20.0  # how many symbols the table without context weighs in every other
+WIDEST = 12  # larger symbols are clipped to it; they are rare and affect all contexts alike
+PRIOR_WEIGHT = 20.0  # weight of the table without context in every other table, in symbols
 
 
 def read_symbols(model: str, files: list[str], images: int) -> tuple[Symbols, Symbols]:
-    """Symbols of the latent (N, C, h, w) and the primary task (N,) of the first images."""
+    """Returns the latent's symbols (N, C, h, w) and the primary task (N,) of the first images."""
     import torch
 
     codec = load_client(model)
@@ -40,7 +41,10 @@ def read_symbols(model: str, files: list[str], images: int) -> tuple[Symbols, Sy
 
 
 def contexts(symbols: Symbols, primary: Symbols) -> dict[str, Symbols]:
-    """Context index of every symbol, by name; all are known before the symbol is decoded."""
+    """Maps each context to its index for every symbol.
+
+    A decoder knows each of these contexts before it decodes the symbol.
+    """
     height, width = symbols.shape[2:]
     signs = np.sign(symbols) + 1
     left, up, before = np.ones_like(signs), np.ones_like(signs), np.zeros_like(signs)
@@ -61,7 +65,7 @@ def contexts(symbols: Symbols, primary: Symbols) -> dict[str, Symbols]:
 
 
 def bits_per_image(symbols: Symbols, context: Symbols) -> float:
-    """Cross-fitted code length, each channel by its own tables."""
+    """Returns the cross-fitted code length per image, with separate tables for each channel."""
     half = np.arange(len(symbols)) % 2
     values, size, total = symbols + WIDEST, int(context.max()) + 1, 0.0
     for fold in (0, 1):
@@ -80,17 +84,19 @@ def bits_per_image(symbols: Symbols, context: Symbols) -> float:
 
 @one_message
 def main() -> int:
-    """Reads the symbols once and prints what each context costs."""
+    """Reads the symbols once and prints the code length for each context."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model")
-    parser.add_argument("data", nargs="+")
-    parser.add_argument("--images", type=int, default=2500)
+    parser.add_argument("model", help="checkpoint folder of a codec or of its client")
+    parser.add_argument("data", nargs="+", help="Parquet files with encoded images")
+    parser.add_argument(
+        "--images", type=int, metavar="N", default=2500, help="only the first N images"
+    )
     arguments = parser.parse_args()
     symbols, primary = read_symbols(arguments.model, arguments.data, arguments.images)
     bits = {
         name: bits_per_image(symbols, each) for name, each in contexts(symbols, primary).items()
     }
-    shown = Table("context", "bits per image", "against none")
+    shown = Table("context", "bits per image", "change")
     for name, value in bits.items():
         shown.add_row(name, f"{value:.1f}", f"{100 * (value / bits['nothing'] - 1):+.1f} %")
     Console(stderr=True).print(shown)

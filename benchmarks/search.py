@@ -1,17 +1,19 @@
-"""Is the search worth its parts? Ours and a full random search, replayed on one table of trainings.
+"""Compares our search with a random search by replaying both on one table of trainings.
 
     python -m benchmarks.search --config configs/quickstart.yaml --configurations 128 \
         stage2.epochs=9
 
-The table holds rate-accuracy points of every epoch of configurations drawn evenly from a space.
-What it lacks is trained by `mantis tune --search random` without early stopping, resumably, or,
-with --plain SHARDS --jobs N, without Ray and MLflow, N trainings at once, on shards that
-`mantis prepare` wrote. results/search_table.csv keeps it, and --replay-only trains nothing. The
-random arm takes 64 rows and all their epochs. Our arm asks the product's own sampler, takes the
-nearest row that is left, and gives up a row where the product's own rule would. Both count finished
-rows only. The last line is one JSON object: `hypervolume_ratio` is that of our arm to the random
-one's at 35 % of its epochs, `budget_ratio` the share of its epochs after which 99 % was reached;
-each the worst of the seeds.
+The table holds the rate-accuracy points of every epoch of configurations that were drawn uniformly
+from a space. It is stored in results/search_table.csv. Missing configurations are trained by
+`mantis tune --search random` without early stopping, which can be resumed. With --plain SHARDS
+--jobs N they are trained without Ray and MLflow, N at once, on shards that `mantis prepare` wrote.
+--replay-only trains nothing.
+
+The random search takes 64 rows with all their epochs. Our search draws from the sampler of `mantis
+tune`, takes the nearest row that is left, and stops it by the rule of `mantis tune`. Both count
+finished rows only. The last line is one JSON object with the worst figures over the seeds:
+`hypervolume_ratio` is our hypervolume after 35 % of the random search's epochs divided by its final
+one; `budget_ratio` is the share of its epochs after which ours reached 99 % of it.
 """
 
 from __future__ import annotations
@@ -34,19 +36,13 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.program import count, one_message, say
-from pipelines.search import search_task
-from pipelines.search_journal import TrialRecord
-from pipelines.search_points import (
-    Halving,
-    RdPoint,
-    hypervolume,
-    losses_of,
-    rd_point,
-    worst_corner,
-)
-from pipelines.search_sampler import propose, random_weight
-from pipelines.search_space import Params, load_space
-from pipelines.settings import TuneConfig, load_settings
+from pipelines.search.journal import TrialRecord
+from pipelines.search.points import Halving, RdPoint, hypervolume, losses_of, rd_point, worst_corner
+from pipelines.search.run import search_task
+from pipelines.search.sampler import propose, random_weight
+from pipelines.search.space import Params, load_space
+from pipelines.settings.reading import load_settings
+from pipelines.settings.sections import TuneConfig
 from tune_spaces.domains import Choice, Field, Integer, LogUniform, Space
 
 TABLE = Path("results/search_table.csv")
@@ -58,7 +54,7 @@ GOAL = 0.99
 
 @dataclass(frozen=True)
 class Row:
-    """A configuration that was trained to its end: its sample and the figures of each epoch."""
+    """A fully trained configuration: its sample and the figures of each epoch."""
 
     params: Params
     epochs: tuple[Mapping[str, float], ...]
@@ -72,23 +68,26 @@ class Row:
 
 @dataclass(frozen=True)
 class Replay:
-    """One arm with one seed: hypervolume after so many epochs, and rows begun and finished."""
+    """A replayed search with one seed.
+
+    `steps` holds (epochs used, hypervolume) pairs. `begun` and `finished` count rows.
+    """
 
     steps: tuple[tuple[int, float], ...]
     begun: int
     finished: int
 
     def within(self, epochs: float) -> float:
-        """The hypervolume reached within a number of epochs."""
+        """Returns the hypervolume reached within a number of epochs."""
         return max((volume for used, volume in self.steps if used <= epochs), default=0.0)
 
     def first(self, volume: float) -> int | None:
-        """The epochs after which a hypervolume was reached, if it was."""
+        """Returns the epochs after which a hypervolume was reached, or None if it never was."""
         return next((used for used, reached in self.steps if reached >= volume), None)
 
 
 def replay_random(rows: Sequence[Row], seed: int) -> tuple[Replay, RdPoint]:
-    """A random search of 64 full trainings, and the reference point of both arms."""
+    """Replays a random search of 64 full trainings. Also returns the reference of both searches."""
     taken = random.Random(f"random/{seed}").sample(range(len(rows)), RANDOM_TRIALS)
     finals = [rows[index].final for index in taken]
     corner = worst_corner(finals)
@@ -103,7 +102,7 @@ def replay_random(rows: Sequence[Row], seed: int) -> tuple[Replay, RdPoint]:
 def replay_search(
     rows: Sequence[Row], space: Space, tune: TuneConfig, seed: int, corner: RdPoint, budget: int
 ) -> Replay:
-    """Our search, one trial at a time, until its budget of epochs or the table is used up."""
+    """Replays our search, one trial at a time, until the budget of epochs or the table is used."""
     epochs = len(rows[0].epochs)
     halving = Halving(epochs, tune.first_epochs, tune.reduction_factor)
     left = dict(enumerate(rows))
@@ -144,12 +143,12 @@ def replay_search(
 
 
 def distance(space: Mapping[str, Field], one: Params, other: Params) -> float:
-    """Between samples, each field from 0 to 1, as the crow flies."""
+    """Returns the Euclidean distance of two samples, with each field scaled to [0, 1]."""
     return math.hypot(*(_gap(field, one[key], other[key]) for key, field in space.items()))
 
 
 def rank_correlation(rows: Sequence[Row], epoch: int) -> dict[str, float]:
-    """Spearman's, of each objective after an epoch with its final value."""
+    """Returns Spearman's correlation of each objective after `epoch` with its final value."""
     names = ["wire_bytes", "top1"]
     early = pd.DataFrame([losses_of(row.epochs[epoch - 1], "pareto") for row in rows], None, names)
     late = pd.DataFrame([losses_of(row.epochs[-1], "pareto") for row in rows], None, names)
@@ -157,7 +156,7 @@ def rank_correlation(rows: Sequence[Row], epoch: int) -> dict[str, float]:
 
 
 def train_table(config: str, space: str, configurations: int, overrides: Sequence[str]) -> None:
-    """Trains what is missing and writes the table; ends the program if the search fails."""
+    """Trains missing configurations and writes the table. Exits if the search fails."""
     command = [sys.executable, "-m", "pipelines", "tune", "--config", config, "--space", space]
     command += ["--trials", str(configurations), "--search", "random", "--resume", "--json"]
     done = subprocess.run(
@@ -166,10 +165,10 @@ def train_table(config: str, space: str, configurations: int, overrides: Sequenc
         text=True,
         check=False,
     )
-    if done.returncode not in (0, 3):  # 3: some trials failed, the others count
+    if done.returncode not in (0, 3):  # 3: some trials failed; the others are used
         sys.exit(done.returncode)
     result = json.loads(done.stdout.splitlines()[-1])
-    from pipelines.search_journal import Journal
+    from pipelines.search.journal import Journal
     from pipelines.storage import Store
 
     store = Store(result["root"])
@@ -190,8 +189,8 @@ def train_table_plainly(
     jobs: int,
     overrides: Sequence[str],
 ) -> None:
-    """The same trainings without Ray and MLflow. The table is written after each."""
-    from benchmarks.plain_chain import train_plain
+    """Trains the same configurations without Ray and MLflow. Writes the table after each one."""
+    from pipelines.chain.plain import train_plain
 
     task = search_task(load_settings(config, overrides), Path(config).stem)
     samples = [
@@ -206,7 +205,7 @@ def train_table_plainly(
 
 
 def write_table(path: Path, rows: Sequence[Row]) -> None:
-    """One line a configuration and epoch."""
+    """Writes one line per configuration and epoch."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
@@ -219,7 +218,7 @@ def write_table(path: Path, rows: Sequence[Row]) -> None:
 
 
 def read_table(path: Path) -> list[Row]:
-    """What `write_table` wrote."""
+    """Reads a table that `write_table` wrote."""
     rows: dict[int, tuple[dict[str, Any], list[dict[str, float]]]] = {}
     with path.open(newline="") as file:
         for line in csv.DictReader(file):
@@ -233,7 +232,7 @@ def read_table(path: Path) -> list[Row]:
 def compare(
     rows: Sequence[Row], space: Space, tune: TuneConfig, seeds: Sequence[int]
 ) -> dict[str, Any]:
-    """Both arms for every seed; worst figures first."""
+    """Replays both searches for every seed. The worst figures come first."""
     per_seed = []
     for seed in seeds:
         baseline, corner = replay_random(rows, seed)
@@ -268,16 +267,24 @@ def compare(
 
 @one_message
 def main() -> None:
-    """Trains the table's missing rows, replays both arms, prints a table and one JSON object."""
+    """Trains the table's missing rows, replays both searches, and prints a table and JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", required=True)
-    parser.add_argument("--space", default="joint")
-    parser.add_argument("--configurations", type=int, default=128)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--space", default="joint", help="file name in tune_spaces/")
+    parser.add_argument(
+        "--configurations", type=int, metavar="N", default=128, help="rows of the table"
+    )
+    parser.add_argument("--seeds", type=int, metavar="N", default=3, help="replays of each search")
     parser.add_argument("--replay-only", action="store_true", help="train nothing")
-    parser.add_argument("--plain", metavar="SHARDS", help="without Ray, on these prepared shards")
-    parser.add_argument("--jobs", type=count, default=1, help="with --plain: trainings at once")
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument(
+        "--plain", metavar="SHARDS", help="train without Ray and MLflow on these prepared shards"
+    )
+    parser.add_argument(
+        "--jobs", type=count, metavar="N", default=1, help="with --plain: N trainings at once"
+    )
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="values that replace the config's"
+    )
     arguments = parser.parse_args()
     space = load_space(arguments.space, include_stage1=False)
     if arguments.plain and not arguments.replay_only:
@@ -295,7 +302,10 @@ def main() -> None:
         )
     rows = read_table(TABLE)
     if len(rows) < 2 * RANDOM_TRIALS:
-        sys.exit(f"{TABLE} has {len(rows)} configurations; {2 * RANDOM_TRIALS} are needed")
+        sys.exit(
+            f"{TABLE} has {len(rows)} configurations; {2 * RANDOM_TRIALS} are needed: train more "
+            "with --configurations"
+        )
     tune = load_settings(arguments.config, arguments.overrides).tune
     result = compare(rows, space, tune, range(arguments.seeds))
     shown = Table(*result["seeds"][0])

@@ -1,13 +1,13 @@
-"""Does the number of workers change what is learned? One config at several worker counts and seeds.
+"""Checks that the number of workers does not change the rows trained on, and compares final top1.
 
     python -m benchmarks.workers --config configs/quickstart.yaml --workers 1,2,4 --seeds 0,1,2 \
         [key=value ...]
 
-Each run is `mantis evaluate` of the main arm alone, under a storage root of its own for each worker
-count, as the count enters no stage key. Begun again, it goes on: finished stages are skipped. For
-every epoch of every training, the hash of the rows it consumed is compared between worker counts;
-final top1 is that of the evaluation split, end to end. Differences are paired by seed, against the
-first worker count. The last line is one JSON object; the exit code is 1 if hashes differ.
+Each run is `mantis evaluate` of the main arm. Each worker count has its own storage root, because
+the count is not part of a stage key. The same command continues an interrupted comparison; finished
+stages are skipped. The hashes of the rows of every epoch are compared between worker counts. Final
+top1 is measured end to end on the evaluation split. Differences from the first worker count are
+paired by seed. The last line is one JSON object. The exit code is 1 if hashes differ.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ MAIN_ARM_ALONE = (
 
 @dataclass(frozen=True)
 class Run:
-    """What one run gave: top1 and, for each training, the hash of each epoch's rows."""
+    """The result of one run. `sha256` holds the hash of each epoch's rows for each training."""
 
     workers: int
     seed: int
@@ -51,7 +51,10 @@ class Run:
 
 @dataclass(frozen=True)
 class Paired:
-    """Top1 less that of the first worker count at the same seed. One seed has no error."""
+    """Differences in top1 from the first worker count, paired by seed.
+
+    With one seed there is no standard error.
+    """
 
     differences: tuple[float, ...]
     mean: float
@@ -59,13 +62,13 @@ class Paired:
 
     @property
     def within(self) -> bool | None:
-        """Whether the mean is at most two standard errors from 0."""
+        """Returns True if the mean is within two standard errors of 0, None if there is none."""
         error = self.standard_error
         return None if error is None else abs(self.mean) <= 2 * error
 
 
 def run(config: str, root: str, workers: int, seed: int, overrides: Sequence[str]) -> Run:
-    """Trains and evaluates in a process of its own. CalledProcessError if that fails."""
+    """Trains and evaluates in a new process. Raises CalledProcessError if that fails."""
     own = (
         f"seed={seed}",
         f"cluster.workers={workers}",
@@ -80,7 +83,7 @@ def run(config: str, root: str, workers: int, seed: int, overrides: Sequence[str
 
 
 def read_run(result: Mapping[str, Any], workers: int, seed: int) -> Run:
-    """A run from what `mantis evaluate --json` printed."""
+    """Builds a run from the output of `mantis evaluate --json`."""
     hashes = {
         name: tuple(stage["rows"]["sha256"])
         for name, stage in result["stages"].items()
@@ -90,13 +93,13 @@ def read_run(result: Mapping[str, Any], workers: int, seed: int) -> Run:
 
 
 def same_hashes(runs: Sequence[Run]) -> bool:
-    """Whether runs of one seed consumed the same rows in each step of every epoch and training."""
+    """Returns True if runs with the same seed trained on the same rows in every step."""
     seeds: dict[int, Mapping[str, Sequence[str]]] = {}
     return all(seeds.setdefault(each.seed, each.sha256) == each.sha256 for each in runs)
 
 
 def paired(runs: Sequence[Run], workers: int, against: int) -> Paired:
-    """Differences between two worker counts over the seeds both have."""
+    """Returns the differences between two worker counts over the seeds that both have."""
     top1 = {(each.workers, each.seed): each.top1 for each in runs}
     seeds = sorted({each.seed for each in runs})
     found = tuple(
@@ -109,7 +112,7 @@ def paired(runs: Sequence[Run], workers: int, against: int) -> Paired:
 
 
 def summary(runs: Sequence[Run]) -> dict[str, Any]:
-    """The object of the last line."""
+    """Returns the JSON object of the last line."""
     counts = list(dict.fromkeys(each.workers for each in runs))
     against = {count: paired(runs, count, counts[0]) for count in counts[1:]}
     return {
@@ -126,10 +129,10 @@ def summary(runs: Sequence[Run]) -> dict[str, Any]:
 
 
 def show(runs: Sequence[Run], console: Console) -> None:
-    """Top1 by worker count and seed, and the paired differences below it."""
+    """Prints top1 by worker count and seed, the paired differences, and whether rows agree."""
     found = summary(runs)
     seeds = sorted({each.seed for each in runs})
-    table = Table("workers", *(f"seed {seed}" for seed in seeds), "less first", "standard error")
+    table = Table("workers", *(f"seed {seed}" for seed in seeds), "difference", "standard error")
     for workers, by_seed in found["top1"].items():
         difference = found["paired"].get(workers)
         cells = [f"{by_seed[str(seed)]:.4f}" for seed in seeds]
@@ -138,18 +141,24 @@ def show(runs: Sequence[Run], console: Console) -> None:
             cells += [f"{difference['mean']:+.4f}", "" if error is None else f"{error:.4f}"]
         table.add_row(workers, *cells)
     console.print(table)
-    console.print(f"rows of every step: {'the same' if found['same_hash'] else 'NOT the same'}")
+    console.print(f"rows of every step: {'the same' if found['same_hash'] else 'DIFFERENT'}")
 
 
 @one_message
 def main() -> int:
-    """Runs all seeds, one after another, each with every worker count."""
+    """Runs every worker count for each seed, one run after another."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", default="configs/quickstart.yaml")
-    parser.add_argument("--workers", type=listed(count), metavar="N,N", default=(1, 2, 4))
-    parser.add_argument("--seeds", type=listed(int), metavar="S,S", default=(0, 1, 2))
-    parser.add_argument("--root", default="runs/workers", help="storage roots are made below it")
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
+    parser.add_argument(
+        "--workers", type=listed(count), metavar="N,N", default=(1, 2, 4), help="worker counts"
+    )
+    parser.add_argument("--seeds", type=listed(int), metavar="S,S", default=(0, 1, 2), help="seeds")
+    parser.add_argument(
+        "--root", default="runs/workers", help="folder for the storage root of each worker count"
+    )
+    parser.add_argument(
+        "overrides", nargs="*", metavar="KEY=VALUE", help="values that replace the config's"
+    )
     arguments = parser.parse_intermixed_args()
     runs = [
         run(arguments.config, arguments.root, workers, seed, arguments.overrides)

@@ -1,8 +1,8 @@
-"""One encoded image or mask in, a clean one or the reason against it out. Touches no files.
+"""Cleans one encoded image or mask, or says why it is refused. Touches no files.
 
-Clean means: decodes in full, RGB, upright, short side as asked. What can be converted is converted
-(CMYK, grey, 16 bit, palette, alpha, EXIF rotation, a PNG called .JPEG); an image that is clean
-already keeps its bytes. Pillow is never told to pad truncated files.
+A clean image decodes in full, is RGB and upright and has the wanted short side. What can be
+converted is converted (CMYK, grey, 16 bit, palette, alpha, EXIF rotation, a PNG called .JPEG); an
+image that is clean already keeps its bytes. Truncated files are refused, never padded.
 """
 
 from __future__ import annotations
@@ -16,16 +16,19 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-from data_prep.source_base import DataError
+from data_prep.errors import DataError
 
-IGNORE = 255  # mask value that counts nowhere
+IGNORE = 255  # mask value that counts neither in a loss nor in a metric
 KEPT_FORMATS = ("JPEG", "PNG")
 UPRIGHT = 1
 
 
 @dataclass(frozen=True)
 class CleanImage:
-    """`stored_size` and `orientation` are those of the bytes that came in, for the masks."""
+    """An image as it is stored in a shard.
+
+    `stored_size` and `orientation` are those of the bytes that came in: a mask is aligned by them.
+    """
 
     data: bytes
     width: int
@@ -37,20 +40,24 @@ class CleanImage:
 
 @dataclass(frozen=True)
 class Rejection:
+    """Why an image or a mask was refused; listed in rejected.parquet."""
+
     reason: str
 
 
 def clean_image(
     data: bytes, *, short_side: int, jpeg_quality: int, max_pixels: float, lossless: bool = False
 ) -> CleanImage | Rejection:
-    """Check and, where needed, convert one image.
+    """Checks one image and converts it where needed.
 
-    `lossless` re-encodes as PNG instead of JPEG (images with masks). Large JPEGs are reduced while
-    decoding to no less than twice the wanted size, the rest by an antialiased bicubic filter."""
+    With `lossless` a changed image is encoded as PNG instead of JPEG (images with masks). A large
+    JPEG is first reduced by the decoder to no less than twice the wanted size, then by an
+    antialiased bicubic filter.
+    """
     if not data:
         return Rejection("empty file")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # damaged EXIF and the like: judged here, not reported
+        warnings.simplefilter("ignore")  # damaged EXIF and the like is judged here
         try:
             with Image.open(io.BytesIO(data)) as image:
                 return _cleaned(data, image, short_side, jpeg_quality, max_pixels, lossless)
@@ -65,10 +72,12 @@ def clean_image(
 def clean_mask(
     data: bytes, image: CleanImage, *, num_labels: int, ignored: tuple[int, ...]
 ) -> bytes | Rejection:
-    """A mask aligned with its cleaned image, as one-channel PNG: values below `num_labels`, or 255.
+    """Aligns a mask with its cleaned image; returns a one-channel PNG.
 
-    Rejection if it does not decode or fit the image. DataError if it has colours or a value that is
-    neither a label nor ignored: a wrong label list spoils every mask, not this one."""
+    Its values are below `num_labels`, or 255. Returns a Rejection where the mask does not decode or
+    fit the image. Raises DataError where it has colours or a value that is neither a label nor
+    ignored, because a wrong list of labels spoils every mask.
+    """
     labels = mask_values(data)
     if isinstance(labels, Rejection):
         return labels
@@ -77,7 +86,7 @@ def clean_mask(
     if wrong.size:
         raise DataError(
             f"mask value {int(wrong.max())} is outside its labels 0..{num_labels - 1}; "
-            f"add labels to the task, or the value to its `ignore`"
+            "add labels to the task, or add the value to its `ignore`"
         )
     clean = Image.fromarray(labels.astype(np.uint8))
     if clean.size == image.stored_size and image.orientation != UPRIGHT:
@@ -95,16 +104,17 @@ def clean_mask(
 
 
 def mask_values(data: bytes) -> NDArray[np.int64] | Rejection:
-    """The values of an encoded mask (H, W) as they are stored: of a palette the indices.
+    """Returns the values of an encoded mask (H, W) as they are stored; of a palette, the indices.
 
-    Rejection if it does not decode; DataError if it has colours."""
+    Returns a Rejection where it does not decode. Raises DataError where it has colours.
+    """
     try:
         with Image.open(io.BytesIO(data)) as opened:
             mode, values = opened.mode, np.asarray(opened)
     except Exception as error:
         return Rejection(f"mask: {_decoding_reason(error)}")
     if values.ndim != 2:
-        raise DataError(f"a mask has mode {mode}; masks have one channel of label values")
+        raise DataError(f"a mask has mode {mode}; store masks with one channel of label values")
     return values.astype(np.int64)
 
 
@@ -147,7 +157,7 @@ def _orientation(image: Image.Image) -> int:
     try:
         value = image.getexif().get(ExifTags.Base.Orientation, UPRIGHT)
     except (SyntaxError, ValueError, OSError, KeyError, TypeError, struct.error):
-        return UPRIGHT  # a damaged EXIF block says nothing; the pixels are good
+        return UPRIGHT  # the pixels of a damaged EXIF block are good
     return value if isinstance(value, int) and 1 <= value <= 8 else UPRIGHT
 
 

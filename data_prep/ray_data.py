@@ -1,4 +1,7 @@
-"""How this package runs Ray Data: quiet, in order, in small blocks. Holds no transforms."""
+"""How this package runs Ray Data: quietly, in order, in small blocks. Holds no transforms.
+
+The only file here that imports Ray at its top; others import it inside the functions that need it.
+"""
 
 from __future__ import annotations
 
@@ -15,29 +18,30 @@ from ray.data._internal.execution.execution_callback import ExecutionCallback
 BLOCK_BYTES = 4 * 2**20  # blocks leave a task while it still runs
 STEP_SECONDS = 0.05
 DATA_LABEL = {"ray-subcluster": "data"}
-"""Label of the nodes that are there for Ray Data, where a cluster has such."""
+"""Label of the nodes reserved for Ray Data, where a cluster has such nodes."""
 
 
 class PausedStep(ExecutionCallback):  # type: ignore[misc]
-    """Lets the executor rest between two steps of its loop.
+    """Pauses the executor between two steps of its loop.
 
-    Ray 2.60's loop waits for blocks, but not where blocks are ready and held back because the
-    consumer is slower: there it spins, on half a core and the interpreter lock of the very process
-    that trains.
+    Ray 2.60's loop waits for blocks, but not while ready blocks are held back for a slower
+    consumer. It then spins, which takes half a core and the interpreter lock of the process that
+    trains.
     """
 
     def on_execution_step(self, executor: Any) -> None:
+        """Sleeps; called by Ray Data after each step."""
         time.sleep(STEP_SECONDS)
 
 
 def data_nodes() -> list[dict[str, Any]]:
-    """Living nodes that are there for Ray Data alone, as ray.nodes() describes them."""
+    """Returns the living nodes reserved for Ray Data, as ray.nodes() describes them."""
     label = DATA_LABEL.items()
     return [node for node in ray.nodes() if node["Alive"] and label <= node["Labels"].items()]
 
 
 def reading_cpus() -> float:
-    """CPUs of the data nodes; of all nodes where there are none."""
+    """Returns the number of CPUs of the data nodes, or of all nodes where there are none."""
     nodes = data_nodes()
     cpus = [node["Resources"].get("CPU", 0.0) for node in nodes]
     return float(sum(cpus) if nodes else ray.cluster_resources().get("CPU", 1.0))
@@ -52,11 +56,12 @@ def map_tables(
     confined: bool = True,
     **arguments: Any,
 ) -> Dataset:
-    """A lazy dataset of function(table, **arguments) over the tables, a task each, in their order.
+    """Applies function(table, **arguments) to each table in a Ray task; returns a lazy dataset.
 
-    `function` returns a batch or yields several; it runs in Ray tasks of `num_cpus`, at most
-    `max_tasks` at once (None: as many as fit). Where there are data nodes they run there, elsewhere
-    only once those are lost; `confined`: whatever else is made of the dataset runs there as well.
+    Results keep the order of the tables. `function` returns a batch or yields several. A task
+    claims `num_cpus`, and at most `max_tasks` run at once (None: as many as fit). Tasks run on the
+    data nodes where there are any, and elsewhere only once those are lost. With `confined`,
+    whatever else is made of the dataset runs on the data nodes as well.
     """
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # "bars disabled"

@@ -10,11 +10,12 @@ from pyarrow import fs
 
 
 def is_uri(path: str) -> bool:
+    """Returns whether a path names its file system, as `s3://bucket/images` does."""
     return "://" in path
 
 
 def join(base: str, path: str) -> str:
-    """`path` below `base`; an absolute path or a URI stands for itself."""
+    """Returns `path` below `base`; an absolute path or a URI stands for itself."""
     if is_uri(path) or posixpath.isabs(path):
         return path
     if path in ("", "."):
@@ -23,12 +24,12 @@ def join(base: str, path: str) -> str:
 
 
 def absolute(path: str) -> str:
-    """The path as every worker understands it, whatever its working folder."""
+    """Returns the path as every worker understands it, whatever its working folder is."""
     return path.rstrip("/") if is_uri(path) else os.path.abspath(os.path.expanduser(path))
 
 
 def filesystem(path: str) -> tuple[fs.FileSystem, str]:
-    """(filesystem, path inside it)."""
+    """Returns the file system of a path and the path inside it."""
     if is_uri(path):
         found: tuple[fs.FileSystem, str] = fs.FileSystem.from_uri(path)
         return found
@@ -36,7 +37,7 @@ def filesystem(path: str) -> tuple[fs.FileSystem, str]:
 
 
 def read_bytes(path: str) -> bytes:
-    """Whole file; FileNotFoundError if there is none."""
+    """Reads a whole file. Raises FileNotFoundError where there is none."""
     store, inner = filesystem(path)
     with store.open_input_stream(inner) as stream:
         data: bytes = stream.read()
@@ -44,7 +45,10 @@ def read_bytes(path: str) -> bytes:
 
 
 def write_bytes(path: str, data: bytes) -> None:
-    """Write beside the target and rename: readers see all of it or nothing. OSError names it."""
+    """Writes beside the target, then renames: readers see all of the file or nothing.
+
+    Raises OSError, which names the target.
+    """
     store, inner = filesystem(path)
     partial = f"{inner}.{uuid.uuid4().hex[:8]}.tmp"
     try:
@@ -60,14 +64,14 @@ def write_bytes(path: str, data: bytes) -> None:
 
 
 def delete_file(path: str) -> None:
-    """Remove a file, if it is there."""
+    """Removes a file if it is there."""
     store, inner = filesystem(path)
     if store.get_file_info(inner).type == fs.FileType.File:
         store.delete_file(inner)
 
 
 def delete_folder(path: str) -> None:
-    """Remove a folder and all below it, if it is there."""
+    """Removes a folder and all below it if it is there."""
     store, inner = filesystem(path)
     if store.get_file_info(inner).type != fs.FileType.NotFound:
         store.delete_dir(inner)

@@ -1,7 +1,7 @@
 """Config sections of the science: teacher, model, the training stages. Pydantic only.
 
-They stand in one file, not beside each module, so that a command line that only wants to check a
-config or print its help never imports torch.
+They stand in one file, not beside each module: a command that only checks a config or prints its
+help must not import torch.
 """
 
 from __future__ import annotations
@@ -14,59 +14,73 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 class Section(BaseModel):
     """A frozen config section that refuses unknown keys."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
 class OptimConfig(Section):
     """Optimiser and schedule of one training stage (AdamW or SGD, warm-up, cosine decay)."""
 
     kind: Literal["adamw", "sgd"] = "adamw"
-    lr: float = Field(default=2e-3, gt=0, description="peak learning rate of new parameters")
-    fine_tune_lr: float = Field(
-        default=4e-4, ge=0, description="peak rate of parameters loaded trained"
-    )
-    density_lr: float = Field(default=1e-2, ge=0, description="peak rate of the entropy model")
-    weight_decay: float = Field(default=0.01, ge=0, description="on matrices and kernels only")
-    momentum: float = Field(default=0.9, ge=0, lt=1, description="sgd only (Nesterov)")
-    warmup_fraction: float = Field(default=0.1, ge=0, lt=1, description="share of all steps")
-    final_lr_fraction: float = Field(
-        default=0.01, ge=0, le=1, description="of the peak, at the end"
-    )
-    clip_norm: float = Field(
-        default=5.0, gt=0, description="gradient norm above which it is scaled down"
-    )
+    """The optimiser: AdamW, or SGD with Nesterov momentum. A teacher has SGD by default."""
+    lr: float = Field(default=2e-3, gt=0)
+    """The peak learning rate of parameters that start from random values."""
+    fine_tune_lr: float = Field(default=4e-4, ge=0)
+    """The peak learning rate of parameters that an earlier stage has trained. The default is a
+    fifth of `lr`, so that they keep what they have learned."""
+    density_lr: float = Field(default=1e-2, ge=0)
+    """The peak learning rate of the entropy model. The default is higher than `lr`: at the rate
+    of the other parameters the bits did not follow `rate_weight`."""
+    weight_decay: float = Field(default=0.01, ge=0)
+    """The weight decay of matrices and kernels. Biases, norms and the entropy model have none."""
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    """The momentum of SGD. AdamW ignores it."""
+    warmup_fraction: float = Field(default=0.1, ge=0, lt=1)
+    """The share of all steps in which the rate rises linearly to its peak. The first gradients
+    of new layers then move them little."""
+    final_lr_fraction: float = Field(default=0.01, ge=0, le=1)
+    """The rate at the last step, as a share of the peak. Half a cosine leads down to it."""
+    clip_norm: float = Field(default=5.0, gt=0)
+    """The norm above which the gradient of a step is scaled down to it. It guards against the
+    rare step that is far too large."""
 
 
 class TrainingConfig(Section):
-    """What every training stage has."""
+    """The settings that all training stages have."""
 
     epochs: int = Field(default=4, ge=1)
-    batch_size: int = Field(
-        default=128, ge=2, description="global batch: images a step over all workers"
-    )
+    """How often the training sees every image."""
+    batch_size: int = Field(default=128, ge=2)
+    """The number of images in a step, over all workers together. It does not grow with the
+    number of workers."""
     optim: OptimConfig = OptimConfig()
-    ema_decay: float = Field(
-        default=0.999, ge=0, lt=1, description="of the weights that are shipped; 0 off"
-    )
-    amp: Literal["auto", "off", "bf16"] = Field(
-        default="auto", description="auto: bf16 on CUDA only"
-    )
+    ema_decay: float = Field(default=0.999, ge=0, lt=1)
+    """The decay of the moving average of the weights in each step; the average is shipped. 0
+    ships the weights themselves. It starts lower, so that short trainings have an average too."""
+    amp: Literal["auto", "off", "bf16"] = "auto"
+    """Whether networks compute in bfloat16: `auto` does so on CUDA only, because only some CPUs
+    gain from it. The entropy model computes in float32 always."""
 
 
 class LossTerm(Section):
     """One torchdistill criterion with its weight.
 
     With `student` (and `teacher`) it is a low-level criterion on those modules' outputs, else a
-    criterion of `mantis_core.losses.CRITERIA` that reads what it needs.
+    criterion of `CRITERIA` in `training/losses.py`, which reads what it needs.
     """
 
-    criterion: str = Field(description="a name of mantis_core.losses.CRITERIA or of torchdistill")
+    criterion: str
+    """The name of a criterion in mantis_core.training.losses, or with `student` of a loss in
+    torch.nn or torchdistill."""
     weight: float = Field(default=1.0, ge=0)
+    """The factor of this term in the sum."""
     kwargs: dict[str, Any] = Field(default_factory=dict)
-    student: str | None = Field(
-        default=None, description="module path in the student, e.g. tail.layer3"
-    )
-    teacher: str | None = Field(default=None, description="module path in the teacher, e.g. layer3")
+    """Keyword arguments of the criterion."""
+    student: str | None = None
+    """The path of the module in the student whose output is compared, such as tail.layer3. None
+    for a criterion that reads what the stage computes."""
+    teacher: str | None = None
+    """The path of the module in the teacher whose output is the target, such as layer3.
+    `@split` is the split and `@last` the last block."""
 
 
 def _without_nulls(terms: Any) -> Any:
@@ -76,88 +90,106 @@ def _without_nulls(terms: Any) -> Any:
 
 
 LossTerms = Annotated[dict[str, LossTerm], BeforeValidator(_without_nulls)]
-"""Terms by name; one that is null is left out, as in a file that extends another."""
+"""Terms by name. One that is null is left out, so that a file can drop a term it inherits."""
 
 
 class TeacherConfig(Section):
-    """The frozen uncompressed network that stage 1 and 2 distil."""
+    """The frozen uncompressed network that stages 1 and 2 distil."""
 
-    name: str = Field(
-        default="resnet50", description="any torchvision classification model by name"
-    )
-    weights: str = Field(
-        default="pretrained", description="train | pretrained | a local .safetensors or .pth file"
-    )
-    start: str | None = Field(
-        default=None,
-        description="with weights: train, a file of this network's weights from other data to "
-        "begin with; its classifier is not used",
-    )
-    split: str = Field(default="layer2", description="layer whose output the decoder reconstructs")
+    name: str = "resnet50"
+    """The name of a torchvision classification network. It must be a row of blocks, a mean over
+    space and one linear layer, as a ResNet is."""
+    weights: str = "pretrained"
+    """Where the weights come from: `train` trains them on the data, `pretrained` lets
+    torchvision download them, else the path of a .safetensors or .pth file."""
+    start: str | None = None
+    """With weights: train, the path of a file of this network's weights from other data to
+    begin with. Its classifier is not used. None begins from random weights."""
+    split: str = "layer2"
+    """The block after which the teacher is cut. The decoder rebuilds its output, and the server
+    goes on with the blocks behind it."""
     training: TrainingConfig = TrainingConfig(
         epochs=12, optim=OptimConfig(kind="sgd", lr=0.1, weight_decay=5e-4), ema_decay=0.0
     )
-    label_smoothing: float = Field(default=0.1, ge=0, lt=1, description="when trained")
+    """How the teacher is trained, with weights: train."""
+    label_smoothing: float = Field(default=0.1, ge=0, lt=1)
+    """The share of the target that is spread over all labels, with weights: train."""
 
 
 class CodecTeacherConfig(TrainingConfig):
-    """The baseline of a teacher fine-tuned on what an image codec leaves of its images."""
+    """The baseline of a teacher that is fine-tuned on images an image codec has coded."""
 
     epochs: int = Field(default=2, ge=1)
+    """How often the training sees every image. Few epochs suffice, because the teacher is
+    trained already."""
     optim: OptimConfig = OptimConfig(kind="sgd", lr=0.01, weight_decay=5e-4)
     ema_decay: float = Field(default=0.0, ge=0, lt=1)
-    codec: Literal["jpeg", "webp", "avif"] = Field(default="webp", description="set for each arm")
-    qualities: tuple[int, ...] = Field(
-        default=(50,), min_length=1, description="set for each arm: one drawn for each image"
-    )
+    """The decay of the moving average of the weights in each step. 0, as for a teacher, ships
+    the weights themselves."""
+    codec: Literal["jpeg", "webp", "avif"] = "webp"
+    """The image codec. Each arm sets its own."""
+    qualities: tuple[int, ...] = Field(default=(50,), min_length=1)
+    """The qualities that the codec is used at, one drawn for each image. Each arm sets its own."""
 
 
 class StemConfig(Section):
-    channels: tuple[int, int] = Field(
-        default=(32, 48), description="after each of its two halvings"
-    )
+    """The client's first layers, which all tasks share."""
+
+    channels: tuple[int, int] = (32, 48)
+    """The number of channels after each of the two halvings of the resolution."""
 
 
 class DetectorConfig(Section):
-    channels: int = Field(default=96, ge=1, description="of its own convolutions")
-    blocks: int = Field(default=1, ge=0, description="residual blocks after its first convolution")
-    deep_channels: int = Field(
-        default=0, ge=0, description="of one more block at half the resolution; 0 none"
-    )
-    hidden: int = Field(default=128, ge=1, description="of its MLP")
-    classes: bool = Field(
-        default=False,
-        description="name an image's class, a task being as probable as its classes together; "
-        "needs images of one class each",
-    )
+    """What finds the tasks of an image, on the client."""
+
+    channels: int = Field(default=96, ge=1)
+    """The number of channels of the detector's own convolutions."""
+    blocks: int = Field(default=1, ge=0)
+    """The number of residual blocks after the detector's first convolution."""
+    deep_channels: int = Field(default=0, ge=0)
+    """The number of channels of one more block, at half the resolution. 0 leaves it out, which
+    keeps the client small."""
+    hidden: int = Field(default=128, ge=1)
+    """The number of hidden units of the detector's MLP."""
+    classes: bool = False
+    """Whether the detector names the class of an image; the probability of a task is then the
+    sum over its classes. Off by default, because it needs images of one class each and the loss
+    ClassDetection."""
 
 
 class ConditioningConfig(Section):
-    kind: Literal["film", "attention", "features", "none"] = Field(
-        default="film",
-        description="film: by task; attention: by task and position, off the detector's map; "
-        "features: attention without the tasks; none",
-    )
-    hidden: int = Field(default=64, ge=1, description="of each generator's MLP")
+    """What turns detected tasks into modulation of the encoder."""
+
+    kind: Literal["film", "attention", "features", "none"] = "film"
+    """What modulates the encoder. `film`: the probabilities of the tasks. `attention`: also
+    what the detector sees at each position. `features`: the latter alone. `none`: nothing."""
+    hidden: int = Field(default=64, ge=1)
+    """The number of hidden units of the network that makes the modulation."""
 
 
 class EncoderConfig(Section):
+    """What turns the stem's features into the latent."""
+
     channels: int = Field(default=64, ge=1)
-    blocks: int = Field(
-        default=1, ge=0, description="FiLMed residual blocks after the last halving"
-    )
+    """The number of channels of the encoder's blocks."""
+    blocks: int = Field(default=1, ge=0)
+    """The number of modulated residual blocks after the last halving of the resolution."""
     latent_channels: int = Field(default=16, ge=1)
-    stride: Literal[8, 16] = Field(
-        default=8, description="input pixels per latent position, each way"
-    )
+    """The number of channels of the latent: symbols that are sent for each position."""
+    stride: Literal[8, 16] = 8
+    """The number of input pixels for each position of the latent, each way. 16 has a quarter of
+    the positions of 8, for larger images."""
 
 
 class DecoderConfig(Section):
-    """Server side: what rebuilds the teacher's split feature, and what follows per task."""
+    """The server: what rebuilds the teacher's split feature, and what each task does with it."""
 
     channels: int = Field(default=128, ge=1)
-    blocks: int = Field(default=2, ge=0, description="residual blocks of the decoder")
-    task_channels: int = Field(default=128, ge=1, description="of each task's own decoder")
+    """The number of channels of the decoder that all tasks share."""
+    blocks: int = Field(default=2, ge=0)
+    """The number of residual blocks of that decoder."""
+    task_channels: int = Field(default=128, ge=1)
+    """The number of hidden channels of the decoder that each task has of its own."""
 
 
 class ModelConfig(Section):
@@ -169,44 +201,40 @@ class ModelConfig(Section):
     encoder: EncoderConfig = EncoderConfig()
     decoder: DecoderConfig = DecoderConfig()
     prior: Literal["shared", "per_task", "primary"] = "primary"
-    quantizer: Literal["ste", "noise"] = Field(
-        default="ste", description="of the latent, in training"
-    )
-    neighbour_contexts: bool = Field(
-        default=False,
-        description="code a symbol of the latent by its neighbours already decoded",
-    )
-    send_probabilities: bool = Field(
-        default=True, description="send a 4-bit log-probability for each active task"
-    )
-    coverage: float = Field(
-        default=0.9,
-        gt=0,
-        le=1,
-        description="share of true tasks the calibrated mask threshold must keep",
-    )
-    single_task: bool = Field(
-        default=False,
-        description="one task of all classes, nothing to detect: the entropic-student baseline",
-    )
-    per_task: bool = Field(
-        default=False,
-        description="a codec of its own for every task, which is known: a baseline",
-    )
-    max_active_tasks: int = Field(
-        default=6, ge=1, description="mask size at which a detected mask is cut"
-    )
+    """Which density codes a latent. `primary`: that of the most probable task. `per_task`: the
+    mean of its active tasks' densities. `shared`: the same for all images."""
+    quantizer: Literal["ste", "noise"] = "ste"
+    """What decoders get in training. `ste`: the rounded latent, as when the model is used, with
+    the gradient passed straight through. `noise`: the latent with uniform noise."""
+    neighbour_contexts: bool = False
+    """Whether the neighbours of a symbol that are decoded already choose the table that codes
+    it. It saves bytes and takes more calls of the coder."""
+    send_probabilities: bool = True
+    """Whether the stream holds the probability of each active task, of at most 4 bits each. The
+    joint decision on the server weighs the tasks by them."""
+    coverage: float = Field(default=0.9, gt=0, le=1)
+    """The share of the true tasks that the mask must keep. The threshold of the mask is
+    calibrated to it on rows that are held back from training."""
+    single_task: bool = False
+    """Whether all classes are one task, so that there is nothing to detect. This is the
+    entropic-student baseline."""
+    per_task: bool = False
+    """Whether each task has a codec of its own and is known instead of detected. This is a
+    baseline."""
+    max_active_tasks: int = Field(default=6, ge=1)
+    """The largest number of tasks in a detected mask. Each task that is active costs bits and a
+    decoder."""
 
 
 class Stage1Config(TrainingConfig):
-    """Rate + distillation of the teacher's features: L = sum of terms + rate_weight * bits."""
+    """Rate and distillation of the teacher's features: L = sum of terms + rate_weight * bits."""
 
-    rate_weight: float = Field(
-        default=2e-3, ge=0, description="loss units per payload bit per image"
-    )
-    rate_ramp_fraction: float = Field(
-        default=1.0, ge=0, le=1, description="share of steps until full rate"
-    )
+    rate_weight: float = Field(default=2e-3, ge=0)
+    """The weight of the rate (beta), in units of the loss for each bit of an image's latent. A
+    higher weight gives smaller streams."""
+    rate_ramp_fraction: float = Field(default=1.0, ge=0, le=1)
+    """The share of all steps in which the weight of the rate rises linearly from 0. The default
+    is all of them: a short rise cuts the rate before there is anything to send."""
     losses: LossTerms = Field(
         min_length=1,
         default_factory=lambda: {
@@ -216,27 +244,25 @@ class Stage1Config(TrainingConfig):
             "detection": LossTerm(criterion="TaskDetection", weight=0.3),
         },
     )
+    """The terms of the loss by name. A term set to null is left out."""
 
 
 class Stage2Config(TrainingConfig):
-    """Detection + task losses + rate, stem frozen."""
+    """Detection, task losses and rate, stem frozen: L = sum of terms + rate_weight * bits."""
 
-    rate_weight: float = Field(
-        default=1e-3, ge=0, description="loss units per payload bit per image"
-    )
-    rate_ramp_fraction: float = Field(
-        default=0.1, ge=0, le=1, description="share of steps until full rate"
-    )
-    teacher_forcing: tuple[float, float] = Field(
-        default=(0.5, 0.0),
-        description="share of images conditioned on the true tasks, at the first and last step",
-    )
-    subset_fraction: float = Field(
-        default=0.5,
-        ge=0,
-        le=1,
-        description="of the forced images: a random subset of their tasks, each size as likely",
-    )
+    rate_weight: float = Field(default=1e-3, ge=0)
+    """The weight of the rate (beta), in units of the loss for each bit of an image's latent. A
+    higher weight gives smaller streams."""
+    rate_ramp_fraction: float = Field(default=0.1, ge=0, le=1)
+    """The share of all steps in which the weight of the rate rises linearly from 0. The default
+    is short: the codec of stage 1 codes well already."""
+    teacher_forcing: tuple[float, float] = (0.5, 0.0)
+    """The share of images that are conditioned on their true tasks, at the first and at the
+    last step; it changes linearly. It ends at 0, because the model has only detected tasks when
+    it is used."""
+    subset_fraction: float = Field(default=0.5, ge=0, le=1)
+    """The share of those images that are conditioned on a random subset of their true tasks,
+    each size with equal probability. From subsets the model learns requests for single tasks."""
     losses: LossTerms = Field(
         min_length=1,
         default_factory=lambda: {
@@ -246,7 +272,8 @@ class Stage2Config(TrainingConfig):
             "distillation": LossTerm(criterion="TeacherDecision", weight=1.0),
         },
     )
+    """The terms of the loss by name. A term set to null is left out."""
 
 
 class IndividualConfig(TrainingConfig):
-    """The baseline of one uncompressed network per task, trained in one fit."""
+    """The baseline of an uncompressed network for each task, all trained in one fit."""

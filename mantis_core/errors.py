@@ -1,7 +1,7 @@
-"""The error of models, weights and classes; that of streams is in bitstream.py."""
+"""The error of models, weights and classes; that of streams is in `bitstream/container.py`."""
 
 
 class ModelError(ValueError):
-    """A model, its weights or its classes do not fit what was asked of them."""
+    """A model, its weights or its classes do not fit the request."""
 
     exit_code = 2

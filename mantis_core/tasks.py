@@ -1,4 +1,4 @@
-"""What a task is to the model, and the batch of images and labels every loop passes around.
+"""What a task, a batch of labelled images, and the problem that the data poses are to the model.
 
 Shapes: B batch, K tasks, C channels, H W pixels of the input image.
 """
@@ -12,6 +12,8 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor
+
+from mantis_core.errors import ModelError
 
 IGNORE = 255
 """Segmentation label of pixels that count neither way."""
@@ -56,7 +58,7 @@ class Batch:
         return int(self.image.shape[0])
 
     def as_one_task(self) -> Batch:
-        """The same images with one task of all classes, active where the image has a class."""
+        """The same images with one task of all classes, active where an image has a class."""
         return replace(
             self, labels=self.class_label[:, None], task_mask=self.class_label[:, None] >= 0
         )
@@ -110,3 +112,42 @@ def class_slots(tasks: Sequence[TaskSpec], num_classes: int) -> Tensor:
             position += 1
     width = max((len(place) for place in places), default=1) or 1
     return torch.tensor([place + [position] * (width - len(place)) for place in places])
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What the data asks of a model: tasks, classes, input size.
+
+    `imagenet_indices` are the classes' ImageNet-1k indices, where all have one.
+    """
+
+    tasks: tuple[TaskSpec, ...]
+    classes: tuple[str, ...]
+    class_names: tuple[str, ...]
+    single_class: bool
+    image_size: tuple[int, int]
+    short_side: int
+    imagenet_indices: tuple[int, ...] | None = None
+
+
+def one_task(problem: Problem) -> Problem:
+    """The problem with all classes as one task. ModelError if images have no single class."""
+    if not problem.single_class:
+        raise ModelError(
+            "model.single_task needs images of one class each; this data has images of several "
+            "tasks: leave out the baseline `student`"
+        )
+    labels = tuple(problem.class_names)
+    every = TaskSpec("all", "classification", len(labels), tuple(range(len(labels))), labels)
+    return replace(problem, tasks=(every,))
+
+
+def of_task(problem: Problem, task: TaskSpec) -> Problem:
+    """The problem that one task alone poses: its labels are the classes."""
+    if not task.is_classification:
+        return replace(problem, tasks=(task,), classes=(), class_names=(), single_class=False)
+    alone = replace(task, classes=tuple(range(task.num_classes)))
+    classes = tuple(problem.classes[c] for c in task.classes)
+    return replace(
+        problem, tasks=(alone,), classes=classes, class_names=task.labels, single_class=True
+    )

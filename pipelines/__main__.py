@@ -1,4 +1,4 @@
-"""The command line: `mantis`, or `python -m pipelines`. The commands stand in cli_*.py."""
+"""The command line: `mantis`, or `python -m pipelines`. The commands are in `commands/`."""
 
 import signal
 import sys
@@ -7,24 +7,24 @@ from types import FrameType
 
 import typer
 
-from pipelines import cli_chain, cli_local_cluster, cli_models, cli_score, cli_tune
+from pipelines.commands import chain, local_cluster, models, score, streams, tune
 
 app = typer.Typer(
-    help="MANTiS: train, measure, register and use task-adaptive image codecs.",
+    help="Train, measure, register and use MANTiS, a task-adaptive image codec.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for module in (cli_chain, cli_score, cli_tune, cli_models):
+for module in (chain, score, tune, models, streams):
     for command in module.COMMANDS:
         app.command()(command)
-app.add_typer(cli_local_cluster.app, name="cluster")
+app.add_typer(local_cluster.app, name="cluster")
 
 
 def main() -> None:
-    """Runs one command. SIGTERM (`ray job stop`, a preempted machine) ends it as Ctrl-C does."""
+    """Runs one command. SIGTERM, from `ray job stop` or a preempted machine, acts as Ctrl-C."""
     signal.signal(signal.SIGTERM, _interrupt)
-    if not sys.warnoptions:  # libraries' own deprecations; -W shows them
+    if not sys.warnoptions:  # deprecations inside libraries; -W shows them
         warnings.simplefilter("ignore", FutureWarning)
     app(prog_name="mantis")
 

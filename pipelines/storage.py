@@ -1,4 +1,4 @@
-"""Files under the storage root, on a local disk or behind a URI; knows nothing of stages or Ray."""
+"""Files under the storage root, on a local disk or behind a URI. Knows neither stages nor Ray."""
 
 import contextlib
 import json
@@ -15,7 +15,7 @@ PROBE = ".writable"
 
 
 class StorageError(ValueError):
-    """A storage root that cannot be used; the message says what is allowed."""
+    """Raised if a storage root or a file under it cannot be used."""
 
     exit_code = 2
 
@@ -23,9 +23,9 @@ class StorageError(ValueError):
 class Store:
     """Reads and writes under one root.
 
-    A path is relative to the root, or an address under it as `join` returns it. Both a local
-    folder and any URI that pyarrow or fsspec understands (s3://, gs://, file://, ...) can be the
-    root. Relative roots are made absolute against the current folder.
+    The root is a local folder or a URI that pyarrow or fsspec can open (s3://, gs://, file://,
+    ...). A relative root becomes absolute against the current folder. A path is relative to the
+    root, or a full address as `join` returns it.
     """
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
@@ -33,28 +33,32 @@ class Store:
         self.is_local = isinstance(self.filesystem, fs.LocalFileSystem)
 
     def join(self, *parts: str) -> str:
-        """The full address of a path, in the form the root was given in."""
+        """Returns the full address of a path: a local path or a URI, as the root is."""
         relative = self._relative("/".join(parts))
         return f"{self.root}/{relative}" if relative else self.root
 
     def local_path(self, *parts: str) -> Path | None:
-        """The path on this machine's disk, or None if the root is remote."""
+        """Returns the path on this machine's disk, or None if the root is remote."""
         return Path(self._inside("/".join(parts))) if self.is_local else None
 
     def exists(self, path: str) -> bool:
         return self._info(path).type != fs.FileType.NotFound
 
+    def modified(self, path: str) -> float:
+        """Returns the time of the last write in seconds since 1970; 0 if it is unknown."""
+        return (self._info(path).mtime_ns or 0) / 1e9
+
     def read_bytes(self, path: str) -> bytes:
-        """Raises FileNotFoundError naming the full address."""
+        """Reads a file. Raises FileNotFoundError with the full address."""
         if self._info(path).type != fs.FileType.File:
             raise FileNotFoundError(f"no such file: {self.join(path)}")
         with self.filesystem.open_input_stream(self._inside(path)) as stream:
             return bytes(stream.read())
 
     def write_bytes(self, path: str, data: bytes) -> None:
-        """Writes atomically: a reader, or a crash, sees the old file or the new one, whole.
+        """Writes atomically: after a crash too, a reader finds the whole old or the whole new file.
 
-        Raises StorageError where storage is full or cannot be written.
+        Raises StorageError if storage is full or cannot be written.
         """
         target = self._inside(path)
         folder, name = target.rsplit("/", 1)
@@ -69,7 +73,7 @@ class Store:
             self.filesystem.move(partial, target)
 
     def check_writable(self) -> None:
-        """Writes a file and deletes it. Raises StorageError where that fails."""
+        """Writes a file and deletes it. Raises StorageError if that fails."""
         self.write_bytes(PROBE, b"")
         self.delete(PROBE)
 
@@ -77,17 +81,17 @@ class Store:
         return json.loads(self.read_bytes(path))
 
     def write_json(self, path: str, value: Any) -> None:
-        """Writes atomically; NaN and infinities are refused (ValueError), they are not JSON."""
+        """Writes atomically. Raises ValueError for NaN and infinities, which are not JSON."""
         text = json.dumps(value, indent=2, sort_keys=True, allow_nan=False)
         self.write_bytes(path, text.encode() + b"\n")
 
     def list(self, path: str = "") -> list[str]:
-        """Sorted names of the entries of a folder; empty if there is no such folder."""
+        """Returns the sorted names of a folder's entries; none if the folder does not exist."""
         selector = fs.FileSelector(self._inside(path), allow_not_found=True)
         return sorted(entry.base_name for entry in self.filesystem.get_file_info(selector))
 
     def delete(self, path: str) -> None:
-        """Deletes a file or a whole folder; nothing happens if it is not there."""
+        """Deletes a file or a whole folder. Does nothing if it does not exist."""
         kind = self._info(path).type
         if kind == fs.FileType.Directory:
             self.filesystem.delete_dir(self._inside(path))
@@ -95,13 +99,13 @@ class Store:
             self.filesystem.delete_file(self._inside(path))
 
     def upload_folder(self, local: str | os.PathLike[str], path: str) -> None:
-        """Copies a local folder's files to `path`, file by file, each written atomically."""
+        """Copies a local folder to `path`, one file at a time. Each is written atomically."""
         source = Path(local)
         for file in sorted(item for item in source.rglob("*") if item.is_file()):
             self.write_bytes(f"{path}/{file.relative_to(source).as_posix()}", file.read_bytes())
 
     def download_folder(self, path: str, local: str | os.PathLike[str]) -> Path:
-        """Copies a folder's files to a local folder and returns it."""
+        """Copies a folder to a local folder and returns the local one."""
         target = Path(local)
         for name in self.list(path):
             child = f"{path}/{name}"
@@ -130,7 +134,7 @@ class Store:
 
 @contextlib.contextmanager
 def writing(address: str) -> Iterator[None]:
-    """What fails inside is told as a failure to write to `address`: StorageError."""
+    """Turns an OSError inside the block into a StorageError that names `address`."""
     try:
         yield
     except OSError as error:
@@ -141,7 +145,7 @@ def writing(address: str) -> Iterator[None]:
 
 
 class local_copy:
-    """Context: a folder's files on this machine's disk, downloaded if they are elsewhere."""
+    """Context manager that yields a folder on the local disk, downloaded first if it is remote."""
 
     def __init__(self, folder: str) -> None:
         self.store = Store(folder)
@@ -160,19 +164,19 @@ class local_copy:
 
 
 def absolute_root(root: str, folder: str | os.PathLike[str] | None = None) -> str:
-    """A URI unchanged, a local path made absolute against `folder` (default: the current one)."""
+    """Returns a URI unchanged, and a local path absolute against `folder` or the current folder."""
     if "://" in root:
         return root.rstrip("/")
     return os.path.abspath(os.path.join(folder or os.getcwd(), os.path.expanduser(root)))
 
 
 def is_shared(root: str) -> bool:
-    """Whether every node of a cluster is promised to see this root: any URI, file:// included."""
+    """Returns whether all nodes of a cluster see the root: true for any URI, file:// included."""
     return "://" in root
 
 
 def _open_root(root: str) -> tuple[str, fs.FileSystem, str]:
-    """Returns the root's own spelling, its file system and the base path inside that."""
+    """Returns the absolute root, its file system and the path inside the file system."""
     root = absolute_root(root)
     if "://" not in root:
         return root, fs.LocalFileSystem(), root
@@ -197,7 +201,7 @@ def _open_fsspec(root: str) -> tuple[fs.FileSystem, str]:
 
 
 def write_file(target: Path, data: bytes) -> None:
-    """Writes a file of this machine atomically; its folder exists. Raises OSError."""
+    """Writes a local file atomically into an existing folder. Raises OSError."""
     descriptor, partial = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
     try:
         with os.fdopen(descriptor, "wb") as stream:

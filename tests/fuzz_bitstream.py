@@ -21,10 +21,10 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
-from mantis_core.bitstream import BitstreamError, StreamSpec
-from mantis_core.coder import Prior, TableSet
-from mantis_core.contexts import CONTEXTS
-from mantis_core.wire import read_stream, write_stream
+from mantis_core.bitstream.coder import TableSet
+from mantis_core.bitstream.container import BitstreamError, StreamSpec
+from mantis_core.bitstream.wire import read_stream, write_stream
+from mantis_core.symbols import CONTEXTS, Prior
 from tests.golden.cases import answered_image, random_image, random_tables
 
 LIMIT_SECONDS = 0.05

@@ -11,13 +11,14 @@ import yaml
 from torch import Tensor
 from torch.nn.functional import log_softmax
 
-from data_prep.source_base import SourceConfig
-from data_prep.sources import SOURCES
-from mantis_core.conditioning import CONDITIONING, Layers, Modulation, modulate
+from data_prep.sources.base import SourceConfig
+from data_prep.sources.kinds import SOURCES
 from mantis_core.config import ConditioningConfig
-from mantis_core.losses import CRITERIA, LOW_LEVEL, JointDecision
+from mantis_core.networks.blocks import modulate
+from mantis_core.networks.conditioning import CONDITIONING, Layers, Modulation
 from mantis_core.tasks import Batch, TaskSpec
-from pipelines.settings import load_settings, to_yaml
+from mantis_core.training.losses import CRITERIA, LOW_LEVEL, JointDecision
+from pipelines.settings.reading import load_settings, to_yaml
 
 CONFIGS = sorted((Path(__file__).resolve().parents[1] / "configs").glob("*.yaml"))
 LAYERS = Layers((4, 6, 5), (1, 2, 2), 9)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from mantis_core.wire import Unpacked
+from mantis_core.bitstream.wire import Unpacked
 from tests import fuzz_bitstream
 
 

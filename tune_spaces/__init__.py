@@ -1,1 +1,1 @@
-"""Search spaces, as declarations only."""
+"""Declares search spaces. Holds no code that samples them."""

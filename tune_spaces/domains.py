@@ -1,4 +1,4 @@
-"""What a searched config field may be: four kinds of domain as plain data. Samples nothing."""
+"""Four kinds of domain for a searched config field, as plain data. Samples nothing."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Uniform:
-    """A number between two bounds."""
+    """A number between two bounds, drawn uniformly."""
 
     low: float
     high: float
@@ -25,7 +25,7 @@ class Uniform:
 
 @dataclass(frozen=True)
 class LogUniform:
-    """A positive number between two bounds, its logarithm drawn evenly."""
+    """A positive number between two bounds, drawn uniformly in its logarithm."""
 
     low: float
     high: float
@@ -33,7 +33,7 @@ class LogUniform:
 
 @dataclass(frozen=True)
 class Integer:
-    """A whole number between two bounds, both included; `log`: its logarithm drawn evenly."""
+    """An integer between two bounds, both included. `log` draws it uniformly in its logarithm."""
 
     low: int
     high: int
@@ -45,10 +45,10 @@ Domain = Choice | Uniform | LogUniform | Integer
 
 @dataclass(frozen=True)
 class Field:
-    """A searched field.
+    """A searched config field.
 
-    `touches` is the first stage that another value trains anew. An `optional` one keeps the
-    config's value unless the search is started with --include-stage1.
+    `touches` is the first stage that must be trained again for another value. An `optional` field
+    is searched only with --include-stage1; otherwise it keeps the config's value.
     """
 
     domain: Domain
@@ -57,4 +57,4 @@ class Field:
 
 
 Space = dict[str, Field]
-"""Dotted config key to field."""
+"""Maps dotted config keys to fields."""

@@ -1,4 +1,4 @@
-"""Task conditioning: whether FiLM is there and how large, and the sizes it stands on.
+"""Searches the kind and size of the conditioning, and the sizes of decoder, detector and latent.
 
 mantis tune --config configs/quickstart.yaml --space film --trials 8
 """

@@ -1,8 +1,8 @@
-"""Rate and conditioning together, with the one size of stage 1 that bounds both.
+"""Searches rate and conditioning together, and the latent channels, which limit both.
 
 mantis tune --config configs/quickstart.yaml --space joint --trials 8
 
-A field that touches stage 1 has at most three values: each is a stage 1 of its own.
+A field that touches stage 1 has at most three values, because each needs a stage 1 of its own.
 """
 
 from tune_spaces.domains import Choice, Field, Integer, LogUniform, Space, Uniform

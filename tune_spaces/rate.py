@@ -1,4 +1,4 @@
-"""What a bit costs in either stage, how soon, and under which prior bits are counted.
+"""Searches the rate weights of both stages, the ramp of stage 2's weight, and the prior.
 
 mantis tune --config configs/quickstart.yaml --space rate --trials 8
 """

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep.schema import DataConfig, Manifest, TaskConfig, TaskTable
-from data_prep.shards import prepare
-from data_prep.subgroups import resolve_tasks
+from data_prep.config import DataConfig, TaskConfig
+from data_prep.manifest import Manifest, TaskTable
+from data_prep.prepare.shards import prepare
+from data_prep.tasks import resolve_tasks
 
 CLASSES = ("n02085620", "n02123045", "n01440764")
 SHAPE_TASKS = (
@@ -88,6 +89,12 @@ def animals() -> tuple[TaskConfig, ...]:
         TaskConfig(name="pets", classes=CLASSES[:2]),
         TaskConfig(name="animals", classes=CLASSES),
     )
+
+
+@pytest.fixture(scope="session")
+def shape_tasks() -> tuple[TaskConfig, ...]:
+    """The tasks of the fixture `shapes`."""
+    return SHAPE_TASKS
 
 
 @pytest.fixture(scope="session")

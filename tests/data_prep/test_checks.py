@@ -10,7 +10,7 @@ import pytest
 from PIL import ExifTags, Image
 
 from data_prep.checks import CleanImage, Rejection, clean_image, clean_mask
-from data_prep.schema import DataError
+from data_prep.errors import DataError
 
 Make = Callable[..., Image.Image]
 Encode = Callable[..., bytes]

@@ -23,10 +23,10 @@ import psutil
 import yaml
 from mlflow import MlflowClient
 
-from mantis_core.checkpoint import sha256_file
-from pipelines.local_cluster import LocalCluster
+from mantis_core.folders import sha256_file
+from pipelines.cluster.local_cluster import LocalCluster
 from tests.faults.harness import PATIENCE_S, ROOT, Command, kill, title_of, titled, wait_for
-from tests.pipelines.chain import paint, write_config
+from tests.pipelines.experiment import paint, write_config
 
 EPOCHS = 8
 EXIT_S = 60.0

@@ -74,6 +74,6 @@ def test_a_damaged_shard_a_full_disk_and_a_cut_checkpoint_cost_a_message_each(
     told = [line for line in output.splitlines() if "cannot be used" in line]
     assert len(told) == 1, output
     assert newest.name in told[0]
-    assert "going on from checkpoint_" in told[0]
+    assert "resuming from checkpoint_" in told[0]
     (history,) = experiment.logged().values()
     assert history == list(range(1, EPOCHS + 1))

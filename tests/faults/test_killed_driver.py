@@ -12,7 +12,7 @@ import pytest
 import yaml
 from mlflow import MlflowClient
 
-from tests.pipelines.chain import last_json, mantis, paint, planned_hashes, write_config
+from tests.pipelines.experiment import last_json, mantis, paint, planned_hashes, write_config
 
 EPOCHS = 4
 

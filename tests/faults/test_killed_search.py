@@ -13,9 +13,9 @@ import pytest
 import yaml
 from mlflow import MlflowClient
 
-from pipelines.search_journal import Journal
+from pipelines.search.journal import Journal
 from pipelines.storage import Store
-from tests.pipelines.chain import last_json, mantis, paint, write_config
+from tests.pipelines.experiment import last_json, mantis, paint, write_config
 
 TRIALS, EPOCHS = 3, 4
 

@@ -16,9 +16,9 @@ import requests
 import yaml
 from mlflow import MlflowClient
 
-from pipelines.tracking import Tracker, locate_tracking
+from pipelines.tracking.runs import Tracker, locate_tracking
 from tests.faults.harness import PATIENCE_S, Command
-from tests.pipelines.chain import paint, write_config
+from tests.pipelines.experiment import paint, write_config
 
 EPOCHS = 3
 

@@ -23,16 +23,17 @@ from ray.train.v2._internal.execution.checkpoint.checkpoint_manager import Check
 from ray.train.v2._internal.execution.storage import StorageContext
 from ray.train.v2._internal.execution.training_report import _TrainingReport
 
-from data_prep.schema import Manifest, ShardInfo, SplitInfo, read_manifest, write_manifest
+from data_prep.manifest import Manifest, ShardInfo, SplitInfo, read_manifest, write_manifest
 from data_prep.storage import delete_file, write_bytes
-from mantis_core.checkpoint import load_folder, save_folder, save_training_state
-from pipelines.metric_writer import MetricWriter
-from pipelines.plan import StageSpec
-from pipelines.run_checkpoints import drop_unreadable_notes, newest_intact
-from pipelines.run_record import mark_done, mark_started, stage_state
-from pipelines.search_journal import Journal, TrialRecord
-from pipelines.settings import Settings
+from mantis_core.folders import load_folder, save_folder, save_training_state
+from pipelines.search.journal import Journal, TrialRecord
+from pipelines.settings.sections import Settings
+from pipelines.stages.order import STAGES
+from pipelines.stages.record import mark_done, mark_started, stage_state
+from pipelines.stages.spec import StageSpec
 from pipelines.storage import Store
+from pipelines.tracking.metric_writer import MetricWriter
+from pipelines.training.checkpoints import drop_unreadable_notes, newest_intact
 
 KEY = "0" * 64
 PIXELS = 300_000  # of a tensor or shard: a write takes long enough to be hit
@@ -85,7 +86,8 @@ def stage(root: Path | str, number: int) -> StageSpec:
     """A finished training of the chain, as far as its record is concerned."""
     folder = f"{root}/stages/stage{number}-000000000000"
     kind: Any = f"stage{number}"
-    return StageSpec(kind, kind, "", {}, (), KEY, KEY, folder, Settings.model_construct())
+    known = (STAGES[kind], kind, "", {}, (), KEY, KEY, folder)
+    return StageSpec(*known, settings=Settings.model_construct())
 
 
 def manager(root: Path | str) -> CheckpointManager:
@@ -146,7 +148,7 @@ def _stages(store: Store, root: str, round_number: int) -> None:
 
 
 def _prepared(folder: str, round_number: int) -> None:
-    """As data_prep.shards.prepare ends: no manifest while shards are written."""
+    """As data_prep.prepare.shards.prepare ends: no manifest while shards are written."""
     delete_file(f"{folder}/manifest.json")
     shards = tuple(_shards(folder, round_number))
     split = SplitInfo(rows=4, bytes=sum(shard.bytes for shard in shards), shards=shards)

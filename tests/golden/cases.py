@@ -16,11 +16,11 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from mantis_core.bitstream import StreamSpec
-from mantis_core.coder import MAX_SYMBOL, TOTAL, Prior, TableSet
-from mantis_core.contexts import CONTEXTS
-from mantis_core.task_field import TaskField
-from mantis_core.wire import CodedImage, write_stream
+from mantis_core.bitstream.coder import TOTAL, TableSet
+from mantis_core.bitstream.container import StreamSpec
+from mantis_core.bitstream.task_field import TaskField
+from mantis_core.bitstream.wire import CodedImage, write_stream
+from mantis_core.symbols import CONTEXTS, MAX_SYMBOL, Prior
 
 FOLDER = Path(__file__).parent
 PRIORS: tuple[Prior, ...] = get_args(Prior)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mantis_core.wire import read_stream, write_stream
+from mantis_core.bitstream.wire import read_stream, write_stream
 from tests.golden.cases import names, read_case
 
 

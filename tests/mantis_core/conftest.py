@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mantis_core.build import Problem, stage1_recipe, stage2_recipe
+from mantis_core.codec.mantis import Mantis
 from mantis_core.config import (
     ConditioningConfig,
     DecoderConfig,
@@ -22,10 +22,10 @@ from mantis_core.config import (
     Stage2Config,
     StemConfig,
 )
-from mantis_core.model import Mantis
-from mantis_core.recipes import Stage1Recipe, Stage2Recipe
-from mantis_core.tasks import IGNORE, Batch, TaskSpec
-from mantis_core.teacher import Teacher
+from mantis_core.networks.teacher import Teacher
+from mantis_core.tasks import IGNORE, Batch, Problem, TaskSpec
+from mantis_core.training.stage1 import Stage1Recipe, stage1_recipe
+from mantis_core.training.stage2 import Stage2Recipe, stage2_recipe
 
 SIZE = 32
 TASKS = (

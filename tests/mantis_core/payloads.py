@@ -1,6 +1,6 @@
 """One latent coded alone, by the writer and reader that streams are made with."""
 
-from mantis_core.coder import Ints, RangeReader, RangeWriter, Table
+from mantis_core.bitstream.coder import Ints, RangeReader, RangeWriter, Table
 
 
 def encode(symbols: Ints, table: Table) -> bytes:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from mantis_core.config import TrainingConfig
 from mantis_core.tasks import Batch
-from mantis_core.training import Session
+from mantis_core.training.loop import Session
 
 
 def snapshot(module: nn.Module) -> dict[str, Tensor]:

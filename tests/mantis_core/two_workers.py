@@ -15,7 +15,8 @@ from conftest import make_batch, make_problem, make_stage2
 from torch import nn
 
 from mantis_core.tasks import Batch
-from mantis_core.training import Session, gather_rows
+from mantis_core.training.loop import Session
+from mantis_core.training.meter import gather_rows
 
 
 def worker(rank: int, folder: str) -> None:

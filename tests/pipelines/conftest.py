@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.tracking import Tracker, TrackingLocation, locate_tracking
+from pipelines.tracking.runs import Tracker, TrackingLocation, locate_tracking
 
 
 @pytest.fixture(scope="session")

@@ -10,11 +10,12 @@ from typing import Any
 
 import yaml
 
-from data_prep.sources import source_fingerprint
-from data_prep.subgroups import resolve_tasks
-from pipelines.search_space import load_space
-from pipelines.search_trial import SearchTask, TrialOutcome, search_settings
-from pipelines.settings import Settings, load_settings
+from data_prep.finding import source_fingerprint
+from data_prep.tasks import resolve_tasks
+from pipelines.search.space import load_space
+from pipelines.search.trial import SearchTask, TrialOutcome, search_settings
+from pipelines.settings.reading import load_settings
+from pipelines.settings.sections import Settings
 from tune_spaces.domains import Space
 
 CONFIG: dict[str, Any] = {

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from tests.pipelines.chain import (
+from tests.pipelines.experiment import (
     CLASSES,
     SIZE,
     VAL_ROWS,

@@ -15,9 +15,9 @@ import pytest
 import yaml
 from mlflow import MlflowClient
 
-from pipelines.cli_local_cluster import start_mlflow
-from pipelines.local_cluster import LocalCluster, local_cluster
-from tests.pipelines.chain import last_json, mantis, paint, write_config
+from pipelines.cluster.local_cluster import LocalCluster, local_cluster
+from pipelines.commands.local_cluster import start_mlflow
+from tests.pipelines.experiment import last_json, mantis, paint, write_config
 from tests.pipelines.processes import family, listening
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(1800)]

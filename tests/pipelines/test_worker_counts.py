@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from mantis_core.training import TrainingError
-from pipelines.worker import epoch_record
-from tests.pipelines.chain import last_json, mantis, paint, planned_hashes, write_config
+from mantis_core.training.loop import TrainingError
+from pipelines.training.worker import epoch_record
+from tests.pipelines.experiment import last_json, mantis, paint, planned_hashes, write_config
 
 COUNTS = {"1": "0.5", "2": "0.5", "4": "0.25", "[1, 2]": "0.5"}  # and CPUs of a worker
 

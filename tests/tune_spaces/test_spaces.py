@@ -7,17 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.plan import config_slice
-from pipelines.search_sampler import propose
-from pipelines.search_space import (
-    distributions,
-    first_stage,
-    load_space,
-    overrides_of,
-    space_names,
-)
-from pipelines.settings import Settings, load_settings, with_overrides
-from pipelines.settings_errors import SettingsError
+from pipelines.chain.keys import config_slice
+from pipelines.search.sampler import propose
+from pipelines.search.space import distributions, first_stage, load_space, overrides_of, space_names
+from pipelines.settings.errors import SettingsError
+from pipelines.settings.reading import load_settings, with_overrides
+from pipelines.settings.sections import Settings
+from pipelines.stages.order import STAGES
 from tune_spaces.domains import Choice, Domain, Integer, LogUniform, Uniform, Value
 
 CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.yaml"))
@@ -62,9 +58,12 @@ class TestEverySpace:
                 with_overrides(settings, overrides_of({key: value}))
                 for value in ends(field.domain)[:2]
             )
-            again = config_slice(one, "stage1") != config_slice(other, "stage1")
+            again = config_slice(one, STAGES["stage1"]) != config_slice(other, STAGES["stage1"])
             assert again == (field.touches == "stage1"), key
-            assert config_slice(one, "stage2") != config_slice(other, "stage2") or again, key
+            assert (
+                config_slice(one, STAGES["stage2"]) != config_slice(other, STAGES["stage2"])
+                or again
+            ), key
 
     def test_prepared_data_and_teacher_are_shared_by_all_trials(
         self, name: str, settings: Settings
@@ -72,7 +71,7 @@ class TestEverySpace:
         for key, field in load_space(name, include_stage1=True).items():
             changed = with_overrides(settings, overrides_of({key: ends(field.domain)[0]}))
             for kind in ("prepare", "teacher"):
-                assert config_slice(changed, kind) == config_slice(settings, kind)
+                assert config_slice(changed, STAGES[kind]) == config_slice(settings, STAGES[kind])
 
     def test_a_field_of_stage_1_has_three_values_at_most(self, name: str) -> None:
         for field in load_space(name, include_stage1=True).values():

@@ -1,0 +1,1 @@
+"""The rate-accuracy study: protocols, points and tables."""

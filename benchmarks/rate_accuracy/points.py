@@ -1,0 +1,227 @@
+"""Reads and writes a study's points and computes means, BD figures, floors and curves from them.
+
+Trains and measures nothing; __main__.py does that.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mantis_core.measure.bd_rate import (
+    Curve,
+    CurveError,
+    Demand,
+    label_floor_bits,
+    over_seeds,
+    size_at,
+)
+from pipelines.report.figures import rd_figure, styled, to_png
+
+Array = NDArray[Any]
+RESULTS = Path("results")
+IMAGE_FIGURES = ("wire_bytes", "payload_bytes", "hit")
+
+FIGURES = {
+    "top1": "val/top1",
+    "wire_bytes": "val/wire_bytes",
+    "payload_bytes": "val/payload_bytes",
+    "estimated_bytes": "val/estimated_bytes",
+    "coverage": "val/detection/coverage",
+    "active_tasks": "val/detection/active_tasks",
+    "answered": "val/answered",
+    "answered_top1": "val/answered_top1",
+    "first_task": "val/detection/first",
+}
+
+COLUMNS = ("point", "config", "protocol", "kind", "seed", "rate_weight", "quality")
+
+
+COLUMNS += ("exit_confidence", "commit", "key")
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Reads the table's rows. Numeric cells become numbers, empty ones None."""
+    if not path.is_file():
+        return []
+    with path.open(newline="") as file:
+        return [
+            {name: _parsed(value) for name, value in row.items()} for row in csv.DictReader(file)
+        ]
+
+
+def append_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Appends rows to the table. The first rows create it."""
+    if not rows:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = not path.is_file()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, [*COLUMNS, *FIGURES, "classes"], lineterminator="\n")
+        if new:
+            writer.writeheader()
+        writer.writerows(rows)
+
+
+def write_images(point: str, wire: Array, payload: Array, hits: Array) -> None:
+    """Writes the sizes of each image and whether its answer was right, as a compressed CSV.
+
+    A size of -1 means that there is no stream.
+    """
+    (RESULTS / "images").mkdir(parents=True, exist_ok=True)
+    rows = zip(wire.tolist(), payload.tolist(), hits.astype(int).tolist(), strict=True)
+    lines = [",".join(IMAGE_FIGURES), *(f"{w:g},{p:.10g},{h}" for w, p, h in rows)]
+    text = "\n".join([*lines, ""]).encode()
+    (RESULTS / "images" / f"{point}.csv.gz").write_bytes(gzip.compress(text, mtime=0))
+
+
+def read_images(point: str) -> dict[str, Array]:
+    """Reads the columns that `write_images` wrote."""
+    data = gzip.decompress((RESULTS / "images" / f"{point}.csv.gz").read_bytes()).decode()
+    values = np.loadtxt(data.splitlines(), delimiter=",", skiprows=1, ndmin=2)
+    return dict(zip(IMAGE_FIGURES, values.T, strict=True))
+
+
+def curves(rows: Sequence[Mapping[str, Any]], size: str) -> dict[str, dict[int, Curve]]:
+    """Maps kind to seed to curve, for kinds that send bytes.
+
+    `size` is "wire_bytes" or "payload_bytes".
+    """
+    found: dict[str, dict[int, Curve]] = {}
+    for kind, seed in sorted({(r["kind"], r["seed"]) for r in rows if r["wire_bytes"] is not None}):
+        own = [row for row in rows if (row["kind"], row["seed"]) == (kind, seed)]
+        sizes, hits = [], []
+        for row in sorted(own, key=lambda row: row["wire_bytes"]):
+            images = read_images(row["point"])
+            sizes.append(images[size].astype(float))
+            hits.append(images["hit"].astype(bool))
+        found.setdefault(kind, {})[seed] = Curve(np.array(sizes), np.array(hits))
+    return found
+
+
+def bd_figures(rows: Sequence[Mapping[str, Any]], size: str, *, accuracy: bool) -> dict[str, Any]:
+    """Returns the BD figures of MANTiS against each baseline, or the reason why there are none.
+
+    A figure has a mean, a confidence interval and the value of each seed. MANTiS is the arm with
+    early exit if it was measured; the arm `mantis`, without it, is then a baseline. Codecs that
+    know the task (`per_task`) are compared with the arm that knows it too (`oracle`). A seed with
+    too few points is left out and listed as `unfinished`.
+    """
+    by_kind = curves(rows, size)
+    codecs = {row["kind"] for row in rows if row["quality"] is not None}
+    mantis = by_kind.pop("early_exit", None) or by_kind.pop("mantis", {})
+    out: dict[str, Any] = {}
+    for kind, theirs in by_kind.items():
+        ours = by_kind.get("oracle", {}) if kind == "per_task" else mantis
+        if kind in codecs:  # image codecs give the same files for every seed
+            theirs = dict.fromkeys(ours, next(iter(theirs.values())))
+        both = sorted(ours.keys() & theirs.keys())
+        needed = Demand().points
+        seeds = [s for s in both if min(len(ours[s].sizes), len(theirs[s].sizes)) >= needed]
+        try:
+            if not seeds:
+                raise CurveError(f"no seed has both curves at {needed} rates")
+            found = over_seeds(
+                [theirs[s] for s in seeds], [ours[s] for s in seeds], accuracy=accuracy
+            )
+            out[kind] = {
+                "mean": round(found.mean, 2),
+                "low": round(found.low, 2),
+                "high": round(found.high, 2),
+                "seeds": {s: round(v, 2) for s, v in zip(seeds, found.seeds, strict=True)},
+            }
+            if len(seeds) < len(both):
+                out[kind]["unfinished"] = [s for s in both if s not in seeds]
+        except CurveError as error:
+            out[kind] = {"refused": str(error)}
+    return out
+
+
+def times_smaller(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Returns the size of each image codec relative to MANTiS at the same top1.
+
+    There is one row per point of MANTiS, with means over seeds. A factor is None if the codec's
+    curve does not reach that top1.
+    """
+    found = []
+    codecs = sorted({row["kind"] for row in rows if row["quality"] is not None})
+    for point in summarise([row for row in rows if row["kind"] in ("mantis", "early_exit")]):
+        own: dict[str, Any] = {
+            name: point[name]
+            for name in ("kind", "rate_weight", "seeds", "top1", "wire_bytes", "payload_bytes")
+        }
+        for size in ("wire_bytes", "payload_bytes"):
+            factors = {}
+            for codec in codecs:
+                curve = np.array([(r[size], 100 * r["top1"]) for r in rows if r["kind"] == codec])
+                needed = size_at(curve, 100 * point["top1"])
+                factors[codec] = None if needed is None else round(needed / point[size], 2)
+            own[size.replace("bytes", "factor")] = factors
+        found.append(own)
+    return found
+
+
+def summarise(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Returns one point per kind, rate and quality: means, standard deviations and the floor.
+
+    Both are over seeds. The floor is the bits that the label alone needs at that top1.
+    """
+    points = []
+    groups = {(row["kind"], row["rate_weight"], row["quality"]) for row in rows}
+    for kind, rate, quality in sorted(groups, key=str):
+        own = [
+            r for r in rows if (r["kind"], r["rate_weight"], r["quality"]) == (kind, rate, quality)
+        ]
+        point: dict[str, Any] = {
+            "kind": kind,
+            "rate_weight": rate,
+            "quality": quality,
+            "seeds": sorted(row["seed"] for row in own),
+        }
+        for name in FIGURES:
+            values = [row[name] for row in own if row[name] is not None]
+            if values:
+                point[name] = round(float(np.mean(values)), 5)
+            if len(values) > 1:
+                point[f"{name}_std"] = round(float(np.std(values, ddof=1)), 5)
+        if own[0]["classes"] and "payload_bytes" in point:
+            floor = label_floor_bits(int(own[0]["classes"]), point["top1"])
+            point["floor_bits"] = round(floor, 3)
+            point["payload_over_floor"] = (
+                round(8 * point["payload_bytes"] / floor, 1) if floor else None
+            )
+        points.append(point)
+    return points
+
+
+def plot(rows: Sequence[Mapping[str, Any]]) -> bytes:
+    """Draws the rate-accuracy curves of all kinds as a PNG. Single seeds are small marks."""
+    arms = [
+        {
+            "kind": row["kind"],
+            "rate_weight": row["rate_weight"],
+            "quality": row["quality"],
+            "metrics": {FIGURES[name]: row[name] for name in FIGURES if row[name] is not None},
+        }
+        for row in rows
+    ]
+    with styled():
+        return to_png(rd_figure(arms, width=8.0))
+
+
+def _parsed(value: str) -> Any:
+    if value == "":
+        return None
+    try:
+        return int(value)
+    except ValueError:
+        try:
+            return float(value)
+        except ValueError:
+            return value

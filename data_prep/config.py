@@ -1,0 +1,174 @@
+"""The sections `tasks` and `data` of a config file. Reads no images.
+
+A *class id* is the string that names one label of an image: a WordNet id (`n02085620`) for
+ImageNet-like data, `outline/star` for procedural data, the label as text otherwise. A
+classification task is an ordered list of class ids; it is active in an image that carries one of
+them, and the first one carried is the label. A segmentation task is active in an image that carries
+its mask.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, Field, field_validator, model_validator
+
+from data_prep.checks import IGNORE
+from data_prep.manifest import TaskKind
+from data_prep.reading import Augmentation, Fraction, ReadingConfig, reading_field
+from data_prep.sources.kinds import AnySource
+
+
+class TaskConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=True):
+    """One task of an experiment, as a config file states it.
+
+    A classification names its classes by exactly one of `group`, `classes`, `indices` and
+    `classes_from`. A segmentation names its `labels`.
+    """
+
+    name: str = Field(pattern=r"^[a-z][a-z0-9_]*$")
+    """Name of the task in metrics, reports and answers: lower-case letters, digits and
+    underscores, starting with a letter."""
+    kind: TaskKind = "classification"
+    """What the task answers: one class for the image, or one label for each pixel."""
+    group: str | None = None
+    """Classification: a group of ImageNet-1k classes that ships in
+    `data_prep/imagenet_groups.yaml`, such as `dogs`."""
+    classes: tuple[str, ...] = ()
+    """Classification: class ids, in the order of the labels."""
+    indices: tuple[int | str, ...] = ()
+    """Classification: ImageNet-1k indices from 0 to 999, as numbers (`151`) or ranges that
+    include both ends (`"151-268"`)."""
+    classes_from: str | None = None
+    """Classification: name of a source that declares the classes of a task of this name, such
+    as `shapes`."""
+    exclude: tuple[str, ...] = ()
+    """Classification: class ids to take out of those named."""
+    mask: str | None = None
+    """Segmentation: key of the mask in the source. Left out, it is the task's name."""
+    labels: tuple[str, ...] = ()
+    """Segmentation: names of the labels. The position of a name is its value in the mask."""
+    ignore: tuple[Annotated[int, Field(ge=0, le=255)], ...] = ()
+    """Segmentation: mask values that count neither in the loss nor in a metric. 255 never
+    counts."""
+
+    @field_validator("indices", mode="before")
+    @classmethod
+    def _one_range_is_a_list(cls, value: Any) -> Any:
+        if isinstance(value, int | str):
+            return (value,)
+        # Strict JSON takes a list for a tuple, but not from here on.
+        return tuple(value) if isinstance(value, list) else value
+
+    @model_validator(mode="after")
+    def _one_way_to_name_the_labels(self) -> TaskConfig:
+        chosen = [
+            key for key in ("group", "classes", "indices", "classes_from") if getattr(self, key)
+        ]
+        if self.kind == "segmentation":
+            if chosen or self.exclude:
+                raise ValueError(
+                    f"task '{self.name}' is a segmentation and takes `labels` only; "
+                    f"remove {', '.join(chosen or ['exclude'])}"
+                )
+            if not 2 <= len(self.labels) <= IGNORE:
+                raise ValueError(
+                    f"task '{self.name}' has {len(self.labels)} `labels`; give 2 to {IGNORE}"
+                )
+            return self
+        if self.labels or self.mask or self.ignore:
+            raise ValueError(
+                f"task '{self.name}' is a classification: `labels`, `mask` and `ignore` belong to "
+                "a segmentation; name its classes by group, classes, indices or classes_from"
+            )
+        if len(chosen) != 1:
+            raise ValueError(
+                f"task '{self.name}' needs exactly one of group, classes, indices, classes_from; "
+                f"got {', '.join(chosen) or 'none'}"
+            )
+        return self
+
+    @property
+    def mask_name(self) -> str:
+        """Key under which a source yields this task's mask."""
+        return self.mask or self.name
+
+
+class DataConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=True):
+    """Where images come from and what becomes of them on the way to a batch."""
+
+    root: str = "."
+    """Folder or URI that relative paths of sources start from. A relative folder starts from
+    the one in which the command is started."""
+    sources: tuple[AnySource, ...] = Field(min_length=1)
+    """Sources of images and labels, in the order in which they are listed. Each `kind` has keys
+    of its own."""
+    image_size: int | tuple[int, int] = 64
+    """Size of the images in a batch in pixels: one side of a square, or [height, width]; at
+    least 8 a side."""
+    short_side: int | None = None
+    """Short side of the stored images in pixels. Left out, it is the shorter side of
+    `image_size`, which stores the least; a larger one leaves room for random crops."""
+    jpeg_quality: int = Field(default=90, ge=1, le=100)
+    """JPEG quality of images that must be resized or converted; others keep their bytes. The
+    default keeps the loss of this second compression small."""
+    max_bad_fraction: Fraction = 0.01
+    """Share of unreadable images up to which preparing goes on. The default forgives the few
+    damaged files of large public sets and stops at a wrong path or format."""
+    unassigned: Literal["drop", "keep"] = "drop"
+    """What becomes of images of no task. They are counted either way; the default saves their
+    bytes."""
+    holdout_fraction: Fraction = 0.02
+    """Share of the training rows that is never trained on, to choose checkpoints and calibrate
+    on. The default leaves nearly all rows to training."""
+    augmentation: Augmentation = reading_field("augmentation")
+    crop_padding: int = reading_field("crop_padding")
+    min_crop_area: Fraction = reading_field("min_crop_area")
+    flip: bool = reading_field("flip")
+    shard_bytes: int = Field(default=64 * 2**20, ge=1024)
+    """Size to aim at for one shard, in bytes. One task holds one shard in memory while it
+    writes; the default of 64 MiB keeps both that and the number of files low."""
+    row_group_rows: int = Field(default=256, ge=1)
+    """Rows of a shard that are read together. Smaller groups shuffle better, larger ones read
+    faster from an object store."""
+    shuffle_window_rows: int = reading_field("shuffle_window_rows")
+    max_pixels: float = Field(default=64e6, gt=0)
+    """Images of more pixels than this are refused before they are decoded. The default admits
+    the photographs of most cameras and refuses decompression bombs."""
+    train_rows: int | None = Field(default=None, ge=1)
+    """Rows of the train split to take at most, the holdout included, chosen by the seed. For
+    reduced runs; left out, all are taken."""
+    val_rows: int | None = Field(default=None, ge=1)
+    """Rows of the val split to take at most, chosen by the seed. Left out, all are taken."""
+
+    @model_validator(mode="after")
+    def _sizes_and_names_fit(self) -> DataConfig:
+        if min(self.size) < 8:
+            raise ValueError(f"data.image_size is {self.image_size}; give at least 8 px a side")
+        if self.stored_short_side < min(self.size):
+            raise ValueError(
+                f"data.short_side is {self.short_side}, less than the short side of "
+                f"data.image_size {self.image_size}: raise short_side or leave it out"
+            )
+        names = [source.source_name for source in self.sources]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"data.sources: two are called {twice[0]!r}; give each a `name`")
+        return self
+
+    @property
+    def reading(self) -> ReadingConfig:
+        """The fields that shape batches in training."""
+        return ReadingConfig(**{name: getattr(self, name) for name in ReadingConfig.model_fields})
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) of the images in a batch, px."""
+        if isinstance(self.image_size, int):
+            return (self.image_size, self.image_size)
+        return self.image_size
+
+    @property
+    def stored_short_side(self) -> int:
+        """Short side of the images in the shards, px."""
+        return self.short_side or min(self.size)

@@ -1,0 +1,328 @@
+"""Prepares a data set: cleaned images, one global order, Parquet shards, manifest. See prepare().
+
+    listing ─ stage_piece ─▶ staging files + index ─ order, splits ─▶ plans ─ write_shard ─▶ shards
+              tasks            (staging.py)           driver           tasks
+
+The order is decided from the index alone, and the writers fetch the bytes of their rows from the
+staging files. So images never travel through a cluster-wide shuffle, and a task holds one shard in
+memory however large the set is. The same inputs, settings and seed give the same bytes on any
+machine, whether Ray Data or plain processes run the tasks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import logging
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict
+from itertools import pairwise
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from data_prep.config import DataConfig
+from data_prep.errors import DataError
+from data_prep.manifest import (
+    MANIFEST_NAME,
+    SPLITS,
+    Manifest,
+    ShardInfo,
+    SplitInfo,
+    TaskTable,
+    write_manifest,
+)
+from data_prep.prepare.listing import list_sources
+from data_prep.prepare.staging import STAGING, Job, pieces, segmentation_tasks, stage_piece
+from data_prep.storage import (
+    absolute,
+    delete_file,
+    delete_folder,
+    filesystem,
+    join,
+    write_bytes,
+)
+
+logger = logging.getLogger(__name__)
+
+Progress = Callable[[str, int, int], None]
+"""Called with the phase ("read" or "write"), the rows done and all rows."""
+Run = Callable[[Sequence[pa.Table], Callable[..., pa.Table], Job], Iterable[pa.Table]]
+"""Applies function(table, job=job) to each table; yields the results in the tables' order."""
+
+SHARDS = "shards"
+REJECTED_NAME = "rejected.parquet"
+UNCOMPRESSED = "none"  # images are compressed already
+
+
+def prepare(
+    data: DataConfig,
+    table: TaskTable,
+    *,
+    seed: int,
+    output: str,
+    splits: Sequence[str] = ("train", "val"),
+    progress: Progress | None = None,
+    run: Run | None = None,
+) -> Manifest:
+    """Prepares `splits` (train, val or both) of all sources into the folder or URI `output`.
+
+    `run` applies a function to tables; None runs it as Ray Data tasks, for which Ray must be
+    initialised. Unreadable images are left out and listed in rejected.parquet (source, id, reason).
+    Raises DataError where files are missing, where more than `max_bad_fraction` of the images are
+    unreadable, where a mask has a value outside its labels, and where a split or a training task
+    has no image. An interrupted or failed run leaves no manifest.
+    """
+    job = Job(data, table, seed, absolute(data.root), absolute(output))
+    report = progress or (lambda phase, done, total: None)
+    run = run or run_with_ray
+    delete_file(join(job.folder, MANIFEST_NAME))
+    for part in (STAGING, SHARDS):
+        delete_folder(join(job.folder, part))
+    listing, sources, dropped = list_sources(job, splits)
+    index = _staged(listing, job, report, run)
+    rejected = _reject(index, job)
+    index = index.filter(pc.is_null(index["reason"]))
+    index, late = _without_unassigned(index, data)
+    parts = _ordered_splits(index, data, seed, splits)
+    shards = _written(parts, job, report, run)
+    manifest = Manifest(
+        image_size=data.size,
+        tasks=table.tasks,
+        classes=table.classes,
+        class_names=table.class_names,
+        single_class=all(
+            pc.all(pc.equal(pc.list_value_length(part["class_indices"]), 1)).as_py()
+            for part in parts.values()
+            if part.num_rows
+        ),
+        seed=seed,
+        splits=shards,
+        unassigned={split: dropped[split] + late.get(split, 0) for split in splits},
+        rejected=rejected,
+        fingerprint=_fingerprint(shards, table),
+        sources=sources,
+    )
+    delete_folder(join(job.folder, STAGING))
+    write_manifest(job.folder, manifest)
+    return manifest
+
+
+def row_schema(table: TaskTable) -> pa.Schema:
+    """Returns the columns of a shard.
+
+    `class_label` is the global class index, -1 unless the row has exactly one. `labels` holds the
+    label of each task (-1 where it is not active or a segmentation), `task_mask` whether the task
+    is active. `mask_<task>` is a PNG, null where the image has none.
+    """
+    count = len(table.tasks)
+    return pa.schema(
+        [
+            ("row_id", pa.int64()),
+            ("source_id", pa.string()),
+            ("image", pa.binary()),
+            ("class_label", pa.int32()),
+            ("labels", pa.list_(pa.int16(), count)),
+            ("task_mask", pa.list_(pa.bool_(), count)),
+            *((f"mask_{name}", pa.binary()) for name, *_ in segmentation_tasks(table)),
+        ]
+    )
+
+
+def write_shard(plan: pa.Table, *, job: Job) -> pa.Table:
+    """Writes one shard from the staging files; returns its entry for the manifest."""
+    names = [name for name, *_ in segmentation_tasks(job.table)]
+    blobs = _fetch(plan, job)
+    class_labels = [
+        indices[0] if len(indices) == 1 else -1 for indices in plan["class_indices"].to_pylist()
+    ]
+    columns = [
+        plan["row_id"],
+        plan["source_id"],
+        [row[0] for row in blobs],
+        class_labels,
+        plan["labels"].combine_chunks(),
+        plan["task_mask"].combine_chunks(),
+        *([row[1 + number] or None for row in blobs] for number in range(len(names))),
+    ]
+    rows = pa.table(columns, schema=row_schema(job.table))
+    stream = io.BytesIO()
+    pq.write_table(
+        rows,
+        stream,
+        row_group_size=job.data.row_group_rows,
+        compression=UNCOMPRESSED,
+        use_dictionary=False,
+        write_statistics=False,
+        write_page_checksum=True,
+    )
+    content = stream.getvalue()
+    path = plan["shard"][0].as_py()
+    write_bytes(join(job.folder, path), content)
+    groups = pq.ParquetFile(io.BytesIO(content)).metadata
+    info = ShardInfo(
+        path=path,
+        rows=rows.num_rows,
+        bytes=len(content),
+        sha256=hashlib.sha256(content).hexdigest(),
+        row_group_rows=tuple(groups.row_group(i).num_rows for i in range(groups.num_row_groups)),
+    )
+    return pa.table({"split": [plan["split"][0].as_py()], "info": [info.model_dump_json()]})
+
+
+def run_with_ray(
+    tables: Sequence[pa.Table], function: Callable[..., pa.Table], job: Job
+) -> Iterable[pa.Table]:
+    """The default `Run`: a Ray task of one CPU for each table."""
+    from data_prep.ray_data import map_tables  # here, so that preparing works without Ray
+
+    dataset = map_tables(tables, function, num_cpus=1, job=job)
+    batches: Iterable[pa.Table] = dataset.iter_batches(batch_size=None, batch_format="pyarrow")
+    return batches
+
+
+def _staged(listing: pa.Table, job: Job, report: Progress, run: Run) -> pa.Table:
+    """Returns the index of all rows.
+
+    Raises DataError at the first row that reveals a mistake of the settings.
+    """
+    found, done = [], 0
+    for part in run(pieces(listing), stage_piece, job):
+        for row in part.filter(pc.is_valid(part["mistake"])).to_pylist():
+            raise DataError(f"image {row['source_id']} of source {row['source']}: {row['mistake']}")
+        found.append(part)
+        done += part.num_rows
+        report("read", done, listing.num_rows)
+    return pa.concat_tables(found)
+
+
+def _reject(index: pa.Table, job: Job) -> int:
+    """Writes rejected.parquet; returns the number of rejects. Raises DataError where too many."""
+    rejects = index.filter(pc.is_valid(index["reason"]))
+    rejects = rejects.select(["source", "source_id", "reason"]).rename_columns(
+        ["source", "id", "reason"]
+    )
+    where = join(job.folder, REJECTED_NAME)
+    stream = io.BytesIO()
+    pq.write_table(rejects.sort_by([("source", "ascending"), ("id", "ascending")]), stream)
+    write_bytes(where, stream.getvalue())
+    limit = job.data.max_bad_fraction
+    if rejects.num_rows > limit * index.num_rows:
+        raise DataError(
+            f"{rejects.num_rows} of {index.num_rows} images are unreadable, more than "
+            f"data.max_bad_fraction {limit:g}; {where} lists them: repair them or raise the key"
+        )
+    if rejects.num_rows:
+        logger.warning("%d unreadable images left out, see %s", rejects.num_rows, where)
+    return int(rejects.num_rows)
+
+
+def _without_unassigned(index: pa.Table, data: DataConfig) -> tuple[pa.Table, dict[str, int]]:
+    """Returns the index without rows of no task, unless kept, and their number by split."""
+    active = np.array(index["task_mask"].to_pylist(), bool).reshape(index.num_rows, -1).any(axis=1)
+    splits = np.array(index["split"].to_pylist())
+    counts = {str(split): int((~active & (splits == split)).sum()) for split in np.unique(splits)}
+    return (index.filter(pa.array(active)) if data.unassigned == "drop" else index), counts
+
+
+def _ordered_splits(
+    index: pa.Table, data: DataConfig, seed: int, splits: Sequence[str]
+) -> dict[str, pa.Table]:
+    """Returns train, holdout and val in their final order, with `split` and unique `row_id`."""
+    index = index.sort_by([("key", "ascending")])
+    parts = {split: index.filter(pc.equal(index["split"], split)) for split in splits}
+    if "train" in parts:
+        held = pa.array(_held_out(parts["train"]["content"].to_pylist(), data, seed), pa.bool_())
+        train = parts["train"]
+        parts |= {"train": train.filter(pc.invert(held)), "holdout": train.filter(held)}
+    ordered, first_id = {}, 0
+    for split in (name for name in SPLITS if name in parts):
+        part = parts[split]
+        if not part.num_rows and split != "holdout":
+            raise DataError(
+                f"no readable {split} image of any task is left; check {REJECTED_NAME}, "
+                "data.unassigned and data.holdout_fraction"
+            )
+        ids = pa.array(range(first_id, first_id + part.num_rows), pa.int64())
+        names = pa.array([split] * part.num_rows, pa.string())
+        ordered[split] = part.drop_columns(["split"]).append_column("split", names)
+        ordered[split] = ordered[split].append_column("row_id", ids)
+        first_id += part.num_rows
+    return ordered
+
+
+def _held_out(contents: list[bytes], data: DataConfig, seed: int) -> list[bool]:
+    """Chooses the rows kept out of training by content hash: equal images go together."""
+    wanted = math.ceil(data.holdout_fraction * len(contents))
+    keys = [hashlib.sha256(b"holdout\0%d\0" % seed + content).digest() for content in contents]
+    if not wanted:
+        return [False] * len(keys)
+    limit = sorted(keys)[wanted - 1]
+    return [key <= limit for key in keys]
+
+
+def _written(
+    parts: dict[str, pa.Table], job: Job, report: Progress, run: Run
+) -> dict[str, SplitInfo]:
+    """Writes the shards of all splits; returns their entries for the manifest."""
+    plans = [plan for split, part in parts.items() for plan in _plans(split, part, job.data)]
+    shards: dict[str, list[ShardInfo]] = {split: [] for split in parts}
+    done, total = 0, sum(part.num_rows for part in parts.values())
+    for entries in run(plans, write_shard, job):
+        for row in entries.to_pylist():
+            info = ShardInfo.model_validate_json(row["info"])
+            shards[row["split"]].append(info)
+            done += info.rows
+        report("write", done, total)
+    return {
+        split: SplitInfo(
+            rows=sum(info.rows for info in infos),
+            bytes=sum(info.bytes for info in infos),
+            shards=tuple(sorted(infos, key=lambda info: info.path)),
+        )
+        for split, infos in shards.items()
+    }
+
+
+def _plans(split: str, part: pa.Table, data: DataConfig) -> Iterator[pa.Table]:
+    """Cuts a split into shards of about `shard_bytes` each, with the columns write_shard needs."""
+    if not part.num_rows:
+        return
+    sizes = np.array([sum(row) for row in part["sizes"].to_pylist()])
+    count = min(part.num_rows, max(1, round(sizes.sum() / data.shard_bytes)))
+    ends = np.searchsorted(np.cumsum(sizes), sizes.sum() * np.arange(1, count + 1) / count) + 1
+    cuts = sorted({0, *np.minimum(ends, part.num_rows).tolist()})
+    for number, (first, end) in enumerate(pairwise(cuts)):
+        plan = part.slice(first, end - first)
+        path = f"{SHARDS}/{split}-{number:05d}.parquet"
+        yield plan.append_column("shard", pa.array([path] * plan.num_rows, pa.string()))
+
+
+def _fetch(plan: pa.Table, job: Job) -> list[list[bytes]]:
+    """Reads the image and masks of each row, file by file, each file from front to back."""
+    parts, offsets = plan["part"].to_pylist(), plan["offset"].to_pylist()
+    sizes = plan["sizes"].to_pylist()
+    found: list[list[bytes]] = [[] for _ in parts]
+    wanted: dict[str, list[int]] = {}
+    for row in sorted(range(len(parts)), key=lambda row: (parts[row], offsets[row])):
+        wanted.setdefault(parts[row], []).append(row)
+    for part, rows in wanted.items():
+        store, inner = filesystem(join(job.folder, part))
+        with store.open_input_file(inner) as file:
+            for row in rows:
+                blob = file.read_at(sum(sizes[row]), offsets[row])
+                ends = np.cumsum(sizes[row]).tolist()
+                found[row] = [
+                    blob[end - size : end] for size, end in zip(sizes[row], ends, strict=True)
+                ]
+    return found
+
+
+def _fingerprint(shards: dict[str, SplitInfo], table: TaskTable) -> str:
+    hashes = [shard.sha256 for split in shards.values() for shard in split.shards]
+    tasks = [asdict(task) for task in table.tasks]
+    return hashlib.sha256(json.dumps([hashes, tasks, table.classes]).encode()).hexdigest()

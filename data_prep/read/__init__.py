@@ -1,0 +1,1 @@
+"""Turns shards into batches."""

@@ -1,0 +1,222 @@
+"""Reads a prepared folder in batches, with Ray Data or in this process.
+
+epoch.py plans which rows a rank reads and in which order; decoding.py turns them into arrays.
+Training reads through Ray Data inside each worker. Every rank runs its own small dataset of
+windows: so ranks never wait for each other, and batches are never short (streaming_split drops
+rows, a local shuffle buffer yields short batches). local_batches() gives the same batches without
+Ray.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from data_prep.errors import DataError
+from data_prep.manifest import Manifest
+from data_prep.read.decoding import Batch, Decoder, concatenated
+from data_prep.read.epoch import RowGroup, Window, plan_epoch, plan_in_order
+from data_prep.reading import ReadingConfig
+from data_prep.storage import absolute, filesystem, join
+
+if TYPE_CHECKING:
+    from ray.data import Dataset
+
+DECODE_ROWS = 64  # rows decoded at once
+PREFETCH_BATCHES = 4
+
+
+def train_batches(
+    folder: str,
+    manifest: Manifest,
+    reading: ReadingConfig,
+    *,
+    seed: int,
+    epoch: int,
+    global_batch: int,
+    rank: int = 0,
+    world_size: int = 1,
+    num_cpus: float = 0.25,
+) -> Iterator[Batch]:
+    """Yields augmented batches of exactly global_batch / world_size rows (see Decoder.decode).
+
+    Each worker calls it for its rank; Ray must be initialised. A reading task claims `num_cpus`,
+    which workers must leave free. A rank runs one task fewer at once than its share of the
+    cluster's CPUs.
+    """
+    # Imported here and in _dataset alone: local_batches works without Ray.
+    from data_prep.ray_data import reading_cpus
+
+    windows = plan_epoch(
+        manifest.split("train"),
+        seed=seed,
+        epoch=epoch,
+        global_batch=global_batch,
+        rank=rank,
+        world_size=world_size,
+        window_rows=reading.shuffle_window_rows,
+    )
+    max_tasks = max(1, int(reading_cpus()) // world_size - 1)
+    decoder = Decoder.of(manifest, reading, (seed, epoch))
+    dataset = _dataset(folder, windows, decoder, num_cpus, max_tasks, confined=True)
+    for batch in dataset.iter_batches(
+        batch_size=global_batch // world_size,
+        batch_format="numpy",
+        prefetch_batches=PREFETCH_BATCHES,
+    ):
+        yield {name: np.require(values, requirements="W") for name, values in batch.items()}
+
+
+def eval_rows(
+    folder: str, manifest: Manifest, reading: ReadingConfig, split: str, *, num_cpus: float = 0.25
+) -> Dataset:
+    """Returns all rows of a split once, in order, cut to their centre, as a lazy Ray Dataset."""
+    windows = plan_in_order(manifest.split(split))
+    decoder = Decoder.of(manifest, reading, None)
+    return _dataset(folder, windows, decoder, num_cpus, None, confined=False)
+
+
+def local_batches(
+    folder: str,
+    manifest: Manifest,
+    reading: ReadingConfig,
+    *,
+    global_batch: int,
+    split: str = "train",
+    seed: int = 0,
+    epoch: int | None = None,
+    rank: int = 0,
+    world_size: int = 1,
+    threads: int = 0,
+) -> Iterator[Batch]:
+    """Yields the batches of train_batches, or those of an evaluation, without Ray.
+
+    With `epoch` None it reads all rows of the split once, in order, cut to their centre; the last
+    batch may be short. `threads` decode ahead of the consumer, two parts each at most; with 0 this
+    thread decodes.
+    """
+    info = manifest.split(split)
+    if epoch is None:
+        windows, augment = plan_in_order(info), None
+    else:
+        augment = (seed, epoch)
+        windows = plan_epoch(
+            info,
+            seed=seed,
+            epoch=epoch,
+            global_batch=global_batch,
+            rank=rank,
+            world_size=world_size,
+            window_rows=reading.shuffle_window_rows,
+        )
+    decoder = Decoder.of(manifest, reading, augment)
+    parts = _parts(absolute(folder), windows, decoder, threads)
+    yield from _rebatched(parts, global_batch // world_size)
+
+
+def read_window(plan: pa.Table, *, folder: str, decoder: Decoder) -> Iterator[Batch]:
+    """Decodes one window, part by part, in a Ray task; `plan` is made by _plan_table."""
+    for row in plan.to_pylist():
+        groups = tuple(RowGroup(**group) for group in row["groups"])
+        yield from _read(folder, Window(groups, np.array(row["picks"], np.int64)), decoder)
+
+
+def _dataset(
+    folder: str,
+    windows: list[Window],
+    decoder: Decoder,
+    num_cpus: float,
+    max_tasks: int | None,
+    *,
+    confined: bool,
+) -> Dataset:
+    from data_prep.ray_data import map_tables
+
+    return map_tables(
+        [_plan_table(window) for window in windows],
+        read_window,
+        num_cpus=num_cpus,
+        max_tasks=max_tasks,
+        confined=confined,
+        folder=absolute(folder),
+        decoder=decoder,
+    )
+
+
+def _plan_table(window: Window) -> pa.Table:
+    groups = [
+        {"shard": group.shard, "index": group.index, "rows": group.rows} for group in window.groups
+    ]
+    return pa.table({"groups": [groups], "picks": [window.picks]})
+
+
+def _parts(
+    folder: str, windows: Sequence[Window], decoder: Decoder, threads: int
+) -> Iterator[Batch]:
+    """Yields the decoded rows of all windows in order; threads, if any, decode ahead."""
+    if not threads:
+        for window in windows:
+            yield from _read(folder, window, decoder)
+        return
+    waiting: deque[Future[Batch]] = deque()
+    with ThreadPoolExecutor(threads) as pool:
+        try:
+            for window in windows:
+                for rows in _tables(folder, window, decoder.columns):
+                    waiting.append(pool.submit(decoder.decode, rows))
+                    if len(waiting) > 2 * threads:
+                        yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+def _read(folder: str, window: Window, decoder: Decoder) -> Iterator[Batch]:
+    """Yields the decoded rows of a window in order, DECODE_ROWS at a time."""
+    yield from map(decoder.decode, _tables(folder, window, decoder.columns))
+
+
+def _tables(folder: str, window: Window, columns: list[str]) -> Iterator[pa.Table]:
+    """Yields the rows of a window in order, not decoded, DECODE_ROWS at a time."""
+    rows = pa.concat_tables([_row_group(folder, group, columns) for group in window.groups])
+    for start in range(0, len(window.picks), DECODE_ROWS):
+        yield rows.take(window.picks[start : start + DECODE_ROWS])
+
+
+def _row_group(folder: str, group: RowGroup, columns: list[str]) -> pa.Table:
+    """Reads a row group. Raises DataError where the shard is not as it was written."""
+    path = join(folder, group.shard)
+    store, inner = filesystem(path)
+    try:
+        with pq.ParquetFile(inner, filesystem=store, page_checksum_verification=True) as file:
+            return file.read_row_group(group.index, columns=columns)
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(
+            f"shard {path} is missing or damaged ({error}): delete {folder} and run again "
+            "to prepare it anew"
+        ) from None
+
+
+def _rebatched(parts: Iterable[Batch], batch_rows: int) -> Iterator[Batch]:
+    """Yields batches of exactly `batch_rows`, and the rows left as a last one."""
+    waiting: list[Batch] = []
+    held = 0
+    for part in parts:
+        waiting.append(part)
+        held += len(part["row_id"])
+        if held >= batch_rows:
+            joined, start = concatenated(waiting), 0
+            while held >= batch_rows:
+                yield {name: v[start : start + batch_rows] for name, v in joined.items()}
+                start, held = start + batch_rows, held - batch_rows
+            waiting = [{name: values[start:] for name, values in joined.items()}] if held else []
+    if held:
+        yield concatenated(waiting)

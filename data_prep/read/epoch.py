@@ -1,0 +1,105 @@
+"""Plans which rows an epoch reads and in which order, from row counts alone. Reads no files."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_prep.errors import DataError
+from data_prep.manifest import SplitInfo
+
+
+@dataclass(frozen=True)
+class RowGroup:
+    """A part of a shard that is read at once."""
+
+    shard: str  # path below the folder
+    index: int  # in the shard
+    rows: int
+
+
+@dataclass(frozen=True, eq=False)
+class Window:
+    """Rows read together. `picks` are positions, in order, in the groups' rows put end to end."""
+
+    groups: tuple[RowGroup, ...]
+    picks: NDArray[np.int64]
+
+
+def plan_epoch(
+    split: SplitInfo,
+    *,
+    seed: int,
+    epoch: int,
+    global_batch: int,
+    rank: int,
+    world_size: int,
+    window_rows: int,
+) -> list[Window]:
+    """Plans the rows one rank consumes in one epoch, in order.
+
+    Row groups are permuted by (seed, epoch) and joined into windows of about `window_rows`; rows
+    are permuted within a window. Of this order the first floor(N / global_batch) * global_batch
+    rows are consumed, `global_batch` a step, whatever `world_size` is. The rows left out differ
+    from epoch to epoch. Rank r takes the r-th part of a step's rows as they lie in their window, so
+    the ranks hardly read a row group twice. Raises DataError where there are fewer rows than a
+    global batch, or where a global batch does not divide among the ranks.
+    """
+    if global_batch % world_size:
+        raise DataError(
+            f"a global batch of {global_batch} does not divide among {world_size} workers; "
+            f"use a multiple of {world_size}"
+        )
+    if split.rows < global_batch:
+        raise DataError(
+            f"the split has {split.rows} rows, fewer than one global batch of {global_batch}; "
+            "use a smaller batch or more images"
+        )
+    groups = _row_groups(split)
+    random = np.random.default_rng([seed, epoch])
+    windows, waiting = [], []
+    for number in random.permutation(len(groups)):
+        waiting.append(groups[number])
+        if sum(group.rows for group in waiting) >= window_rows:
+            windows.append(tuple(waiting))
+            waiting = []
+    if waiting:
+        windows.append(tuple(waiting))
+    starts = np.cumsum([0, *(sum(group.rows for group in window) for window in windows)])
+    order = np.concatenate(
+        [start + random.permutation(end - start) for start, end in pairwise(starts)]
+    )
+    steps = order[: split.rows // global_batch * global_batch].reshape(-1, global_batch)
+    places = steps.argsort(axis=1).argsort(axis=1)  # of each row among those of its step
+    own = steps[places // (global_batch // world_size) == rank]
+    number = np.searchsorted(starts, own, side="right") - 1  # of each row's window, never falling
+    parts = np.split(own, np.searchsorted(number, np.arange(1, len(windows))))
+    return [
+        _window(groups, part - start)
+        for groups, part, start in zip(windows, parts, starts[:-1], strict=True)
+        if len(part)
+    ]
+
+
+def plan_in_order(split: SplitInfo) -> list[Window]:
+    """Plans all rows of a split once, in order, a window for each row group."""
+    return [Window((group,), np.arange(group.rows)) for group in _row_groups(split)]
+
+
+def _row_groups(split: SplitInfo) -> list[RowGroup]:
+    return [
+        RowGroup(shard.path, index, rows)
+        for shard in split.shards
+        for index, rows in enumerate(shard.row_group_rows)
+    ]
+
+
+def _window(groups: tuple[RowGroup, ...], picks: NDArray[np.int64]) -> Window:
+    """Returns a window of the rows `picks`, without the groups that hold none of them."""
+    group_of = np.repeat(np.arange(len(groups)), [group.rows for group in groups])
+    used = np.unique(group_of[picks])
+    places = np.cumsum(np.isin(group_of, used)) - 1  # of rows once the other groups are gone
+    return Window(tuple(groups[number] for number in used), places[picks])

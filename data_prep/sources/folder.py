@@ -1,0 +1,151 @@
+"""The `image_folder` source: image files in folders named by class id, locally or below a URI.
+
+Layouts: `train/<class>/**/*.JPEG` (also Tiny ImageNet's `train/<class>/images/`), the same for val
+or a flat val folder with a label file, and a bare `<class>/*` folder as one split.
+"""
+
+from __future__ import annotations
+
+import posixpath
+import re
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Literal
+
+import pyarrow as pa
+from pyarrow import fs
+
+from data_prep.errors import DataError
+from data_prep.sources.base import RawRow, SourceConfig, missing, references
+from data_prep.storage import filesystem, join
+
+IMAGE_SUFFIXES = (".jpeg", ".jpg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+TINY_IMAGENET_LABELS = "val_annotations.txt"
+THREADS = 16  # listing and reading wait for the disk or the network
+READ_AHEAD = 64  # files
+
+
+class ImageFolder(SourceConfig):
+    """Image files in folders named by class id."""
+
+    kind: Literal["image_folder"] = "image_folder"
+    """Image files in folders named by class id."""
+    path: str = "."
+    """Folder or URI that holds the splits; a relative one starts from `data.root`."""
+    train: str | None = "train"
+    """Folder of the train split below `path`; null where there is none. The default is
+    ImageNet's layout."""
+    val: str | None = "val"
+    """Folder of the val split below `path`; null where there is none."""
+    val_labels: str | None = None
+    """Label file, below `path`, of a val folder that is not divided by class. The first two
+    fields of a line are the image file and its class id, separated by blanks, commas or
+    semicolons. Left out, Tiny ImageNet's `val_annotations.txt` is taken if the val folder has
+    one."""
+
+    def listing(self, root: str, split: str) -> pa.Table:
+        listed = self._listed(root, split)
+        paths = [path for path, _, _ in listed]
+        zeros = [0] * len(listed)
+        return references(paths, [[name] for _, name, _ in listed], paths, zeros, zeros)
+
+    def read(self, root: str, references: pa.Table) -> Iterator[RawRow]:
+        store, base = filesystem(join(root, self.path))
+
+        def read_one(path: str) -> RawRow:
+            try:
+                with store.open_input_stream(f"{base}/{path}", compression=None) as stream:
+                    return RawRow(stream.read(), {})
+            except FileNotFoundError:
+                return RawRow(b"", {}, error="file is gone")
+
+        paths = references["path"].to_pylist()
+        with ThreadPoolExecutor(THREADS) as pool:
+            for start in range(0, len(paths), READ_AHEAD):
+                yield from pool.map(read_one, paths[start : start + READ_AHEAD])
+
+    def state(self, root: str, split: str) -> Iterator[str]:
+        for path, class_id, size in self._listed(root, split):
+            yield f"{path}\t{class_id}\t{size}"
+
+    def _listed(self, root: str, split: str) -> list[tuple[str, str, int]]:
+        """Returns (path below self.path, class id, bytes) of each image, sorted by path."""
+        folder = self.train if split == "train" else self.val
+        if folder is None:
+            return []
+        home = join(root, self.path)
+        where = join(home, folder)
+        store, inner = filesystem(where)
+        if store.get_file_info(inner).type != fs.FileType.Directory:
+            raise missing(self, f"{split} folder", where)
+        labels = self._label_file(store, home, inner) if split == "val" else None
+        if labels is not None:
+            found = _labelled(_images(store, inner), *labels)
+        else:
+            found = _by_folder(store, inner)
+        if not found:
+            raise missing(self, f"images in folders named by class ({split})", where)
+        prefix = "" if folder == "." else f"{folder.strip('/')}/"
+        return sorted((f"{prefix}{path}", class_id, size) for path, class_id, size in found)
+
+    def _label_file(
+        self, store: fs.FileSystem, home: str, val_folder: str
+    ) -> tuple[str, str] | None:
+        """Returns (text, name) of the label file of a flat val folder, None for class folders."""
+        if self.val_labels is not None:
+            where = filesystem(join(home, self.val_labels))[1]
+            if store.get_file_info(where).type != fs.FileType.File:
+                raise missing(self, "label file (val_labels)", where)
+        else:
+            where = posixpath.join(val_folder, TINY_IMAGENET_LABELS)
+            if store.get_file_info(where).type != fs.FileType.File:
+                return None
+        with store.open_input_stream(where, compression=None) as stream:
+            return stream.read().decode("utf-8", errors="replace"), where
+
+
+def _images(store: fs.FileSystem, folder: str) -> list[tuple[str, int]]:
+    """Returns (path below folder, bytes) of every image file below it."""
+    found = store.get_file_info(fs.FileSelector(folder, recursive=True))
+    return [
+        (entry.path[len(folder) :].lstrip("/"), entry.size)
+        for entry in found
+        if entry.type == fs.FileType.File and entry.path.lower().endswith(IMAGE_SUFFIXES)
+    ]
+
+
+def _by_folder(store: fs.FileSystem, folder: str) -> list[tuple[str, str, int]]:
+    """Returns (path, class id, bytes) of each image; its first folder names its class."""
+    entries = store.get_file_info(fs.FileSelector(folder))
+    classes = [entry.path for entry in entries if entry.type == fs.FileType.Directory]
+    with ThreadPoolExecutor(THREADS) as pool:
+        listings = list(pool.map(lambda path: _images(store, path), classes))
+    found = []
+    for path, images in zip(classes, listings, strict=True):
+        class_id = posixpath.basename(path)
+        found += [(f"{class_id}/{name}", class_id, size) for name, size in images]
+    return found
+
+
+def _labelled(
+    images: list[tuple[str, int]], text: str, label_file: str
+) -> list[tuple[str, str, int]]:
+    """Returns (path, class id, bytes); a line of the label file starts with file and class."""
+    labels: dict[str, str] = {}
+    for line in text.splitlines():
+        fields = re.split(r"[\s,;]+", line.strip())
+        if len(fields) >= 2:
+            labels[posixpath.splitext(posixpath.basename(fields[0]))[0]] = fields[1]
+    found, unlabelled = [], []
+    for path, size in images:
+        stem = posixpath.splitext(posixpath.basename(path))[0]
+        if stem in labels:
+            found.append((path, labels[stem], size))
+        else:
+            unlabelled.append(path)
+    if unlabelled:
+        raise DataError(
+            f"{label_file} has no line for {len(unlabelled)} of {len(images)} images, the first is "
+            f"{sorted(unlabelled)[0]}; add lines of the form 'file class'"
+        )
+    return found

@@ -1,0 +1,99 @@
+"""All kinds of sources, and the `auto` source, which chooses between two of them.
+
+A new kind is one file like shapes.py and its name in SOURCES and AnySource, below.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Literal
+
+import pyarrow as pa
+from pyarrow import fs
+from pydantic import Field
+
+from data_prep.sources.base import RawRow, SourceConfig, missing
+from data_prep.sources.folder import ImageFolder
+from data_prep.sources.parquet import ParquetFiles, matching_files
+from data_prep.sources.shapes import Shapes
+from data_prep.storage import filesystem, join
+
+
+class Auto(SourceConfig):
+    """Parquet files where the patterns match any below `path`, image folders otherwise."""
+
+    kind: Literal["auto"] = "auto"
+    """Parquet files where the patterns match any below `path`, image folders otherwise."""
+    path: str = "."
+    """Folder or URI that patterns and folders start from; a relative one starts from
+    `data.root`."""
+    train: str | tuple[str, ...] | None = "train*.parquet"
+    """Parquet: pattern, or list of patterns, of the train split's files below `path`; null
+    where there is no such split."""
+    val: str | tuple[str, ...] | None = "val*.parquet"
+    """Parquet: pattern, or list of patterns, of the val split's files below `path`; null where
+    there is no such split."""
+    image: str = "image"
+    """Parquet: column of encoded images."""
+    class_column: str | None = "wnid"
+    """Parquet: column of labels; null where there are only masks. The default is for files
+    labelled by WordNet id."""
+    class_ids: Literal["imagenet"] | dict[str, str] | None = None
+    """Parquet: class id of each label; `imagenet` maps 0 to 999 to WordNet ids. Left out, a
+    label is its own class id."""
+    mask_columns: dict[str, str] = Field(default={})
+    """Parquet: column of encoded masks by the name of the mask."""
+    train_folder: str | None = "train"
+    """Image folders: folder of the train split below `path`; null where there is none."""
+    val_folder: str | None = "val"
+    """Image folders: folder of the val split below `path`; null where there is none."""
+    val_labels: str | None = None
+    """Image folders: label file, below `path`, of a val folder that is not divided by class."""
+
+    @property
+    def mask_names(self) -> tuple[str, ...]:
+        return tuple(self.mask_columns)
+
+    def listing(self, root: str, split: str) -> pa.Table:
+        return self.found(root).listing(root, split)
+
+    def read(self, root: str, references: pa.Table) -> Iterator[RawRow]:
+        return self.found(root).read(root, references)
+
+    def state(self, root: str, split: str) -> Iterator[str]:
+        return self.found(root).state(root, split)
+
+    def parquet(self) -> ParquetFiles:
+        """Returns a Parquet source with the same settings."""
+        own = self.model_dump(include=set(ParquetFiles.model_fields) - {"kind"})
+        return ParquetFiles(**(own | {"name": self.source_name}))
+
+    def found(self, root: str) -> ParquetFiles | ImageFolder:
+        """Returns the source whose files exist. Raises DataError where neither's do."""
+        home = join(root, self.path)
+        patterns: list[str] = []
+        for setting in (self.train, self.val):
+            patterns += (setting,) if isinstance(setting, str) else setting or ()
+        if any(matching_files(home, pattern) for pattern in patterns):
+            return self.parquet()
+        for folder in (self.train_folder, self.val_folder):
+            store, inner = filesystem(join(home, folder or "."))
+            if folder and store.get_file_info(inner).type == fs.FileType.Directory:
+                return ImageFolder(
+                    name=self.source_name,
+                    path=self.path,
+                    train=self.train_folder,
+                    val=self.val_folder,
+                    val_labels=self.val_labels,
+                )
+        looked = ", ".join([*patterns, f"{self.train_folder}/", f"{self.val_folder}/"])
+        raise missing(self, f"Parquet file or image folder ({looked})", home)
+
+
+SOURCES: dict[str, type[SourceConfig]] = {
+    "image_folder": ImageFolder,
+    "parquet": ParquetFiles,
+    "auto": Auto,
+    "shapes": Shapes,
+}
+AnySource = Annotated[ImageFolder | ParquetFiles | Auto | Shapes, Field(discriminator="kind")]

@@ -1,0 +1,200 @@
+"""Resolves the tasks a config names to tables of labels. Holds no images and no lists of classes.
+
+`python -m data_prep.tasks NODE --edges FILE` lists the ImageNet-1k classes below a node of a
+hierarchy file (BREEDS "parent child" lines, or CSV with columns parent and child).
+imagenet_groups.yaml was made with it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import difflib
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from data_prep.config import DataConfig, TaskConfig
+from data_prep.errors import DataError
+from data_prep.imagenet import imagenet_groups, imagenet_names, imagenet_wnids
+from data_prep.manifest import Task, TaskTable
+
+WORDNET_ID = re.compile(r"n\d{8}")
+
+
+def resolve_tasks(tasks: Sequence[TaskConfig], data: DataConfig) -> TaskTable:
+    """Resolves all tasks to one table, in the order given.
+
+    Raises DataError where there is no task, where two have one name, where a group, class id,
+    index, source or mask is unknown, where a task names a class twice, and where it has fewer than
+    two classes.
+    """
+    if not tasks:
+        raise DataError("no tasks: name at least one under `tasks`")
+    names = [task.name for task in tasks]
+    _refuse_repeats(names, "tasks")
+    members = [_class_ids(task, data) for task in tasks]
+    classes = tuple(dict.fromkeys(class_id for ids in members for class_id in ids))
+    position = {class_id: index for index, class_id in enumerate(classes)}
+    resolved = []
+    for task, ids in zip(tasks, members, strict=True):
+        labels = task.labels or tuple(class_name(class_id) for class_id in ids)
+        indices = tuple(position[class_id] for class_id in ids)
+        resolved.append(Task(task.name, task.kind, labels, indices, len(labels)))
+    is_mask = [task.kind == "segmentation" for task in tasks]
+    return TaskTable(
+        tasks=tuple(resolved),
+        classes=classes,
+        class_names=tuple(class_name(class_id) for class_id in classes),
+        masks=tuple(t.mask_name if m else "" for t, m in zip(tasks, is_mask, strict=True)),
+        ignored=tuple(t.ignore for t in tasks),
+    )
+
+
+def class_name(class_id: str) -> str:
+    """Returns a readable name: of a WordNet id ImageNet's, of `outline/star` the last part."""
+    return imagenet_names().get(class_id, class_id.rsplit("/", 1)[-1])
+
+
+def did_you_mean(wrong: str, known: Iterable[str]) -> str:
+    """Returns a hint to end an error message with; it is empty where nothing is similar."""
+    near = difflib.get_close_matches(wrong, sorted(known), n=3, cutoff=0.6)
+    return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
+
+
+def members_below(node: str, edges: Iterable[tuple[str, str]]) -> tuple[str, ...]:
+    """Returns ImageNet-1k's classes at or below a node of a (parent, child) hierarchy, by index.
+
+    Raises DataError where there are none.
+    """
+    children: dict[str, list[str]] = {}
+    for parent, child in edges:
+        children.setdefault(parent, []).append(child)
+    reached, waiting = {node}, [node]
+    while waiting:
+        for child in children.get(waiting.pop(), []):
+            if child not in reached:
+                reached.add(child)
+                waiting.append(child)
+    found = tuple(class_id for class_id in imagenet_wnids() if class_id in reached)
+    if not found:
+        raise DataError(f"no ImageNet-1k class below {node}{did_you_mean(node, children)}")
+    return found
+
+
+def _class_ids(task: TaskConfig, data: DataConfig) -> tuple[str, ...]:
+    """Returns the class ids of one task in the order of its labels, () for a segmentation."""
+    if task.kind == "segmentation":
+        _check_mask(task, data)
+        return ()
+    if task.group is not None:
+        groups = imagenet_groups()
+        if task.group not in groups:
+            raise DataError(
+                f"task '{task.name}': no group '{task.group}'{did_you_mean(task.group, groups)} "
+                f"(groups: {', '.join(groups)})"
+            )
+        ids = groups[task.group]
+    elif task.indices:
+        wnids = imagenet_wnids()
+        ids = tuple(wnids[index] for index in _indices(task))
+    elif task.classes_from is not None:
+        ids = _declared(task, data)
+    else:
+        ids = task.classes
+        _check_known(task, data)
+    _refuse_repeats(ids, f"task '{task.name}'")
+    for class_id in task.exclude:
+        if class_id not in ids:
+            hint = did_you_mean(class_id, ids)
+            raise DataError(f"task '{task.name}': exclude {class_id} is not among its ids{hint}")
+    left = tuple(class_id for class_id in ids if class_id not in task.exclude)
+    if len(left) < 2:
+        raise DataError(f"task '{task.name}' has {len(left)} class(es); give it at least two")
+    return left
+
+
+def _indices(task: TaskConfig) -> list[int]:
+    found: list[int] = []
+    for entry in task.indices:
+        match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", str(entry))
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if not 0 <= first <= last < len(imagenet_wnids()):
+            raise DataError(
+                f"task '{task.name}': indices has {entry!r}, no ImageNet-1k index or range; "
+                'write 151 or "151-268", within 0-999'
+            )
+        found += range(first, last + 1)
+    return found
+
+
+def _declared(task: TaskConfig, data: DataConfig) -> tuple[str, ...]:
+    sources = {source.source_name: source for source in data.sources}
+    if task.classes_from not in sources:
+        raise DataError(
+            f"task '{task.name}': classes_from names no source '{task.classes_from}' "
+            f"(sources: {', '.join(sources)})"
+        )
+    ids = sources[task.classes_from].declared_classes(task.name)
+    if not ids:
+        raise DataError(
+            f"source '{task.classes_from}' declares no classes for a task '{task.name}'; "
+            "use its task names, or name the classes by `classes`"
+        )
+    return ids
+
+
+def _check_known(task: TaskConfig, data: DataConfig) -> None:
+    """Refuses a class id that is wrong whatever the data holds.
+
+    Wrong is an id in WordNet's form that ImageNet-1k lacks, and, where a source declares classes
+    for this task, one that no source declares. Other ids are checked once the sources are listed
+    (prepare/listing.py).
+    """
+    declared = {
+        class_id for source in data.sources for class_id in source.declared_classes(task.name)
+    }
+    for class_id in task.classes:
+        if WORDNET_ID.fullmatch(class_id) and class_id not in imagenet_names():
+            hint = did_you_mean(class_id, imagenet_wnids())
+            raise DataError(f"task '{task.name}': {class_id} is not in ImageNet-1k{hint}")
+        if declared and class_id not in declared:
+            hint = did_you_mean(class_id, declared)
+            raise DataError(f"task '{task.name}': no source has class {class_id}{hint}")
+
+
+def _check_mask(task: TaskConfig, data: DataConfig) -> None:
+    offered = {mask for source in data.sources for mask in source.mask_names}
+    if task.mask_name not in offered:
+        raise DataError(
+            f"task '{task.name}': no source has a mask '{task.mask_name}'"
+            f"{did_you_mean(task.mask_name, offered)}; masks: {sorted(offered)}"
+        )
+
+
+def _refuse_repeats(names: Sequence[str], where: str) -> None:
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise DataError(f"{where}: {twice[0]} is named twice")
+
+
+def _read_edges(path: Path) -> list[tuple[str, str]]:
+    text = path.read_text("utf-8")
+    if path.suffix == ".csv":
+        return [(row["parent"], row["child"]) for row in csv.DictReader(text.splitlines())]
+    pairs = (line.split() for line in text.splitlines() if line.strip())
+    return [(pair[0], pair[1]) for pair in pairs]
+
+
+def main() -> None:
+    """Prints the ImageNet-1k classes below a node as lines of imagenet_groups.yaml."""
+    parser = argparse.ArgumentParser(description="ImageNet-1k classes below a hierarchy node")
+    parser.add_argument("node")
+    parser.add_argument("--edges", type=Path, required=True)
+    arguments = parser.parse_args()
+    for class_id in members_below(arguments.node, _read_edges(arguments.edges)):
+        print(f"  - {class_id}  # {class_name(class_id)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""What MANTiS is only compared with."""

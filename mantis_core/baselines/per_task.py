@@ -1,0 +1,149 @@
+"""The baseline of one codec for each task, all trained in one fit: the task is known, not detected.
+
+Shapes: B batch, K tasks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from mantis_core.codec.checkpoint import read_spec
+from mantis_core.codec.mantis import Mantis
+from mantis_core.config import ModelConfig, Stage2Config
+from mantis_core.errors import ModelError
+from mantis_core.folders import load_folder, save_folder
+from mantis_core.networks.teacher import Teacher, freeze, narrowed
+from mantis_core.tasks import Batch, Problem, TaskSpec, of_task
+from mantis_core.training.losses import DETECTION
+from mantis_core.training.recipe import Recipe, StepOutput
+from mantis_core.training.stage2 import Stage2Recipe, started_codec
+
+
+def per_task_recipe(
+    config: Stage2Config,
+    model: ModelConfig,
+    teacher: Teacher,
+    problem: Problem,
+    stage1: Mapping[str, Tensor],
+    *,
+    seed: int,
+) -> Recipe:
+    """A codec for each task, from stage 1's weights; its detector has nothing to do and is frozen.
+
+    Raises ModelError if every loss term is one of detection.
+    """
+    torch.manual_seed(seed)
+    losses = {n: term for n, term in config.losses.items() if term.criterion not in DETECTION}
+    if not losses:
+        raise ModelError("stage2.losses: codecs of one task each need a term that is no detection")
+    config = config.model_copy(update={"losses": losses})
+    model = model.model_copy(
+        update={
+            "per_task": False,
+            "send_probabilities": False,
+            "detector": model.detector.model_copy(update={"classes": False}),
+        }
+    )
+    parts = {}
+    for task in problem.tasks:
+        known = narrowed(teacher, task)
+        codec = started_codec(model, known, of_task(problem, task), stage1)
+        freeze(codec.client.detector)
+        parts[task.name] = Stage2Recipe(codec, known, config)
+    return PerTaskRecipe(parts, problem.tasks)
+
+
+class PerTaskCodecs(nn.ModuleDict):
+    """A codec for each task, under its name; its classes are the labels of that task, in order."""
+
+    def finish(self) -> None:
+        """Makes the integer tables of every codec; training is over."""
+        for codec in self.values():
+            codec.finish()  # type: ignore[operator]
+
+
+class PerTaskRecipe(Recipe):
+    """Stage 2 of each task's codec on the images of that task, all in one fit.
+
+    The loss is a mean over the images of the batch; an image of several tasks counts for each.
+    """
+
+    def __init__(self, parts: Mapping[str, Stage2Recipe], tasks: tuple[TaskSpec, ...]) -> None:
+        """`parts` by task, in the order of `tasks`."""
+        super().__init__(tasks, {})
+        self.student: PerTaskCodecs = PerTaskCodecs(
+            {name: part.student for name, part in parts.items()}
+        )
+        self.parts = nn.ModuleDict(parts)
+        self.loaded = tuple(f"{name}.{prefix}" for name in parts for prefix in Stage2Recipe.loaded)
+
+    def train(self, mode: bool = True) -> Self:
+        """Switches the mode of all parts, each with the codec that the student holds now."""
+        for name, part in self.parts.items():
+            part.student = self.student[name]
+        super().train(mode)
+        return self
+
+    def forward(self, batch: Batch, progress: float) -> StepOutput:
+        losses: list[Tensor] = []
+        sums: dict[str, Tensor] = {}
+        for k, task in enumerate(self.tasks):
+            part = self.parts[task.name]
+            part.student = self.student[task.name]
+            # A task that no image carries is in the graph all the same, or other workers wait.
+            carried = batch.task_mask[:, k].nonzero()[:, 0]
+            rows = carried if len(carried) else carried.new_zeros(1)
+            output: StepOutput = part(_own_rows(batch, rows, k, task), progress)
+            counts = len(carried) > 0
+            losses.append(output.loss * (len(carried) / len(batch)))
+            for name, value in output.sums.items():
+                if not name.startswith("detection/"):
+                    sums[name] = sums.get(name, torch.zeros_like(value)) + value * counts
+        return StepOutput(torch.stack(losses).sum(), sums, len(batch))
+
+    def save(
+        self, student: nn.Module, folder: str | Path, kind: str, meta: Mapping[str, Any]
+    ) -> None:
+        """Makes the tables of all codecs and writes them, as kind "per_task" whatever `kind` is."""
+        assert isinstance(student, PerTaskCodecs)
+        student.finish()
+        save_codecs(folder, student, meta)
+
+
+def save_codecs(folder: str | Path, codecs: PerTaskCodecs, meta: Mapping[str, Any]) -> None:
+    """Writes finished codecs as one model folder."""
+    specs = {name: codec.spec.model_dump(mode="json") for name, codec in codecs.items()}  # type: ignore[union-attr,operator]
+    save_folder(folder, codecs.state_dict(), {"kind": "per_task", "codecs": specs}, meta)
+
+
+def load_codecs(folder: str | Path) -> PerTaskCodecs:
+    """What `save_codecs` wrote, in eval mode on CPU. Raises ModelError if it is something else."""
+    tensors, config, _ = load_folder(folder)
+    try:
+        specs = {name: read_spec(spec) for name, spec in dict(config["codecs"]).items()}
+        codecs = PerTaskCodecs({name: Mantis(spec) for name, spec in specs.items()})
+        codecs.load_state_dict(tensors)
+    except ModelError as error:
+        raise ModelError(f"{folder}: {error}") from None
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise ModelError(f"{folder} holds no codecs of one task each: {error}") from None
+    return codecs.eval()
+
+
+def _own_rows(batch: Batch, rows: Tensor, k: int, task: TaskSpec) -> Batch:
+    """Rows of a batch with task `k` alone, whose labels are the classes."""
+    labels = batch.labels[rows, k]
+    masks = {} if task.is_classification else {task.name: batch.segmentation[task.name][rows]}
+    return Batch(
+        image=batch.image[rows],
+        class_label=labels if task.is_classification else torch.full_like(labels, -1),
+        labels=labels[:, None],
+        task_mask=batch.task_mask[rows, k : k + 1],
+        segmentation=masks,
+        row_id=batch.row_id[rows],
+    )

@@ -1,0 +1,90 @@
+"""Baselines that compress nothing: a teacher tuned on decoded images, a network for each task.
+
+Shapes: B batch, K tasks.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mantis_core.baselines.image_codecs import IMAGE_CODECS
+from mantis_core.config import CodecTeacherConfig, LossTerm
+from mantis_core.networks.preprocessing import normalise
+from mantis_core.networks.teacher import Teacher
+from mantis_core.tasks import Batch, Problem, TaskSpec
+from mantis_core.training.hits import label_hits
+from mantis_core.training.recipe import Recipe, StepOutput
+
+
+class CodecTeacherRecipe(Recipe):
+    """Fine-tunes a trained teacher on images that an image codec has coded and decoded."""
+
+    def __init__(self, teacher: Teacher, config: CodecTeacherConfig) -> None:
+        super().__init__(teacher.tasks, {"labels": LossTerm(criterion="FlatLabels")})
+        self.student = teacher
+        self.codec, self.qualities = IMAGE_CODECS[config.codec], config.qualities
+        self.set_teacher(None)
+
+    def forward(self, batch: Batch, progress: float) -> StepOutput:
+        count, known = len(batch), len(self.qualities)
+        drawn = torch.randint(known, (count,)) if self.training else torch.arange(count) % known
+        pixels = batch.image.permute(0, 2, 3, 1).cpu().numpy()
+        decoded = [
+            self.codec.decode(self.codec.encode(image, self.qualities[i]))
+            for image, i in zip(pixels, drawn.tolist(), strict=True)
+        ]
+        images = torch.from_numpy(np.stack(decoded)).permute(0, 3, 1, 2).to(batch.image.device)
+        student = {"outputs": self.student(normalise(images))}
+        loss, sums = self.total(student, {"outputs": {}}, batch)
+        sums |= label_hits(student["outputs"], self.tasks, batch)
+        return StepOutput(loss, sums, count)
+
+
+class IndividualRecipe(Recipe):
+    """An uncompressed network for each task, all in one fit: an upper bound of task accuracy."""
+
+    def __init__(self, models: nn.ModuleDict, tasks: Sequence[TaskSpec]) -> None:
+        super().__init__(tasks, {"labels": LossTerm(criterion="FlatLabels")})
+        self.student = models
+        self.set_teacher(None)
+
+    def forward(self, batch: Batch, progress: float) -> StepOutput:
+        images = normalise(batch.image)
+        outputs: dict[str, Tensor] = {}
+        for k, task in enumerate(self.tasks):
+            key = f"logits/{task.name}"
+            active = batch.task_mask[:, k]
+            first = active.int().argsort(descending=True, stable=True)  # active images first
+            rows = first[: max(2, int(active.sum()))]  # two at least: batch norm needs them
+            own = self.student[task.name](images[rows])[key]  # type: ignore[index]
+            full = own.new_zeros(len(batch), *own.shape[1:])
+            outputs[key] = full.index_copy(0, rows, own)
+        loss, sums = self.total({"outputs": outputs}, {"outputs": {}}, batch)
+        sums |= label_hits(outputs, self.tasks, batch)
+        return StepOutput(loss, sums, len(batch))
+
+
+def individual_models(teacher: Teacher, image_size: tuple[int, int]) -> nn.ModuleDict:
+    """A network for each task, with a copy of the teacher's backbone to start from."""
+    models = nn.ModuleDict()
+    for task in teacher.tasks:
+        own = Teacher(teacher.name, split=teacher.split, tasks=(task,), image_size=image_size)
+        own.backbone.load_state_dict(copy.deepcopy(teacher.backbone.state_dict()))
+        models[task.name] = own
+    return models
+
+
+def codec_teacher_recipe(config: CodecTeacherConfig, teacher: Teacher) -> Recipe:
+    """The baseline of a trained `teacher` that is fine-tuned on decoded images."""
+    return CodecTeacherRecipe(teacher.requires_grad_(True), config)
+
+
+def individual_recipe(teacher: Teacher, problem: Problem, *, seed: int) -> Recipe:
+    """The uncompressed baseline of a network for each task."""
+    torch.manual_seed(seed)
+    return IndividualRecipe(individual_models(teacher, problem.image_size), problem.tasks)

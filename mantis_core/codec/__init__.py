@@ -1,0 +1,1 @@
+"""The client half and the server half at work, the whole codec, and its folder."""

@@ -1,0 +1,75 @@
+"""Records of one image: its stream, as the client made it, and the server's answer.
+
+Shapes: K tasks, H W input pixels.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """The stream of one image, and what the client saw. probabilities and mask are (K,).
+
+    `payload_bytes` is the share of the coded latent in the stream; the task field costs fractions
+    of bytes. `estimated_bits` is NaN for a client without the density. `answered` says whether the
+    client has sent its own answer and no latent.
+    """
+
+    data: bytes
+    payload_bytes: float
+    estimated_bits: float
+    probabilities: NDArray[np.float32]
+    mask: NDArray[np.bool_]
+    answered: bool = False
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the server answers to one image of a stream.
+
+    `labels`, `label_names` and `segmentation` hold the decoded tasks by name; a mask is uint8
+    (H, W). `class_index` is the joint decision over all decoded tasks, -1 where images have no
+    single class. The bytes are those of the image's own stream, or its share of a stream of
+    several images. If the client has `answered`, label and class are its own, with one probability.
+    """
+
+    tasks: tuple[str, ...]
+    task_probability: dict[str, float]
+    labels: dict[str, int]
+    label_names: dict[str, str]
+    label_probability: dict[str, float]
+    class_index: int
+    class_name: str | None
+    class_probability: float
+    segmentation: dict[str, NDArray[np.uint8]] = field(repr=False)
+    wire_bytes: float
+    payload_bytes: float
+    answered: bool = False
+
+    def to_row(self) -> dict[str, Any]:
+        """A row of a registered model's output; its column `answer` holds all of it as JSON."""
+        return {
+            "wire_bytes": self.wire_bytes,
+            "tasks": list(self.tasks),
+            "class_name": self.class_name,
+            "class_index": self.class_index,
+            "answer": json.dumps(self.to_dict()),
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """The answer as JSON values; of a segmentation, the share of pixels of each label value."""
+        out = {key: value for key, value in self.__dict__.items() if key != "segmentation"}
+        out["tasks"] = list(self.tasks)
+        out["payload_bytes"] = round(self.payload_bytes, 2)
+        out["segmentation"] = {
+            name: {str(value): round(float((mask == value).mean()), 4) for value in np.unique(mask)}
+            for name, mask in self.segmentation.items()
+        }
+        return out

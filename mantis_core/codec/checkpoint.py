@@ -1,0 +1,181 @@
+"""A codec in its model folder: the whole of it, or one half alone. Knows no training.
+
+The folder of a half holds the tensors of that half under the names they have in the whole, and
+meta.json says which half it is. `folders.py` writes and reads the files.
+
+A loader imports what it loads: a client needs no torchvision, neither half needs compressai.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+from torch import Tensor, nn
+
+from mantis_core.bitstream.coder import TableSet
+from mantis_core.codec.spec import ModelSpec
+from mantis_core.errors import ModelError
+from mantis_core.folders import load_folder, save_folder
+
+if TYPE_CHECKING:
+    from mantis_core.codec.client_codec import ClientCodec
+    from mantis_core.codec.mantis import Mantis
+    from mantis_core.codec.server_codec import ServerCodec
+
+
+Half: TypeAlias = Literal["client", "server"]
+
+# Fields of the config that earlier versions saved, with the value at which they had no effect;
+# None: never alone. All of them shaped the summary of the whole image, which saved no bits at equal
+# accuracy and is gone.
+RETIRED = {
+    ("encoder", "summary_channels"): 0,
+    ("encoder", "summary_hidden"): None,
+    ("decoder", "summary_hidden"): None,
+}
+
+_TABLES = "bottleneck.table_"
+_THRESHOLD = "mask_threshold"
+_OF_HALF: dict[Half, tuple[str, ...]] = {
+    "client": ("client.", _TABLES, _THRESHOLD),
+    "server": ("server.", _TABLES),
+}
+
+
+def save_model(folder: str | Path, model: Mantis, meta: Mapping[str, Any]) -> None:
+    """Writes a finished codec as a model folder; RuntimeError if it has no tables yet.
+
+    meta.json also holds the model id and what the client costs (ClientCodec.describe).
+    """
+    client = model.client_codec()
+    record = {**meta, "model_id": client.model_id.hex(), "client": client.describe()}
+    save_folder(folder, model.state_dict(), model.spec.model_dump(mode="json"), record)
+
+
+def save_half(folder: str | Path, whole: str | Path, half: Half) -> None:
+    """Writes one half of the codec in the model folder `whole` as a folder of its own."""
+    tensors, config, meta = load_folder(whole, wanted=_OF_HALF[half])
+    _require_half(whole, meta, half)
+    save_folder(folder, tensors, config, {**meta, "half": half})
+
+
+def load_model(folder: str | Path) -> Mantis:
+    """The codec in a model folder, in eval mode on CPU. Raises ModelError if it is none."""
+    from mantis_core.codec.mantis import Mantis
+
+    tensors, config, meta = load_folder(folder)
+    if "half" in meta:
+        raise ModelError(f"{folder} holds the {meta['half']} alone, this needs the whole codec")
+    model = Mantis(_spec(folder, config))
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise ModelError(f"{folder}: weights and config do not fit: {error}") from None
+    model.eval()
+    if model.model_id().hex() != meta.get("model_id"):
+        raise ModelError(f"{folder} holds another model than the one it was saved as")
+    return model
+
+
+def read_spec(config: Any) -> ModelSpec:
+    """The spec in a folder's config, of this version or of an earlier one without its summary.
+
+    Raises ValueError for a config of something else, ModelError for a model that sends a summary.
+    """
+    model = config.get("model") if isinstance(config, dict) else None
+    if not isinstance(model, dict):
+        return ModelSpec.model_validate(config)
+    model = dict(model)
+    for (section, field), off in RETIRED.items():
+        own = model.get(section)
+        if not isinstance(own, dict) or field not in own:
+            continue
+        if off is not None and own[field] != off:
+            raise ModelError(
+                "this model sends a summary, which this version no longer decodes; train it again "
+                f"without model.{section}.{field}, or use the version that trained it"
+            )
+        model[section] = {name: value for name, value in own.items() if name != field}
+    return ModelSpec.model_validate({**config, "model": model})
+
+
+def load_client(folder: str | Path) -> ClientCodec:
+    """The client half in the folder of a codec or of its client, reading no weight of the server.
+
+    On CPU, in eval mode. Raises ModelError if there is none.
+    """
+    from mantis_core.codec.client_codec import ClientCodec
+    from mantis_core.networks.client import Client
+
+    tensors, spec, model_id = _load_half(folder, "client")
+    client = Client(spec.model, len(spec.tasks), spec.class_members())
+    _load_part(folder, client, tensors, "client.")
+    return ClientCodec(
+        spec, client.eval(), _tables(folder, spec, tensors), tensors[_THRESHOLD], model_id
+    )
+
+
+def load_server(folder: str | Path) -> ServerCodec:
+    """The server half in the folder of a codec or of its server, reading no weight of the client.
+
+    On CPU, in eval mode. Raises ModelError if there is none.
+    """
+    from mantis_core.codec.server_codec import ServerCodec, new_joint, new_server
+
+    tensors, spec, model_id = _load_half(folder, "server")
+    server = new_server(spec)
+    _load_part(folder, server, tensors, "server.")
+    tables = _tables(folder, spec, tensors)
+    return ServerCodec(spec, server.eval(), new_joint(spec), tables, model_id)
+
+
+def _load_half(folder: str | Path, half: Half) -> tuple[dict[str, Tensor], ModelSpec, bytes]:
+    tensors, config, meta = load_folder(folder, wanted=_OF_HALF[half])
+    _require_half(folder, meta, half)
+    missing = [name for name in (_THRESHOLD,) if half == "client" and name not in tensors]
+    try:
+        model_id = bytes.fromhex(str(meta["model_id"]))
+    except (KeyError, ValueError):
+        missing.append("model_id")
+    if missing:
+        raise ModelError(f"{folder} is no codec: it lacks {' and '.join(missing)}")
+    return tensors, _spec(folder, config), model_id
+
+
+def _require_half(folder: str | Path, meta: Mapping[str, Any], half: Half) -> None:
+    if meta.get("half", half) != half:
+        raise ModelError(
+            f"{folder} holds the {meta['half']} of a codec, this needs its {half}: "
+            "a client encodes, a server decodes"
+        )
+
+
+def _spec(folder: str | Path, config: Any) -> ModelSpec:
+    try:
+        return read_spec(config)
+    except ModelError as error:
+        raise ModelError(f"{folder}: {error}") from None
+    except ValueError as error:
+        raise ModelError(f"{folder}/config.yaml describes no codec: {error}") from None
+
+
+def _load_part(
+    folder: str | Path, module: nn.Module, tensors: Mapping[str, Tensor], prefix: str
+) -> None:
+    part = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+    try:
+        module.load_state_dict(part)
+    except RuntimeError as error:
+        raise ModelError(f"{folder}: weights and config do not fit: {error}") from None
+
+
+def _tables(folder: str | Path, spec: ModelSpec, tensors: Mapping[str, Tensor]) -> TableSet:
+    try:
+        cdf, offsets, lengths = (
+            tensors[_TABLES + name].numpy() for name in ("cdf", "offsets", "lengths")
+        )
+        return TableSet(spec.model.prior, cdf, offsets, lengths)
+    except (KeyError, ValueError) as error:
+        raise ModelError(f"{folder} holds no coding tables: {error}") from None

@@ -1,0 +1,275 @@
+"""The client half at work: images to streams. Needs stem, detector, encoder and tables alone.
+
+Shapes: B batch, K tasks, C latent channels, H W input pixels, h w latent size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from mantis_core.bitstream.coder import TableSet, to_symbols
+from mantis_core.bitstream.task_field import TaskField, quantise_log2
+from mantis_core.bitstream.wire import CodedImage, write_stream
+from mantis_core.codec.answer import Encoded
+from mantis_core.codec.mask import primary_task, select_mask
+from mantis_core.codec.spec import ModelSpec
+from mantis_core.errors import ModelError
+from mantis_core.networks.client import Client, View
+from mantis_core.networks.inference import one_thread, still
+from mantis_core.networks.preprocessing import normalise, prepare_image
+
+Estimate = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Bits (B,) of a latent (B, C, h, w) under a density, given mask (B, K) and primary task (B,)."""
+
+
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """What the client made of one image. probabilities are the detector's (K,)."""
+
+    image: CodedImage
+    input_shape: tuple[int, int]
+    probabilities: NDArray[np.float32]
+    estimated_bits: float
+
+
+class ClientCodec:
+    """Turns images into streams. Holds no decoder and no weight of one."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        client: Client,
+        tables: TableSet,
+        mask_threshold: Tensor,
+        model_id: bytes,
+        *,
+        estimate: Estimate | None = None,
+    ) -> None:
+        """`mask_threshold` is a scalar; `estimate` is None without the density of training."""
+        self.spec, self.client, self.tables = spec, client, tables
+        self.mask_threshold, self.model_id, self.estimate = mask_threshold, model_id, estimate
+        self.stream_spec = spec.stream_spec(model_id)
+
+    def encode(
+        self,
+        images: Tensor,
+        tasks: Sequence[str] | Tensor | None = None,
+        *,
+        exit_confidence: float | None = None,
+    ) -> list[bytes]:
+        """uint8 images (B, 3, H, W) to one stream each.
+
+        With `tasks` None they are detected. Names ask for these tasks alone, of every image; a bool
+        tensor (B, K) asks image by image. `exit_confidence` is a probability: where the detector
+        gives an image's class at least that much, the client answers itself, and the stream holds
+        the answer and no latent (early exit, after Teerapittayanon et al., ICPR 2016). It has no
+        effect where tasks are asked for. Raises ModelError for an unknown name, for images of
+        another kind, and for an `exit_confidence` where the detector names no classes.
+        """
+        seen = self.encode_in_detail(images, tasks, exit_confidence=exit_confidence)
+        return [encoded.data for encoded in seen]
+
+    def encode_in_detail(
+        self,
+        images: Tensor,
+        tasks: Sequence[str] | Tensor | None = None,
+        *,
+        exit_confidence: float | None = None,
+    ) -> list[Encoded]:
+        """As `encode`, with the sizes and the detector's view of each image."""
+        encoded = []
+        for seen in self.look(images, tasks, exit_confidence=exit_confidence):
+            data, payload_bytes = write_stream(
+                [seen.image], seen.input_shape, self.tables, self.stream_spec
+            )
+            mask = np.array(seen.image.tasks.mask)
+            encoded.append(
+                Encoded(
+                    data,
+                    payload_bytes,
+                    seen.estimated_bits,
+                    seen.probabilities,
+                    mask,
+                    seen.image.label is not None,
+                )
+            )
+        return encoded
+
+    def write_together(self, images: Sequence[Seen]) -> bytes:
+        """One stream of images of one shape that `look` has seen.
+
+        Raises BitstreamError (too_large) for more than a stream may hold.
+        """
+        shapes = {seen.input_shape for seen in images}
+        if len(shapes) != 1:
+            raise ModelError(f"images of {sorted(shapes)} pixels; a stream holds one shape")
+        coded = [seen.image for seen in images]
+        return write_stream(coded, shapes.pop(), self.tables, self.stream_spec).data
+
+    @torch.no_grad()
+    def look(
+        self,
+        images: Tensor,
+        tasks: Sequence[str] | Tensor | None = None,
+        *,
+        exit_confidence: float | None = None,
+    ) -> Iterator[Seen]:
+        """The task field and symbols of each of `images`; arguments and errors as `encode`.
+
+        On a CPU each image passes the network alone and on one thread. Kernels round differently
+        for other batch sizes and numbers of threads, but the symbols of an image must not depend on
+        the images beside it or on the machine's cores.
+        """
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
+            raise ModelError(
+                f"images are {images.dtype} {tuple(images.shape)}; allowed: uint8 (B, 3, H, W)"
+            )
+        asked = self._asked(tasks, len(images), images.device)
+        self._check_exit(exit_confidence)
+        if images.device.type != "cpu":
+            yield from self._look(images, asked, exit_confidence)
+            return
+        for row in range(len(images)):
+            own = slice(row, row + 1)
+            with one_thread():
+                mine = None if asked is None else asked[own]
+                seen = list(self._look(images[own], mine, exit_confidence))
+            yield from seen
+
+    def prepare_image(self, data: bytes) -> Tensor:
+        """An image file's bytes to uint8 (3, H, W) as in evaluation: short side, centre crop."""
+        return prepare_image(data, self.spec.image_size, self.spec.short_side)
+
+    def describe(self) -> dict[str, Any]:
+        """Size and multiply-adds of the client for one image of the model's own size."""
+        device = next(self.client.parameters()).device
+        image = torch.zeros(1, 3, *self.spec.image_size, device=device)
+        counter = FlopCounterMode(display=False)
+        with torch.no_grad(), still(self.client), counter:
+            view = self.client(normalise(image))
+            self.client.encode(view, torch.sigmoid(view.logits))
+        parameters = sum(p.numel() for p in self.client.parameters())
+        tables = self.tables.cdf.nbytes + self.tables.offsets.nbytes + self.tables.lengths.nbytes
+        return {
+            "client_parameters": parameters,
+            "client_bytes": 4 * parameters + tables,
+            "client_macs": counter.get_total_flops() // 2,
+        }
+
+    def _look(
+        self, images: Tensor, asked: Tensor | None, exit_confidence: float | None
+    ) -> Iterator[Seen]:
+        shape = (int(images.shape[2]), int(images.shape[3]))
+        with still(self.client):
+            view = self.client(normalise(images))
+            detected = torch.sigmoid(view.logits.float())
+            own: list[CodedImage | None] = [None] * len(images)
+            if exit_confidence is not None and asked is None and view.class_logits is not None:
+                own = self._answers(view.class_logits, detected, exit_confidence, shape)
+            rest = [row for row, answer in enumerate(own) if answer is None]
+            coded: dict[int, tuple[CodedImage, float]] = {}
+            if rest:
+                some = View(view.stem[rest], view.detected[rest], view.logits[rest])
+                wanted = None if asked is None else asked[rest]
+                coded = dict(zip(rest, self._code(some, detected[rest], wanted), strict=True))
+        probabilities = detected.cpu().numpy()
+        for row, answer in enumerate(own):
+            image, bits = coded[row] if answer is None else (answer, 0.0)
+            yield Seen(image, shape, probabilities[row], bits)
+
+    def _answers(
+        self,
+        class_logits: Tensor,
+        detected: Tensor,
+        exit_confidence: float,
+        input_shape: tuple[int, int],
+    ) -> list[CodedImage | None]:
+        """For each image the client's own answer, None where it is less sure than that.
+
+        None too where a segmentation is active: no class answers that.
+        """
+        limit = self.spec.model.max_active_tasks
+        classless = torch.tensor([not task.classes for task in self.spec.tasks])
+        active = select_mask(detected, self.mask_threshold, limit).cpu()
+        needed = (active & classless).any(dim=1).tolist()
+        named = torch.softmax(class_logits.float(), dim=1)[:, :-1].max(dim=1)
+        found: list[CodedImage | None] = []
+        for row, (sure, index) in enumerate(
+            zip(named.values.tolist(), named.indices.tolist(), strict=True)
+        ):
+            if sure < exit_confidence or needed[row]:
+                found.append(None)
+                continue
+            owners = [k for k, task in enumerate(self.spec.tasks) if index in task.classes]
+            task = max(owners, key=lambda k: float(detected[row, k]))
+            mask = tuple(k == task for k in range(len(self.spec.tasks)))
+            levels = (quantise_log2(sure),) if self.spec.model.send_probabilities else None
+            nothing = np.zeros(self.stream_spec.latent_shape(input_shape), np.int32)
+            found.append(
+                CodedImage(
+                    TaskField(mask, task, levels),
+                    nothing,
+                    self.spec.tasks[task].classes.index(index),
+                )
+            )
+        return found
+
+    def _code(
+        self, view: View, detected: Tensor, asked: Tensor | None
+    ) -> Iterator[tuple[CodedImage, float]]:
+        """Task field and symbols of each image, and the estimate of the latent's bits."""
+        mask = asked
+        if mask is None:
+            limit = self.spec.model.max_active_tasks
+            mask = select_mask(detected, self.mask_threshold, limit)
+        primary = primary_task(detected, mask)
+        latent = self.client.encode(view, detected if asked is None else asked.float())
+        bits = [float("nan")] * len(detected)
+        if self.estimate is not None:
+            bits = self.estimate(latent, mask, primary).tolist()
+        sends = self.spec.model.send_probabilities and asked is None
+        maps = to_symbols(latent.float().cpu().numpy())
+        masks, probabilities = mask.cpu().numpy(), detected.cpu().numpy()
+        for i, first in enumerate(primary.tolist()):
+            active = masks[i]
+            levels = tuple(quantise_log2(float(p)) for p in probabilities[i][active])
+            field = TaskField(tuple(active.tolist()), first, levels if sends else None)
+            yield CodedImage(field, maps[i]), bits[i]
+
+    def _asked(
+        self, tasks: Sequence[str] | Tensor | None, count: int, device: torch.device
+    ) -> Tensor | None:
+        if tasks is None:
+            return None
+        if isinstance(tasks, Tensor):
+            empty = (~tasks.any(dim=1)).nonzero()
+            if len(empty):
+                raise ModelError(f"image {int(empty[0])} is asked about no task; name at least one")
+            return tasks.to(device)
+        names = self.spec.task_names
+        unknown = [name for name in tasks if name not in names]
+        if unknown or not tasks:
+            raise ModelError(
+                f"tasks {unknown or 'none'} asked for; this model has {', '.join(names)}"
+            )
+        wanted = torch.tensor([name in tasks for name in names], device=device)
+        return wanted.expand(count, -1)
+
+    def _check_exit(self, confidence: float | None) -> None:
+        if confidence is None:
+            return
+        if not self.spec.model.detector.classes:
+            raise ModelError(
+                "exit_confidence needs a detector that names classes, and this model's names tasks "
+                "alone: train it with model.detector.classes=true, or leave exit_confidence out"
+            )
+        if not 0 <= confidence <= 1:
+            raise ModelError(f"exit_confidence is {confidence}: give a probability, 0 to 1")

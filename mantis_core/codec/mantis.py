@@ -1,0 +1,206 @@
+"""The whole codec as it is trained and evaluated: client, bottleneck and server put together.
+
+Shapes: B batch, K tasks, C latent channels, H W input pixels, h w latent size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import logsigmoid
+
+from mantis_core.bitstream.coder import TableSet
+from mantis_core.codec.answer import Answer, Encoded
+from mantis_core.codec.client_codec import ClientCodec
+from mantis_core.codec.mask import primary_task, select_mask
+from mantis_core.codec.server_codec import ServerCodec, new_joint, new_server
+from mantis_core.codec.spec import ModelSpec
+from mantis_core.codec.tables import table_set, update_tables
+from mantis_core.networks.bottleneck import Bottleneck
+from mantis_core.networks.client import Client, View
+from mantis_core.networks.inference import still
+from mantis_core.networks.preprocessing import prepare_image
+
+
+class MantisOutput(NamedTuple):
+    """What a codec computes of images without coding them: all that losses and figures read.
+
+    bits (B,): the estimated size of each latent. task_logits (B, K). class_logits (B, classes + 1),
+    None if the detector names tasks alone. mask (B, K) bool: the tasks that a stream would carry.
+    tasks: for each task, active or not, log P (B, n + 1) or segmentation logits (B, n, H, W).
+    joint (B, classes): scores of the joint decision over all tasks, by the detector's
+    probabilities. decision (B,): the class with the best score over the tasks in the mask. The last
+    two are None where images have no single class.
+    """
+
+    bits: Tensor
+    task_logits: Tensor
+    class_logits: Tensor | None
+    mask: Tensor
+    tasks: dict[str, Tensor]
+    joint: Tensor | None
+    decision: Tensor | None
+
+
+class Mantis(nn.Module):
+    """Task-adaptive codec.
+
+    x ─ stem ─┬─ detector ─▶ p ─ conditioning ─▶ gamma, beta
+              └───────────── encoder ─────────┴─▶ latent ─ round ─ coder(table[mask]) ─▶ bits
+    bits ─ coder ─▶ latent ─ decoder ─ trunk ─ decoder_k ─ tail_k, k in mask ─▶ joint decision
+
+    `forward` is the same way without the coder, for training. A finished model encodes by its
+    `client_codec` and decodes by its `server_codec`; each of these can be loaded alone.
+    """
+
+    mask_threshold: Tensor
+
+    def __init__(self, spec: ModelSpec, *, trunk: nn.Module | None = None) -> None:
+        """Takes the teacher's blocks behind its split as `trunk`; None builds them untrained."""
+        super().__init__()
+        self.spec = spec
+        config = spec.model
+        self.client = Client(config, len(spec.tasks), spec.class_members())
+        self.bottleneck = Bottleneck(
+            config.encoder.latent_channels,
+            len(spec.tasks),
+            config.prior,
+            quantizer=config.quantizer,
+            neighbour_contexts=config.neighbour_contexts,
+        )
+        self.server = new_server(spec, trunk)
+        self.joint = new_joint(spec)
+        self.register_buffer("mask_threshold", torch.tensor(0.5))
+        self._model_id: bytes | None = None
+        self._tables: TableSet | None = None
+        self.register_load_state_dict_post_hook(_forget)  # type: ignore[no-untyped-call]
+
+    def forward(
+        self,
+        images: Tensor,
+        condition: Tensor | None = None,
+        mask: Tensor | None = None,
+        *,
+        view: View | None = None,
+    ) -> MantisOutput:
+        """Normalised images (B, 3, H, W) through the whole codec, its latent not coded.
+
+        `condition` (B, K) float are the task probabilities that the encoder reads, `mask` (B, K)
+        bool the tasks that the stream would carry. None takes both as the detector says, without a
+        gradient to it. `view` is `client(images)`, for a caller that has looked already: stem and
+        detector then do not run again.
+        """
+        if view is None:
+            view = self.client(images)
+        detected = torch.sigmoid(view.logits.float()).detach()
+        if condition is None:
+            condition = detected
+        if mask is None:
+            mask = self.select_mask(detected)
+        latent = self.client.encode(view, condition)
+        received = self.bottleneck(latent, mask, primary_task(detected, mask))
+        tasks = self.server(received.y_hat, (images.shape[2], images.shape[3]))
+        joint = decision = None
+        if self.joint is not None:
+            log_p = logsigmoid(view.logits.float())
+            joint = self.joint(tasks, log_p)
+            sent = log_p.detach().masked_fill(~mask, -torch.inf)
+            decision = self.joint(tasks, sent).argmax(dim=1)
+        return MantisOutput(
+            received.bits, view.logits, view.class_logits, mask, tasks, joint, decision
+        )
+
+    def client_codec(self) -> ClientCodec:
+        """The client half of this model, sharing its weights; RuntimeError before `finish`."""
+        return ClientCodec(
+            self.spec,
+            self.client,
+            self.tables(),
+            self.mask_threshold,
+            self.model_id(),
+            estimate=self._estimate,
+        )
+
+    def server_codec(self) -> ServerCodec:
+        """The server half of this model, sharing its weights; RuntimeError before `finish`."""
+        return ServerCodec(self.spec, self.server, self.joint, self.tables(), self.model_id())
+
+    def encode(
+        self,
+        images: Tensor,
+        tasks: Sequence[str] | Tensor | None = None,
+        *,
+        exit_confidence: float | None = None,
+    ) -> list[bytes]:
+        """uint8 images (B, 3, H, W) to one stream each, as ClientCodec.encode."""
+        return self.client_codec().encode(images, tasks, exit_confidence=exit_confidence)
+
+    def encode_in_detail(
+        self,
+        images: Tensor,
+        tasks: Sequence[str] | Tensor | None = None,
+        *,
+        exit_confidence: float | None = None,
+    ) -> list[Encoded]:
+        """As `encode`, with the sizes, the estimate and the detector's view of each image."""
+        codec = self.client_codec()
+        return codec.encode_in_detail(images, tasks, exit_confidence=exit_confidence)
+
+    def decode(self, streams: Iterable[bytes]) -> list[Answer]:
+        """Streams to answers, as ServerCodec.decode."""
+        return self.server_codec().decode(streams)
+
+    def select_mask(self, probabilities: Tensor) -> Tensor:
+        """Which tasks a stream carries, bool (B, K), from p (B, K)."""
+        return select_mask(probabilities, self.mask_threshold, self.spec.model.max_active_tasks)
+
+    def tables(self) -> TableSet:
+        """The integer tables; RuntimeError before `finish`."""
+        if self._tables is None:
+            self._tables = table_set(self.bottleneck)
+        return self._tables
+
+    def model_id(self) -> bytes:
+        """The 4 bytes that a stream names its model by, see ModelSpec.model_id."""
+        if self._model_id is None:
+            self._model_id = self.spec.model_id(self.state_dict())
+        return self._model_id
+
+    def finish(self) -> None:
+        """Makes the integer tables from the weights as they are; training is over."""
+        update_tables(self.bottleneck)
+        self.eval()
+        self._model_id = self._tables = None
+
+    def train(self, mode: bool = True) -> Self:
+        """Switches the mode, and forgets the id: in training the weights change."""
+        if mode:
+            self._model_id = None
+        super().train(mode)
+        return self
+
+    def prepare_image(self, data: bytes) -> Tensor:
+        """An image file's bytes to uint8 (3, H, W) as in evaluation: short side, centre crop."""
+        return prepare_image(data, self.spec.image_size, self.spec.short_side)
+
+    def describe(self) -> dict[str, Any]:
+        """Facts for people and for the registry: tasks, sizes, multiply-adds, id."""
+        return {
+            "model_id": self.model_id().hex(),
+            "tasks": {task.name: list(task.labels) for task in self.spec.tasks},
+            "classes": len(self.spec.classes),
+            "image_size": list(self.spec.image_size),
+            **self.client_codec().describe(),
+            **self.server_codec().describe(),
+        }
+
+    def _estimate(self, latent: Tensor, mask: Tensor, primary: Tensor) -> Tensor:
+        with still(self.bottleneck):
+            return self.bottleneck(latent, mask, primary).bits  # type: ignore[no-any-return]
+
+
+def _forget(model: Mantis, _: object) -> None:
+    model._model_id = model._tables = None

@@ -1,0 +1,189 @@
+"""The server half at work: streams to answers. Needs tables, decoders and tails alone.
+
+Shapes: B batch, K tasks, C latent channels, H W input pixels, h w latent size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mantis_core.bitstream.coder import TableSet
+from mantis_core.bitstream.task_field import TaskField, dequantise_level
+from mantis_core.bitstream.wire import CodedImage, read_stream
+from mantis_core.codec.answer import Answer
+from mantis_core.codec.spec import ModelSpec
+from mantis_core.networks.client import latent_size
+from mantis_core.networks.inference import still
+from mantis_core.networks.server import JointDecision, Server
+from mantis_core.networks.teacher import Backbone
+
+
+class ServerCodec:
+    """Turns streams into answers. Holds no stem, detector or encoder and no weight of one."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        server: Server,
+        joint: JointDecision | None,
+        tables: TableSet,
+        model_id: bytes,
+    ) -> None:
+        self.spec, self.server, self.joint, self.tables = spec, server, joint, tables
+        self.model_id = model_id
+        self.stream_spec = spec.stream_spec(model_id)
+
+    @torch.no_grad()
+    def decode(self, streams: Iterable[bytes]) -> list[Answer]:
+        """Streams to one answer per image, in order; only each image's active tasks are decoded.
+
+        A stream of several images shares its bytes equally among their answers. Raises
+        BitstreamError for the first stream that this model did not make.
+        """
+        images: list[CodedImage] = []
+        shapes: list[tuple[int, int]] = []
+        sizes: list[tuple[float, float]] = []
+        for data in streams:
+            stream = read_stream(data, self.tables, self.stream_spec)
+            count = len(stream.images)
+            wire_bytes = len(data) if count == 1 else len(data) / count
+            images += stream.images
+            shapes += [stream.input_shape] * count
+            sizes += [(wire_bytes, stream.payload_bytes / count)] * count
+        found = {i: self._read_answer(im) for i, im in enumerate(images) if im.label is not None}
+        for shape in sorted(set(shapes)):
+            rows = [i for i, own in enumerate(shapes) if own == shape and i not in found]
+            if rows:
+                group = self._decode_group([images[i] for i in rows], shape)
+                found |= zip(rows, group, strict=True)
+        answers = []
+        for i, (wire_bytes, payload_bytes) in enumerate(sizes):
+            answers.append(Answer(**found[i], wire_bytes=wire_bytes, payload_bytes=payload_bytes))
+        return answers
+
+    def describe(self) -> dict[str, Any]:
+        """Size of the server."""
+        return {"server_parameters": sum(p.numel() for p in self.server.parameters())}
+
+    def _read_answer(self, image: CodedImage) -> dict[str, Any]:
+        """The answer that the client has sent; nothing is decoded."""
+        assert image.label is not None
+        task, label = self.spec.tasks[image.tasks.primary], image.label
+        sure = math.exp(_log_probabilities(image.tasks)[image.tasks.primary])
+        index = task.classes[label]
+        return {
+            "tasks": (task.name,),
+            "task_probability": {task.name: sure},
+            "labels": {task.name: label},
+            "label_names": {task.name: task.labels[label]} if task.labels else {},
+            "label_probability": {task.name: sure},
+            "class_index": index,
+            "class_name": self.spec.class_names[index],
+            "class_probability": sure,
+            "segmentation": {},
+            "answered": True,
+        }
+
+    def _decode_group(
+        self, images: Sequence[CodedImage], shape: tuple[int, int]
+    ) -> list[dict[str, Any]]:
+        """Answers for images of one shape, without the stream's sizes."""
+        device = next(self.server.parameters()).device
+        mask = torch.tensor([image.tasks.mask for image in images], device=device)
+        log_p = torch.tensor([_log_probabilities(image.tasks) for image in images], device=device)
+        maps = torch.from_numpy(np.stack([image.map for image in images])).to(device).float()
+        with still(self.server):
+            latent = maps.contiguous(memory_format=torch.channels_last)
+            split, last = self.server.features(latent)
+            outputs = {
+                task.name: self._task_output(k, mask, split, last, shape)
+                for k, task in enumerate(self.spec.tasks)
+            }
+            classes: Tensor | None = None
+            if self.joint is not None:
+                classes = torch.softmax(self.joint(outputs, log_p), dim=1)
+        return [
+            self._answer(i, images[i].tasks, outputs, log_p, classes) for i in range(len(images))
+        ]
+
+    def _task_output(
+        self, k: int, mask: Tensor, split: Tensor, last: Tensor, shape: tuple[int, int]
+    ) -> Tensor:
+        """One task's output for all images (B, ...), -inf for those in which it is not active."""
+        task = self.spec.tasks[k]
+        rows = mask[:, k].nonzero()[:, 0]
+        size = (task.num_classes + 1,) if task.is_classification else (task.num_classes, *shape)
+        output = torch.full((len(mask), *size), -math.inf, device=mask.device)
+        if len(rows):
+            output[rows] = self.server.answer(task, split[rows], last[rows], shape).float()
+        return output
+
+    def _answer(
+        self,
+        i: int,
+        field: TaskField,
+        outputs: dict[str, Tensor],
+        log_p: Tensor,
+        classes: Tensor | None,
+    ) -> dict[str, Any]:
+        active = [self.spec.tasks[k] for k in field.active]
+        named = [task for task in active if task.is_classification]
+        labels = {t.name: int(outputs[t.name][i, :-1].argmax()) for t in named}
+        index = -1 if classes is None else int(classes[i].argmax())
+        return {
+            "tasks": tuple(task.name for task in active),
+            "task_probability": {
+                task.name: float(log_p[i, k].exp())
+                for k, task in zip(field.active, active, strict=True)
+            },
+            "labels": labels,
+            "label_names": {t.name: t.labels[labels[t.name]] for t in named if t.labels},
+            "label_probability": {
+                t.name: float(outputs[t.name][i, labels[t.name]].exp()) for t in named
+            },
+            "class_index": index,
+            "class_name": self.spec.class_names[index] if index >= 0 else None,
+            "class_probability": 0.0 if classes is None else float(classes[i, index]),
+            "segmentation": {
+                t.name: outputs[t.name][i].argmax(dim=0).to(torch.uint8).cpu().numpy()
+                for t in active
+                if not t.is_classification
+            },
+        }
+
+
+def new_server(spec: ModelSpec, trunk: nn.Module | None = None) -> Server:
+    """The server's networks for a spec; without `trunk` the teacher's blocks, untrained."""
+    return Server(
+        spec.model.decoder,
+        spec.tasks,
+        latent_channels=spec.model.encoder.latent_channels,
+        latent_size=latent_size(spec.image_size, spec.model.encoder.stride),
+        split_shape=spec.split_shape,
+        last_shape=spec.last_shape,
+        trunk=Backbone(spec.teacher).tail_after(spec.split) if trunk is None else trunk,
+    )
+
+
+def new_joint(spec: ModelSpec) -> JointDecision | None:
+    """The joint decision, where each image has one class."""
+    return JointDecision(spec.tasks, len(spec.classes)) if spec.single_class else None
+
+
+def _log_probabilities(field: TaskField) -> list[float]:
+    """log p_k as transmitted: -inf for tasks not sent, 0 where no probabilities were sent."""
+    levels = iter(field.levels or ())
+    return [
+        -math.inf
+        if not active
+        else math.log(dequantise_level(next(levels)))
+        if field.levels is not None
+        else 0.0
+        for active in field.mask
+    ]

@@ -1,0 +1,111 @@
+"""What a codec is apart from its weights: sizes, tasks, classes, preprocessing; and its id."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+from mantis_core.bitstream.container import MAX_IMAGES, StreamSpec
+from mantis_core.config import ModelConfig
+from mantis_core.tasks import Problem, TaskSpec, class_members
+
+if TYPE_CHECKING:  # at run time a client needs no torchvision
+    from mantis_core.networks.teacher import Teacher
+
+_MAX_AREA_RATIO = 16
+"""Encoder and decoder refuse an input of more than this many times the model's own pixels."""
+
+
+class ModelSpec(BaseModel):
+    """All it takes to build a model's modules and to read its answers: a checkpoint's config."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: ModelConfig
+    tasks: tuple[TaskSpec, ...]
+    classes: tuple[str, ...]
+    class_names: tuple[str, ...]
+    single_class: bool
+    image_size: tuple[int, int]
+    short_side: int
+    teacher: str
+    split: str
+    split_shape: tuple[int, int, int]
+    last_shape: tuple[int, int, int]
+
+    @property
+    def task_names(self) -> tuple[str, ...]:
+        return tuple(task.name for task in self.tasks)
+
+    def class_members(self) -> Tensor | None:
+        """The classes of each task, bool (K, classes); None where an image may have several."""
+        return class_members(self.tasks, len(self.classes)) if self.single_class else None
+
+    def stream_spec(self, model_id: bytes) -> StreamSpec:
+        """What a stream of a model with this spec and this id must look like."""
+        own = math.prod(self.image_size)
+        return StreamSpec(
+            model_id=model_id,
+            num_tasks=len(self.tasks),
+            input_shape=self.image_size,
+            latent_channels=self.model.encoder.latent_channels,
+            stride=self.model.encoder.stride,
+            labels=self.answerable(),
+            max_pixels=_MAX_AREA_RATIO * own,
+            max_total_pixels=MAX_IMAGES * own,
+        )
+
+    def answerable(self) -> tuple[int, ...]:
+        """How many labels each task has if the client may answer itself; else ().
+
+        It may where its detector names classes.
+        """
+        if not self.model.detector.classes:
+            return ()
+        return tuple(len(task.classes) for task in self.tasks)
+
+    def model_id(self, state: Mapping[str, Tensor]) -> bytes:
+        """The first 4 bytes of a SHA-256 over all that a stream and its answer depend on.
+
+        These are the tasks with their classes in order, the preprocessing, what is sent, and every
+        tensor of `state` (name, type, shape, bytes). The tensors are those of client, tables and
+        server: models that differ in their decoders alone have different ids. Other fields of the
+        config do not change the id.
+        """
+        facts = {
+            "tasks": [[t.name, t.kind, t.num_classes, list(t.classes)] for t in self.tasks],
+            "image_size": self.image_size,
+            "short_side": self.short_side,
+            "prior": self.model.prior,
+            "send_probabilities": self.model.send_probabilities,
+            "stride": self.model.encoder.stride,
+        }
+        digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+        for name, tensor in sorted(state.items()):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        return digest.digest()[:4]
+
+
+def model_spec(model: ModelConfig, teacher: Teacher, problem: Problem) -> ModelSpec:
+    """The spec of the codec for these sections."""
+    split_shape, last_shape = teacher.feature_shapes(problem.image_size)
+    return ModelSpec(
+        model=model,
+        tasks=problem.tasks,
+        classes=problem.classes,
+        class_names=problem.class_names,
+        single_class=problem.single_class,
+        image_size=problem.image_size,
+        short_side=problem.short_side,
+        teacher=teacher.name,
+        split=teacher.split,
+        split_shape=split_shape,
+        last_shape=last_shape,
+    )

@@ -1,0 +1,1 @@
+"""Figures of merit, from answers and curves."""

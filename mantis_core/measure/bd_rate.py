@@ -1,0 +1,188 @@
+"""From sizes and hits of every image to rate-accuracy points, BD figures and their intervals.
+
+Shapes: P points (rates) of a curve, N images. Sizes are bytes, accuracies per cent.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from bjontegaard import bd_linear, bd_rate
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What two curves must have for a figure.
+
+    Each needs `points` that rise, and both a common range of top1 of `span` percentage points.
+    """
+
+    points: int = 4
+    span: float = 8.0
+
+
+REPLICATE_DEMAND = Demand(3, 4.0)
+"""The demand on images drawn anew: to refuse those just short would bend the interval."""
+REPLICATES = 1000
+
+
+class CurveError(ValueError):
+    """Two curves between which no BD figure can be given; the message says why."""
+
+
+@dataclass(frozen=True, eq=False)
+class Curve:
+    """One arm at one seed: for each rate each image's bytes and whether it was answered right.
+
+    `sizes` and `hits` are (P, N); the images are the same, in the same order, for all curves that
+    are compared.
+    """
+
+    sizes: Array
+    hits: NDArray[np.bool_]
+
+    def points(self, images: NDArray[np.int64] | None = None) -> Array:
+        """(P, 2): mean bytes and top1 in per cent, of all images or those at indices `images`."""
+        sizes, hits = self.sizes, self.hits
+        if images is not None:
+            sizes, hits = sizes[:, images], hits[:, images]
+        return np.stack([sizes.mean(axis=1), 100 * hits.mean(axis=1)], axis=1)
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A figure over seeds: its mean, a 95 % interval, and each seed's own value."""
+
+    mean: float
+    low: float
+    high: float
+    seeds: tuple[float, ...]
+
+
+def efficient(points: Array) -> Array:
+    """The points (P, 2) by rising size, without those no better than a smaller one."""
+    kept: list[Array] = []
+    for point in points[np.argsort(points[:, 0], kind="stable")]:
+        if not kept or (point[0] > kept[-1][0] and point[1] > kept[-1][1]):
+            kept.append(point)
+    return np.array(kept)
+
+
+def delta_rate(anchor: Array, test: Array, demand: Demand = Demand()) -> float:
+    """BD-rate in per cent: how many more bytes `test` needs than `anchor` at equal top1.
+
+    Both are (P, 2) points. The mean over the common range of top1 of the difference of log10 bytes,
+    each curve interpolated by PCHIP (after Bjontegaard, VCEG-M33, 2001).
+    Raises CurveError with fewer points that rise, or a smaller common range, than `demand`.
+    """
+    one, two = _comparable(anchor, test, demand)
+    return float(
+        bd_rate(
+            one[:, 0],
+            one[:, 1],
+            two[:, 0],
+            two[:, 1],
+            method="pchip",
+            require_matching_points=False,
+            min_overlap=0,
+        )
+    )
+
+
+def delta_accuracy(anchor: Array, test: Array, demand: Demand = Demand()) -> float:
+    """BD-accuracy: mean difference of top1, in points, over the common range of log10 bytes.
+
+    Arguments and errors as `delta_rate`.
+    """
+    one, two = _comparable(anchor, test, demand)
+    if min(one[-1, 0], two[-1, 0]) <= max(one[0, 0], two[0, 0]):
+        raise CurveError("the curves have no common range of bytes")
+    return float(
+        bd_linear(
+            np.log10(one[:, 0]),
+            one[:, 1],
+            np.log10(two[:, 0]),
+            two[:, 1],
+            method="pchip",
+            require_matching_points=False,
+            min_overlap=0,
+        )
+    )
+
+
+def size_at(points: Array, accuracy: float) -> float | None:
+    """Bytes at which a curve of (P, 2) points has this top1 in per cent; None beyond its ends.
+
+    log10 bytes are taken as linear in top1 between two neighbours of the points that rise.
+    """
+    curve = efficient(points)
+    if not curve[0, 1] <= accuracy <= curve[-1, 1]:
+        return None
+    return float(10 ** np.interp(accuracy, curve[:, 1], np.log10(curve[:, 0])))
+
+
+def over_seeds(
+    anchors: Sequence[Curve], tests: Sequence[Curve], *, seed: int = 0, accuracy: bool = False
+) -> Interval:
+    """BD figure of `tests` against `anchors`, paired by seed, with a bootstrap interval.
+
+    The mean is that of the seeds' own figures. A replicate draws seeds and images anew with
+    replacement, both arms alike; replicates short of REPLICATE_DEMAND are left out. Raises
+    CurveError as `delta_rate`, or if those are over half.
+    """
+    measure = delta_accuracy if accuracy else delta_rate
+    own = tuple(
+        measure(anchor.points(), test.points()) for anchor, test in zip(anchors, tests, strict=True)
+    )
+    rng = np.random.default_rng(seed)
+    images = anchors[0].hits.shape[1]
+    drawn: list[float] = []
+    for _ in range(REPLICATES):
+        values = []
+        for pair in rng.integers(len(own), size=len(own)):
+            chosen = rng.integers(images, size=images)
+            try:
+                ours, theirs = tests[pair].points(chosen), anchors[pair].points(chosen)
+                values.append(measure(theirs, ours, REPLICATE_DEMAND))
+            except CurveError:
+                break
+        else:
+            drawn.append(float(np.mean(values)))
+    if len(drawn) < REPLICATES / 2:
+        raise CurveError("over half of the bootstrap replicates give no figure: too few images")
+    low, high = np.percentile(drawn, [2.5, 97.5])
+    return Interval(float(np.mean(own)), float(low), float(high), own)
+
+
+def label_floor_bits(classes: int, accuracy: float) -> float:
+    """R(K, a): the fewest bits that carry one of K equiprobable labels at accuracy a (0..1).
+
+    log2 K - h(1 - a) - (1 - a) log2(K - 1), for symmetric errors (Cover and Thomas, section 10.3);
+    0 at chance and below.
+    """
+    if classes < 2 or accuracy <= 1 / classes:
+        return 0.0
+    wrong = 1 - accuracy
+    entropy = 0.0 if wrong <= 0 else -wrong * math.log2(wrong) - accuracy * math.log2(accuracy)
+    return math.log2(classes) - entropy - wrong * math.log2(classes - 1)
+
+
+def _comparable(anchor: Array, test: Array, demand: Demand) -> tuple[Array, Array]:
+    curves = (efficient(anchor), efficient(test))
+    for name, points in zip(("first", "second"), curves, strict=True):
+        if len(points) < demand.points:
+            raise CurveError(
+                f"the {name} curve has {len(points)} points that rise, {demand.points} are needed"
+            )
+    span = min(c[-1, 1] for c in curves) - max(c[0, 1] for c in curves)
+    if span < demand.span:
+        raise CurveError(
+            f"the curves share {max(0.0, span):.1f} points of top1, {demand.span:g} are needed"
+        )
+    return curves

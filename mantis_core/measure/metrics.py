@@ -1,0 +1,186 @@
+"""From the answers to all images to the figures of an arm. No model, no files.
+
+Shapes: N images, K tasks, n labels of a segmentation task.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torchmetrics.functional.classification import (
+    multilabel_average_precision,
+    multilabel_f1_score,
+)
+
+from mantis_core.tasks import IGNORE, TaskSpec
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class ImageRecords:
+    """One arm's results, an entry an image.
+
+    Truth: class_label (N,), labels (N, K), task_mask (N, K). Answers: class_index (N,), -1 where
+    none was asked for; predicted (N, K) label of each decoded classification task; decoded (N, K)
+    bool; answered (N,) bool, by the client itself. `probabilities` (N, K) and sizes (N,) are None
+    for arms that detect or send nothing.
+    `confusion` holds (n, n + 1) pixel counts by segmentation task, rows the truth, the last column
+    pixels of images whose mask was not decoded.
+    """
+
+    class_label: Array
+    labels: Array
+    task_mask: Array
+    class_index: Array
+    predicted: Array
+    decoded: Array
+    probabilities: Array | None = None
+    wire_bytes: Array | None = None
+    payload_bytes: Array | None = None
+    estimated_bits: Array | None = None
+    answered: Array | None = None
+    confusion: dict[str, Array] = field(default_factory=dict)
+
+
+def figures(
+    records: ImageRecords, tasks: Sequence[TaskSpec], *, single_class: bool, pixels: int
+) -> dict[str, float]:
+    """All figures that this arm has, by metric name; `pixels` is H x W of an input.
+
+    `val/top1` is end to end: with one class an image the share of images whose class is named, else
+    the share of (image, true classification task) pairs decoded and right.
+    `val/detection/top1_if_right` and `_if_wrong` are top1 of the images whose most probable task
+    is, or is not, a true one; `val/answered` is the share of images that the client has answered
+    itself, `val/answered_top1` how many of those it has right.
+    """
+    out: dict[str, float] = {}
+    known = records.class_label >= 0
+    right = (records.predicted == records.labels) & records.decoded & (records.labels >= 0)
+    named = np.array([task.is_classification for task in tasks])
+    asked = records.task_mask & named
+    task_top1 = _share((right & asked).sum(), asked.sum())
+    decides = single_class and (records.class_index >= 0).any()
+    hits = (records.class_index == records.class_label) & known
+    top1 = _share(hits.sum(), known.sum()) if decides else task_top1
+    if top1 is not None:
+        out["val/top1"] = top1
+    if task_top1 is not None:
+        out["val/task_top1"] = task_top1
+    for k, task in enumerate(tasks):
+        active = records.task_mask[:, k]
+        answered = active & records.decoded[:, k]
+        share = _share(answered.sum(), active.sum())
+        if share is not None:
+            out[f"val/task/{task.name}/decoded"] = share
+            if records.wire_bytes is not None:
+                out[f"val/task/{task.name}/wire_bytes"] = float(records.wire_bytes[active].mean())
+        if task.is_classification:
+            value = _share((right[:, k] & answered).sum(), answered.sum())
+            if value is not None:
+                out[f"val/task/{task.name}/top1"] = value
+        elif task.name in records.confusion:
+            value = mean_iou(records.confusion[task.name])
+            if value is not None:
+                out[f"val/task/{task.name}/miou"] = value
+    if records.probabilities is not None:
+        out |= detection_figures(records.probabilities, records.decoded, records.task_mask)
+        first = records.probabilities.argmax(axis=1)[:, None]
+        right_first = np.take_along_axis(records.task_mask, first, axis=1)[:, 0]
+        for name, which in (("right", right_first), ("wrong", ~right_first)):
+            value = _share((hits & which).sum(), (known & which).sum()) if decides else None
+            if value is not None:
+                out[f"val/detection/top1_if_{name}"] = value
+    if records.answered is not None and records.answered.any():
+        out["val/answered"] = float(records.answered.mean())
+        value = _share((hits & records.answered).sum(), (known & records.answered).sum())
+        if value is not None:
+            out["val/answered_top1"] = value
+    out |= _sizes(records, pixels)
+    return out
+
+
+def detection_figures(probabilities: Array, mask: Array, truth: Array) -> dict[str, float]:
+    """How well the mask (N, K) names the true tasks, and how the probabilities rank them."""
+    found = torch.from_numpy(np.asarray(mask, dtype=np.int64))
+    target = torch.from_numpy(np.asarray(truth, dtype=np.int64))
+    ranked = torch.from_numpy(np.asarray(probabilities, dtype=np.float32))
+    count = truth.shape[1]
+    precision = multilabel_average_precision(ranked, target, num_labels=count, average="none")
+    present = target.sum(dim=0) > 0
+    return {
+        "val/detection/exact_match": float((found == target).all(dim=1).float().mean()),
+        "val/detection/micro_f1": float(
+            multilabel_f1_score(found, target, num_labels=count, average="micro")
+        ),
+        "val/detection/mean_average_precision": float(precision[present].mean()),
+        "val/detection/coverage": _share((mask & truth).sum(), truth.sum()) or 0.0,
+        "val/detection/active_tasks": float(mask.sum(axis=1).mean()),
+        "val/detection/first": float(
+            np.take_along_axis(truth, probabilities.argmax(axis=1)[:, None], axis=1).mean()
+        ),
+    }
+
+
+def detection_curve(probabilities: Array, truth: Array) -> list[tuple[float, float]]:
+    """What a threshold buys: (mean active tasks, share of true tasks kept), both (N, K).
+
+    Of a row of thresholds from 1/2 down to 2**-12; an image's most probable task is always kept.
+    """
+    first = np.zeros_like(truth, dtype=bool)
+    np.put_along_axis(first, probabilities.argmax(axis=1)[:, None], True, axis=1)
+    curve = []
+    for threshold in 2.0 ** -np.arange(1, 12.25, 0.25):
+        mask = first | (probabilities > threshold)
+        share = _share((mask & truth).sum(), truth.sum())
+        curve.append((float(mask.sum(axis=1).mean()), share or 0.0))
+    return curve
+
+
+def detector_confusion(probabilities: Array, truth: Array) -> list[list[int]]:
+    """(K, K) counts: rows a true task, columns the most probable one."""
+    count = truth.shape[1]
+    first = probabilities.argmax(axis=1)
+    return [
+        np.bincount(first[truth[:, k]], minlength=count).astype(int).tolist() for k in range(count)
+    ]
+
+
+def pixel_confusion(truth: Array, predicted: Array | None, num_classes: int) -> Array:
+    """(n, n + 1) counts of one mask (H, W); `predicted` None counts every pixel as not decoded."""
+    keep = truth != IGNORE
+    answer = np.full_like(truth, num_classes) if predicted is None else predicted
+    index = truth[keep].astype(np.int64) * (num_classes + 1) + answer[keep]
+    counts = np.bincount(index, minlength=num_classes * (num_classes + 1))
+    return counts.reshape(num_classes, num_classes + 1)
+
+
+def mean_iou(confusion: Array) -> float | None:
+    """Mean intersection over union of the classes that occur, from (n, n + 1) pixel counts."""
+    hits = np.diag(confusion[:, :-1]).astype(float)
+    union = confusion.sum(axis=1) + confusion[:, :-1].sum(axis=0) - hits
+    present = union > 0
+    return float((hits[present] / union[present]).mean()) if present.any() else None
+
+
+def _sizes(records: ImageRecords, pixels: int) -> dict[str, float]:
+    if records.wire_bytes is None or records.payload_bytes is None:
+        return {}
+    out = {
+        "val/wire_bytes": float(records.wire_bytes.mean()),
+        "val/payload_bytes": float(records.payload_bytes.mean()),
+    }
+    out["val/bpp"] = out["val/wire_bytes"] * 8 / pixels
+    out["val/payload_bpp"] = out["val/payload_bytes"] * 8 / pixels
+    if records.estimated_bits is not None:
+        out["val/estimated_bytes"] = float(records.estimated_bits.mean()) / 8
+    return out
+
+
+def _share(part: Any, whole: Any) -> float | None:
+    return float(part) / float(whole) if whole else None

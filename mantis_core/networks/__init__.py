@@ -1,0 +1,1 @@
+"""Modules: client, server and teacher side by side, and what they share."""

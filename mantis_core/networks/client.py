@@ -1,0 +1,210 @@
+"""The client half: stem, task detector, conditioning and encoder. Knows no decoder, no labels.
+
+Shapes: B batch, K tasks, C latent channels, H W input pixels, h w latent size.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import interpolate
+
+from mantis_core.config import ModelConfig
+from mantis_core.errors import ModelError
+from mantis_core.networks.blocks import ResidualBlock, group_norm, modulate, pool
+from mantis_core.networks.conditioning import CONDITIONING, Layers, Modulation
+
+
+class View(NamedTuple):
+    """What the client sees of images: stem features, the detector's map, task and class logits.
+
+    (B, C, H/4, W/4), (B, D, H/8, W/8), (B, K), and (B, classes + 1), the last one
+    for "none of them": None for a detector that names tasks alone.
+    """
+
+    stem: Tensor
+    detected: Tensor
+    logits: Tensor
+    class_logits: Tensor | None = None
+
+
+class SharedStem(nn.Sequential):
+    """Task-agnostic first layers, (B, 3, H, W) to (B, channels, H/4, W/4); frozen in stage 2."""
+
+    def __init__(self, channels: tuple[int, int]) -> None:
+        first, second = channels
+        super().__init__(
+            nn.Conv2d(3, first, 5, 2, 2),
+            group_norm(first),
+            nn.ReLU(),
+            ResidualBlock(first, second, stride=2),
+        )
+        self.channels = second
+
+
+class TaskDetector(nn.Module):
+    """Which tasks an image is about, from stem features.
+
+    stem ─ conv3x3 s2 ─ residual blocks ─┬────────────────────────┬─ map ─┬─ mean over space ─┐
+                                         └─ residual s2 ─ enlarge ┘       └─ max over space ──┴─ MLP
+
+    It has convolutions of its own: pooling a two-layer stem alone caps detection. With `members`
+    (K, n), the classes of each task, the MLP names classes: a class says more about what to look
+    for than a task does. The probability of a task is then the sum over its classes.
+    """
+
+    members: Tensor | None
+
+    def __init__(
+        self,
+        inputs: int,
+        num_tasks: int,
+        *,
+        channels: int,
+        blocks: int,
+        hidden: int,
+        deep_channels: int = 0,
+        members: Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        self.channels = channels + deep_channels
+        self.register_buffer("members", members, persistent=False)
+        outputs = num_tasks
+        if members is not None:
+            classless = int((~members.any(dim=1)).sum())
+            outputs = members.shape[1] + 1 + classless
+        self.body = nn.Sequential(
+            nn.Conv2d(inputs, channels, 3, 2, 1),
+            group_norm(channels),
+            nn.ReLU(),
+            *(ResidualBlock(channels, channels) for _ in range(blocks)),
+        )
+        self.deep: nn.Module | None = None
+        if deep_channels:
+            self.deep = ResidualBlock(channels, deep_channels, stride=2)
+        self.mlp = nn.Sequential(
+            nn.Linear(2 * self.channels, hidden), nn.ReLU(), nn.Linear(hidden, outputs)
+        )
+
+    def forward(self, stem: Tensor) -> View:
+        """(B, inputs, H/4, W/4) to a view; the sigmoid of a task's logit is p."""
+        detected = self.body(stem)
+        if self.deep is not None:
+            deep = interpolate(self.deep(detected), size=detected.shape[2:])
+            detected = torch.cat([detected, deep], dim=1)
+        logits = self.mlp(pool(detected))
+        if self.members is None:
+            return View(stem, detected, logits)
+        count = self.members.shape[1] + 1
+        class_logits, own = logits[:, :count].float(), logits[:, count:].float()
+        return View(stem, detected, task_logits(class_logits, own, self.members), class_logits)
+
+
+def task_logits(class_logits: Tensor, own: Tensor, members: Tensor) -> Tensor:
+    """log p - log(1 - p) of each task (B, K), p being the softmax summed over the task's classes.
+
+    `class_logits` (B, n + 1), `members` (K, n); tasks without classes have logits of their `own`,
+    (B, those tasks).
+    """
+    outside = torch.ones_like(members[:, :1])
+    columns = []
+    classless = iter(own.unbind(dim=1))
+    for inside in torch.cat([members, ~outside], dim=1):
+        if not inside.any():
+            columns.append(next(classless))
+            continue
+        mine, others = class_logits[:, inside], class_logits[:, ~inside]
+        columns.append(mine.logsumexp(dim=1) - others.logsumexp(dim=1))
+    return torch.stack(columns, dim=1)
+
+
+class FiLMedEncoder(nn.Module):
+    """Stem features to the latent, modulated after every block and at the latent itself.
+
+    stem ─ residual s2 ─ FiLM ─ [residual ─ FiLM] x blocks ─ conv1x1 ─ FiLM ─▶ y (B, C, h, w)
+
+    `stride` is that from input to latent, 8 or 16; at 16 there are two halving blocks.
+    """
+
+    def __init__(
+        self, inputs: int, *, channels: int, blocks: int, latent_channels: int, stride: int
+    ) -> None:
+        super().__init__()
+        halving = [ResidualBlock(inputs, channels, stride=2)]
+        if stride == 16:
+            halving.append(ResidualBlock(channels, channels, stride=2))
+        self.blocks = nn.ModuleList(
+            halving + [ResidualBlock(channels, channels) for _ in range(blocks)]
+        )
+        self.to_latent = nn.Conv2d(channels, latent_channels, 1)
+        self.modulated_channels = (channels,) * len(self.blocks) + (latent_channels,)
+        self.modulated_steps = (1, *(stride // 8,) * len(self.blocks))
+
+    def forward(self, stem: Tensor, modulation: Modulation | None = None) -> Tensor:
+        """(B, inputs, H/4, W/4) to y (B, C, h, w). No modulation is the task-agnostic encoder."""
+        layers = modulation or [None] * len(self.modulated_channels)
+        x = stem
+        for block, gamma_beta in zip(self.blocks, layers, strict=False):
+            x = block(x, gamma_beta)
+        return modulate(self.to_latent(x), layers[-1])
+
+
+def latent_size(image_size: tuple[int, int], stride: int) -> tuple[int, int]:
+    """(h, w) of the latent of an input of (H, W) pixels."""
+    height, width = image_size
+    return -(-height // stride), -(-width // stride)
+
+
+class Client(nn.Module):
+    """The half that runs on the device.
+
+    x ─ stem ─┬─ detector ─▶ p, its map ─ conditioning ─▶ gamma, beta
+              └───────────────── encoder ──────────────┴─▶ y
+    """
+
+    def __init__(self, config: ModelConfig, num_tasks: int, members: Tensor | None = None) -> None:
+        """`members` (K, classes) are the classes of each task, where images have one class each."""
+        super().__init__()
+        encoder, detector = config.encoder, config.detector
+        if detector.classes and members is None:
+            raise ModelError(
+                "model.detector.classes needs images of one class each; this data has images of "
+                "several tasks: set it to false"
+            )
+        self.stem = SharedStem(config.stem.channels)
+        self.detector = TaskDetector(
+            self.stem.channels,
+            num_tasks,
+            channels=detector.channels,
+            blocks=detector.blocks,
+            hidden=detector.hidden,
+            deep_channels=detector.deep_channels,
+            members=members if detector.classes else None,
+        )
+        self.encoder = FiLMedEncoder(
+            self.stem.channels,
+            channels=encoder.channels,
+            blocks=encoder.blocks,
+            latent_channels=encoder.latent_channels,
+            stride=encoder.stride,
+        )
+        self.conditioning = CONDITIONING[config.conditioning.kind](
+            num_tasks,
+            Layers(
+                self.encoder.modulated_channels,
+                self.encoder.modulated_steps,
+                self.detector.channels,
+            ),
+            hidden=config.conditioning.hidden,
+        )
+
+    def forward(self, x: Tensor) -> View:
+        """Normalised images (B, 3, H, W) to what the detector says and the encoder starts from."""
+        return self.detector(self.stem(x))  # type: ignore[no-any-return]
+
+    def encode(self, view: View, probabilities: Tensor) -> Tensor:
+        """A view and p (B, K), or a multi-hot, to the latent (B, C, h, w), not rounded."""
+        layers = self.conditioning(probabilities, view.detected)
+        return self.encoder(view.stem, layers)  # type: ignore[no-any-return]

@@ -1,0 +1,125 @@
+"""From task probabilities to modulation of the encoder: a class for each kind, and one dict.
+
+Shapes: B batch, K tasks, C channels of a modulated layer, h w its height and width, D channels of
+the detector's map.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import avg_pool2d
+
+Modulation = list[tuple[Tensor, Tensor] | None]
+"""For each modulated layer gamma and beta, (B, C, 1, 1) or (B, C, h, w) each, None for identity."""
+
+
+class Layers(NamedTuple):
+    """The layers of an encoder that can be conditioned.
+
+    `channels` of each modulated layer. `steps`: how many positions of the detector's map one
+    position of that layer spans, each way. `detector` is D.
+    """
+
+    channels: tuple[int, ...]
+    steps: tuple[int, ...]
+    detector: int
+
+
+class FiLMGenerator(nn.Module):
+    """Feature-wise linear modulation (Perez et al., AAAI 2018): gamma = 1 + delta.
+
+    p (B, K) ─ linear ─ ReLU ─ linear (zero at init) ─▶ delta, beta for every layer
+
+    The identity at init, whatever p is.
+    """
+
+    def __init__(self, num_tasks: int, channels: Sequence[int], *, hidden: int) -> None:
+        super().__init__()
+        self.channels = tuple(channels)
+        self.first = nn.Linear(num_tasks, hidden)
+        self.last = nn.Linear(hidden, 2 * sum(self.channels))
+        nn.init.zeros_(self.last.weight)
+        nn.init.zeros_(self.last.bias)
+
+    def forward(self, probabilities: Tensor) -> Modulation:
+        """(B, K) task probabilities, or a multi-hot, to gamma and beta per layer."""
+        values = self.last(torch.relu(self.first(probabilities)))
+        parts = values.split([2 * c for c in self.channels], dim=1)
+        modulation: Modulation = []
+        for part in parts:
+            delta, beta = part[:, :, None, None].chunk(2, dim=1)
+            modulation.append((1 + delta, beta))
+        return modulation
+
+
+class FiLMConditioning(nn.Module):
+    """FiLM at every layer of the encoder, the same at every position."""
+
+    def __init__(self, num_tasks: int, layers: Layers, *, hidden: int) -> None:
+        super().__init__()
+        self.film = FiLMGenerator(num_tasks, layers.channels, hidden=hidden)
+
+    def forward(self, probabilities: Tensor, detected: Tensor) -> Modulation:
+        """(B, K) task probabilities, or a multi-hot; the map (B, D, h, w) is ignored."""
+        return self.film(probabilities)  # type: ignore[no-any-return]
+
+
+class AttentionConditioning(nn.Module):
+    """FiLM that differs from position to position: where is what the tasks are about?
+
+    detector's map ─ conv1x1 ─ FiLM by p ─ ReLU ─ pooled to a layer's size ─ conv1x1 (0) ─▶ delta,
+    beta (B, C, h, w) for every layer
+
+    The detector has already looked for the tasks at every position, so the encoder need not.
+    `tasks=False` is the ablation: the same without p.
+    """
+
+    def __init__(self, num_tasks: int, layers: Layers, *, hidden: int, tasks: bool = True) -> None:
+        super().__init__()
+        self.steps = layers.steps
+        self.first = nn.Conv2d(layers.detector, hidden, 1)
+        self.by_task = nn.Linear(num_tasks, 2 * hidden) if tasks else None
+        last = [nn.Conv2d(hidden, 2 * channels, 1) for channels in layers.channels]
+        for layer in last:
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+        self.last = nn.ModuleList(last)
+
+    def forward(self, probabilities: Tensor, detected: Tensor) -> Modulation:
+        """(B, K) task probabilities, or a multi-hot, and the detector's map (B, D, h, w)."""
+        x = self.first(detected)
+        if self.by_task is not None:
+            delta, beta = self.by_task(probabilities)[:, :, None, None].chunk(2, dim=1)
+            x = (1 + delta) * x + beta
+        x = torch.relu(x)
+        pooled = {step: avg_pool2d(x, step, ceil_mode=True) for step in set(self.steps)}
+        modulation: Modulation = []
+        for step, last in zip(self.steps, self.last, strict=True):
+            delta, beta = last(pooled[step]).chunk(2, dim=1)
+            modulation.append((1 + delta, beta))
+        return modulation
+
+
+class NoConditioning(nn.Module):
+    """The ablation: nothing tells the encoder about tasks."""
+
+    def __init__(self, num_tasks: int, layers: Layers, *, hidden: int) -> None:
+        super().__init__()
+        self.layers = len(layers.channels)
+
+    def forward(self, probabilities: Tensor, detected: Tensor) -> Modulation:
+        """Ignores both; every layer stays as it is."""
+        return [None] * self.layers
+
+
+CONDITIONING: dict[str, Callable[..., nn.Module]] = {
+    "film": FiLMConditioning,
+    "attention": AttentionConditioning,
+    "features": partial(AttentionConditioning, tasks=False),
+    "none": NoConditioning,
+}

@@ -1,0 +1,196 @@
+"""The server half: latent to features, task decoders and tails, the joint decision.
+
+Shapes: B batch, K tasks, C channels, H W input pixels, h w latent size, n labels of a task.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from mantis_core.config import DecoderConfig
+from mantis_core.networks.blocks import ResidualBlock, SegmentationHead, group_norm
+from mantis_core.tasks import TaskSpec, class_slots
+
+
+class FeatureDecoder(nn.Module):
+    """The received latent back to the teacher's feature at its split; serves every task.
+
+    y_hat (B, C, h, w) ─ conv3x3 ─ residual blocks ─ [up or down by 2] ─ conv1x1 ─▶ (B, C', h', w')
+    """
+
+    def __init__(
+        self,
+        latent_channels: int,
+        target: tuple[int, int, int],
+        latent_size: tuple[int, int],
+        *,
+        channels: int,
+        blocks: int,
+    ) -> None:
+        super().__init__()
+        self.first = nn.Sequential(
+            nn.Conv2d(latent_channels, channels, 3, 1, 1), group_norm(channels)
+        )
+        self.blocks = nn.Sequential(*(ResidualBlock(channels, channels) for _ in range(blocks)))
+        steps = round(math.log2(target[1] / latent_size[0]))
+        scale: list[nn.Module] = []
+        for _ in range(abs(steps)):
+            if steps > 0:
+                scale += [
+                    nn.Conv2d(channels, 4 * channels, 3, 1, 1),
+                    nn.PixelShuffle(2),
+                    nn.ReLU(),
+                ]
+            else:
+                scale.append(ResidualBlock(channels, channels, stride=2))
+        self.scale = nn.Sequential(*scale)
+        self.last = nn.Conv2d(channels, target[0], 1)
+
+    def forward(self, latent: Tensor) -> Tensor:
+        """(B, C, h, w) to the non-negative feature (B, C', h', w') at the teacher's split."""
+        x = torch.relu(self.first(latent))
+        return torch.relu(self.last(self.scale(self.blocks(x))))
+
+
+class TaskDecoder(nn.Module):
+    """One task's own reconstruction of the deep feature from the shared one.
+
+    deep ─┬─ scale and shift a channel ──────────────┬─ ReLU ─▶ (B, C, h, w)
+          └─ conv1x1 ─ norm ─ ReLU ─ conv1x1 (0) ────┘       the identity at init
+    """
+
+    def __init__(self, channels: int, hidden: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1, channels, 1, 1))
+        self.shift = nn.Parameter(torch.zeros(1, channels, 1, 1))
+        self.first = nn.Conv2d(channels, hidden, 1, bias=False)
+        self.norm = group_norm(hidden)
+        self.last = nn.Conv2d(hidden, channels, 1)
+        nn.init.zeros_(self.last.weight)
+        nn.init.zeros_(self.last.bias)  # type: ignore[arg-type]
+
+    def forward(self, deep: Tensor) -> Tensor:
+        """(B, C, h, w) to (B, C, h, w)."""
+        own = self.last(torch.relu(self.norm(self.first(deep))))
+        return torch.relu(deep * self.scale + self.shift + own)
+
+
+class ClassificationTail(nn.Module):
+    """Pooled feature to the log-probability of each label and, last, of "not mine"."""
+
+    def __init__(self, channels: int, num_classes: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(channels, num_classes + 1)
+
+    def forward(self, deep: Tensor) -> Tensor:
+        """(B, C, h, w) to log P (B, n + 1); float32."""
+        logits = self.linear(deep.mean(dim=(2, 3)))
+        return torch.log_softmax(logits.float(), dim=1)
+
+
+class Server(nn.Module):
+    """All that runs where the bits arrive.
+
+    y_hat ─ decoder ─┬─ trunk ─┬─ decoder_k ─ tail_k   for each active task k
+                     └─────────┴─▶ segmentation tails read both depths
+
+    `trunk` is a copy of the teacher's blocks behind its split, fine-tuned in stage 2; its batch
+    norms keep the teacher's statistics.
+    """
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        tasks: Sequence[TaskSpec],
+        *,
+        latent_channels: int,
+        latent_size: tuple[int, int],
+        split_shape: tuple[int, int, int],
+        last_shape: tuple[int, int, int],
+        trunk: nn.Module,
+    ) -> None:
+        super().__init__()
+        self.tasks = tuple(tasks)
+        self.decoder = FeatureDecoder(
+            latent_channels,
+            split_shape,
+            latent_size,
+            channels=config.channels,
+            blocks=config.blocks,
+        )
+        self.trunk = trunk
+        self.task_decoders = nn.ModuleDict()
+        self.tails = nn.ModuleDict()
+        for task in tasks:
+            self.task_decoders[task.name] = TaskDecoder(last_shape[0], config.task_channels)
+            self.tails[task.name] = (
+                ClassificationTail(last_shape[0], task.num_classes)
+                if task.is_classification
+                else SegmentationHead(split_shape[0], last_shape[0], task.num_classes)
+            )
+
+    def features(self, latent: Tensor) -> tuple[Tensor, Tensor]:
+        """The received latent (B, C, h, w) to the split feature and the deep one."""
+        split = self.decoder(latent)
+        return split, self.trunk(split)
+
+    def answer(self, task: TaskSpec, split: Tensor, last: Tensor, size: tuple[int, int]) -> Tensor:
+        """One task's output: log P (B, n + 1), or segmentation logits (B, n, H, W)."""
+        own = self.task_decoders[task.name](last)
+        if task.is_classification:
+            return self.tails[task.name](own)  # type: ignore[no-any-return]
+        return self.tails[task.name](split, own, size)  # type: ignore[no-any-return]
+
+    def forward(self, latent: Tensor, size: tuple[int, int]) -> dict[str, Tensor]:
+        """The received latent (B, C, h, w) to every task's output, of images of `size` (H, W).
+
+        For training: all decoders take part in every step.
+        """
+        split, last = self.features(latent)
+        return {task.name: self.answer(task, split, last, size) for task in self.tasks}
+
+    def train(self, mode: bool = True) -> Server:
+        """Switches the mode; batch norms of the trunk keep the teacher's statistics."""
+        super().train(mode)
+        still_batch_norms(self.trunk)
+        return self
+
+
+class JointDecision(nn.Module):
+    """Compares all decoded tasks' labels as classes of one image.
+
+    A class is scored by the log-sum-exp over tasks k of log p_k + log P(c | k).
+    """
+
+    slots: Tensor
+
+    def __init__(self, tasks: Sequence[TaskSpec], num_classes: int) -> None:
+        super().__init__()
+        self.tasks = tuple(task for task in tasks if task.is_classification)
+        self.columns = tuple(k for k, task in enumerate(tasks) if task.is_classification)
+        self.register_buffer("slots", class_slots(tasks, num_classes), persistent=False)
+
+    def forward(self, outputs: Mapping[str, Tensor], log_p: Tensor) -> Tensor:
+        """Scores of all classes, (B, classes), not normalised.
+
+        `outputs` holds log P (B, n + 1) by task; `log_p` (B, K) is the natural logarithm of each
+        task's probability, -inf for tasks that were not decoded.
+        """
+        parts = [
+            outputs[task.name][:, :-1] + log_p[:, k, None]
+            for k, task in zip(self.columns, self.tasks, strict=True)
+        ]
+        floor = parts[0].new_full((parts[0].shape[0], 1), -math.inf)
+        scores = torch.cat([*parts, floor], dim=1)[:, self.slots]  # (B, classes, M)
+        return scores[..., 0] if scores.shape[-1] == 1 else scores.logsumexp(dim=-1)
+
+
+def still_batch_norms(module: nn.Module) -> None:
+    """Puts every batch norm inside in eval mode."""
+    for child in module.modules():
+        if isinstance(child, nn.modules.batchnorm._BatchNorm):
+            child.eval()

@@ -1,0 +1,310 @@
+"""The frozen uncompressed network that is distilled: built, cut at its split, and loaded.
+
+Shapes: B batch, H W input pixels, C h w channels, height and width of a feature map.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+import torchvision
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from mantis_core.errors import ModelError
+from mantis_core.networks.blocks import SegmentationHead
+from mantis_core.tasks import TaskSpec
+
+
+class Backbone(nn.Module):
+    """A torchvision classification network as a row of named blocks and one pooled feature.
+
+    x (B, 3, H, W) ─ block ─ ... ─ split ─ ... ─ last block ─▶ (B, C, h, w) ─ pool ─▶ (B, C')
+    """
+
+    def __init__(self, name: str, *, pretrained: bool = False) -> None:
+        super().__init__()
+        self.net, self.names, self.feature_size = _build_net(name, pretrained=pretrained)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, 3, H, W) normalised images to the last block's output (B, C, h, w)."""
+        for name in self.names:
+            x = self.net.get_submodule(name)(x)
+        return x
+
+    def features(self, x: Tensor, wanted: Sequence[str]) -> dict[str, Tensor]:
+        """The outputs of the `wanted` blocks, and of the last one under "last"."""
+        found = {}
+        for name in self.names:
+            x = self.net.get_submodule(name)(x)
+            if name in wanted:
+                found[name] = x
+        return {**found, "last": x}
+
+    def pool(self, last: Tensor) -> Tensor:
+        """(B, C, h, w) to (B, C) by the mean over space."""
+        return last.mean(dim=(2, 3))
+
+    def tail_after(self, split: str) -> nn.Sequential:
+        """A copy of the blocks behind `split`, under their own names."""
+        if split not in self.names[:-1]:
+            raise ModelError(
+                f"teacher.split is {split!r}; this teacher can be cut after one of: "
+                f"{', '.join(self.names[:-1])}"
+            )
+        tail = nn.Sequential()
+        for name in self.names[self.names.index(split) + 1 :]:
+            tail.add_module(name.replace(".", "_"), copy.deepcopy(self.net.get_submodule(name)))
+        return tail
+
+
+class Teacher(nn.Module):
+    """Backbone with one flat classification head or one head a task.
+
+    `flat_classes` > 0: one linear head over the data set's classes. Otherwise a head for each of
+    `tasks`: linear for classification, `SegmentationHead` for segmentation.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        split: str,
+        tasks: Sequence[TaskSpec] = (),
+        flat_classes: int = 0,
+        pretrained: bool = False,
+        image_size: tuple[int, int] = (64, 64),
+    ) -> None:
+        super().__init__()
+        self.name, self.split, self.tasks = name, split, tuple(tasks)
+        self.flat_classes = flat_classes
+        self.backbone = Backbone(name, pretrained=pretrained)
+        self.backbone.tail_after(split)  # refuses an unknown split before anything is trained
+        shallow, deep = self.feature_shapes(image_size)
+        self.flat_head = nn.Linear(self.backbone.feature_size, flat_classes or 1)
+        self.heads = nn.ModuleDict()
+        if not flat_classes:
+            self.flat_head = nn.Identity()  # type: ignore[assignment]
+            for task in tasks:
+                self.heads[task.name] = (
+                    nn.Linear(self.backbone.feature_size, task.num_classes)
+                    if task.is_classification
+                    else SegmentationHead(shallow[0], deep[0], task.num_classes)
+                )
+
+    def feature_shapes(
+        self, image_size: tuple[int, int]
+    ) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+        """(C, h, w) of the split feature and of the last feature for one input size (H, W)."""
+        was_training = self.backbone.training
+        self.backbone.eval()
+        with torch.no_grad():
+            parameter = next(self.backbone.parameters())
+            image = torch.zeros(1, 3, *image_size, device=parameter.device)
+            found = self.backbone.features(image, [self.split])
+        self.backbone.train(was_training)
+        split, last = found[self.split].shape[1:], found["last"].shape[1:]
+        return (split[0], split[1], split[2]), (last[0], last[1], last[2])
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """Normalised images (B, 3, H, W) to what is distilled.
+
+        Returns the features "split" and "last" (B, C, h, w), "logits" (B, classes) with a flat
+        head, and "logits/<task>" (B, n) or (B, n, H, W) with heads of its own.
+        """
+        found = self.backbone.features(x, [self.split])
+        out = {"split": found[self.split], "last": found["last"]}
+        out.update(self.decide(out["split"], out["last"], (x.shape[2], x.shape[3])))
+        return out
+
+    def decide(self, split: Tensor, last: Tensor, size: tuple[int, int]) -> dict[str, Tensor]:
+        """Logits from features; `size` (H, W) is that of segmentation logits."""
+        pooled = self.backbone.pool(last)
+        if self.flat_classes:
+            return {"logits": self.flat_head(pooled)}
+        logits = {}
+        for task in self.tasks:
+            if task.name in self.heads:
+                head = self.heads[task.name]
+                value = head(pooled) if task.is_classification else head(split, last, size)
+                logits[f"logits/{task.name}"] = value
+        return logits
+
+
+def narrowed(teacher: Teacher, task: TaskSpec) -> Teacher:
+    """The teacher for one task alone, with the same backbone.
+
+    For a classification its rows of the task's labels become a flat head.
+    """
+    own = copy.deepcopy(teacher, {id(teacher.backbone): teacher.backbone})
+    own.tasks, own.heads = (task,), nn.ModuleDict()
+    own.flat_classes, own.flat_head = 0, nn.Identity()  # type: ignore[assignment]
+    head = dict(teacher.heads.items()).get(task.name)
+    if not task.is_classification:
+        if head is not None:
+            own.heads[task.name] = head
+        return own
+    if teacher.flat_classes:
+        rows = torch.tensor(task.classes)
+        weight, bias = teacher.flat_head.weight[rows], teacher.flat_head.bias[rows]
+    elif isinstance(head, nn.Linear):
+        weight, bias = head.weight, head.bias
+    else:
+        return own
+    own.flat_classes = task.num_classes
+    own.flat_head = nn.Linear(weight.shape[1], task.num_classes)
+    own.flat_head.load_state_dict({"weight": weight.detach(), "bias": bias.detach()})
+    return own
+
+
+def load_teacher_file(path: str | Path) -> dict[str, Tensor]:
+    """The float32 state dict of a .safetensors or weights-only .pth file. Nothing is unpickled.
+
+    Raises ModelError for another kind of file, or one that holds more than tensors.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ModelError(f"teacher.weights: no file {path}; give train, pretrained or a file")
+    if path.suffix == ".safetensors":
+        try:
+            state = load_file(path)
+        except SafetensorError as error:
+            raise ModelError(f"teacher.weights: {path} is damaged: {error}") from None
+    elif path.suffix in (".pth", ".pt"):
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:
+            raise ModelError(
+                f"teacher.weights: {path} is not a plain state dict: {error}"
+            ) from None
+        state = state.get("state_dict", state) if isinstance(state, dict) else state
+    else:
+        raise ModelError(f"teacher.weights: {path} must end in .safetensors or .pth")
+    if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise ModelError(f"teacher.weights: {path} holds more than named tensors")
+    return {key: v.float() if v.is_floating_point() else v for key, v in state.items()}
+
+
+def flat_teacher(
+    name: str,
+    state: Mapping[str, Tensor] | None,
+    *,
+    split: str,
+    num_classes: int,
+    imagenet_indices: Sequence[int] | None,
+    image_size: tuple[int, int],
+) -> Teacher:
+    """A teacher whose torchvision head is sliced to the data set's classes.
+
+    `state` None: torchvision's pretrained weights. A head of 1,000 logits is sliced by
+    `imagenet_indices` (the classes' ImageNet-1k indices) where there are any, for the data's 1,000
+    classes need not stand in that order; else a head of exactly `num_classes` is taken as it is.
+    """
+    if state is None:
+        net = _torchvision_net(name, pretrained=True)
+        state = net.state_dict()
+    weight_key, bias_key = _head_keys(name, state)
+    weight, bias = state[weight_key], state[bias_key]
+    if weight.shape[0] == 1000 and imagenet_indices is not None:
+        rows = torch.tensor(list(imagenet_indices))
+        weight, bias = weight[rows], bias[rows]
+    elif weight.shape[0] != num_classes:
+        raise ModelError(
+            f"the teacher's head has {weight.shape[0]} logits, the data has {num_classes} "
+            "classes; they must be equal, or the head must have 1000 and every class be a wnid"
+        )
+    teacher = Teacher(name, split=split, flat_classes=num_classes, image_size=image_size)
+    load_backbone(teacher, state)
+    teacher.flat_head.load_state_dict({"weight": weight, "bias": bias})
+    return teacher
+
+
+def load_backbone(teacher: Teacher, state: Mapping[str, Tensor]) -> None:
+    """Gives the teacher a torchvision state dict, without its classifier.
+
+    Raises ModelError if the weights are another network's.
+    """
+    name = teacher.name
+    heads = _head_keys(name, state)
+    body = {k: v for k, v in state.items() if k not in heads and not k.startswith("AuxLogits.")}
+    missing, unexpected = teacher.backbone.net.load_state_dict(body, strict=False)
+    if missing or unexpected:
+        raise ModelError(
+            f"the teacher's weights do not fit {name}: missing {missing[:3]}, "
+            f"unexpected {unexpected[:3]}"
+        )
+
+
+def freeze(module: nn.Module) -> nn.Module:
+    """Turns gradients off and eval mode on. The owner keeps it in eval mode in its own `train`."""
+    return module.requires_grad_(False).eval()
+
+
+def _torchvision_net(name: str, *, pretrained: bool) -> nn.Module:
+    names = torchvision.models.list_models(module=torchvision.models)
+    if name not in names:
+        close = " or ".join(difflib.get_close_matches(name, names, 3))
+        hint = f"did you mean {close}?" if close else "see torchvision.models for their names"
+        raise ModelError(f"teacher.name: torchvision has no classification model {name!r}; {hint}")
+    try:
+        net: nn.Module = torchvision.models.get_model(
+            name, weights="DEFAULT" if pretrained else None
+        )
+    except OSError as error:
+        raise ModelError(
+            f"teacher.weights=pretrained: torchvision could not download {name} ({error}); "
+            "give a local file, or teacher.weights=train"
+        ) from None
+    return net
+
+
+def _build_net(name: str, *, pretrained: bool) -> tuple[nn.Module, tuple[str, ...], int]:
+    """The network without its classifier, its blocks' names, and the size of its pooled feature.
+
+    Raises ModelError for a network that is more than these blocks, mean pooling and one linear
+    layer: blocks run one after the other must give what the whole network gives.
+    """
+    net = _torchvision_net(name, pretrained=pretrained)
+    children = dict(net.named_children())
+    head = children.get("fc", children.get("classifier", nn.Identity()))
+    if isinstance(features := children.get("features"), nn.Sequential):
+        names = [f"features.{index}" for index in range(len(features))]
+    else:
+        names = [name for name in children if name not in ("avgpool", "fc", "classifier")]
+    linear = [module for module in head.modules() if isinstance(module, nn.Linear)]
+    if len(linear) == 1 and _is_row_of_blocks(net, names, linear[0]):
+        for name in {"avgpool", "fc", "classifier"} & children.keys():
+            setattr(net, name, nn.Identity())
+        return net, tuple(names), linear[0].in_features
+    raise ModelError(
+        f"teacher.name: {name} is not built as blocks, mean pooling and one linear layer; "
+        "take a ResNet, ResNeXt, Wide ResNet, RegNet, ShuffleNet, MobileNetV2 or EfficientNet"
+    )
+
+
+def _is_row_of_blocks(net: nn.Module, names: Sequence[str], head: nn.Linear) -> bool:
+    x = torch.linspace(-1, 1, 3 * 64 * 64).view(1, 3, 64, 64)
+    was_training = net.training
+    net.eval()
+    try:
+        with torch.no_grad():
+            whole = net(x)
+            for name in names:
+                x = net.get_submodule(name)(x)
+            same = torch.allclose(head(x.mean(dim=(2, 3))), whole, atol=1e-4, rtol=1e-4)
+    except (RuntimeError, TypeError, AttributeError, IndexError):
+        same = False
+    net.train(was_training)
+    return same
+
+
+def _head_keys(name: str, state: Mapping[str, Tensor]) -> tuple[str, str]:
+    for prefix in ("fc", "classifier.1", "classifier"):
+        if f"{prefix}.weight" in state and f"{prefix}.bias" in state:
+            return f"{prefix}.weight", f"{prefix}.bias"
+    raise ModelError(f"the teacher's weights hold no classifier of {name} (fc or classifier)")

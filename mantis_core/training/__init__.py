@@ -1,0 +1,1 @@
+"""The training loop, and a file for each stage's loss."""

@@ -1,0 +1,270 @@
+"""The training loop: any recipe over any iterable of batches, in a test, a script or a Ray worker.
+
+Knows no Ray and no files; `folders.py` stores what `Session.state` gives.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import math
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mantis_core.config import TrainingConfig
+from mantis_core.tasks import Batch
+from mantis_core.training.meter import (
+    Meter,
+    average_buffers,
+    consumed_rows,
+    gather_rows,
+    hash_of_rows,
+)
+from mantis_core.training.optim import (
+    build_optimizer,
+    lr_factor,
+    moving_average,
+    parameter_groups,
+    set_lr,
+)
+from mantis_core.training.recipe import Recipe, StepOutput
+
+OnStep = Callable[[int, int, dict[str, float]], None]
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on: the loss is not finite, or the data ended early."""
+
+
+class Session:
+    """One training stage in progress: recipe, optimiser, moving average, best weights so far.
+
+    `step(batch)` is the whole of what happens to a batch. Randomness is seeded anew at every step
+    from (seed, step, rank), so a resumed run draws what the uninterrupted one would have.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        config: TrainingConfig,
+        *,
+        steps_per_epoch: int,
+        seed: int,
+        device: torch.device | str = "cpu",
+        rank: int = 0,
+    ) -> None:
+        if steps_per_epoch < 1:
+            raise TrainingError("an epoch has no full batch: lower batch_size or add images")
+        self.device, self.seed, self.rank = torch.device(device), seed, rank
+        self.config = config
+        self.recipe: Recipe = recipe.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.steps_per_epoch = steps_per_epoch
+        self.total_steps = steps_per_epoch * config.epochs
+        groups = parameter_groups(recipe.student, loaded=recipe.loaded)
+        self.optimizer = build_optimizer(groups, config.optim)
+        self.trained = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self.average = (
+            moving_average(recipe.student, config.ema_decay) if config.ema_decay else None
+        )
+        self.module: nn.Module = self.recipe
+        self.step_index = 0
+        self.rows_sha256 = ""  # of the last epoch trained, see hash_of_rows
+        self.best: dict[str, float] = {}
+        self.best_weights: dict[str, Tensor] = {}
+
+    @property
+    def epoch(self) -> int:
+        """Epochs finished."""
+        return self.step_index // self.steps_per_epoch
+
+    @property
+    def shipped(self) -> nn.Module:
+        """The student as it would be shipped: its moving average, where there is one."""
+        if self.average is None or int(self.average.n_averaged) == 0:
+            return self.recipe.student
+        return self.average.module
+
+    def distribute(self, wrap: Callable[[nn.Module], nn.Module]) -> None:
+        """Takes the wrapper of the recipe that averages gradients over workers (DDP)."""
+        self.module = wrap(self.recipe)
+
+    def step(self, batch: Batch) -> StepOutput:
+        """Forward, loss, backward, clip, update. TrainingError on a loss that is not finite."""
+        progress = self.step_index / self.total_steps
+        set_lr(self.optimizer, lr_factor(self.step_index, self.total_steps, self.config.optim))
+        torch.manual_seed(step_seed(self.seed, self.step_index, self.rank))
+        with self._autocast():
+            output: StepOutput = self.module(batch, progress)
+        if not torch.isfinite(output.loss):
+            raise TrainingError(
+                f"the loss is {float(output.loss.detach())} at step {self.step_index}: lower the "
+                "learning rate or the loss weights"
+            )
+        self.optimizer.zero_grad(set_to_none=True)
+        output.loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(self.trained, self.config.optim.clip_norm)
+        self.optimizer.step()
+        if self.average is not None:
+            self.average.update_parameters(self.recipe.student)
+        self.step_index += 1
+        return output
+
+    def train_epoch(
+        self, batches: Iterable[Batch], on_step: OnStep | None = None
+    ) -> dict[str, float]:
+        """The next epoch over `batches`, which must hold `steps_per_epoch` of them.
+
+        `train/rows` counts the different rows in the batches of all workers; afterwards
+        `rows_sha256` identifies them.
+        """
+        self.recipe.train()
+        meter, recent = Meter(), Meter()
+        consumed: list[Tensor] = []
+        goal = (self.epoch + 1) * self.steps_per_epoch
+        for batch in batches:
+            consumed.append(consumed_rows(self.step_index, batch))
+            output = self.step(batch)
+            pixels = batch.image.shape[2] * batch.image.shape[3]
+            for each in (meter, recent):
+                each.add(output, pixels)
+            if on_step is not None and (self.step_index % 5 == 0 or self.step_index == goal):
+                done = self.steps_per_epoch - (goal - self.step_index)
+                on_step(done, self.steps_per_epoch, recent.figures("train"))
+                recent = Meter()
+            if self.step_index == goal:
+                break
+        if self.step_index != goal:
+            raise TrainingError(
+                f"the data ended {goal - self.step_index} batches before the epoch did: a shard is "
+                "missing or a worker was given less than its share"
+            )
+        average_buffers(self.recipe.student)
+        if self.average is not None:
+            copy_buffers(self.recipe.student, self.average.module)
+        meter.reduce()
+        figures = meter.figures("train")
+        rows = gather_rows(torch.cat(consumed))
+        figures["train/rows"] = len(np.unique(rows[:, 1].cpu().numpy()))
+        self.rows_sha256 = hash_of_rows(rows)
+        figures["train/lr"] = self.optimizer.param_groups[0]["lr"]
+        return figures
+
+    def evaluate(self, holdout: Callable[[], Iterable[Batch]]) -> dict[str, float]:
+        """Figures on held-back rows, in eval mode, of the weights that would be shipped.
+
+        Keeps a copy of these weights if their loss is the lowest so far.
+        """
+        student, self.recipe.student = self.recipe.student, self.shipped
+        try:
+            self.recipe.eval()
+            self.recipe.calibrate(self.recipe.student, holdout(), gather_rows)
+            meter = Meter()
+            with torch.no_grad(), self._autocast():
+                for batch in holdout():
+                    meter.add(self.recipe(batch, 1.0), batch.image.shape[2] * batch.image.shape[3])
+            shipped = self.recipe.student.state_dict()
+        finally:
+            self.recipe.student = student
+        copy_buffers(self.shipped, student)
+        meter.reduce()
+        figures = meter.figures("holdout")
+        if not self.best or figures["holdout/loss"] < self.best["holdout/loss"]:
+            self.best = {**figures, "epoch": float(self.epoch)}
+            self.best_weights = {k: v.detach().cpu().clone() for k, v in shipped.items()}
+        return figures
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """All that a run needs to resume, as tensors and as JSON values."""
+        tensors: dict[str, Tensor] = {}
+        for name, value in self.recipe.student.state_dict().items():
+            tensors[f"student/{name}"] = value
+        if self.average is not None:
+            for name, value in self.average.state_dict().items():
+                tensors[f"average/{name}"] = value
+        if self.best.get("epoch") != self.epoch:  # else they are the shipped ones, stored above
+            for name, value in self.best_weights.items():
+                tensors[f"best/{name}"] = value
+        for index, entries in self.optimizer.state_dict()["state"].items():
+            for name, value in entries.items():
+                if value is not None:
+                    tensors[f"optimizer/{index}/{name}"] = torch.as_tensor(value)
+        record = {"step": self.step_index, "best": self.best, "total_steps": self.total_steps}
+        return {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, record
+
+    def load_state(self, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
+        """Takes all that `state` gave. Raises TrainingError if it belongs to another schedule."""
+        if record["total_steps"] != self.total_steps:
+            raise TrainingError(
+                f"the checkpoint belongs to {record['total_steps']} steps, this run has "
+                f"{self.total_steps}"
+            )
+
+        def part(prefix: str) -> dict[str, Tensor]:
+            start = len(prefix) + 1
+            return {k[start:]: v for k, v in tensors.items() if k.startswith(prefix + "/")}
+
+        self.recipe.student.load_state_dict(part("student"))
+        if self.average is not None:
+            self.average.load_state_dict(part("average"))
+        self.best = dict(record["best"])
+        saved = self.optimizer.state_dict()
+        entries: dict[int, dict[str, Tensor]] = {}
+        for name, value in part("optimizer").items():
+            index, key = name.split("/", 1)
+            entries.setdefault(int(index), {})[key] = value
+        saved["state"] = entries
+        for group, live in zip(saved["param_groups"], self.optimizer.param_groups, strict=True):
+            group["peak_lr"] = live.get("peak_lr", live["lr"])
+        self.optimizer.load_state_dict(saved)
+        self.step_index = int(record["step"])
+        shipped = self.shipped.state_dict()
+        stored = part("best") or {k: v.detach().cpu().clone() for k, v in shipped.items()}
+        self.best_weights = stored if self.best else {}
+
+    def best_student(self) -> nn.Module:
+        """A copy of the student with the best weights so far, on CPU, in eval mode."""
+        student = copy.deepcopy(self.shipped).cpu()
+        student.load_state_dict(self.best_weights)
+        return student.eval()
+
+    def _autocast(self) -> torch.autocast:
+        on_cuda = self.device.type == "cuda"
+        enabled = self.config.amp == "bf16" or (self.config.amp == "auto" and on_cuda)
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled)
+
+
+def fit(
+    session: Session,
+    train_batches: Callable[[int], Iterable[Batch]],
+    holdout: Callable[[], Iterable[Batch]],
+    *,
+    on_step: OnStep | None = None,
+) -> Iterator[dict[str, float]]:
+    """Trains the epochs that are left; yields the figures of each when it is over."""
+    while session.epoch < session.config.epochs:
+        figures = session.train_epoch(train_batches(session.epoch), on_step)
+        figures |= session.evaluate(holdout)
+        yield {**figures, "epoch": float(session.epoch), "step": float(session.step_index)}
+
+
+def step_seed(seed: int, step: int, rank: int) -> int:
+    """A 63-bit seed for one step of one worker."""
+    digest = hashlib.sha256(f"{seed}/{step}/{rank}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") & (2**63 - 1)
+
+
+def copy_buffers(source: nn.Module, target: nn.Module) -> None:
+    """Copies buffers of `source` into those of the same name and shape in `target`."""
+    own = dict(target.named_buffers())
+    for name, buffer in source.named_buffers():
+        if name in own and own[name].shape == buffer.shape:
+            own[name].copy_(buffer)
+
+
+def steps_per_epoch(rows: int, batch_size: int) -> int:
+    """Full global batches in an epoch of `rows` images."""
+    return math.floor(rows / batch_size)

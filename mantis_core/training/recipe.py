@@ -1,0 +1,144 @@
+"""What a recipe is: the student of a stage, its loss and its eval-mode figures.
+
+No optimiser, no loop, no data: `loop.py` drives any recipe. Shapes: B batch, H W input pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torchdistill.core.forward_hook import ForwardHookManager
+
+from mantis_core.config import LossTerm, Stage1Config, Stage2Config
+from mantis_core.errors import ModelError
+from mantis_core.folders import save_folder
+from mantis_core.networks.teacher import Teacher, freeze
+from mantis_core.tasks import Batch, TaskSpec
+from mantis_core.training.losses import build_criterion, hooked_paths, weighted_terms
+
+Gather = Callable[[Tensor], Tensor]
+"""Joins the (N, ...) tensors of all workers along their first dimension."""
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """Loss to minimise, and figures as sums over `count` images (reduced by sum and count)."""
+
+    loss: Tensor
+    sums: dict[str, Tensor]
+    count: int
+
+
+class Recipe(nn.Module):
+    """What one stage computes. `student` is trained and shipped, everything else is frozen.
+
+    `loaded` are name prefixes of those parameters of the student that an earlier stage trained.
+    """
+
+    student: nn.Module
+    loaded: tuple[str, ...] = ()
+
+    def __init__(self, tasks: Sequence[TaskSpec], losses: Mapping[str, LossTerm]) -> None:
+        super().__init__()
+        self.tasks = tuple(tasks)
+        self.losses = dict(losses)
+        self.teacher: Teacher | None = None
+
+    def set_teacher(self, teacher: Teacher | None, split: str = "", last: str = "") -> None:
+        """Takes the frozen teacher and wires the loss terms to its modules and the student's."""
+        self.teacher = None if teacher is None else freeze(teacher)  # type: ignore[assignment]
+        self.criterion = build_criterion(self.losses, self.tasks, split=split, last=last)
+        self.paths = hooked_paths(self.losses, split=split, last=last)
+        _require_modules("student", self.student, self.paths[0])
+        if teacher is not None:
+            _require_modules("teacher", teacher.backbone.net, self.paths[1])
+
+    def train(self, mode: bool = True) -> Self:
+        """Switches the mode; the teacher stays in eval mode."""
+        super().train(mode)
+        if self.teacher is not None:
+            self.teacher.eval()
+        return self
+
+    def forward(self, batch: Batch, progress: float) -> StepOutput:
+        """One batch at `progress` (0 to 1 through training) to its loss and figures."""
+        raise NotImplementedError
+
+    def calibrate(self, student: nn.Module, holdout: Iterable[Batch], gather: Gather) -> None:
+        """Fits to held-back rows what no gradient trains, on `student`, in place.
+
+        `holdout` may be this worker's share alone; `gather` then joins the tensors of all workers.
+        """
+
+    def save(
+        self, student: nn.Module, folder: str | Path, kind: str, meta: Mapping[str, Any]
+    ) -> None:
+        """Writes a trained `student` of this recipe, in eval mode on the CPU, as a model folder.
+
+        `kind` is the name of the training; config.yaml holds it where nothing else says what the
+        weights are. `meta` goes into meta.json.
+        """
+        save_folder(folder, student.state_dict(), {"kind": kind}, meta)
+
+    def teach(self, images: Tensor) -> dict[str, Any]:
+        """The teacher's io dict on normalised images (B, 3, H, W): hooked modules and outputs."""
+        assert self.teacher is not None
+        net = self.teacher.backbone.net
+        with torch.no_grad(), _watched(net, self.paths[1], images.device) as io:
+            io["outputs"] = self.teacher(images)
+        return io
+
+    def watch_student(self, device: torch.device) -> AbstractContextManager[dict[str, Any]]:
+        """A context that gives the student's io dict, to which the caller adds "outputs".
+
+        On leaving, the dict holds what those modules returned that the loss terms read.
+        """
+        return _watched(self.student, self.paths[0], device)
+
+    def total(
+        self, student: dict[str, Any], teacher: dict[str, Any], batch: Batch
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Sum of the weighted terms, and each as a figure named loss/<term>."""
+        terms = weighted_terms(self.criterion, student, teacher, batch)
+        loss = torch.stack([value.float() for value in terms.values()]).sum()
+        return loss, {f"loss/{name}": value.detach() * len(batch) for name, value in terms.items()}
+
+
+def rate_weight(config: Stage1Config | Stage2Config, progress: float, *, training: bool) -> float:
+    """The rate weight at `progress`: a linear ramp at the start of training, full in eval mode."""
+    if not training or config.rate_ramp_fraction == 0:
+        return config.rate_weight
+    return config.rate_weight * min(1.0, progress / config.rate_ramp_fraction)
+
+
+def _require_modules(whose: str, module: nn.Module, paths: Sequence[str]) -> None:
+    """ModelError for a path that a loss term names and the module lacks."""
+    for path in paths:
+        try:
+            module.get_submodule(path)
+        except AttributeError:
+            has = ", ".join(name for name, _ in module.named_children())
+            raise ModelError(
+                f"a loss term compares {whose} module {path!r}, which this model lacks; at its top "
+                f"are {has}. A term set to null is left out"
+            ) from None
+
+
+@contextmanager
+def _watched(module: nn.Module, paths: list[str], device: torch.device) -> Iterator[dict[str, Any]]:
+    """A dict that, on leaving, holds what the submodules of `module` at `paths` have returned."""
+    hooks = ForwardHookManager(device)
+    for path in paths:
+        hooks.add_hook(module, path, requires_input=False, requires_output=True)
+    io: dict[str, Any] = {}
+    try:
+        yield io
+        io.update(hooks.pop_io_dict())
+    finally:
+        hooks.clear()

@@ -1,0 +1,154 @@
+"""Stage 1: a task-agnostic codec in front of the teacher's frozen tail.
+
+Shapes: B batch, K tasks, C channels of a feature, h w its height and width, H W input pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mantis_core.config import ModelConfig, Stage1Config
+from mantis_core.folders import save_folder
+from mantis_core.networks.bottleneck import Bottleneck
+from mantis_core.networks.client import Client, latent_size
+from mantis_core.networks.preprocessing import normalise
+from mantis_core.networks.server import FeatureDecoder
+from mantis_core.networks.teacher import Teacher, freeze
+from mantis_core.tasks import Batch, Problem, class_members
+from mantis_core.training.hits import label_hits
+from mantis_core.training.losses import DETECTION, check_detection
+from mantis_core.training.recipe import Recipe, StepOutput, rate_weight
+
+
+def stage1_recipe(
+    config: Stage1Config, model: ModelConfig, teacher: Teacher, problem: Problem, *, seed: int
+) -> Recipe:
+    """A student with random weights, to be distilled from `teacher`."""
+    split_shape, _ = teacher.feature_shapes(problem.image_size)
+    members = class_members(problem.tasks, len(problem.classes)) if problem.single_class else None
+    torch.manual_seed(seed)
+    student = Stage1Student(
+        model,
+        len(problem.tasks),
+        image_size=problem.image_size,
+        split_shape=split_shape,
+        tail=teacher.backbone.tail_after(teacher.split),
+        members=members,
+    )
+    return Stage1Recipe(student, teacher, config)
+
+
+class Stage1Output(NamedTuple):
+    """What a stage-1 student computes of images.
+
+    bits (B,): the estimated size of each latent. task_logits (B, K). class_logits (B, classes + 1),
+    None if the detector names tasks alone. split and last (B, C, h, w): the features that are
+    rebuilt at the teacher's split and behind its last block.
+    """
+
+    bits: Tensor
+    task_logits: Tensor
+    class_logits: Tensor | None
+    split: Tensor
+    last: Tensor
+
+
+class Stage1Student(nn.Module):
+    """Task-agnostic codec: client, one shared prior, decoder, and the teacher's frozen tail.
+
+    x ─ stem ─┬─ encoder ─ bottleneck ─ decoder ─▶ split ─ tail (frozen) ─▶ last
+              └─ detector ─▶ task logits
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        num_tasks: int,
+        *,
+        image_size: tuple[int, int],
+        split_shape: tuple[int, int, int],
+        tail: nn.Module,
+        members: Tensor | None = None,
+    ) -> None:
+        """Sizes as `stage1_recipe` finds them; `members` (K, classes) bool as Client takes them."""
+        super().__init__()
+        plain = config.model_copy(
+            update={"conditioning": config.conditioning.model_copy(update={"kind": "none"})}
+        )
+        channels = config.encoder.latent_channels
+        self.client = Client(plain, num_tasks, members)
+        self.bottleneck = Bottleneck(
+            channels,
+            num_tasks,
+            "shared",
+            quantizer=config.quantizer,
+            neighbour_contexts=config.neighbour_contexts,
+        )
+        self.decoder = FeatureDecoder(
+            channels,
+            split_shape,
+            latent_size(image_size, config.encoder.stride),
+            channels=config.decoder.channels,
+            blocks=config.decoder.blocks,
+        )
+        self.tail = freeze(tail)
+
+    def forward(self, images: Tensor) -> Stage1Output:
+        """Normalised images (B, 3, H, W) to the features the teacher would have of them."""
+        view = self.client(images)
+        latent = self.client.encode(view, torch.sigmoid(view.logits))
+        everyone = torch.ones_like(view.logits, dtype=torch.bool)
+        received = self.bottleneck(latent, everyone, view.logits.argmax(dim=1))
+        split = self.decoder(received.y_hat)
+        return Stage1Output(received.bits, view.logits, view.class_logits, split, self.tail(split))
+
+    def train(self, mode: bool = True) -> Stage1Student:
+        """Switches the mode; the tail keeps the teacher's statistics."""
+        super().train(mode)
+        self.tail.eval()
+        return self
+
+    def shipped(self) -> dict[str, Tensor]:
+        """The state dict that stage 2 starts from: all but the teacher's tail."""
+        return {k: v for k, v in self.state_dict().items() if not k.startswith("tail.")}
+
+
+class Stage1Recipe(Recipe):
+    """Rate + distillation of the teacher's features: L = sum of terms + rate_weight * bits."""
+
+    def __init__(self, student: Stage1Student, teacher: Teacher, config: Stage1Config) -> None:
+        super().__init__(teacher.tasks, config.losses)
+        self.student: Stage1Student = student
+        self.config = config
+        detector = student.client.detector
+        check_detection(config.losses, names_classes=detector.members is not None)
+        if not any(term.criterion in DETECTION for term in config.losses.values()):
+            freeze(detector)  # it would get no gradient
+        self.set_teacher(teacher, split=teacher.split, last=teacher.backbone.names[-1])
+
+    def forward(self, batch: Batch, progress: float) -> StepOutput:
+        images = normalise(batch.image)
+        teacher_io = self.teach(images)
+        with self.watch_student(images.device) as student_io:
+            output: Stage1Output = self.student(images)
+        assert self.teacher is not None
+        logits = self.teacher.decide(output.split, output.last, (images.shape[2], images.shape[3]))
+        student_io["outputs"] = {**output._asdict(), **logits}
+        loss, sums = self.total(student_io, teacher_io, batch)
+        rate = rate_weight(self.config, progress, training=self.training)
+        loss = loss + rate * output.bits.mean()
+        sums |= label_hits(logits, self.tasks, batch)
+        sums["bits"] = output.bits.detach().sum()
+        return StepOutput(loss, sums, len(batch))
+
+    def save(
+        self, student: nn.Module, folder: str | Path, kind: str, meta: Mapping[str, Any]
+    ) -> None:
+        """Writes what stage 2 starts from, see Stage1Student.shipped."""
+        assert isinstance(student, Stage1Student)
+        save_folder(folder, student.shipped(), {"kind": kind}, meta)

@@ -1,0 +1,214 @@
+"""Stage 2: detection, task losses and rate on the whole codec.
+
+Shapes: B batch, K tasks, H W input pixels.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from mantis_core.codec.checkpoint import save_model
+from mantis_core.codec.mantis import Mantis, MantisOutput
+from mantis_core.codec.mask import coverage_threshold
+from mantis_core.codec.spec import model_spec
+from mantis_core.config import ModelConfig, Stage2Config
+from mantis_core.networks.inference import still
+from mantis_core.networks.preprocessing import normalise
+from mantis_core.networks.server import ClassificationTail
+from mantis_core.networks.teacher import Teacher, freeze
+from mantis_core.tasks import Batch, Problem, one_task
+from mantis_core.training.hits import decision_hits
+from mantis_core.training.losses import check_detection
+from mantis_core.training.recipe import Gather, Recipe, StepOutput, rate_weight
+
+logger = logging.getLogger(__name__)
+
+_FROM_STAGE1 = ("client.stem", "client.encoder", "client.detector", "server.decoder.")
+
+
+def stage2_recipe(
+    config: Stage2Config,
+    model: ModelConfig,
+    teacher: Teacher,
+    problem: Problem,
+    stage1: Mapping[str, Tensor],
+    *,
+    seed: int,
+) -> Recipe:
+    """The whole codec, from stage 1's weights and the teacher's tail and rows.
+
+    Raises ModelError if `model.single_task` is set and images have no single class.
+    """
+    torch.manual_seed(seed)
+    if model.single_task:
+        problem = one_task(problem)
+    return Stage2Recipe(started_codec(model, teacher, problem, stage1), teacher, config)
+
+
+def started_codec(
+    model: ModelConfig, teacher: Teacher, problem: Problem, stage1: Mapping[str, Tensor]
+) -> Mantis:
+    """A codec with the weights of `stage1`, the teacher's blocks as trunk, its rows as tails."""
+    trunk = teacher.backbone.tail_after(teacher.split).requires_grad_(True)  # it may be frozen
+    codec = Mantis(model_spec(model, teacher, problem), trunk=trunk)
+    start_from_stage1(codec, stage1)
+    start_tails_from_teacher(codec, teacher)
+    return codec
+
+
+def start_from_stage1(model: Mantis, stage1: Mapping[str, Tensor]) -> None:
+    """Loads stem, encoder, detector, decoder and density of stage 1, one density into every row.
+
+    A detector of another number of tasks keeps its own last layer.
+    """
+    own = model.state_dict()
+    start: dict[str, Tensor] = {}
+    for name, value in stage1.items():
+        if name.startswith("bottleneck.table"):
+            continue
+        target = f"server.{name}" if name.startswith("decoder.") else name
+        if target.startswith("bottleneck.density.") and target in own:
+            rows = own[target].shape[0] // max(1, value.shape[0]) if value.ndim else 1
+            value = value.repeat(rows, *([1] * (value.ndim - 1))) if rows > 1 else value
+        if target in own and own[target].shape == value.shape:
+            start[target] = value
+    missing = [
+        name
+        for name in own
+        if name.startswith(_FROM_STAGE1)
+        and (name not in start and own[name].shape[:1] != (len(model.spec.tasks),))
+    ]
+    assert not missing, f"stage 1 lacks {missing[:3]}"
+    model.load_state_dict({**own, **start})
+
+
+def start_tails_from_teacher(model: Mantis, teacher: Teacher) -> None:
+    """Starts each tail from the teacher's own head or rows, and "not mine" from zero."""
+    with torch.no_grad():
+        for task in model.spec.tasks:
+            own = model.server.tails[task.name]
+            if not task.is_classification:
+                if task.name in teacher.heads:
+                    own.load_state_dict(teacher.heads[task.name].state_dict())
+                continue
+            assert isinstance(own, ClassificationTail)
+            tail = own.linear
+            if teacher.flat_classes:
+                rows = torch.tensor(task.classes)
+                weight, bias = teacher.flat_head.weight[rows], teacher.flat_head.bias[rows]
+            elif task.name in teacher.heads:
+                head = teacher.heads[task.name]
+                assert isinstance(head, nn.Linear)
+                weight, bias = head.weight, head.bias
+            else:
+                continue
+            tail.weight[:-1].copy_(weight)
+            tail.bias[:-1].copy_(bias)
+            tail.weight[-1].zero_()
+            tail.bias[-1].fill_(0.0)
+
+
+class Stage2Recipe(Recipe):
+    """Detection + task losses + rate on the whole codec, stem frozen."""
+
+    loaded = ("client.encoder", "server.decoder", "server.trunk")
+
+    def __init__(self, student: Mantis, teacher: Teacher, config: Stage2Config) -> None:
+        super().__init__(student.spec.tasks, config.losses)
+        self.student: Mantis = student
+        self.config = config
+        freeze(student.client.stem)
+        names_classes = student.client.detector.members is not None
+        check_detection(config.losses, names_classes=names_classes)
+        if student.joint is None and "JointDecision" in {t.criterion for t in self.losses.values()}:
+            logger.warning("JointDecision has no effect: images of this data have no single class")
+        self.set_teacher(teacher, split=teacher.split, last=teacher.backbone.names[-1])
+
+    def train(self, mode: bool = True) -> Self:
+        """Switches the mode; stem and teacher stay in eval mode."""
+        super().train(mode)
+        self.student.client.stem.eval()
+        return self
+
+    def forward(self, batch: Batch, progress: float) -> StepOutput:
+        batch = self._own(batch)
+        images, student = normalise(batch.image), self.student
+        teacher_io = self.teach(images)
+        with self.watch_student(images.device) as student_io:
+            view = student.client(images)
+            detected = torch.sigmoid(view.logits.float()).detach()
+            condition, mask, loss_mask = self._condition(detected, batch, progress)
+            output: MantisOutput = student(images, condition, mask, view=view)
+        computed = {name: value for name, value in output._asdict().items() if value is not None}
+        student_io["outputs"] = {**computed, "loss_mask": loss_mask}
+        loss, sums = self.total(student_io, teacher_io, batch)
+        rate = rate_weight(self.config, progress, training=self.training)
+        loss = loss + rate * output.bits.mean()
+        sums |= decision_hits(computed, self.tasks, batch)
+        sums["bits"] = output.bits.detach().sum()
+        return StepOutput(loss, sums, len(batch))
+
+    def calibrate(self, student: nn.Module, holdout: Iterable[Batch], gather: Gather) -> None:
+        """Sets the mask threshold at which `model.coverage` of the true tasks are kept."""
+        assert isinstance(student, Mantis)
+        found, truth = [], []
+        with torch.no_grad(), still(student):
+            for batch in holdout:
+                view = student.client(normalise(batch.image))
+                found.append(torch.sigmoid(view.logits.float()))
+                truth.append(self._own(batch).task_mask)
+        limit = student.spec.model.max_active_tasks
+        threshold = coverage_threshold(
+            gather(torch.cat(found)),
+            gather(torch.cat(truth)),
+            student.spec.model.coverage,
+            limit=limit,
+        )
+        student.mask_threshold.fill_(threshold)
+
+    def save(
+        self, student: nn.Module, folder: str | Path, kind: str, meta: Mapping[str, Any]
+    ) -> None:
+        """Makes the tables of the codec and writes it; its config says what it is, not `kind`."""
+        assert isinstance(student, Mantis)
+        student.finish()
+        save_model(folder, student, meta)
+
+    def _own(self, batch: Batch) -> Batch:
+        """The batch with this codec's tasks, which may be one of all classes."""
+        return batch.as_one_task() if self.student.spec.model.single_task else batch
+
+    def _condition(
+        self, detected: Tensor, batch: Batch, progress: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What the encoder reads, what the stream would carry, and which tasks' losses count.
+
+        All three are (B, K), as `detected` is. In training a share of the images is forced to its
+        true tasks, and some of those images to a random subset, of each size from one task on with
+        equal probability. The other images, and all images in eval mode, follow the detector.
+        """
+        mask = self.student.select_mask(detected)
+        truth = batch.task_mask
+        if not self.training:
+            return detected, mask, truth
+        first, last = self.config.teacher_forcing
+        share = first + (last - first) * progress
+        count, device = len(batch), detected.device
+        forced = (torch.rand(count, device=device) < share) & truth.any(dim=1)
+        order = torch.rand(truth.shape, device=device).masked_fill(~truth, 2.0).argsort().argsort()
+        size = (torch.rand(count, device=device) * truth.sum(dim=1)).floor() + 1
+        chosen = truth & (order < size[:, None])
+        subset = torch.rand(count, device=device) < self.config.subset_fraction
+        wanted = torch.where(subset[:, None], chosen, truth)
+        forced = forced[:, None]
+        return (
+            torch.where(forced, wanted.float(), detected),
+            torch.where(forced, wanted, mask),
+            torch.where(forced, wanted, truth),
+        )

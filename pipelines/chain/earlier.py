@@ -1,0 +1,41 @@
+"""Recipes as code before 2026-11-28 computed them: rows and old stages are found by these too.
+
+A recipe then held every field of the config, also four that have been deleted since.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+from pipelines.chain.keys import digest
+from pipelines.stages.spec import StageSpec
+
+RETIRED: dict[str, dict[str, Any]] = {
+    "model.encoder": {"summary_channels": 0, "summary_hidden": 256},
+    "model.decoder": {"summary_hidden": 256},
+    "individual": {"backbone": None},
+}
+"""Fields that recipes held and that are gone, with the value every config had there."""
+
+
+def recipes_before(specs: Sequence[StageSpec]) -> dict[str, str]:
+    """The recipe by which each stage was known, by the stage's name."""
+    found: dict[str, str] = {}
+    for spec in specs:
+        config = copy.deepcopy(spec.config)
+        for place, fields in RETIRED.items():
+            section: Any = config
+            for name in place.split("."):
+                section = section.get(name, {})
+            if section:
+                section |= fields
+        if spec.kind == "stage1":  # its slice named single fields of the decoder
+            config["model"]["decoder"] = {
+                name: config["model"]["decoder"][name]
+                for name in ("channels", "blocks", "summary_hidden")
+            }
+        upstream = {name: found[name] for name in spec.upstream}
+        found[spec.name] = digest({"kind": spec.kind, "config": config, "upstream": upstream})
+    return found

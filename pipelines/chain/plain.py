@@ -1,0 +1,329 @@
+"""Runs a plan in plain processes, without Ray and MLflow.
+
+It is for machines without them, such as a laptop or a rented GPU. Keys and folders are those of the
+chain on Ray, so each of the two skips the stages that the other has finished. An interrupted
+training starts again from its first step. Trainings and measurements of arms run in several
+processes, which may share a GPU. No model is registered.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import dataclass, field, replace
+from multiprocessing import get_context, parent_process
+from threading import Thread
+from typing import TYPE_CHECKING, Any
+
+from data_prep.errors import DataError
+from data_prep.manifest import Manifest, read_manifest
+from pipelines.chain.plan import Plan
+from pipelines.chain.result import ChainResult, note_adopted
+from pipelines.evaluation.arms import Arm, ArmSource
+from pipelines.evaluation.split_pass import Evaluated, arm_figures, evaluate_locally
+from pipelines.settings.sections import Settings
+from pipelines.stages import prepare
+from pipelines.stages.evaluate import arm_sources, write_evaluation
+from pipelines.stages.record import claim, mark_done, mark_started, read_result, stage_state
+from pipelines.stages.spec import StageOutcome, StageSpec, with_upstream
+from pipelines.stages.train import result_of, training_of
+from pipelines.storage import Store
+from pipelines.terminal.console import Console
+from pipelines.training.files import HISTORY
+from pipelines.training.job import Training
+
+if TYPE_CHECKING:
+    from mantis_core.training.loop import Session
+
+Say = Callable[[str], None]
+
+
+def plain_chain(plan: Plan, *, shards: str | None, jobs: int, console: Console) -> ChainResult:
+    """Runs a plan up to its evaluation.
+
+    `shards` is a prepared folder; with None the data is prepared first. After a failure the same
+    call continues with the first unfinished stage. Raises what `run_plain` raises.
+    """
+    store, uri = Store(plan.settings.storage.root), plan.settings.tracking.uri
+    specs = [spec for spec in plan.specs if spec.kind != "register"]
+    before = {spec.name: stage_state(store, spec, uri) for spec in specs}
+    note_adopted(specs, store, console)
+    prepared = shards or prepare_plain(plan, jobs=jobs, say=console.note)
+    run_plain([plan], prepared=prepared, jobs=jobs, say=console.note)
+    outcomes = {}
+    for spec in specs:
+        if spec.kind != "prepare" or shards is None:
+            status = "ran" if before[spec.name] != "done" else "skipped"
+            rows = read_result(store, spec).get("rows", {})
+            outcomes[spec.name] = StageOutcome(spec.key, status, 0.0, rows)
+    metrics = read_result(store, plan.by_name["evaluate"])["metrics"]
+    return ChainResult(None, plan.settings.storage.root, outcomes, metrics, None)
+
+
+def run_plain(
+    plans: Sequence[Plan],
+    *,
+    prepared: str,
+    jobs: int,
+    say: Say,
+    skip: Callable[[int, Arm], bool] = lambda number, arm: False,
+    on_measured: Callable[[int, Arm, Evaluated], None] | None = None,
+) -> None:
+    """Trains and measures the arms of all plans in order, `jobs` stages or arms at once.
+
+    `prepared` is a folder of shards. Raises DataError if it has other tasks than the plans.
+    `on_measured` receives each arm with the number of its plan as soon as it is measured. Arms for
+    which `skip` is true are left out; their plan then gets no stage `evaluate`. Arms of a finished
+    `evaluate` are measured again only if `on_measured` is given. If a stage fails, stages and arms
+    that build on it are left out. Its error is raised after all others have finished.
+    """
+    manifest = read_manifest(prepared)
+    for plan in plans:
+        check_tasks(plan, manifest, prepared)
+    todo: list[tuple[int, Arm]] = []
+    for number, plan in enumerate(plans):
+        if on_measured is not None or not _is_evaluated(plan):
+            arms = [arm for arm in plan.arms if not skip(number, arm)]
+            arms.sort(key=lambda arm: arm.rate_weight or math.inf)  # a rate's arms side by side
+            todo += [(number, arm) for arm in arms]
+    measured: list[dict[str, Evaluated]] = [{} for _ in plans]
+    work = _Work(plans, prepared, jobs, say)
+    with pool_of(jobs) as pool:
+
+        def measure(number: int, arm: Arm) -> Future[Any]:
+            plan = plans[number]
+            (source,) = arm_sources([arm], plan.by_name)
+            return pool.submit(_measure, prepared, manifest, plan.settings, source, _threads(jobs))
+
+        for (number, arm), found in work.in_order(todo, pool, measure):
+            measured[number][arm.name] = found
+            figures = arm_figures(found, arm.name)["metrics"]
+            figures = {
+                n: round(v, 4) for n, v in figures.items() if n in ("val/top1", "val/wire_bytes")
+            }
+            say(f"{arm.name}: {figures}")
+            if on_measured is not None:
+                on_measured(number, arm, found)
+    for plan, parts in zip(plans, measured, strict=True):
+        if parts and len(parts) == len(plan.arms) and not _is_evaluated(plan):
+            say(_evaluate(plan, prepared, parts))
+
+
+def train_plain(
+    plans: Sequence[Plan], *, prepared: str, jobs: int, say: Say
+) -> Iterator[tuple[int, list[dict[str, float]]]]:
+    """Trains the main arm of all plans, `jobs` stages at once.
+
+    Yields the number of a plan and the figures of every epoch of its stage 2 as soon as it has
+    finished. Failures are handled as in `run_plain`.
+    """
+    todo = [(number, plan.arms[0]) for number, plan in enumerate(plans)]
+    work = _Work(plans, prepared, jobs, say)
+    with pool_of(jobs) as pool:
+
+        def history(number: int, arm: Arm) -> Future[Any]:
+            plan = plans[number]
+            store, found = Store(plan.settings.storage.root), Future[Any]()
+            found.set_result(store.read_json(f"{plan.by_name[arm.stage].folder}/{HISTORY}.json"))
+            return found
+
+        for (number, _), figures in work.in_order(todo, pool, history):
+            yield number, figures
+
+
+def prepare_plain(plan: Plan, *, jobs: int, say: Say) -> str:
+    """Prepares the plan's data in `jobs` processes unless it is done. Returns the folder."""
+    from data_prep.prepare.shards import prepare as make_shards
+
+    spec, store = plan.specs[0], Store(plan.settings.storage.root)
+    if _is_done(spec, plan.settings):
+        return spec.folder
+    began = time.monotonic()
+    with claim(store, spec), pool_of(jobs) as pool:
+        mark_started(store, spec)
+        manifest = make_shards(
+            spec.settings.data,
+            plan.table,
+            seed=spec.settings.seed,
+            output=spec.folder,
+            splits=("train", "val"),
+            run=lambda tables, function, job: pool.map(_Call(function, job), tables),
+        )
+        result = mark_done(store, spec, prepare.result_of(manifest), plan.settings.tracking.uri)
+    say(f"prepare: {time.monotonic() - began:.0f} s, {result['summary']}")
+    return spec.folder
+
+
+def check_tasks(plan: Plan, manifest: Manifest, prepared: str) -> None:
+    """Raises DataError if a folder was prepared for other tasks than those of the plan."""
+    wanted = [(task.name, task.labels) for task in plan.table.tasks]
+    found = [(task.name, task.labels) for task in manifest.tasks]
+    if wanted != found:
+        raise DataError(
+            f"{prepared} was prepared for the tasks {', '.join(name for name, _ in found)}. This "
+            f"config has the tasks {', '.join(name for name, _ in wanted)}, or other labels. Give "
+            "the folder that `mantis prepare` made with this config."
+        )
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A function of a table with its job, picklable for a process pool."""
+
+    function: Callable[..., Any]
+    job: Any
+
+    def __call__(self, table: Any) -> Any:
+        return self.function(table, job=self.job)
+
+
+@dataclass
+class _Work:
+    """Trains the stages that plans still need, each after those it builds on."""
+
+    plans: Sequence[Plan]
+    prepared: str
+    jobs: int
+    say: Say
+    waiting: dict[str, tuple[StageSpec, Plan]] = field(default_factory=dict)  # by folder
+
+    def in_order(
+        self,
+        todo: Sequence[tuple[int, Arm]],
+        pool: ProcessPoolExecutor,
+        finish: Callable[[int, Arm], Future[Any]],
+    ) -> Iterator[tuple[tuple[int, Arm], Any]]:
+        """Yields each arm with the result of `finish`, which starts when its stages are trained.
+
+        At most `jobs` trainings and measurements run at once.
+        """
+        for number, arm in todo:
+            for spec in with_upstream(self.plans[number].specs, arm.stage):
+                if spec.stage.trains and not _is_done(spec, self.plans[number].settings):
+                    self.waiting.setdefault(spec.folder, (spec, self.plans[number]))
+        arms = list(todo)
+        running: dict[Future[Any], str | tuple[int, Arm]] = {}
+        lost: set[str] = set()  # folders of failed stages
+        errors: list[BaseException] = []
+        while arms or running:
+            for item in list(arms):
+                if len(running) >= self.jobs:
+                    break
+                number, arm = item
+                plan = self.plans[number]
+                upstream = with_upstream(plan.specs, arm.stage)
+                needed = [spec for spec in upstream if spec.folder in self.waiting]
+                if lost & {spec.folder for spec in needed}:
+                    arms.remove(item)
+                elif not needed:
+                    arms.remove(item)
+                    running[finish(number, arm)] = item
+                elif needed[0].folder not in running.values():  # upstream stages come first
+                    store = Store(plan.settings.storage.root)
+                    own = training_of(needed[0], plan.by_name, self.prepared, plan.table, store)
+                    task = (needed[0], own, _threads(self.jobs))
+                    running[pool.submit(train_stage, *task)] = needed[0].folder
+            done, _ = wait(running, return_when=FIRST_COMPLETED)
+            for future in done:
+                what = running.pop(future)
+                error = future.exception()
+                if error is not None:
+                    errors.append(error)
+                if isinstance(what, str):
+                    if error is None:
+                        del self.waiting[what]
+                        self.say(future.result())
+                    else:
+                        lost.add(what)
+                elif error is None:
+                    yield what, future.result()
+        if errors:
+            raise errors[0]
+
+
+def train_stage(spec: StageSpec, training: Training, threads: int) -> str:
+    """Trains one stage in this process. Returns a line for the console."""
+    from pipelines.training.worker import train_plainly
+
+    settings, began = spec.settings, time.monotonic()
+    store = Store(settings.storage.root)
+
+    def on_epoch(session: Session, history: Sequence[Mapping[str, Any]]) -> None:
+        epoch = f"epoch {history[-1]['epoch']:.0f} of {training.section.epochs}"
+        line = f"{spec.name} seed {settings.seed}, {epoch}: {_shown(history[-1])}"
+        print(line, file=sys.stderr, flush=True)
+
+    with claim(store, spec):
+        mark_started(store, spec)
+        train_plainly(training, threads=threads, on_epoch=on_epoch)
+        result = mark_done(store, spec, result_of(spec, store), settings.tracking.uri)
+    seconds = f"{time.monotonic() - began:.0f} s"
+    return f"{spec.name} seed {settings.seed}: {seconds}, {_shown(result['metrics'])}"
+
+
+def _shown(figures: Mapping[str, float]) -> dict[str, float]:
+    return {k: round(v, 4) for k, v in figures.items() if k.endswith(("/top1", "/bits", "/loss"))}
+
+
+def _evaluate(plan: Plan, prepared: str, parts: dict[str, Evaluated]) -> str:
+    """Writes the files of a plan's stage `evaluate` from its measured arms. Returns a line."""
+    spec, store = plan.by_name["evaluate"], Store(plan.settings.storage.root)
+    with claim(store, spec):
+        mark_started(store, spec)
+        first = next(iter(parts.values()))
+        done = replace(first, answers={name: part.answers[name] for name, part in parts.items()})
+        result = write_evaluation(spec, plan.by_name, store, prepared, done)
+        mark_done(store, spec, result, plan.settings.tracking.uri)
+    return f"evaluate seed {plan.settings.seed}: {result['summary']}"
+
+
+def _measure(
+    prepared: str, manifest: Manifest, settings: Settings, source: ArmSource, threads: int
+) -> Evaluated:
+    return evaluate_locally(
+        prepared,
+        manifest,
+        settings.data.reading,
+        [source],
+        settings=settings,
+        threads=threads,
+    )
+
+
+def _is_done(spec: StageSpec, settings: Settings) -> bool:
+    return stage_state(Store(settings.storage.root), spec, settings.tracking.uri) == "done"
+
+
+def _is_evaluated(plan: Plan) -> bool:
+    return _is_done(plan.by_name["evaluate"], plan.settings)
+
+
+def _threads(jobs: int) -> int:
+    return max(1, len(os.sched_getaffinity(0)) // jobs)
+
+
+def pool_of(jobs: int) -> ProcessPoolExecutor:
+    """Returns a process pool whose workers end with this process, even if it is killed."""
+    context = get_context("spawn")  # CUDA does not survive a fork
+    return ProcessPoolExecutor(jobs, mp_context=context, initializer=_end_with_parent)
+
+
+def _end_with_parent() -> None:
+    """Ends this process when its parent ends: its results would be lost.
+
+    Ctrl-C reaches both processes; only the parent prints a message.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    parent = parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    Thread(target=watch, daemon=True).start()

@@ -1,0 +1,152 @@
+"""Plans an experiment: its stages, their order and their keys. Runs nothing.
+
+A stage's key is a hash over everything that decides its result: the part of the config it reads,
+the keys of the stages it builds on, the data, package versions and the code it runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from mantis_core.baselines.image_codecs import IMAGE_CODECS
+from pipelines.chain.earlier import recipes_before
+from pipelines.chain.keys import config_slice, digest, plan_key, slim_slice
+from pipelines.chain.source_hash import source_hash
+from pipelines.evaluation.arms import Arm, plan_arms
+from pipelines.settings.errors import SettingsError
+from pipelines.settings.sections import Settings
+from pipelines.stages.order import STAGES
+from pipelines.stages.record import find_same_recipe, read_adopted, stage_state
+from pipelines.stages.spec import Inputs, Stage, StageSpec
+from pipelines.storage import Store
+from pipelines.versions import installed
+
+if TYPE_CHECKING:
+    from data_prep.manifest import TaskTable
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The stages of a config, and the resolved tasks of its data."""
+
+    settings: Settings
+    table: TaskTable
+    specs: tuple[StageSpec, ...]
+
+    @property
+    def key(self) -> str:
+        """The key of the pipeline."""
+        return plan_key(self.specs)
+
+    @property
+    def by_name(self) -> dict[str, StageSpec]:
+        """The stages by name."""
+        return {spec.name: spec for spec in self.specs}
+
+    @property
+    def arms(self) -> tuple[Arm, ...]:
+        """The arms that the stage `evaluate` measures, the main arm first."""
+        return next(spec.arms for spec in self.specs if spec.kind == "evaluate")
+
+
+def make_plan(settings: Settings, *, adopt: bool = False) -> Plan:
+    """Reads the tasks and a fingerprint of the data, then plans. Opens no image.
+
+    Stages that an earlier run adopted stay adopted. With `adopt`, missing stages are replaced by
+    finished ones of the same recipe made by other code or packages. Raises DataError or
+    SettingsError.
+    """
+    from data_prep.finding import source_fingerprint
+    from data_prep.tasks import resolve_tasks
+
+    table = resolve_tasks(settings.tasks, settings.data)
+    fingerprint = source_fingerprint(settings.data, table)
+    specs = plan_stages(settings, table, fingerprint)
+    return Plan(settings, table, with_adopted(specs, settings, search=adopt))
+
+
+def plan_stages(
+    settings: Settings,
+    table: TaskTable,
+    data_fingerprint: str,
+    *,
+    stages: Mapping[str, Stage] = STAGES,
+) -> tuple[StageSpec, ...]:
+    """Returns all stages of the config, each after those it builds on.
+
+    Raises SettingsError if a file of teacher weights is missing or an arm does not fit the tasks.
+    Raises CodecError if Pillow cannot write an image codec on this machine.
+    """
+    _check_arms(settings, table)
+    inputs = Inputs(table, data_fingerprint, tuple(plan_arms(settings)))
+    planned: dict[str, StageSpec] = {}
+    for stage in stages.values():
+        for arm, own in stage.planned(settings, inputs):
+            name = f"{stage.name}/{arm}" if arm else stage.name
+            upstream = _upstream(stage, planned)
+            known = stage.identities(own, inputs) if stage.identities else {}
+            made = {"kind": stage.name, "config": {**slim_slice(own, stage), **known}}
+            key = digest(
+                {
+                    **made,
+                    "upstream": {each: planned[each].key for each in upstream},
+                    "versions": installed(),
+                    "code": source_hash(*stage.code),
+                }
+            )
+            recipe = digest({**made, "upstream": {s: planned[s].recipe for s in upstream}})
+            planned[name] = StageSpec(
+                stage=stage,
+                name=name,
+                arm=arm,
+                config={**config_slice(own, stage), **known},
+                upstream=upstream,
+                key=key,
+                recipe=recipe,
+                folder=f"{settings.storage.root}/stages/{name}-{key[:12]}",
+                settings=own,
+                arms=inputs.arms if stage.name == "evaluate" else (),
+            )
+    return tuple(planned.values())
+
+
+def with_adopted(
+    specs: Sequence[StageSpec], settings: Settings, *, search: bool
+) -> tuple[StageSpec, ...]:
+    """Returns the stages. An adopted stage gets the folder and key of the result it uses.
+
+    The keys of stages that build on an adopted one do not change.
+    """
+    store, uri = Store(settings.storage.root), settings.tracking.uri
+    before = recipes_before(specs) if search else {}
+    found = []
+    for spec in specs:
+        other = read_adopted(store, spec)
+        if other is None and search and stage_state(store, spec, uri) != "done":
+            other = find_same_recipe(store, spec, {spec.recipe, before[spec.name]}, uri)
+        found.append(spec if other is None else other)
+    return tuple(found)
+
+
+def _upstream(stage: Stage, planned: Mapping[str, StageSpec]) -> tuple[str, ...]:
+    """Returns the names of the planned stages that a stage builds on, in order."""
+    wanted: list[str] = []
+    for name in stage.after:
+        kind, _, every = name.partition("/")
+        own = [spec.name for spec in planned.values() if spec.kind == kind]
+        wanted += own if every else [each for each in own if each == kind]
+    return tuple(name for name in planned if name in wanted)
+
+
+def _check_arms(settings: Settings, table: TaskTable) -> None:
+    """Raises SettingsError or CodecError for an arm that would fail after the training."""
+    masks = [task.name for task in table.tasks if task.kind == "segmentation"]
+    if "student" in settings.evaluate.baselines and masks:
+        raise SettingsError(
+            f"evaluate.baselines: `student` needs images of one class each, and task '{masks[0]}' "
+            "is a segmentation. Leave `student` out."
+        )
+    for codec in settings.evaluate.codecs:
+        IMAGE_CODECS[codec].require()

@@ -1,0 +1,265 @@
+"""Runs the stages of an experiment in order: skips finished ones, resumes interrupted ones.
+
+plan.py decides which stages there are. stages/record.py keeps their results.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import signal
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from pipelines.chain.plan import Plan
+from pipelines.chain.result import ChainResult, note_adopted
+from pipelines.cluster.connect import connect
+from pipelines.cluster.preflight import check_machine
+from pipelines.settings.sections import Settings
+from pipelines.stages.record import (
+    claim,
+    mark_done,
+    mark_started,
+    read_result,
+    recall_run,
+    remember_run,
+    stage_state,
+)
+from pipelines.stages.schedule import check_batches
+from pipelines.stages.spec import (
+    StageContext,
+    StageFailed,
+    StageOutcome,
+    StageSpec,
+    TrainingStopped,
+    with_upstream,
+)
+from pipelines.storage import Store
+from pipelines.terminal.console import Console
+
+if TYPE_CHECKING:
+    from pipelines.tracking.runs import Tracker
+
+logger = logging.getLogger(__name__)
+
+
+def run_chain(
+    plan: Plan, *, console: Console, config_name: str, until: str | None = None
+) -> ChainResult:
+    """Runs the unfinished stages: all of them, or `until` (main arm) and those it builds on.
+
+    After any error the same call resumes the first unfinished stage. Raises PreflightError before
+    any work, StageFailed, StageBusy, or KeyboardInterrupt (also for SIGTERM).
+    """
+    store = Store(plan.settings.storage.root)
+    specs = plan.specs if until is None else with_upstream(plan.specs, until)
+    uri = plan.settings.tracking.uri
+    states = {spec.name: stage_state(store, spec, uri) for spec in specs}
+    console.plan([spec.name for spec in specs])
+    note_adopted(specs, store, console)
+    if all(state == "done" for state in states.values()):
+        outcomes = {spec.name: _skip(spec, store, console) for spec in specs}
+        run_id = recall_run(store, plan.key)
+        if plan.settings.tracking.enabled and (run_id is None or store.list("spool")):
+            run_id = _catch_up(plan, specs, make_tracker(plan.settings, console), config_name)
+        return _chain_result(plan, store, specs, outcomes, run_id)
+    check_machine(plan.settings)
+    check_batches(specs)
+    tracker = make_tracker(plan.settings, console)
+    try:
+        shown = plan.settings.model_dump(mode="json")
+        run_id = tracker.open_pipeline(config_name, shown, plan.key)
+        remember_run(store, plan.key, run_id)
+        waiting = [spec.kind for spec in specs if states[spec.name] != "done"]
+        needs_ray = waiting != ["register"]
+        with ray_session(plan.settings, console) if needs_ray else contextlib.nullcontext():
+            outcomes = run_stages(
+                plan,
+                specs,
+                store=store,
+                tracker=tracker,
+                console=console,
+                config_name=config_name,
+                run_id=run_id,
+            )
+        if tracker.was_away:
+            run_id = _catch_up(plan, specs, tracker, config_name)
+        else:
+            tracker.finish(run_id, "FINISHED")
+    except (KeyboardInterrupt, SystemExit) as stop:
+        # On Ctrl-C Ray Train raises SystemExit(0): an interrupt must not look like success.
+        tracker.close("KILLED")
+        raise KeyboardInterrupt from stop
+    except BaseException:
+        tracker.close("FAILED")
+        raise
+    return _chain_result(plan, store, specs, outcomes, run_id)
+
+
+def run_stages(
+    plan: Plan,
+    specs: Sequence[StageSpec],
+    *,
+    store: Store,
+    tracker: Tracker,
+    console: Console,
+    config_name: str,
+    run_id: str | None,
+) -> dict[str, StageOutcome]:
+    """Runs the unfinished stages among `specs`, in order, below the MLflow run `run_id`.
+
+    Ray must be connected. Raises StageFailed. Raises StageBusy if another process works on a stage.
+    """
+    context = StageContext(
+        settings=plan.settings,
+        store=store,
+        tracker=tracker,
+        console=console,
+        specs=plan.by_name,
+        manifest_folder=plan.specs[0].folder,
+        table=plan.table,
+        config_name=config_name,
+        run_id=run_id,
+    )
+    uri = plan.settings.tracking.uri
+    outcomes = {}
+    for spec in specs:
+        if stage_state(store, spec, uri) == "done":
+            _open_stage_run(spec, context.specs, tracker, run_id, finished=True)
+            outcomes[spec.name] = _skip(spec, store, console)
+            continue
+        with claim(store, spec):
+            state = stage_state(store, spec, uri)  # another process may have finished it
+            if state == "done":
+                _open_stage_run(spec, context.specs, tracker, run_id, finished=True)
+                outcomes[spec.name] = _skip(spec, store, console)
+            else:
+                outcomes[spec.name] = _run_stage(spec, context, resumed=state == "started")
+    return outcomes
+
+
+def make_tracker(settings: Settings, console: Console) -> Tracker:
+    """Returns the tracker of these settings. It notes on `console` if MLflow is unreachable."""
+    from pipelines.tracking.runs import Tracker, locate_tracking
+
+    tracking = settings.tracking
+    # Without tracking no store is opened. A remote root could not hold the default one.
+    uri = tracking.uri if tracking.enabled else "sqlite://"
+    location = locate_tracking(uri, settings.storage.root)
+    return Tracker(location, tracking.experiment, enabled=tracking.enabled, note=console.note)
+
+
+@contextlib.contextmanager
+def ray_session(settings: Settings, console: Console) -> Iterator[None]:
+    """Joins or starts Ray, and shows the progress that its workers report."""
+    from pipelines.terminal.progress import watch_progress
+
+    with connect(settings.cluster, settings.storage.root), watch_progress(console):
+        yield
+
+
+def _run_stage(spec: StageSpec, context: StageContext, *, resumed: bool) -> StageOutcome:
+    console, store = context.console, context.store
+    uri = context.settings.tracking.uri
+    console.stage_started(spec.name, resumed=resumed)
+    began = time.monotonic()
+    stage_run_id = _open_stage_run(
+        spec, context.specs, context.tracker, context.run_id, finished=False
+    )
+    interrupt = signal.getsignal(signal.SIGINT)
+    mark_started(store, spec)
+    try:
+        result = spec.stage.run(spec, replace(context, stage_run_id=stage_run_id))
+        result = mark_done(store, spec, result, uri)
+    except Exception as error:
+        cause = _first_cause(error)
+        stopped = isinstance(cause, TrainingStopped)
+        if not stopped:
+            logger.exception("stage %s failed", spec.name)
+        status = "stopped" if stopped else "failed"
+        console.stage_finished(spec.name, status, time.monotonic() - began)
+        context.tracker.finish(stage_run_id, "KILLED" if stopped else "FAILED")
+        if stopped:
+            raise cause from error
+        raise StageFailed(spec.name, cause) from error
+    finally:
+        with contextlib.suppress(ValueError):  # Ray Train keeps its Ctrl-C handler after a fit
+            signal.signal(signal.SIGINT, interrupt)
+    metrics = result.get("metrics", {})
+    context.tracker.finish(stage_run_id, "FINISHED", metrics=metrics)
+    status, seconds = "resumed" if resumed else "ran", time.monotonic() - began
+    console.stage_finished(spec.name, status, seconds, result.get("summary", ""))
+    return StageOutcome(spec.key, status, round(seconds, 3), result.get("rows", {}))
+
+
+def _skip(spec: StageSpec, store: Store, console: Console) -> StageOutcome:
+    status = "adopted" if spec.adopted_for else "skipped"
+    console.stage_finished(spec.name, status, 0.0)
+    return StageOutcome(spec.key, status, 0.0, read_result(store, spec).get("rows", {}))
+
+
+def _catch_up(
+    plan: Plan, specs: Sequence[StageSpec], tracker: Tracker, config_name: str
+) -> str | None:
+    """Logs finished stages that MLflow has missed.
+
+    Returns the run id of the pipeline, or None if MLflow is unreachable.
+    """
+    store = Store(plan.settings.storage.root)
+    shown = plan.settings.model_dump(mode="json")
+    run_id = tracker.open_pipeline(config_name, shown, plan.key)
+    for spec in specs if run_id is not None else ():
+        stage_run_id = _open_stage_run(spec, plan.by_name, tracker, run_id, finished=True)
+        figures = read_result(store, spec).get("metrics", {})
+        tracker.finish(stage_run_id, "FINISHED", metrics=figures)
+    tracker.finish(run_id, "FINISHED")
+    remember_run(store, plan.key, run_id)
+    return run_id
+
+
+def _open_stage_run(
+    spec: StageSpec,
+    specs: Mapping[str, StageSpec],
+    tracker: Tracker,
+    run_id: str | None,
+    *,
+    finished: bool,
+) -> str | None:
+    return tracker.open_stage(
+        run_id,
+        spec.name,
+        spec.key,
+        spec.config,
+        folder=spec.folder,
+        upstream_keys=[specs[name].key for name in spec.upstream],
+        finished=finished,
+        adopted=bool(spec.adopted_for),
+    )
+
+
+def _chain_result(
+    plan: Plan,
+    store: Store,
+    specs: tuple[StageSpec, ...],
+    outcomes: dict[str, StageOutcome],
+    run_id: str | None,
+) -> ChainResult:
+    """Returns the result. Its metrics are those of the last main-arm stage that has any."""
+    metrics: dict[str, float] = {}
+    model = None
+    for spec in specs:
+        result = read_result(store, spec)
+        if not spec.arm:
+            metrics = result.get("metrics") or metrics
+            model = result.get("model") or model
+    return ChainResult(run_id, plan.settings.storage.root, outcomes, metrics, model)
+
+
+def _first_cause(error: BaseException) -> BaseException:
+    """Returns the error of the task or worker inside the error that Ray raises on the driver."""
+    failures = getattr(error, "worker_failures", None)
+    inner = next(iter(failures.values())) if failures else getattr(error, "cause", None)
+    inner = inner or getattr(error, "controller_failure", None)
+    return _first_cause(inner) if isinstance(inner, BaseException) else error

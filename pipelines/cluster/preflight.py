@@ -1,0 +1,133 @@
+"""Checks a machine and a cluster before any work starts."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipelines.settings.sections import ClusterConfig, Settings
+from pipelines.storage import Store, is_shared
+
+MIN_FREE_BYTES = 2**30
+TRACKING_SCHEMES = ("sqlite", "http", "https", "postgresql", "mysql", "mssql")
+
+
+class PreflightError(ValueError):
+    """Raised before any work starts if the machine or cluster cannot run the config."""
+
+    exit_code = 2
+
+
+@dataclass(frozen=True)
+class Available:
+    """The resources of a node, or the sum over several nodes."""
+
+    cpus: float
+    gpus: float
+    nodes: int = 1
+
+
+def cluster_address(cluster: ClusterConfig) -> str:
+    """Returns the address of the cluster to join, or "local" to start Ray on this machine."""
+    return cluster.address or os.environ.get("RAY_ADDRESS") or "local"
+
+
+def check_machine(settings: Settings) -> None:
+    """Checks the CPUs of a local run, the disk and the tracking URI before Ray starts.
+
+    Raises PreflightError.
+    """
+    root = settings.storage.root
+    if cluster_address(settings.cluster) == "local":
+        cpus = len(os.sched_getaffinity(0))
+        check_resources(settings.cluster, root, Available(cpus, math.inf), data_cpus=0)
+    folder = Store(root).local_path()
+    if folder is not None:
+        check_disk(folder)
+    uri = settings.tracking.uri if settings.tracking.enabled else None
+    if uri and re.split(r"[:+]", uri)[0] not in TRACKING_SCHEMES:
+        raise PreflightError(
+            f"tracking.uri is {uri!r}; its scheme must be one of {', '.join(TRACKING_SCHEMES)}. "
+            "Leave it out for a sqlite file under storage.root."
+        )
+
+
+def check_resources(
+    cluster: ClusterConfig, root: str, available: Available, *, data_cpus: float
+) -> None:
+    """Raises PreflightError if the fewest training workers and the data tasks do not fit."""
+    asked_cpus = cluster.min_workers * cluster.cpus_per_worker
+    asked_gpus = cluster.min_workers * cluster.gpus_per_worker
+    where = "this machine has" if available.nodes == 1 else f"the {available.nodes} nodes have"
+    if asked_cpus + data_cpus > available.cpus:
+        beside = f" and {data_cpus:g} for data (cluster.data_cpus)" if data_cpus else ""
+        raise PreflightError(
+            f"cluster.workers {cluster.min_workers} x cluster.cpus_per_worker "
+            f"{cluster.cpus_per_worker:g} asks for {asked_cpus:g} CPUs{beside}, and {where} "
+            f"{available.cpus:g}: lower them, or join a larger cluster with cluster.address"
+        )
+    if asked_gpus > available.gpus:
+        raise PreflightError(
+            f"cluster.workers {cluster.min_workers} x cluster.gpus_per_worker "
+            f"{cluster.gpus_per_worker:g} asks for {asked_gpus:g} GPUs, and {where} "
+            f"{available.gpus:g}: lower them (0 trains on CPUs), or join a cluster that has them"
+        )
+    several = available.nodes > 1 or cluster.autoscaling
+    if several and not is_shared(root):
+        raise PreflightError(
+            f"storage.root {root} is a folder of one machine, but the cluster has several nodes: "
+            "give a URI that all of them reach, such as s3://bucket/folder, or file:///folder if "
+            "that folder is mounted on every node"
+        )
+
+
+def check_room_for_data(
+    cluster: ClusterConfig, nodes: Sequence[Available], *, data_cpus: float
+) -> None:
+    """Raises PreflightError if an elastic training could take the CPUs of its data tasks.
+
+    Ray starts as many workers as fit, up to the maximum. Without free CPUs the data tasks that feed
+    them would wait forever. Not needed in a cluster with data nodes (`ray-subcluster: data`).
+    """
+    if cluster.min_workers == cluster.max_workers or not cluster.cpus_per_worker:
+        return
+    left = 0.0
+    for node in nodes:
+        fit = node.cpus // cluster.cpus_per_worker
+        if cluster.gpus_per_worker:
+            fit = min(fit, node.gpus // cluster.gpus_per_worker)
+        left += node.cpus - min(fit, cluster.max_workers) * cluster.cpus_per_worker
+    if left < data_cpus:
+        raise PreflightError(
+            f"cluster.workers {list(cluster.workers)} may grow until {left:g} CPUs are left, and "
+            f"data needs {data_cpus:g} (cluster.data_cpus): start nodes with the label "
+            "ray-subcluster=data, give a fixed number of workers, or set cluster.cpus_per_worker "
+            "so that each node keeps free CPUs"
+        )
+
+
+def check_disk(folder: Path) -> None:
+    """Raises PreflightError if the folder cannot be written or its disk is nearly full."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        raise PreflightError(
+            f"storage.root {folder} cannot be used: {error.strerror}; set storage.root to a "
+            "folder that can be written"
+        ) from error
+    if not os.access(folder, os.W_OK):
+        raise PreflightError(
+            f"storage.root {folder} is not writable; set storage.root to a folder that is"
+        )
+    if free < MIN_FREE_BYTES:
+        raise PreflightError(
+            f"the disk of storage.root {folder} has {free / 2**20:.0f} MiB free, "
+            f"{MIN_FREE_BYTES / 2**20:.0f} are needed: free some space, or set storage.root to "
+            "another disk"
+        )

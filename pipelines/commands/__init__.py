@@ -1,0 +1,1 @@
+"""The commands of `mantis`, one file for each group."""

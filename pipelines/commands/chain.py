@@ -1,0 +1,253 @@
+"""Commands that run stages: run, prepare, teacher, stage1, stage2, evaluate."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from pipelines.commands.errors import (
+    MISTAKE,
+    Stopped,
+    ending_well,
+    print_json,
+    resumable,
+    terminal,
+)
+from pipelines.commands.options import Address, AsJson, Config, DryRun, Overrides, joined
+from pipelines.stages.order import STAGES
+from pipelines.stages.spec import with_upstream
+
+if TYPE_CHECKING:
+    from pipelines.chain.plan import Plan
+    from pipelines.settings.sections import Settings
+    from pipelines.terminal.console import Console
+
+Adopt = Annotated[
+    bool,
+    typer.Option(
+        "--adopt",
+        help="Reuse finished stages of the same recipe made by other code or package versions.",
+    ),
+]
+
+
+@ending_well
+def run(
+    config: Config,
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[SHARDS] [KEY=VALUE]...",
+            help="Overrides of config fields, such as stage2.rate_weight=0.01. With --plain also "
+            "a folder of shards from `mantis prepare`.",
+        ),
+    ] = None,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+    address: Address = None,
+    adopt: Adopt = False,
+    plain: Annotated[
+        bool, typer.Option("--plain", help="Run in plain processes, without Ray and MLflow.")
+    ] = False,
+    jobs: Annotated[
+        int,
+        typer.Option(
+            "--jobs", min=1, help="With --plain, number of stages or arms that run at once."
+        ),
+    ] = 1,
+) -> None:
+    """Run the whole chain: prepare, train, evaluate, register.
+
+    Skips finished stages and resumes interrupted ones.
+
+    Example: mantis run --config configs/quickstart.yaml stage2.epochs=4
+    """
+    folders = [each for each in arguments or () if "=" not in each]
+    overrides = [each for each in arguments or () if "=" in each]
+    if len(folders) > int(plain):
+        allowed = "one folder of shards and overrides" if plain else "overrides"
+        raise Stopped(
+            f"error: {folders[-1]!r} is not of the form key=value; `mantis run"
+            f"{' --plain' if plain else ''}` takes {allowed}, such as stage2.rate_weight=0.01",
+            MISTAKE,
+        )
+    plan = _plan(config, joined(overrides, address), adopt=adopt)
+    if dry_run:
+        _print_plan(plan, plan.specs, as_json)
+        return
+    options = [
+        *(["--adopt"] if adopt else []),
+        *(["--plain", "--jobs", str(jobs)] if plain else []),
+    ]
+    resume = _command("run", config, [*options, *(arguments or ())], address)
+    if plain:
+        _run_plain(plan, next(iter(folders), None), jobs, as_json, resume)
+    else:
+        _run(plan, None, config.stem, as_json, resume)
+
+
+def _stage_command(name: str, text: str) -> Callable[..., None]:
+    """Returns the command that runs the chain up to the stage `name`."""
+
+    def command(
+        config: Config,
+        overrides: Overrides = None,
+        dry_run: DryRun = False,
+        as_json: AsJson = False,
+        address: Address = None,
+        adopt: Adopt = False,
+    ) -> None:
+        plan = _plan(config, joined(overrides, address), adopt=adopt)
+        if name not in plan.by_name:
+            raise Stopped(
+                f"error: this config has no stage {name}: teacher.weights is "
+                f"{plan.settings.teacher.weights!r}. Only `train` trains one.",
+                MISTAKE,
+            )
+        if dry_run:
+            _print_plan(plan, with_upstream(plan.specs, name), as_json)
+            return
+        options = ["--adopt"] if adopt else []
+        resume = _command(name, config, [*options, *(overrides or ())], address)
+        _run(plan, name, config.stem, as_json, resume)
+
+    command.__name__ = name
+    command.__doc__ = (
+        f"{text}\n\nRuns missing stages before it and skips finished ones.\n\n"
+        f"Example: mantis {name} --config configs/quickstart.yaml"
+    )
+    return ending_well(command)
+
+
+COMMANDS = (
+    run,
+    *(_stage_command(stage.name, stage.help) for stage in STAGES.values() if stage.help),
+)
+
+
+def _plan(config: Path, overrides: Sequence[str], *, adopt: bool) -> Plan:
+    from pipelines.chain.plan import make_plan
+    from pipelines.settings.reading import load_settings
+
+    return make_plan(load_settings(config, overrides), adopt=adopt)
+
+
+def _command(name: str, config: Path, words: Sequence[str], address: str | None) -> str:
+    """Returns the command line that repeats the command."""
+    own = [] if address is None else ["--address", address]
+    return shlex.join(["mantis", name, "--config", str(config), *own, *words])
+
+
+def _run(plan: Plan, until: str | None, name: str, as_json: bool, resume: str) -> None:
+    """Runs the chain on Ray and shows its results."""
+    from pipelines.chain.run import run_chain
+
+    with _console(plan.settings, as_json, resume) as console:
+        result = run_chain(plan, console=console, config_name=name, until=until)
+        if "evaluate" in result.stages:
+            _show_evaluation(plan, console)
+        if result.model:
+            console.note(f"model: {result.model}")
+    if as_json:
+        print_json(asdict(result))
+
+
+def _run_plain(plan: Plan, shards: str | None, jobs: int, as_json: bool, resume: str) -> None:
+    """Runs the chain in plain processes and shows its results."""
+    import sys
+
+    from pipelines.chain.plain import plain_chain
+    from pipelines.cluster.preflight import check_disk
+    from pipelines.storage import Store
+    from pipelines.terminal.console import Console
+
+    root = Store(plan.settings.storage.root).local_path()
+    if root is not None:
+        check_disk(root)
+    with (
+        resumable(resume),
+        Console(sys.stderr if as_json else sys.stdout, live=False) as console,
+    ):
+        result = plain_chain(plan, shards=shards, jobs=jobs, console=console)
+        _show_evaluation(plan, console)
+        if "register" in plan.by_name:
+            console.note(
+                "no model was registered: that needs MLflow and `mantis run` without --plain"
+            )
+    if as_json:
+        print_json(asdict(result))
+
+
+@contextmanager
+def _console(settings: Settings, as_json: bool, resume: str) -> Iterator[Console]:
+    """Yields the console of a run on Ray."""
+    from pipelines.terminal.console import Console
+
+    with terminal(settings, as_json, resume) as stream, Console(stream) as console:
+        yield console
+
+
+def _print_plan(plan: Plan, specs: Sequence[Any], as_json: bool) -> None:
+    from pipelines.settings.reading import to_yaml
+    from pipelines.stages.record import read_result, stage_state
+    from pipelines.stages.schedule import check_batches, schedule
+    from pipelines.storage import Store
+
+    store, uri = Store(plan.settings.storage.root), plan.settings.tracking.uri
+    names = {"done": "skip", "started": "resume", "new": "run"}
+    check_batches(specs)
+    actions = {
+        spec.name: "adopt" if spec.adopted_for else names[stage_state(store, spec, uri)]
+        for spec in specs
+    }
+    prepared = actions["prepare"] in ("skip", "adopt")
+    rows = read_result(store, specs[0])["rows"]["train"] if prepared else None
+    planned = [(spec, schedule(spec, rows)) for spec in specs]
+    if as_json:
+        stages = [
+            {
+                "stage": spec.name,
+                "key": spec.key,
+                "action": actions[spec.name],
+                "epochs": training and training.epochs,
+                "training": training and asdict(training),
+            }
+            for spec, training in planned
+        ]
+        print_json({"config": plan.settings.model_dump(mode="json"), "stages": stages})
+        return
+    typer.echo(to_yaml(plan.settings))
+    width = max(map(len, actions))
+    for spec, training in planned:
+        epochs = f"  {training.epochs} epochs" if training else ""
+        typer.echo(f"{spec.name:{width}}  {spec.key[:12]}  {actions[spec.name]}{epochs}")
+        if training:
+            typer.echo(f"{'':{width}}  {training}")
+
+
+def _show_evaluation(plan: Plan, console: Console) -> None:
+    from pipelines.storage import Store
+
+    folder = plan.by_name["evaluate"].folder
+    evaluation = Store(plan.settings.storage.root).read_json(f"{folder}/evaluation.json")
+    _show_arms(evaluation["arms"], console)
+    console.note(f"report: {folder}/report/report.html")
+
+
+def _show_arms(arms: Sequence[dict[str, Any]], console: Console) -> None:
+    columns = {"val/top1": "top1", "val/bpp": "bpp", "val/wire_bytes": "wire bytes"}
+    for name in dict.fromkeys(name for arm in arms for name in arm["metrics"]):
+        if name.endswith("/miou"):
+            columns[name] = f"mIoU {name.split('/')[-2]}"
+    rows = []
+    for arm in arms:
+        values = (arm["metrics"].get(name) for name in columns)
+        shown = ("" if value is None else f"{value:.4g}" for value in values)
+        rows.append([arm["name"], *shown])
+    console.final_table("Results", ("arm", *columns.values()), rows)

@@ -1,0 +1,110 @@
+"""How commands end: one message for a user's mistake, the resuming command for a failed run."""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+import typer
+
+if TYPE_CHECKING:
+    from pipelines.settings.sections import Settings
+
+logger = logging.getLogger(__name__)
+
+MISTAKE, FAILURE, SOME_FAILED, INTERRUPTED = 2, 1, 3, 130  # exit codes
+
+
+class Stopped(Exception):
+    """Ends a command early with a message and an exit code."""
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+def ending_well(command: Callable[..., None]) -> Callable[..., None]:
+    """Decorates a command: its errors become messages on stderr and exit codes."""
+
+    @functools.wraps(command)
+    def wrapped(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except Stopped as stop:
+            typer.echo(str(stop), err=True)
+            raise typer.Exit(stop.code) from None
+        except KeyboardInterrupt:
+            typer.echo("interrupted", err=True)
+            raise typer.Exit(INTERRUPTED) from None
+        except Exception as error:
+            if not is_mistake(error):
+                raise
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(MISTAKE) from None
+
+    return wrapped
+
+
+def is_mistake(error: BaseException) -> bool:
+    """Returns whether the user caused the error and can correct it: its `exit_code` is 2."""
+    return getattr(error, "exit_code", FAILURE) == MISTAKE
+
+
+def print_json(value: Any) -> None:
+    """Prints one JSON object on one line of stdout, for other programs to read."""
+    typer.echo(json.dumps(value))
+
+
+@contextmanager
+def terminal(settings: Settings, as_json: bool, resume: str) -> Iterator[TextIO]:
+    """Yields the stream for the user's output of a run on Ray. All other output goes to a log.
+
+    Handles errors as `resumable` does.
+    """
+    from pipelines.cluster.preflight import check_disk
+    from pipelines.storage import Store
+    from pipelines.terminal.last_words import last_words
+    from pipelines.terminal.logs import captured_output
+
+    root = Store(settings.storage.root).local_path()
+    if root is not None:
+        check_disk(root)
+    log = Path("runs/logs") if root is None else root / "logs"
+    killed = f"the command or its Ray was killed. Details are in {log}. Resume with:\n  {resume}"
+    with resumable(resume) as details, last_words(killed):
+        details.append(str(log))
+        with captured_output(log) as (stdout, stderr, file):
+            details[:] = [str(file)]
+            try:
+                yield stderr if as_json else stdout
+            except Exception:
+                logger.exception("the command failed")
+                raise
+
+
+@contextmanager
+def resumable(resume: str) -> Iterator[list[str]]:
+    """Turns the failure of a run into Stopped, with one message and the resuming command.
+
+    Yields a list. The caller may append the path of a log, which the message then names.
+    """
+    from pipelines.stages.spec import StageFailed
+
+    details: list[str] = []
+    resuming = f"Resume with:\n  {resume}"
+    try:
+        yield details
+    except KeyboardInterrupt:
+        raise Stopped(f"interrupted. {resuming}", INTERRUPTED) from None
+    except Exception as error:
+        cause = error.cause if isinstance(error, StageFailed) else error
+        if is_mistake(cause):
+            raise Stopped(f"error: {cause}", MISTAKE) from None
+        shown = str(error) if error is not cause else f"{type(error).__name__}: {error}"
+        where = f"Details are in {details[0]}. " if details else ""
+        raise Stopped(f"{shown}\n{where}{resuming}", FAILURE) from None

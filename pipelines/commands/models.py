@@ -1,0 +1,136 @@
+"""Commands on the results of runs: report, register, promote, models, lineage."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pipelines.commands.errors import MISTAKE, Stopped, ending_well, print_json
+from pipelines.commands.options import AsJson, Root, Run, tracker_of
+
+
+@ending_well
+def report(
+    run: Run = "latest",
+    root: Root = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Folder to write. The default is report-RUN."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write the report of a run: HTML page, plot and table.
+
+    The table of rates and accuracies is written as CSV and as JSON.
+
+    Example: mantis report latest --output report
+    """
+    from pipelines.report.report import write_report
+    from pipelines.storage import Store
+    from pipelines.tracking import lookup
+
+    tracker = tracker_of(root)
+    found = lookup.find_pipeline(tracker, run)
+    stage = lookup.stages(tracker, found).get("evaluate")
+    if stage is None or not Store(stage.folder).exists("evaluation.json"):
+        raise Stopped(
+            f"error: run {found.info.run_id} has no finished evaluation. Finish it with "
+            "`mantis run`, then run `mantis report` again.",
+            MISTAKE,
+        )
+    folder = output or Path(f"report-{found.info.run_id[:8]}")
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = write_report(Store(stage.folder).read_json("evaluation.json"), folder)
+    written = {name: str(path) for name, path in vars(paths).items()}
+    if as_json:
+        print_json({"run_id": found.info.run_id, **written})
+    else:
+        typer.echo("\n".join(written.values()))
+
+
+@ending_well
+def register(run: Run = "latest", root: Root = None, as_json: AsJson = False) -> None:
+    """Register the main arm of a run as a new version of the model.
+
+    Moves the alias `candidate` to the new version.
+
+    Example: mantis register latest
+    """
+    from pipelines.tracking import registry
+
+    result = registry.register(tracker_of(root), run)
+    print_json(result) if as_json else typer.echo(result["model"])
+
+
+@ending_well
+def promote(
+    version: Annotated[
+        str, typer.Argument(metavar="VERSION", help="Version that `mantis models` lists.")
+    ],
+    alias: Annotated[str, typer.Option("--alias", help="Alias to move.")] = "champion",
+    root: Root = None,
+    as_json: AsJson = False,
+) -> None:
+    """Move an alias to a registered version.
+
+    Example: mantis promote 3 --alias champion
+    """
+    from pipelines.tracking import registry
+
+    result = registry.promote(tracker_of(root), version, alias)
+    print_json(result) if as_json else typer.echo(f"models:/mantis@{alias} is {result['model']}")
+
+
+@ending_well
+def models(
+    max_bpp: Annotated[
+        float | None,
+        typer.Option("--max-bpp", min=0, help="Largest rate to list, in bits per pixel."),
+    ] = None,
+    min_top1: Annotated[
+        float | None,
+        typer.Option("--min-top1", min=0, max=1, help="Lowest top-1 accuracy to list, 0 to 1."),
+    ] = None,
+    root: Root = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the registered models, newest first.
+
+    With --max-bpp the most accurate model comes first.
+
+    Example: mantis models --max-bpp 0.1
+    """
+    from pipelines.tracking import registry
+
+    found = registry.models(tracker_of(root), max_bpp=max_bpp, min_top1=min_top1)
+    if as_json:
+        print_json({"models": found})
+    for entry in [] if as_json else found:
+        aliases = " ".join(f"@{alias}" for alias in entry["aliases"])
+        figures = f"top1 {_figure(entry['top1'])}  bpp {_figure(entry['bpp'])}"
+        typer.echo(f"{entry['model']}  {figures}  {entry['config']}  {aliases}".rstrip())
+
+
+@ending_well
+def lineage(run: Run = "latest", root: Root = None, as_json: AsJson = False) -> None:
+    """Show the commit, versions, stages and models of a run.
+
+    Lists each stage with the stages it was built on.
+
+    Example: mantis lineage latest
+    """
+    import yaml
+
+    from pipelines.tracking import registry
+
+    found = registry.lineage(tracker_of(root), run)
+    print_json(found) if as_json else typer.echo(yaml.safe_dump(found, sort_keys=False).rstrip())
+
+
+COMMANDS = (report, register, promote, models, lineage)
+
+
+def _figure(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"

@@ -1,0 +1,87 @@
+"""The command `mantis score`: measures one model on images outside its experiment."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from pipelines.commands.errors import ending_well, print_json
+from pipelines.commands.options import Address, AsJson, Model, Overrides, joined, model_folder
+
+if TYPE_CHECKING:
+    from pipelines.settings.sections import Settings
+
+
+@ending_well
+def score(
+    model: Model,
+    data: Annotated[
+        str,
+        typer.Argument(
+            metavar="DATA", help="Parquet file, or folder with one folder of images for each class."
+        ),
+    ],
+    overrides: Overrides = None,
+    root: Annotated[
+        str | None,
+        typer.Option("--root", help="Storage root in which `models:/...` is looked up."),
+    ] = None,
+    as_json: AsJson = False,
+    address: Address = None,
+) -> None:
+    """Measure one model on other images of its classes.
+
+    Encodes every image to a real stream and decodes it.
+
+    Example: mantis score models:/mantis@champion photos/
+    """
+    from pipelines.cluster.connect import connect
+    from pipelines.settings.reading import with_overrides
+    from pipelines.storage import absolute_root
+    from pipelines.terminal.logs import captured_output
+
+    folder = model_folder(model, root)
+    settings = with_overrides(_settings_around(folder), joined(overrides, address))
+    runs = absolute_root(root or settings.storage.root)
+    logs = Path("runs/logs") if "://" in runs else Path(runs) / "logs"
+    with captured_output(logs), connect(settings.cluster, runs):
+        from pipelines.evaluation.score import (
+            evaluate_model,
+        )  # after connect has set what ray reads at import
+
+        measured = evaluate_model(folder, absolute_root(data), settings)
+    if as_json:
+        print_json(measured)
+        return
+    typer.echo(f"{measured['rows']} images, {measured['rejected']} rejected")
+    for name, value in measured["metrics"].items():
+        typer.echo(f"{name}  {value:.6g}")
+
+
+COMMANDS = (score,)
+
+
+def _settings_around(folder: Path) -> Settings:
+    """Returns default settings with the data and tasks of a model.
+
+    Scoring reads only `evaluate` and `cluster` of the other sections.
+    """
+    import yaml
+
+    from mantis_core.folders import read_meta
+    from pipelines.settings.sections import Settings
+
+    preparation = read_meta(folder)["preparation"]
+    spec = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    tasks = []
+    for task in spec["tasks"]:
+        labels = {"labels": task["labels"]}
+        if task["kind"] == "classification":
+            labels = {"classes": [spec["classes"][index] for index in task["classes"]]}
+        tasks.append({"name": task["name"], "kind": task["kind"], **labels})
+    evaluate = {"batch_size": preparation["batch_size"]}
+    return Settings.model_validate(
+        {"data": preparation["data"], "tasks": tasks, "evaluate": evaluate}
+    )

@@ -1,0 +1,1 @@
+"""Measures every arm over the evaluation split."""

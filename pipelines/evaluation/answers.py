@@ -1,0 +1,304 @@
+"""Runs an arm on a batch of images: codecs through real streams, other arms as plain networks.
+
+Runs inside Ray Data actors. Returns one row for each image and arm and sums nothing.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from data_prep.manifest import Manifest
+from mantis_core.baselines.image_codecs import IMAGE_CODECS
+from mantis_core.baselines.per_task import PerTaskCodecs, load_codecs
+from mantis_core.baselines.uncompressed import individual_models
+from mantis_core.codec.checkpoint import load_model
+from mantis_core.codec.mantis import Mantis
+from mantis_core.measure.metrics import pixel_confusion
+from mantis_core.networks.preprocessing import normalise
+from mantis_core.networks.teacher import Teacher
+from mantis_core.tasks import Problem, TaskSpec
+from mantis_core.training.teacher import new_teacher
+from pipelines.evaluation.arms import EXAMPLES, ArmSource, Arrays
+from pipelines.settings.arms import ARM_KINDS, TUNED
+from pipelines.settings.sections import Settings
+from pipelines.storage import local_copy
+from pipelines.training.files import CHECKPOINT
+from pipelines.training.problem import problem_of
+from pipelines.training.weights import load_teacher, stage_tensors
+
+
+class ArmEvaluator:
+    """Holds the models of all arms and runs each batch through all of them."""
+
+    def __init__(
+        self,
+        *,
+        sources: Sequence[Mapping[str, Any]],
+        settings: Mapping[str, Any],
+        manifest: Mapping[str, Any],
+        batch_size: int,
+        threads: int,
+    ) -> None:
+        torch.set_num_threads(threads)
+        resolved = Settings.model_validate(dict(settings))
+        short_side = resolved.data.stored_short_side
+        problem = problem_of(Manifest.model_validate(manifest), short_side)
+        self.problem, self.batch_size = problem, batch_size
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.arms: list[tuple[ArmSource, nn.Module]] = []
+        loaded: dict[str, nn.Module] = {}
+        for entry in sources:
+            source = ArmSource(**entry)
+            # Arms that share weights share one loaded model.
+            key = f"{ARM_KINDS[source.kind].loads}:{source.folder}"
+            if key not in loaded:
+                loaded[key] = _load(source, resolved, problem).to(self.device).eval()
+            self.arms.append((source, loaded[key]))
+
+    def __call__(self, batch: Arrays) -> Arrays:
+        """Returns the rows of all arms for a batch of the reader, one arm after the other."""
+        images = torch.from_numpy(np.ascontiguousarray(batch["image"]))
+        count = len(images)
+        if (
+            count < self.batch_size
+        ):  # the last batch has the same shape: an answer must not depend on it
+            images = torch.cat([images, images[:1].expand(self.batch_size - count, -1, -1, -1)])
+        images = images.to(self.device)
+        parts = []
+        for number, (source, model) in enumerate(self.arms):
+            with torch.no_grad():
+                if source.quality is not None:
+                    rows = run_image_codec(model, images, batch, self.problem, source)
+                elif source.exit_confidence is not None:
+                    sure = source.exit_confidence
+                    rows = run_codec(model, images, batch, self.problem, exit_confidence=sure)
+                else:
+                    rows = ANSWERS[ARM_KINDS[source.kind].answers](
+                        model, images, batch, self.problem
+                    )
+            rows = {name: values[:count] for name, values in rows.items()}
+            rows["arm"] = np.full(count, number)
+            parts.append(rows)
+        out = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        for name in ("row_id", "class_label", "labels", "task_mask"):
+            out[name] = np.concatenate([batch[name]] * len(parts))
+        return out
+
+
+def run_codec(
+    model: Mantis,
+    images: Tensor,
+    batch: Arrays,
+    problem: Problem,
+    *,
+    oracle: bool = False,
+    exit_confidence: float | None = None,
+) -> Arrays:
+    """Encodes every image to bytes and decodes it from those bytes alone."""
+    count, tasks = len(images), problem.tasks
+    asked = None
+    if oracle:
+        asked = torch.zeros(count, len(tasks), dtype=torch.bool)
+        asked[: len(batch["task_mask"])] = torch.from_numpy(np.array(batch["task_mask"]))
+        asked[~asked.any(dim=1), 0] = True  # a stream needs at least one task
+    encoded = model.encode_in_detail(images, asked, exit_confidence=exit_confidence)
+    answers = model.decode([each.data for each in encoded])
+    rows = _blank(count, tasks)
+    for index, (sent, answer) in enumerate(zip(encoded, answers, strict=True)):
+        rows["wire_bytes"][index] = len(sent.data)
+        rows["payload_bytes"][index] = sent.payload_bytes
+        rows["estimated_bits"][index] = sent.estimated_bits
+        rows["decoded"][index] = sent.mask
+        rows["answered"][index] = sent.answered
+        rows["class_index"][index] = answer.class_index
+        if index < EXAMPLES:
+            rows["answer"][index] = json.dumps(answer.to_dict())
+        if not oracle:
+            rows["probabilities"][index] = sent.probabilities
+        for k, task in enumerate(tasks):
+            rows["predicted"][index, k] = answer.labels.get(task.name, -1)
+        if index < len(batch["task_mask"]):
+            _count_pixels(rows, index, batch, tasks, answer.segmentation)
+    return rows
+
+
+def run_student(model: Mantis, images: Tensor, batch: Arrays, problem: Problem) -> Arrays:
+    """Runs a codec with one task of all classes. Its class answers the true tasks of an image."""
+    encoded = model.encode_in_detail(images)
+    answers = model.decode([each.data for each in encoded])
+    rows = _blank(len(images), problem.tasks)
+    rows["decoded"][: len(batch["task_mask"])] = batch["task_mask"]
+    for index, (sent, answer) in enumerate(zip(encoded, answers, strict=True)):
+        rows["wire_bytes"][index] = len(sent.data)
+        rows["payload_bytes"][index] = sent.payload_bytes
+        rows["estimated_bits"][index] = sent.estimated_bits
+        rows["class_index"][index] = answer.class_index
+        for k, task in enumerate(problem.tasks):
+            if answer.class_index in task.classes:
+                rows["predicted"][index, k] = task.classes.index(answer.class_index)
+    return rows
+
+
+def run_per_task(codecs: PerTaskCodecs, images: Tensor, batch: Arrays, problem: Problem) -> Arrays:
+    """Runs the codec of each true task of an image. Sums the bytes of all of them."""
+    rows = _blank(len(images), problem.tasks)
+    for name in ("wire_bytes", "payload_bytes", "estimated_bits"):
+        rows[name][:] = 0
+    carried = batch["task_mask"]
+    rows["decoded"][: len(carried)] = carried
+    for k, task in enumerate(problem.tasks):
+        codec, own = codecs[task.name], np.flatnonzero(carried[:, k])
+        if not len(own):
+            continue
+        encoded = codec.encode_in_detail(images[torch.from_numpy(own)])
+        answers = codec.decode([each.data for each in encoded])
+        for index, sent, answer in zip(own, encoded, answers, strict=True):
+            rows["wire_bytes"][index] += len(sent.data)
+            rows["payload_bytes"][index] += sent.payload_bytes
+            rows["estimated_bits"][index] += sent.estimated_bits
+            if task.is_classification:
+                rows["predicted"][index, k] = answer.labels[task.name]
+                if problem.single_class:
+                    rows["class_index"][index] = task.classes[answer.labels[task.name]]
+            _count_pixels(rows, index, batch, (task,), answer.segmentation)
+    return rows
+
+
+def run_teacher(model: Teacher, images: Tensor, batch: Arrays, problem: Problem) -> Arrays:
+    """Runs the uncompressed teacher: its flat logits, or the head of each task."""
+    outputs = model(normalise(images))
+    rows = _blank(len(images), problem.tasks)
+    if "logits" in outputs:
+        logits = outputs["logits"]
+        rows["class_index"] = logits.argmax(dim=1).cpu().numpy()
+        rows["probabilities"] = _group_posteriors(logits, problem.tasks)
+        outputs = {
+            f"logits/{task.name}": logits[:, list(task.classes)]
+            for task in problem.tasks
+            if task.is_classification
+        }
+    return _with_heads(rows, outputs, batch, problem.tasks)
+
+
+def run_image_codec(
+    model: Teacher, images: Tensor, batch: Arrays, problem: Problem, source: ArmSource
+) -> Arrays:
+    """Encodes every image to a file, decodes it and runs the teacher. The file is what is sent."""
+    codec = IMAGE_CODECS[source.kind.removesuffix(TUNED)]
+    assert source.quality is not None
+    files = [
+        codec.encode(image, source.quality) for image in images.permute(0, 2, 3, 1).cpu().numpy()
+    ]
+    decoded = torch.from_numpy(np.stack([codec.decode(data) for data in files]))
+    rows = run_teacher(model, decoded.permute(0, 3, 1, 2).to(images.device), batch, problem)
+    rows["probabilities"][:] = -1.0  # nothing is detected
+    rows["wire_bytes"][:] = [len(data) for data in files]
+    rows["payload_bytes"][:] = [codec.coded_bytes(data) for data in files]
+    return rows
+
+
+def run_individual(model: nn.ModuleDict, images: Tensor, batch: Arrays, problem: Problem) -> Arrays:
+    """Runs one uncompressed network for each task on the images of that task."""
+    pixels = normalise(images)
+    outputs = {
+        f"logits/{task.name}": model[task.name](pixels)[f"logits/{task.name}"]
+        for task in problem.tasks
+    }
+    return _with_heads(_blank(len(images), problem.tasks), outputs, batch, problem.tasks)
+
+
+def _group_posteriors(logits: Tensor, tasks: Sequence[TaskSpec]) -> np.ndarray[Any, Any]:
+    """Returns the probability of each task (B, K): the softmax summed over its classes."""
+    soft = torch.softmax(logits.float(), dim=1)
+    groups = [soft[:, list(task.classes)].sum(dim=1) for task in tasks]
+    return torch.stack(groups, dim=1).cpu().numpy()
+
+
+def _run_oracle(model: Mantis, images: Tensor, batch: Arrays, problem: Problem) -> Arrays:
+    return run_codec(model, images, batch, problem, oracle=True)
+
+
+def _with_heads(
+    rows: Arrays, outputs: Mapping[str, Tensor], batch: Arrays, tasks: Sequence[TaskSpec]
+) -> Arrays:
+    count = len(batch["task_mask"])
+    rows["decoded"][:count] = batch["task_mask"]
+    for k, task in enumerate(tasks):
+        output = outputs.get(f"logits/{task.name}")
+        if output is None:
+            rows["decoded"][:, k] = False
+        elif task.is_classification:
+            rows["predicted"][:, k] = output.argmax(dim=1).cpu().numpy()
+        else:
+            masks = output.argmax(dim=1).to(torch.uint8).cpu().numpy()
+            for index in range(count):
+                _count_pixels(rows, index, batch, [task], {task.name: masks[index]})
+    return rows
+
+
+def _blank(count: int, tasks: Sequence[TaskSpec]) -> Arrays:
+    """Returns empty rows: -1 stands for an answer that an arm does not give."""
+    rows: Arrays = {
+        "wire_bytes": np.full(count, -1),
+        "payload_bytes": np.full(count, -1.0),
+        "estimated_bits": np.full(count, -1.0),
+        "decoded": np.zeros((count, len(tasks)), dtype=bool),
+        "answered": np.zeros(count, dtype=bool),
+        "predicted": np.full((count, len(tasks)), -1),
+        "probabilities": np.full((count, len(tasks)), -1.0, dtype=np.float32),
+        "class_index": np.full(count, -1),
+        "answer": np.full(count, "", dtype=object),
+    }
+    for task in tasks:
+        if not task.is_classification:
+            cells = task.num_classes * (task.num_classes + 1)
+            rows[f"confusion/{task.name}"] = np.zeros((count, cells), dtype=np.int64)
+    return rows
+
+
+def _count_pixels(
+    rows: Arrays,
+    index: int,
+    batch: Arrays,
+    tasks: Sequence[TaskSpec],
+    answers: Mapping[str, np.ndarray[Any, Any]],
+) -> None:
+    for task in tasks:
+        key = f"segmentation/{task.name}"
+        if not task.is_classification and key in batch:
+            counts = pixel_confusion(batch[key][index], answers.get(task.name), task.num_classes)
+            rows[f"confusion/{task.name}"][index] = counts.reshape(-1)
+
+
+def _load(source: ArmSource, settings: Settings, problem: Problem) -> nn.Module:
+    loads = ARM_KINDS[source.kind].loads
+    if loads == "teacher" and not source.kind.endswith(TUNED):
+        return load_teacher(settings, problem, source.folder)
+    assert source.folder is not None
+    if loads in ("teacher", "individual"):
+        teacher = new_teacher(settings.teacher, problem)
+        model = teacher if loads == "teacher" else individual_models(teacher, problem.image_size)
+        model.load_state_dict(stage_tensors(source.folder))
+        return model
+    with local_copy(source.folder) as folder:
+        inner = folder / CHECKPOINT
+        if loads == "per_task":
+            return load_codecs(inner)
+        return load_model(inner if inner.is_dir() else folder)
+
+
+ANSWERS: dict[str, Any] = {
+    "codec": run_codec,
+    "oracle": _run_oracle,
+    "student": run_student,
+    "per_task": run_per_task,
+    "individual": run_individual,
+    "teacher": run_teacher,
+}
+"""The functions that `ArmKind.answers` names."""

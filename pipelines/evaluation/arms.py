@@ -1,0 +1,147 @@
+"""Plans the arms of an experiment: what `evaluate` measures, at which rates and seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pipelines.settings.arms import ARM_KINDS, TUNED, ArmKind
+
+if TYPE_CHECKING:
+    from pipelines.settings.sections import Settings
+
+SPLIT = "val"
+EXAMPLES = 8
+"""Number of images of each batch whose whole answer is kept for the report."""
+Arrays = dict[str, np.ndarray[Any, Any]]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One line of the evaluation: a codec or baseline at one rate and seed.
+
+    `kind` is a key of ARM_KINDS. `quality` is set for an image codec, `exit_confidence` for an arm
+    with early exit. `stage` is the planned stage whose checkpoint the arm measures, "" for a
+    teacher with given weights.
+    """
+
+    name: str
+    kind: str
+    rate_weight: float | None
+    seed: int
+    stage: str
+    quality: int | None = None
+    exit_confidence: float | None = None
+
+    @property
+    def trains(self) -> str:
+        """The kind of the stage that trains for this arm; "" if it uses the weights of another."""
+        return self.stage.partition("/")[0] if self.stage == self.name else ""
+
+    @property
+    def suffix(self) -> str:
+        """The name of the arm without the kind of its stage."""
+        return self.name.partition("/")[2]
+
+
+@dataclass(frozen=True)
+class ArmSource:
+    """An arm and the folder of its weights.
+
+    `folder` is that of a stage or a model, None for a teacher with given weights. `quality` is set
+    for an image codec; `exit_confidence` goes to `ClientCodec.encode`.
+    """
+
+    name: str
+    kind: str
+    folder: str | None
+    quality: int | None = None
+    exit_confidence: float | None = None
+
+
+def plan_arms(settings: Settings) -> Iterator[Arm]:
+    """Yields the arms that `evaluate` measures, the main arm first. The settings are validated."""
+    evaluate, main_rate = settings.evaluate, settings.stage2.rate_weight
+    seeds = (settings.seed, *evaluate.seeds)
+    rates = evaluate.baseline_rate_weights
+    rates = (main_rate,) if rates is None else rates
+    asked = [ARM_KINDS[name] for name in ARM_KINDS if name in evaluate.baselines]
+
+    def named(kind: str, rate: float, seed: int) -> str:
+        own = ARM_KINDS[kind].measures == "own"
+        parts = [
+            *([kind] if own and kind != "mantis" else []),
+            *([f"rate-{rate!r}"] if rate != main_rate else []),
+            *([f"seed-{seed}"] if seed != settings.seed else []),
+        ]
+        first = "stage2" if own else kind
+        return f"{first}/{'-'.join(parts)}" if parts else first
+
+    def arm(kind: str, rate: float, seed: int, exits: float | None = None) -> Arm:
+        measures = ARM_KINDS[kind].measures
+        whose = kind if measures == "own" else measures
+        return Arm(
+            named(kind, rate, seed),
+            kind,
+            rate,
+            seed,
+            named(whose, rate, seed),
+            exit_confidence=exits,
+        )
+
+    for seed in seeds:
+        for rate in (main_rate, *evaluate.rate_weights):
+            yield arm("mantis", rate, seed)
+            if rate in evaluate.early_exit:
+                yield arm("early_exit", rate, seed, evaluate.early_exit[rate])
+    for seed in seeds:
+        for rate in rates:
+            for kind in asked:
+                if kind.measures == "own":
+                    yield arm(kind.name, rate, seed)
+            if "none" in evaluate.baselines and rate in evaluate.early_exit:
+                yield arm("none_exit", rate, seed, evaluate.early_exit[rate])
+            for kind in asked:
+                if kind.measures in ("mantis", "none"):
+                    yield arm(kind.name, rate, seed)
+        for kind in asked:
+            if kind.measures == "individual":
+                name = named(kind.name, main_rate, seed)
+                yield Arm(name, kind.name, None, seed, name)
+    yield from _of_the_teacher(settings, asked)
+
+
+def _of_the_teacher(settings: Settings, asked: list[ArmKind]) -> Iterator[Arm]:
+    """Yields the arms of the teacher, with and without image codecs, for the main seed alone."""
+    evaluate, seed = settings.evaluate, settings.seed
+    teacher = "teacher" if settings.teacher.weights == "train" else ""
+    for codec, qualities in evaluate.codecs.items():
+        tuned = codec + TUNED
+        for quality in qualities:
+            end = f"quality-{quality}"
+            yield Arm(f"{codec}/{end}", codec, None, seed, teacher, quality)
+            if evaluate.codec_teachers:
+                stage = f"codec_teacher/{codec}"
+                yield Arm(f"{tuned}/{end}", tuned, None, seed, stage, quality)
+    for kind in asked:
+        if kind.measures == "teacher":
+            yield Arm(kind.name, kind.name, None, seed, teacher)
+
+
+def arm_settings(settings: Settings, arm: Arm) -> Settings:
+    """Returns the settings of the stage that an arm trains, without its section `evaluate`."""
+    from pipelines.settings.reading import with_overrides
+    from pipelines.settings.sections import EvaluateConfig
+
+    overrides = [f"seed={arm.seed}", *ARM_KINDS[arm.kind].overrides]
+    if arm.rate_weight is not None:
+        overrides.append(f"stage2.rate_weight={arm.rate_weight!r}")
+    if arm.stage.startswith("codec_teacher/"):
+        codec = arm.kind.removesuffix(TUNED)
+        qualities = list(settings.evaluate.codecs[codec])
+        overrides += [f"codec_teacher.codec={codec}", f"codec_teacher.qualities={qualities}"]
+    alone = settings.model_copy(update={"evaluate": EvaluateConfig()})
+    return with_overrides(alone, overrides)

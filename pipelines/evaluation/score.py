@@ -1,0 +1,67 @@
+"""Measures a registered model or a checkpoint folder on other images."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from data_prep.config import DataConfig
+from data_prep.errors import DataError
+from pipelines.evaluation.arms import SPLIT, ArmSource
+from pipelines.evaluation.split_pass import arm_figures, evaluate_split
+
+if TYPE_CHECKING:
+    from pipelines.settings.sections import Settings
+
+
+def evaluate_model(model_folder: Path, data_path: str, settings: Settings) -> dict[str, Any]:
+    """Measures a model on other images, prepared in the same way as its training images.
+
+    `data_path` is a Parquet file, or a folder with one folder of images for each class. Returns
+    {"rows", "rejected", "unassigned", "metrics"}. Raises DataError if the data has none of the
+    model's classes.
+    """
+    from data_prep.finding import source_for_path
+    from data_prep.manifest import Task, TaskTable
+    from data_prep.prepare.shards import prepare
+    from mantis_core.codec.checkpoint import load_model
+    from mantis_core.folders import read_meta
+
+    preparation = read_meta(model_folder)["preparation"]
+    model = load_model(model_folder)
+    table = TaskTable(
+        tasks=tuple(
+            Task(t.name, t.kind, t.labels, t.classes, t.num_classes) for t in model.spec.tasks
+        ),
+        classes=model.spec.classes,
+        class_names=model.spec.class_names,
+        masks=tuple(preparation["masks"]),
+        ignored=tuple(tuple(values) for values in preparation["ignored"]),
+    )
+    source = source_for_path(data_path, DataConfig.model_validate(preparation["data"]))
+    whole = {"sources": [source.model_dump()], "val_rows": None}
+    data = DataConfig.model_validate({**preparation["data"], **whole})
+    with tempfile.TemporaryDirectory(prefix="mantis-score-") as folder:
+        manifest = prepare(
+            data, table, seed=preparation["seed"], output=folder, splits=(SPLIT,), progress=None
+        )
+        if not manifest.splits[SPLIT].rows:
+            raise DataError(
+                f"{data_path} has no image of this model's classes "
+                f"({', '.join(model.spec.classes[:3])}, ...): give images of the same classes"
+            )
+        sources = [ArmSource("model", "mantis", str(model_folder))]
+        done = evaluate_split(
+            folder,
+            manifest,
+            data.reading,
+            sources,
+            settings=settings,
+        )
+        return {
+            "rows": manifest.splits[SPLIT].rows,
+            "rejected": manifest.rejected,
+            "unassigned": manifest.unassigned.get(SPLIT, 0),
+            "metrics": arm_figures(done, "model")["metrics"],
+        }

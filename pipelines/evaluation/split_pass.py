@@ -1,0 +1,193 @@
+"""Runs all arms over the evaluation split in one pass, on Ray Data or in this process.
+
+`ArmActor` runs in Ray Data actors and returns one row for each image and arm. This file collects
+the rows, checks their number and computes figures. It writes no file.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from data_prep.manifest import Manifest
+from data_prep.read.batches import eval_rows, local_batches
+from data_prep.reading import ReadingConfig
+from mantis_core.measure.metrics import ImageRecords, detection_curve, detector_confusion, figures
+from mantis_core.tasks import TaskSpec
+from pipelines.evaluation.arms import SPLIT, ArmSource, Arrays
+from pipelines.training.problem import tasks_of
+
+if TYPE_CHECKING:
+    from pipelines.settings.sections import Settings
+
+
+class EvaluationError(RuntimeError):
+    """Raised if the evaluation lost or repeated rows. No figures are written."""
+
+
+class ArmActor:
+    """The Ray Data actor around an `ArmEvaluator`. Only the actor imports its libraries."""
+
+    def __init__(self, **arguments: Any) -> None:
+        from pipelines.evaluation.answers import ArmEvaluator
+
+        self.evaluator = ArmEvaluator(**arguments)
+
+    def __call__(self, batch: Arrays) -> Arrays:
+        return self.evaluator(batch)
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """The result of one pass over a split: the columns of each arm's answers, in row order."""
+
+    answers: dict[str, Arrays]
+    tasks: tuple[TaskSpec, ...]
+    single_class: bool
+    image_size: tuple[int, int]
+
+
+def evaluate_split(
+    folder: str,
+    manifest: Manifest,
+    reading: ReadingConfig,
+    sources: Sequence[ArmSource],
+    *,
+    settings: Settings,
+    on_rows: Any = None,
+) -> Evaluated:
+    """Runs all arms over the split with Ray Data.
+
+    `on_rows` receives the rows done so far and the rows in all. Raises EvaluationError if a row is
+    missing or repeated.
+    """
+    import ray
+
+    rows, batch_size = manifest.split(SPLIT).rows, settings.evaluate.batch_size
+    gpus = settings.cluster.gpus_per_worker
+    free = ray.cluster_resources().get("GPU" if gpus else "CPU", 1.0)
+    room = int(
+        free if gpus else free - 1
+    )  # with actors on every CPU none would be left to read rows
+    wanted = settings.cluster.evaluation_actors or room
+    actors = max(1, min(wanted, room, -(-rows // batch_size)))
+    dataset = eval_rows(folder, manifest, reading, SPLIT).map_batches(
+        ArmActor,
+        fn_constructor_kwargs={
+            **_actor_arguments(manifest, sources, settings),
+            "threads": max(1, len(os.sched_getaffinity(0)) // actors),
+        },
+        batch_size=batch_size,
+        batch_format="numpy",
+        compute=ray.data.ActorPoolStrategy(size=actors),
+        num_cpus=1,
+        num_gpus=gpus or None,
+    )
+    parts: list[Arrays] = []
+    seen = 0
+    for batch in dataset.iter_batches(batch_size=None, batch_format="numpy"):
+        parts.append(batch)
+        seen += len(batch["arm"])
+        if on_rows is not None:
+            on_rows(seen // max(1, len(sources)), rows)
+    return collected(parts, sources, manifest)
+
+
+def evaluate_locally(
+    folder: str,
+    manifest: Manifest,
+    reading: ReadingConfig,
+    sources: Sequence[ArmSource],
+    *,
+    settings: Settings,
+    threads: int,
+) -> Evaluated:
+    """Does the same in this process, without Ray, with `threads` threads of torch."""
+    actor = ArmActor(**_actor_arguments(manifest, sources, settings), threads=threads)
+    size = settings.evaluate.batch_size
+    batches = local_batches(folder, manifest, reading, split=SPLIT, global_batch=size)
+    return collected([actor(batch) for batch in batches], sources, manifest)
+
+
+def _actor_arguments(
+    manifest: Manifest, sources: Sequence[ArmSource], settings: Settings
+) -> dict[str, Any]:
+    """Returns the arguments of an ArmActor without `threads`, as plain picklable values."""
+    return {
+        "sources": [asdict(source) for source in sources],
+        "settings": settings.model_dump(mode="json"),
+        "manifest": manifest.model_dump(mode="json"),
+        "batch_size": settings.evaluate.batch_size,
+    }
+
+
+def collected(
+    parts: Sequence[Arrays], sources: Sequence[ArmSource], manifest: Manifest
+) -> Evaluated:
+    """Returns the answers of all batches by arm.
+
+    Raises EvaluationError if a row is missing or repeated.
+    """
+    rows = manifest.split(SPLIT).rows
+    found = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    answers = {}
+    for number, source in enumerate(sources):
+        own = np.flatnonzero(found["arm"] == number)
+        own = own[np.argsort(found["row_id"][own], kind="stable")]
+        ids = found["row_id"][own]
+        if len(ids) != rows or len(np.unique(ids)) != rows:
+            raise EvaluationError(
+                f"{source.name}: {len(ids)} answers ({len(np.unique(ids))} different rows) for the "
+                f"{rows} rows of {SPLIT}; run the evaluation again"
+            )
+        answers[source.name] = {name: values[own] for name, values in found.items()}
+    return Evaluated(answers, tasks_of(manifest), manifest.single_class, manifest.image_size)
+
+
+def arm_figures(done: Evaluated, name: str) -> dict[str, Any]:
+    """Returns an arm's `metrics`, `detector_confusion` and `detection_curve`.
+
+    The confusion is None for an arm without detector. The curve is None for an arm that does not
+    rank tasks; a teacher with flat classes does.
+    """
+    own = done.answers[name]
+    records = to_records(own, done.tasks)
+    height, width = done.image_size
+    metrics = figures(records, done.tasks, single_class=done.single_class, pixels=height * width)
+    confusion = None
+    if records.probabilities is not None:
+        confusion = detector_confusion(records.probabilities, records.task_mask)
+    ranks = own["probabilities"][0, 0] >= 0 and records.task_mask.any()
+    curve = detection_curve(own["probabilities"], records.task_mask) if ranks else None
+    return {"metrics": metrics, "detector_confusion": confusion, "detection_curve": curve}
+
+
+def to_records(own: Arrays, tasks: Sequence[TaskSpec]) -> ImageRecords:
+    """Returns an arm's columns as records. Columns of -1 become None."""
+    sends = own["wire_bytes"][0] >= 0
+    detects = sends and own["probabilities"][0, 0] >= 0
+    confusion = {
+        task.name: own[f"confusion/{task.name}"]
+        .sum(axis=0)
+        .reshape(task.num_classes, task.num_classes + 1)
+        for task in tasks
+        if not task.is_classification
+    }
+    return ImageRecords(
+        class_label=own["class_label"],
+        labels=own["labels"],
+        task_mask=own["task_mask"].astype(bool),
+        class_index=own["class_index"],
+        predicted=own["predicted"],
+        decoded=own["decoded"].astype(bool),
+        probabilities=own["probabilities"] if detects else None,
+        wire_bytes=own["wire_bytes"] if sends else None,
+        payload_bytes=own["payload_bytes"] if sends else None,
+        estimated_bits=own["estimated_bits"] if (own["estimated_bits"] >= 0).all() else None,
+        answered=own["answered"].astype(bool) if sends else None,
+        confusion=confusion,
+    )

@@ -1,0 +1,119 @@
+"""Computes the points of each kind of arm over size and draws them. Knows no page and no file.
+
+Colours follow Okabe and Ito, so colour-blind readers can distinguish them. Markers differ as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import log10
+from statistics import fmean
+from typing import Any
+
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter
+
+from pipelines.settings.arms import ARM_KINDS
+
+Arms = Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True, order=True)
+class Point:
+    """The means of bytes and per cent of one kind at one rate. `seeds` has those of each seed."""
+
+    size: float
+    value: float
+    seeds: tuple[tuple[float, float], ...]
+
+
+def curves(arms: Arms, metric: str) -> dict[str, list[Point]]:
+    """Returns the points of each kind that has the metric, by rising size.
+
+    A point belongs to one rate weight or quality. Its size is 0 for a kind that sends nothing.
+    """
+    found: dict[str, dict[Any, list[tuple[float, float]]]] = {kind: {} for kind in ARM_KINDS}
+    for arm in arms:
+        metrics, kind = arm["metrics"], arm["kind"]
+        size = metrics.get("val/wire_bytes") if ARM_KINDS[kind].sends else 0.0
+        if metric in metrics and size is not None:
+            seeds = found[kind].setdefault((arm["rate_weight"], arm["quality"]), [])
+            seeds.append((size, 100 * metrics[metric]))
+    return {
+        kind: sorted(
+            Point(fmean(x for x, _ in seeds), fmean(y for _, y in seeds), tuple(seeds))
+            for seeds in rates.values()
+        )
+        for kind, rates in found.items()
+        if rates
+    }
+
+
+def stroke(kind: str, *, scale: float = 1.0) -> dict[str, Any]:
+    """Returns the line and marker of a kind. The gid becomes the classes of an SVG group."""
+    look, main = ARM_KINDS[kind].look, kind == "mantis"
+    return {
+        "gid": f"mark kind-{kind}" + " hollow" * look.hollow,
+        "color": look.colour,
+        "linestyle": (0, look.dash) if look.dash else "solid",
+        "linewidth": scale * (2.6 if main else 1.6),
+        "marker": look.marker,
+        "markerfacecolor": "none" if look.hollow else look.colour,
+        "markersize": scale * (10 if look.marker == "*" else 7),
+        "markeredgewidth": scale * 1.4,
+        "zorder": 4 if main else 3,
+    }
+
+
+def draw_arms(axes: Axes, arms: Arms, metric: str, *, scale: float = 1.0) -> None:
+    """Draws the curves of one metric.
+
+    Single seeds are faint marks. A kind that sends nothing is a horizontal line.
+    """
+    axes.set_xscale("log")
+    for kind, points in curves(arms, metric).items():
+        if not ARM_KINDS[kind].sends:
+            axes.axhline(points[0].value, **{**stroke(kind, scale=scale), "zorder": 1})
+            continue
+        sizes, values = [point.size for point in points], [point.value for point in points]
+        axes.plot(sizes, values, **stroke(kind, scale=scale))
+        seeds = [seed for point in points if len(point.seeds) > 1 for seed in point.seeds]
+        if seeds:
+            faint = {"linestyle": "none", "alpha": 0.4, "zorder": 2}
+            axes.plot(*zip(*seeds, strict=True), **{**stroke(kind, scale=scale / 2), **faint})
+
+
+def scale_axes(axes: Axes, *, labels: int) -> None:
+    """Sets ticks and limits. The axes span at least a factor of 4 and 10 points of accuracy.
+
+    With less, noise would look like a steep curve.
+    """
+    low, high = axes.get_xlim()
+    widen = max(1.0, 4 * low / high) ** 0.5
+    axes.set_xlim(low / widen, high * widen)
+    low, high = axes.get_ylim()
+    middle, half = (low + high) / 2, max(5.0, (high - low) / 2)
+    axes.set_ylim(max(0.0, middle - half), min(102.0, middle + half))
+    axes.yaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))
+    log_ticks(axes, labels=labels)
+
+
+def log_ticks(axes: Axes, *, labels: int) -> None:
+    """Puts at most about `labels` ticks on the log x axis: steps of 1, 2, 5, or 1, 3, or 10."""
+    low, high = axes.get_xlim()
+    decades = log10(high / low)
+    steps = next((s for s in ((1, 2, 5), (1, 3)) if len(s) * decades <= labels), (1,))
+    axes.xaxis.set_major_locator(LogLocator(subs=steps))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+
+
+def add_key(parent: Figure | Axes, marks: Sequence[Artist], **where: Any) -> None:
+    """Adds a key with the labels of `marks`, by default below all axes of a figure."""
+    key = parent.legend(handles=marks, **{"loc": "outside lower left", **where})
+    copies = [handle for handle in key.legend_handles if handle is not None]
+    for mark, copy in zip(marks, copies, strict=True):
+        copy.set_gid(mark.get_gid())

@@ -1,0 +1,89 @@
+"""Fills the HTML page of a report with values and figures. The text is in its template."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from scipy.stats import binomtest
+
+from pipelines.report import figures
+from pipelines.report.marks import curves
+from pipelines.settings.arms import ARM_KINDS
+
+TABLE = {  # column -> metric, factor, decimals
+    "top-1 %": ("val/top1", 100, 1),
+    "wire bytes": ("val/wire_bytes", 1, 1),
+    "payload bytes": ("val/payload_bytes", 1, 1),
+    "bits / pixel": ("val/bpp", 1, 4),
+    "mask exact %": ("val/detection/exact_match", 100, 1),
+    "coverage %": ("val/detection/coverage", 100, 1),
+    "tasks sent": ("val/detection/active_tasks", 1, 2),
+}
+DASH = "\N{EN DASH}"
+
+
+def render(template: str, **values: Any) -> str:
+    """Returns a template of this folder with all values escaped."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+    )
+    environment.filters.update(percent=_percent, signed=_signed)
+    return environment.get_template(template).render(arm_kinds=ARM_KINDS, **values)
+
+
+def report_page(evaluation: Mapping[str, Any], title: str) -> str:
+    """Returns the page. Its tables show the first arm of kind `mantis`."""
+    arms, tasks = evaluation["arms"], evaluation["tasks"]
+    main = next(arm for arm in arms if arm["kind"] == "mantis")
+    metrics, kinds = main["metrics"], list(dict.fromkeys(arm["kind"] for arm in arms))
+    sizes = {task["name"]: metrics.get(f"val/task/{task['name']}/wire_bytes") for task in tasks}
+    shown = sorted(
+        (arm for arm in arms if arm["metrics"]),
+        key=lambda arm: (kinds.index(arm["kind"]), arm["metrics"].get("val/wire_bytes", 0.0)),
+    )
+    return render(
+        "report.html.jinja",
+        title=title,
+        evaluation=evaluation,
+        tasks=tasks,
+        main=main,
+        metrics=metrics,
+        kinds=kinds,
+        notes=list(dict.fromkeys(filter(None, (ARM_KINDS[kind].note for kind in kinds)))),
+        seeds={arm["seed"] for arm in arms if arm["kind"] == "mantis"},
+        interval=_interval(evaluation, main),
+        curves=curves(arms, "val/top1"),
+        curve_figure=figures.to_svg(figures.rd_figure(arms), "curve"),
+        task_figure=figures.to_svg(figures.task_figure(arms, tasks), "tasks"),
+        detection_figure=figures.ranking_arms(arms)
+        and figures.to_svg(figures.detection_figure(arms), "detection"),
+        task_metric=figures.task_metric,
+        sizes={name: size for name, size in sizes.items() if size is not None},
+        masks=[task["name"] for task in tasks if task["kind"] == "segmentation"],
+        table=TABLE,
+        shown=shown,
+    )
+
+
+def _percent(value: float | None) -> str:
+    return DASH if value is None else f"{100 * value:.1f}"
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.1f}".replace("-", "\N{MINUS SIGN}")
+
+
+def _interval(evaluation: Mapping[str, Any], main: Mapping[str, Any]) -> str:
+    """Returns the 95 % interval of top-1 as text.
+
+    It is empty for images with several labels: their pairs are not independent samples.
+    """
+    rows, top1 = evaluation["rows"], main["metrics"].get("val/top1")
+    if not evaluation["single_class"] or not rows or top1 is None:
+        return ""
+    found = binomtest(round(top1 * rows), rows).proportion_ci(method="wilson")
+    return f" (95\N{NO-BREAK SPACE}% interval {_percent(found.low)} to {_percent(found.high)})"

@@ -1,0 +1,198 @@
+"""Every kind of arm: what it measures, which setting requests it, its label and look. Plain data.
+
+An arm is one line of an evaluation. A new kind is one record in `ARM_KINDS`. If it needs code of
+its own to answer, that is one function in `pipelines/evaluation/answers.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+TUNED = "_tuned"
+"""The suffix of kinds whose teacher was fine-tuned on the images of their image codec."""
+
+
+@dataclass(frozen=True)
+class Look:
+    """How an arm is drawn: `colour` on a white page, `dark` on a dark one.
+
+    An arm that sends nothing has a `dash` pattern: it is drawn as a horizontal line.
+    """
+
+    colour: str
+    dark: str
+    marker: str
+    hollow: bool = False
+    dash: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class ArmKind:
+    """One kind of arm.
+
+    `measures` names the stage whose weights it uses. `own` is a stage 2 trained with `overrides`.
+    `mantis` and `none` are the stage 2 of that kind at the same rate and seed. Any other value is
+    the stage of that name. `asked_by` is the field of `evaluate` that requests the arm; an arm with
+    "" is always measured. `answers` names the function of `evaluation.answers` that runs it, and
+    `loads` the kind of model it loads. `note` explains the arm in the report.
+    """
+
+    name: str
+    label: str
+    look: Look
+    measures: Literal["own", "mantis", "none", "individual", "teacher", "codec_teacher"]
+    asked_by: Literal["", "baselines", "early_exit", "codecs", "codec_teachers"] = "baselines"
+    answers: Literal["codec", "oracle", "student", "per_task", "individual", "teacher"] = "codec"
+    loads: Literal["codec", "per_task", "individual", "teacher"] = "codec"
+    overrides: tuple[str, ...] = ()
+    note: str = ""
+
+    @property
+    def sends(self) -> bool:
+        """Returns whether the arm sends bytes. If not, it is drawn as a horizontal line."""
+        return not self.look.dash
+
+
+def _image_codec(name: str, label: str, colour: str, dark: str, marker: str) -> tuple[ArmKind, ...]:
+    """Returns two kinds: the codec with the plain teacher, and with a teacher fine-tuned on it."""
+    files = (
+        "Image codecs: whole files as Pillow writes them, in front of the uncompressed teacher. "
+        "Payload bytes leave out container headers."
+    )
+    tuned = (
+        "Tuned teachers: the teacher fine-tuned on the decoded images of its codec, at all the "
+        "qualities shown."
+    )
+    return (
+        ArmKind(
+            name,
+            f"{label}, then the teacher",
+            Look(colour, dark, marker),
+            measures="teacher",
+            asked_by="codecs",
+            answers="teacher",
+            loads="teacher",
+            note=files,
+        ),
+        ArmKind(
+            name + TUNED,
+            f"{label}, then a teacher tuned on it",
+            Look(colour, dark, marker, hollow=True),
+            measures="codec_teacher",
+            asked_by="codec_teachers",
+            answers="teacher",
+            loads="teacher",
+            note=tuned,
+        ),
+    )
+
+
+ARM_KINDS: dict[str, ArmKind] = {
+    kind.name: kind
+    for kind in (
+        ArmKind(
+            "mantis",
+            "MANTiS",
+            Look("#0072B2", "#56B4E9", "o"),
+            measures="own",
+            asked_by="",
+        ),
+        ArmKind(
+            "early_exit",
+            "MANTiS, early exit",
+            Look("#0B3C8C", "#8FB4FF", "*"),
+            measures="mantis",
+            asked_by="early_exit",
+        ),
+        ArmKind(
+            "none",
+            "no conditioning",
+            Look("#D55E00", "#F08A4B", "s"),
+            measures="own",
+            overrides=("model.conditioning.kind=none", "model.prior=shared"),
+            note="No conditioning: the same architecture and schedule, without FiLM and with one "
+            "prior for all tasks.",
+        ),
+        ArmKind(
+            "none_exit",
+            "no conditioning, early exit",
+            Look("#9C4400", "#FFB27F", "s", hollow=True),
+            measures="none",
+            asked_by="early_exit",
+        ),
+        ArmKind(
+            "none_prior",
+            "no conditioning, task prior",
+            Look("#A87B00", "#E8C14F", "P"),
+            measures="own",
+            overrides=("model.conditioning.kind=none",),
+        ),
+        ArmKind(  # Matsubara et al., WACV 2022
+            "student",
+            "entropic student",
+            Look("#A23B3B", "#E88A8A", "<"),
+            measures="own",
+            answers="student",
+            overrides=(
+                "model.conditioning.kind=none",
+                "model.prior=shared",
+                "model.single_task=true",
+            ),
+            note="Entropic student: the same client and schedule with a single task of all "
+            "classes. It detects and sends no tasks.",
+        ),
+        ArmKind(
+            "oracle",
+            "oracle tasks",
+            Look("#009E73", "#2FC99B", "^", hollow=True),
+            measures="mantis",
+            answers="oracle",
+            note="Oracle tasks: the same model, given the true tasks of each image.",
+        ),
+        ArmKind(
+            "per_task",
+            "individual codecs, the task known",
+            Look("#3A3A3A", "#D5DADE", "d", hollow=True),
+            measures="own",
+            answers="per_task",
+            loads="per_task",
+            overrides=(
+                "model.conditioning.kind=none",
+                "model.prior=shared",
+                "model.per_task=true",
+            ),
+            note="Individual codecs: one for each task, trained on the images of that task alone. "
+            "The task is known. An image of several tasks is sent once for each.",
+        ),
+        ArmKind(
+            "individual",
+            "individual models, uncompressed",
+            Look("#B5568B", "#E29AC2", "D", dash=(1, 2)),
+            measures="individual",
+            answers="individual",
+            loads="individual",
+        ),
+        ArmKind(
+            "teacher",
+            "teacher, uncompressed",
+            Look("#6B6B6B", "#A9B2BA", "v", dash=(3.5, 2)),
+            measures="teacher",
+            answers="teacher",
+            loads="teacher",
+        ),
+        *_image_codec("jpeg", "JPEG", "#8A6D5B", "#C9A993", "X"),
+        *_image_codec("webp", "WebP", "#7A5FB0", "#B7A3E6", "p"),
+        *_image_codec("avif", "AVIF", "#4F7F86", "#8FC1C8", "h"),
+    )
+}
+
+
+def baselines() -> tuple[str, ...]:
+    """Returns the kinds that `evaluate.baselines` may name."""
+    return tuple(name for name, kind in ARM_KINDS.items() if kind.asked_by == "baselines")
+
+
+def image_codecs() -> tuple[str, ...]:
+    """Returns the kinds that `evaluate.codecs` may name."""
+    return tuple(name for name, kind in ARM_KINDS.items() if kind.asked_by == "codecs")

@@ -1,0 +1,88 @@
+"""The stages of baselines with a training of their own: `individual` and `codec_teacher`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
+
+from pipelines.evaluation.arms import arm_settings
+from pipelines.stages.spec import READER, Inputs, Stage
+from pipelines.stages.teacher import given_weights
+from pipelines.stages.train import run
+
+if TYPE_CHECKING:
+    from mantis_core.config import TrainingConfig
+    from mantis_core.tasks import Problem
+    from mantis_core.training.recipe import Recipe
+    from pipelines.settings.sections import Settings
+
+
+def individual_arms(settings: Settings, inputs: Inputs) -> Iterator[tuple[str, Settings]]:
+    """Yields one stage for each seed if `evaluate.baselines` names `individual`."""
+    for arm in inputs.arms:
+        if arm.trains == "individual":
+            yield arm.suffix, arm_settings(settings, arm)
+
+
+def individual_section(settings: Settings) -> TrainingConfig:
+    """Returns the section with the epochs and optimiser of the networks."""
+    return settings.individual
+
+
+def individual_recipe(settings: Settings, problem: Problem, upstream: Mapping[str, str]) -> Recipe:
+    """Builds one uncompressed network for each task."""
+    from mantis_core.baselines import uncompressed
+    from pipelines.training.weights import load_teacher
+
+    teacher = load_teacher(settings, problem, upstream.get("teacher"))
+    return uncompressed.individual_recipe(teacher, problem, seed=settings.seed)
+
+
+def codec_arms(settings: Settings, inputs: Inputs) -> Iterator[tuple[str, Settings]]:
+    """Yields one stage for each image codec with a fine-tuned teacher. Its qualities share it."""
+    seen: set[str] = set()
+    for arm in inputs.arms:
+        stage, _, codec = arm.stage.partition("/")
+        if stage == "codec_teacher" and codec not in seen:
+            seen.add(codec)
+            yield codec, arm_settings(settings, arm)
+
+
+def codec_section(settings: Settings) -> TrainingConfig:
+    """Returns the section with the epochs and optimiser of the fine-tuning."""
+    return settings.codec_teacher
+
+
+def codec_recipe(settings: Settings, problem: Problem, upstream: Mapping[str, str]) -> Recipe:
+    """Builds the teacher that is fine-tuned on the decoded images of an image codec."""
+    from mantis_core.baselines import uncompressed
+    from pipelines.training.weights import load_teacher
+
+    teacher = load_teacher(settings, problem, upstream.get("teacher"))
+    return uncompressed.codec_teacher_recipe(settings.codec_teacher, teacher)
+
+
+CODE = ("pipelines.stages.baselines", "pipelines.training.worker")
+
+INDIVIDUAL = Stage(
+    name="individual",
+    planned=individual_arms,
+    after=("prepare", "teacher"),
+    reads=("seed", *READER, "teacher.name", "teacher.split", "individual"),
+    identities=given_weights,
+    code=CODE,
+    section=individual_section,
+    recipe=individual_recipe,
+    run=run,
+)
+CODEC_TEACHER = Stage(
+    name="codec_teacher",
+    planned=codec_arms,
+    after=("prepare", "teacher"),
+    reads=("seed", *READER, "teacher.name", "teacher.split", "codec_teacher"),
+    identities=given_weights,
+    code=CODE,
+    section=codec_section,
+    recipe=codec_recipe,
+    run=run,
+)

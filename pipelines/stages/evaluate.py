@@ -1,0 +1,202 @@
+"""Stage `evaluate`: measures every arm and writes answers, figures and the report.
+
+`pipelines/evaluation` encodes and decodes the images. The results are evaluation.json and
+predictions.parquet in the stage's folder.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pipelines.evaluation.arms import EXAMPLES, SPLIT, Arm, ArmSource
+from pipelines.settings.arms import ARM_KINDS
+from pipelines.stages.spec import Inputs, Stage, StageContext, StageSpec
+
+if TYPE_CHECKING:
+    from data_prep.manifest import Manifest
+    from data_prep.reading import ReadingConfig
+    from pipelines.evaluation.split_pass import Evaluated
+    from pipelines.settings.sections import Settings
+    from pipelines.storage import Store
+
+
+def identities(settings: Settings, inputs: Inputs) -> dict[str, Any]:
+    """Returns the arms that are measured."""
+    return {"arms": [asdict(arm) for arm in inputs.arms]}
+
+
+def run(spec: StageSpec, context: StageContext) -> dict[str, Any]:
+    """Measures every planned arm with Ray Data. Returns the figures of the main arm."""
+    from data_prep.manifest import read_manifest
+    from pipelines.evaluation.split_pass import evaluate_split
+
+    done = evaluate_split(
+        context.manifest_folder,
+        read_manifest(context.manifest_folder),
+        spec.settings.data.reading,
+        arm_sources(spec.arms, context.specs),
+        settings=spec.settings,
+        on_rows=lambda rows, total: context.console.progress(
+            spec.name, {"step": rows, "steps": total}
+        ),
+    )
+    return write_evaluation(spec, context.specs, context.store, context.manifest_folder, done)
+
+
+def arm_sources(arms: Sequence[Arm], specs: Mapping[str, StageSpec]) -> list[ArmSource]:
+    """Returns each arm with the folder of the stage it measures."""
+    return [
+        ArmSource(
+            name=arm.name,
+            kind=arm.kind,
+            folder=specs[arm.stage].folder if arm.stage else None,
+            quality=arm.quality,
+            exit_confidence=arm.exit_confidence,
+        )
+        for arm in arms
+    ]
+
+
+def write_evaluation(
+    spec: StageSpec,
+    specs: Mapping[str, StageSpec],
+    store: Store,
+    prepared: str,
+    done: Evaluated,
+) -> dict[str, Any]:
+    """Writes evaluation.json, predictions.parquet and the report. Returns the stage's result."""
+    from data_prep.manifest import read_manifest
+    from pipelines.evaluation.split_pass import arm_figures
+
+    manifest = read_manifest(prepared)
+    arms = []
+    for arm in spec.arms:
+        record = {
+            "name": arm.name,
+            "label": ARM_KINDS[arm.kind].label,
+            "kind": arm.kind,
+            "rate_weight": arm.rate_weight,
+            "quality": arm.quality,
+            "exit_confidence": arm.exit_confidence,
+            "seed": arm.seed,
+            "stage_key": specs[arm.stage].key if arm.stage else "",
+        }
+        arms.append({**record, **arm_figures(done, arm.name)})
+    main = arms[0]
+    evaluation = {
+        "split": SPLIT,
+        "rows": manifest.split(SPLIT).rows,
+        "image_size": list(manifest.image_size),
+        "tasks": [
+            {"name": task.name, "kind": task.kind, "labels": list(task.labels)}
+            for task in done.tasks
+        ],
+        "single_class": manifest.single_class,
+        "arms": arms,
+        "examples": examples(prepared, manifest, spec.settings.data.reading, done, main["name"]),
+    }
+    store.write_bytes(f"{spec.folder}/predictions.parquet", _parquet(done))
+    store.write_json(f"{spec.folder}/evaluation.json", evaluation)
+    add_report(spec.folder, store)
+    metrics = main["metrics"]
+    shown = [
+        f"{name.removeprefix('val/')} {metrics[name]:.4g}"
+        for name in ("val/top1", "val/wire_bytes", "val/bpp")
+        if name in metrics
+    ]
+    return {"metrics": metrics, "arms": len(arms), "summary": ", ".join(shown)}
+
+
+def add_report(folder: str, store: Store) -> None:
+    """Writes the report beside evaluation.json."""
+    from pipelines.report.report import write_report
+
+    with tempfile.TemporaryDirectory() as made:
+        write_report(store.read_json(f"{folder}/evaluation.json"), Path(made))
+        store.upload_folder(made, f"{folder}/report")
+
+
+def examples(
+    folder: str, manifest: Manifest, reading: ReadingConfig, done: Evaluated, arm: str
+) -> list[dict[str, Any]]:
+    """Returns the first images of the split with their labels and the arm's answers."""
+    from data_prep.read.batches import local_batches
+
+    rows = next(local_batches(folder, manifest, reading, split=SPLIT, global_batch=EXAMPLES))
+    own = done.answers[arm]
+    place = {row_id: index for index, row_id in enumerate(own["row_id"].tolist())}
+    shown = []
+    for index, row_id in enumerate(rows["row_id"].tolist()):
+        answer = json.loads(own["answer"][place[row_id]])
+        truth = {
+            task.name: task.labels[int(rows["labels"][index, k])] if task.labels else ""
+            for k, task in enumerate(done.tasks)
+            if task.is_classification and rows["task_mask"][index, k]
+        }
+        truth |= {
+            task.name: "mask"
+            for k, task in enumerate(done.tasks)
+            if not task.is_classification and rows["task_mask"][index, k]
+        }
+        decoded = {**answer["label_names"], **{name: "mask" for name in answer["segmentation"]}}
+        shown.append(
+            {
+                "arm": arm,
+                "jpeg_base64": _jpeg(rows["image"][index]),
+                "wire_bytes": int(own["wire_bytes"][place[row_id]]),
+                "true": truth,
+                "answer": decoded,
+                "class": answer["class_name"],
+            }
+        )
+    return shown
+
+
+def _jpeg(image: np.ndarray[Any, Any]) -> str:
+    from PIL import Image
+
+    stream = io.BytesIO()
+    Image.fromarray(image.transpose(1, 2, 0)).save(stream, "JPEG", quality=90)
+    return base64.b64encode(stream.getvalue()).decode()
+
+
+def _parquet(done: Evaluated) -> bytes:
+    """Returns the answers of all arms as one Parquet file, with one row for each arm and image."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    parts = []
+    for name, own in done.answers.items():
+        columns = {
+            key: pa.array(list(values) if values.ndim > 1 else values)
+            for key, values in own.items()
+            if key not in ("arm", "answer")
+        }
+        parts.append(pa.table({"arm": pa.array([name] * len(own["row_id"])), **columns}))
+    sink = io.BytesIO()
+    pq.write_table(pa.concat_tables(parts), sink, compression="zstd")
+    return sink.getvalue()
+
+
+EVALUATE = Stage(
+    name="evaluate",
+    help="Measure all arms of an experiment and write the report.",
+    after=("prepare", "teacher", "stage2/*", "individual/*", "codec_teacher/*"),
+    reads=("evaluate.batch_size",),
+    identities=identities,
+    code=(
+        "pipelines.stages.evaluate",
+        "pipelines.evaluation.answers",
+        "pipelines.evaluation.split_pass",
+    ),
+    run=run,
+)

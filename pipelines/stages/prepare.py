@@ -1,0 +1,59 @@
+"""Stage `prepare`: turns images and labels into Parquet shards."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from pipelines.stages.spec import READER, Inputs, Stage, StageContext, StageSpec
+
+if TYPE_CHECKING:
+    from data_prep.manifest import Manifest
+    from pipelines.settings.sections import Settings
+
+
+def identities(settings: Settings, inputs: Inputs) -> dict[str, Any]:
+    """Returns what the data adds to the key: the resolved tasks and a hash of the sources."""
+    return {"task_table": asdict(inputs.table), "data_fingerprint": inputs.data_fingerprint}
+
+
+def run(spec: StageSpec, context: StageContext) -> dict[str, Any]:
+    """Prepares the folder with Ray Data. Returns the stage's result."""
+    from data_prep.prepare.shards import prepare
+
+    def progress(step: str, done: int, total: int) -> None:
+        context.console.progress(spec.name, {"phase": step, "done": done, "total": total})
+
+    manifest = prepare(
+        spec.settings.data,
+        context.table,
+        seed=spec.settings.seed,
+        output=spec.folder,
+        splits=("train", "val"),
+        progress=progress,
+    )
+    return result_of(manifest)
+
+
+def result_of(manifest: Manifest) -> dict[str, Any]:
+    """Returns the stage's result: fingerprint, rows by split, number of rejected images."""
+    rows = {name: split.rows for name, split in manifest.splits.items()}
+    summary = ", ".join(f"{count} {name}" for name, count in rows.items())
+    return {
+        "fingerprint": manifest.fingerprint,
+        "rows": rows,
+        "rejected": manifest.rejected,
+        "summary": f"{summary}, {manifest.rejected} rejected",
+    }
+
+
+PREPARE = Stage(
+    name="prepare",
+    help="Turn images and labels into Parquet shards.",
+    after=(),
+    reads=("seed", "tasks", "data"),
+    leaves_out=("data.root", *READER),
+    identities=identities,
+    code=("data_prep.prepare.shards", "data_prep.sources.kinds", "data_prep.tasks"),
+    run=run,
+)

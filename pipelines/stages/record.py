@@ -1,0 +1,170 @@
+"""The record of stages and runs under the storage root: finished, started or new. Runs nothing.
+
+A stage folder gets `STARTED` at the first attempt, then `result.json`, and `DONE` last.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping, Set
+from dataclasses import replace
+from typing import Any, Literal
+
+from pipelines.stages.spec import StageSpec
+from pipelines.storage import Store
+from pipelines.versions import commit
+
+StageState = Literal["done", "started", "new"]
+
+
+class StageBusy(ValueError):
+    """Raised if another process works on the same stage."""
+
+    exit_code = 2
+
+
+@contextlib.contextmanager
+def claim(store: Store, spec: StageSpec) -> Iterator[None]:
+    """Locks a stage for this process under a local root. The end of the process releases the lock.
+
+    Raises StageBusy if another process holds it.
+    """
+    with locked(store, spec.folder, spec.name):
+        yield
+
+
+@contextlib.contextmanager
+def locked(store: Store, path: str, name: str) -> Iterator[None]:
+    """Locks a folder for this process under a local root. Raises StageBusy if it is locked."""
+    folder = store.local_path(path)
+    if folder is None:
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "LOCK").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise StageBusy(
+                f"another process works on {name} in {folder}: wait for it, then run again"
+            ) from None
+        yield
+
+
+def stage_state(store: Store, spec: StageSpec, tracking_uri: str | None) -> StageState:
+    """Returns `done` if the stage's folder holds a complete result with the stage's key.
+
+    A registration is `done` only for the tracking server that has it.
+    """
+    if not store.exists(f"{spec.folder}/DONE"):
+        return "started" if store.exists(f"{spec.folder}/STARTED") else "new"
+    if not store.exists(f"{spec.folder}/result.json"):
+        return "started"
+    done, result = _read_done(store, spec), store.read_bytes(f"{spec.folder}/result.json")
+    if done != {"key": spec.key, "result_sha256": hashlib.sha256(result).hexdigest()}:
+        return "started"
+    elsewhere = json.loads(result).get("tracking") != _server(tracking_uri)
+    return "started" if spec.kind == "register" and elsewhere else "done"
+
+
+def mark_started(store: Store, spec: StageSpec) -> None:
+    """Records the key, the config and the commit of a stage that is about to run."""
+    store.delete(f"{spec.folder}/DONE")
+    begun = {"key": spec.key, "recipe": spec.recipe, "commit": commit(), "config": spec.config}
+    store.write_json(f"{spec.folder}/STARTED", begun)
+
+
+def find_same_recipe(
+    store: Store, spec: StageSpec, recipes: Set[str], tracking_uri: str | None
+) -> StageSpec | None:
+    """Returns the stage with the newest finished result of one of these recipes, made elsewhere.
+
+    It has the folder and key of that result, and `adopted_for` is the stage's own folder. Returns
+    None if there is no such result. A registration is never adopted.
+    """
+    above, _, name = spec.folder.rpartition("/")
+    own = re.compile(re.escape(name[: -len(spec.key[:12])]) + r"[0-9a-f]{12}")
+    found = []
+    for sibling in filter(own.fullmatch, store.list(above)) if spec.kind != "register" else ():
+        begun = f"{above}/{sibling}/STARTED"
+        record = store.read_json(begun) if store.exists(begun) else {}
+        if record.get("recipe") in recipes:
+            other = replace(
+                spec, folder=f"{above}/{sibling}", key=record["key"], adopted_for=spec.folder
+            )
+            if stage_state(store, other, tracking_uri) == "done":
+                found.append(other)
+    return max(found, key=lambda other: store.modified(f"{other.folder}/DONE"), default=None)
+
+
+def mark_adopted(store: Store, spec: StageSpec) -> None:
+    """Records in the stage's own folder which result it has adopted."""
+    store.write_json(f"{spec.adopted_for}/ADOPTED", {"key": spec.key, "folder": spec.folder})
+
+
+def read_adopted(store: Store, spec: StageSpec) -> StageSpec | None:
+    """Returns the stage as an earlier run adopted it; None if it has a result of its own."""
+    note = f"{spec.folder}/ADOPTED"
+    if not store.exists(note) or store.exists(f"{spec.folder}/DONE"):
+        return None
+    record = store.read_json(note)
+    other = replace(spec, folder=record["folder"], key=record["key"], adopted_for=spec.folder)
+    return other if store.exists(f"{other.folder}/DONE") else None
+
+
+def made_by(store: Store, spec: StageSpec) -> str:
+    """Returns the commit that a stage's folder records; "" if it records none."""
+    begun = f"{spec.folder}/STARTED"
+    text: str = store.read_json(begun).get("commit", "") if store.exists(begun) else ""
+    return text
+
+
+def mark_done(
+    store: Store, spec: StageSpec, result: Mapping[str, Any], tracking_uri: str | None
+) -> dict[str, Any]:
+    """Writes the result, then DONE. Returns the result as `read_result` will."""
+    written = dict(result)
+    if spec.kind == "register":
+        written["tracking"] = _server(tracking_uri)
+    store.write_json(f"{spec.folder}/result.json", written)
+    digest = hashlib.sha256(store.read_bytes(f"{spec.folder}/result.json")).hexdigest()
+    store.write_json(f"{spec.folder}/DONE", {"key": spec.key, "result_sha256": digest})
+    return written
+
+
+def read_result(store: Store, spec: StageSpec) -> dict[str, Any]:
+    """Returns the result of a finished stage."""
+    result: dict[str, Any] = store.read_json(f"{spec.folder}/result.json")
+    return result
+
+
+def remember_run(store: Store, plan_key: str, run_id: str | None) -> None:
+    """Stores the run id of a plan, so a later run finds it without MLflow."""
+    store.write_json(_run_file(plan_key), {"plan_key": plan_key, "run_id": run_id})
+
+
+def recall_run(store: Store, plan_key: str) -> str | None:
+    if not store.exists(_run_file(plan_key)):
+        return None
+    run_id: str | None = store.read_json(_run_file(plan_key))["run_id"]
+    return run_id
+
+
+def _run_file(plan_key: str) -> str:
+    return f"plans/{plan_key[:12]}.json"
+
+
+def _read_done(store: Store, spec: StageSpec) -> Any:
+    try:
+        return store.read_json(f"{spec.folder}/DONE")
+    except ValueError:
+        return None
+
+
+def _server(tracking_uri: str | None) -> str:
+    """Returns a digest that identifies a server. The URI itself may contain a password."""
+    return hashlib.sha256((tracking_uri or "").encode()).hexdigest()[:12]

@@ -1,0 +1,56 @@
+"""Stage `stage1`: trains a task-agnostic codec in front of the teacher's frozen tail."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from pipelines.stages.spec import READER, Stage
+from pipelines.stages.teacher import given_weights
+from pipelines.stages.train import run
+
+if TYPE_CHECKING:
+    from mantis_core.config import TrainingConfig
+    from mantis_core.tasks import Problem
+    from mantis_core.training.recipe import Recipe
+    from pipelines.settings.sections import Settings
+
+
+def section(settings: Settings) -> TrainingConfig:
+    """Returns the section with the epochs and optimiser of the stage."""
+    return settings.stage1
+
+
+def recipe(settings: Settings, problem: Problem, upstream: Mapping[str, str]) -> Recipe:
+    """Builds the student in front of the teacher's tail."""
+    from mantis_core.training.stage1 import stage1_recipe
+    from pipelines.training.weights import load_teacher
+
+    teacher = load_teacher(settings, problem, upstream.get("teacher"))
+    return stage1_recipe(settings.stage1, settings.model, teacher, problem, seed=settings.seed)
+
+
+STAGE1 = Stage(
+    name="stage1",
+    help="Train the task-agnostic codec (stage 1).",
+    after=("prepare", "teacher"),
+    reads=(
+        "seed",
+        *READER,
+        "teacher.name",
+        "teacher.split",
+        "model.stem",
+        "model.detector",
+        "model.encoder",
+        "model.decoder.channels",
+        "model.decoder.blocks",
+        "model.quantizer",
+        "model.neighbour_contexts",
+        "stage1",
+    ),
+    identities=given_weights,
+    code=("pipelines.stages.stage1", "pipelines.training.worker", "mantis_core.training.stage1"),
+    section=section,
+    recipe=recipe,
+    run=run,
+)

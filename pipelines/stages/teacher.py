@@ -1,0 +1,88 @@
+"""Stage `teacher`: trains the network that all codecs distil, if `teacher.weights` is `train`.
+
+Also identifies a teacher with given weights in the keys of the other stages.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipelines.stages.spec import READER, Inputs, Stage
+from pipelines.stages.train import run
+
+if TYPE_CHECKING:
+    from mantis_core.config import TrainingConfig
+    from mantis_core.tasks import Problem
+    from mantis_core.training.recipe import Recipe
+    from pipelines.settings.sections import Settings
+
+
+def is_trained(settings: Settings) -> bool:
+    """Returns whether the config trains its teacher instead of loading weights."""
+    return settings.teacher.weights == "train"
+
+
+def planned(settings: Settings, inputs: Inputs) -> Iterator[tuple[str, Settings]]:
+    """Yields the stage once, or not at all if the weights are given."""
+    if is_trained(settings):
+        yield "", settings
+
+
+def identities(settings: Settings, inputs: Inputs) -> dict[str, Any]:
+    """Returns the sha256 of the file of `teacher.start`, if there is one."""
+    start = settings.teacher.start
+    return {"start": file_identity("start", start)} if start else {}
+
+
+def given_weights(settings: Settings, inputs: Inputs) -> dict[str, Any]:
+    """Returns the key's entry for a teacher with given weights: its name or a sha256."""
+    weights = settings.teacher.weights
+    if is_trained(settings):
+        return {}
+    if weights == "pretrained":
+        return {"teacher_weights": f"pretrained:{settings.teacher.name}"}
+    return {"teacher_weights": file_identity("weights", weights)}
+
+
+def file_identity(field: str, file: str) -> str:
+    """Returns the sha256 of a file of weights. Raises SettingsError if it does not exist."""
+    from pipelines.settings.errors import SettingsError
+
+    path = Path(file)
+    if not path.is_file():
+        ways = "give an existing .safetensors or .pth file"
+        if field == "weights":
+            ways += ", `train` to train the teacher here, or `pretrained` to download it"
+        raise SettingsError(f"teacher.{field}: there is no file {file}; {ways}")
+    with path.open("rb") as opened:
+        return f"sha256:{hashlib.file_digest(opened, 'sha256').hexdigest()}"
+
+
+def section(settings: Settings) -> TrainingConfig:
+    """Returns the section with the epochs and optimiser of the teacher."""
+    return settings.teacher.training
+
+
+def recipe(settings: Settings, problem: Problem, upstream: Mapping[str, str]) -> Recipe:
+    """Builds the teacher, from random weights or from the backbone in `teacher.start`."""
+    from mantis_core.training.teacher import teacher_recipe
+
+    return teacher_recipe(settings.teacher, problem, seed=settings.seed)
+
+
+TEACHER = Stage(
+    name="teacher",
+    help="Train the teacher, the uncompressed network that is distilled.",
+    planned=planned,
+    after=("prepare",),
+    reads=("seed", *READER, "teacher"),
+    leaves_out=("teacher.start",),  # the content of the file counts, not its path
+    identities=identities,
+    code=("pipelines.stages.teacher", "pipelines.training.worker", "mantis_core.training.teacher"),
+    section=section,
+    recipe=recipe,
+    run=run,
+)

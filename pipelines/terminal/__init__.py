@@ -1,0 +1,1 @@
+"""Shows the progress of a command and redirects the output of libraries."""

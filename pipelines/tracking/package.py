@@ -1,0 +1,114 @@
+"""Writes the folder of a registered model: code, checkpoint, signature and pinned packages.
+
+Does not talk to MLflow's server.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+
+import yaml
+from mlflow.models import Model, ModelSignature
+from mlflow.pyfunc import save_model
+from mlflow.types import ColSpec, DataType, Schema
+from mlflow.types.schema import Array
+
+# Packages that mantis_core needs in each part. They are pinned to the versions that trained the
+# model, because client and server must compute the same integer tables.
+_CLIENT_PACKAGES = (
+    "constriction",
+    "mlflow",
+    "numpy",
+    "pandas",
+    "pillow",
+    "pydantic",
+    "pyyaml",
+    "safetensors",
+    "torch",
+)
+
+_SERVER_PACKAGES = (*_CLIENT_PACKAGES, "torchvision")
+_IMAGE = Schema([ColSpec(DataType.binary, "image")])
+_STREAM = Schema([ColSpec(DataType.binary, "stream"), ColSpec(DataType.long, "wire_bytes")])
+
+_ANSWER = Schema(
+    [
+        ColSpec(DataType.long, "wire_bytes"),
+        ColSpec(Array(DataType.string), "tasks"),
+        ColSpec(DataType.string, "class_name", required=False),
+        ColSpec(DataType.long, "class_index"),
+        ColSpec(DataType.string, "answer"),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Describes the package of the whole codec or of one half. `code` is a file in this folder."""
+
+    code: str
+    packages: tuple[str, ...]
+    signature: ModelSignature
+
+
+PARTS = {
+    "whole": Part(
+        "whole_model.py",
+        (*_SERVER_PACKAGES, "compressai", "torchdistill"),
+        ModelSignature(inputs=_IMAGE, outputs=_ANSWER),
+    ),
+    "client": Part(
+        "client_model.py", _CLIENT_PACKAGES, ModelSignature(inputs=_IMAGE, outputs=_STREAM)
+    ),
+    "server": Part(
+        "server_model.py",
+        _SERVER_PACKAGES,
+        ModelSignature(inputs=Schema([ColSpec(DataType.binary, "stream")]), outputs=_ANSWER),
+    ),
+}
+
+
+def write_package(
+    target: Path, checkpoint: Path, *, part: str, run_id: str | None, model_id: str
+) -> None:
+    """Writes the MLflow model of a checkpoint folder to `target`, which must not exist.
+
+    `part` is a key of PARTS and must match the contents of the checkpoint.
+    """
+    wanted = PARTS[part]
+    with warnings.catch_warnings():
+        # MLflow would store an input example in the model, and it could show someone's data.
+        warnings.filterwarnings("ignore", "(?s).*An input example was not provided")
+        save_model(
+            target,
+            mlflow_model=Model(run_id=run_id, model_id=model_id),
+            python_model=str(Path(__file__).with_name(wanted.code)),
+            artifacts={"checkpoint": str(checkpoint)},
+            code_paths=[str(_package_folder("mantis_core"))],
+            pip_requirements=[f"{name}=={metadata.version(name)}" for name in wanted.packages],
+            signature=wanted.signature,
+        )
+    _forget_this_machine(target)
+
+
+def _forget_this_machine(model: Path) -> None:
+    """Removes the paths of this machine, which MLflow writes into the model's metadata."""
+    path = model / "MLmodel"
+    content = yaml.safe_load(path.read_text("utf-8"))
+    flavor = content["flavors"]["python_function"]
+    flavor["model_code_path"] = Path(flavor["model_code_path"]).name
+    for artifact in flavor["artifacts"].values():
+        artifact["uri"] = artifact["path"]
+    path.write_text(yaml.safe_dump(content, sort_keys=False), "utf-8")
+
+
+def _package_folder(package: str) -> Path:
+    """Returns the source folder of a package without importing the package."""
+    spec = find_spec(package)
+    assert spec is not None
+    assert spec.submodule_search_locations
+    return Path(spec.submodule_search_locations[0])

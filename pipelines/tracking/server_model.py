@@ -1,0 +1,41 @@
+"""The registered server as MLflow runs it: streams in, answers out.
+
+MLflow stores this file in the model and executes it on loading (models-from-code), so nothing is
+unpickled. The codec itself is mantis_core, which is stored in the model as well.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pandas as pd
+from mlflow.models import set_model
+from mlflow.pyfunc import PythonModel, PythonModelContext
+
+BATCH_SIZE = 32  # images decoded at a time, to bound memory
+
+
+class MantisServer(PythonModel):
+    """Decodes streams. Each row is one stream with one image."""
+
+    def load_context(self, context: PythonModelContext) -> None:
+        from mantis_core.codec.checkpoint import load_server
+
+        self.codec = load_server(context.artifacts["checkpoint"])
+
+    def predict(self, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> Any:
+        """Maps column `stream` (bytes) to the output columns that package.py declares.
+
+        `class_index` is -1 and `class_name` None if the image has no single class. `answer` is the
+        whole answer as JSON.
+        """
+        streams = list(model_input["stream"])
+        rows = []
+        for start in range(0, len(streams), BATCH_SIZE):
+            rows += [
+                answer.to_row() for answer in self.codec.decode(streams[start : start + BATCH_SIZE])
+            ]
+        return pd.DataFrame(rows, index=model_input.index)
+
+
+set_model(MantisServer())

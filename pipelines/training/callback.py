@@ -1,0 +1,68 @@
+"""The Ray Train callback of a stage: passes rank 0's metrics to a MetricWriter and a listener.
+
+It is not in metric_writer.py, so a command that trains nothing does not import Ray. Ray pickles it
+to the Train controller. MLflow is imported there at the first report, so that it does not delay
+the start of the workers.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any
+
+from ray.train import UserCallback
+
+if TYPE_CHECKING:
+    from pipelines.tracking.metric_writer import MetricWriter
+
+Listener = Callable[[Mapping[str, Any]], None]
+"""Receives the figures of an epoch. Any error it raises ends the training after its checkpoint."""
+
+_listener: ContextVar[Listener | None] = ContextVar("listener", default=None)
+
+
+@contextmanager
+def listening(listener: Listener) -> Iterator[None]:
+    """Calls `listener` after each epoch of trainings started in the block. It must be picklable."""
+    token = _listener.set(listener)
+    try:
+        yield
+    finally:
+        _listener.reset(token)
+
+
+class StageCallback(UserCallback):
+    """Runs in the Train controller. An error here ends the training, so only a listener may raise.
+
+    A report may have the figures of all epochs so far as JSON text in `history`. An epoch whose
+    report was lost with a killed driver is then logged with the next report. The writer skips
+    epochs that it has already logged.
+    """
+
+    def __init__(self, writer: MetricWriter):
+        self._address = (writer.uri, writer.run_id, writer.spool)
+        self._writer: MetricWriter | None = None
+        self._last_epoch = -1.0
+        self._listener = _listener.get()
+
+    def after_report(
+        self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any
+    ) -> None:
+        from pipelines.tracking.metric_writer import MetricWriter
+
+        if self._writer is None:
+            self._writer = MetricWriter(*self._address)
+        newest = metrics[0]
+        news = [
+            epoch
+            for epoch in json.loads(newest.get("history", "[]")) or [newest]
+            if epoch["epoch"] > self._last_epoch
+        ]
+        for epoch in news:
+            self._writer.write(epoch)
+            self._last_epoch = epoch["epoch"]
+        for epoch in news if self._listener is not None else ():
+            self._listener(epoch)  # raises on purpose if a search stops a trial early

@@ -1,0 +1,118 @@
+"""From what was decoded of every image to the figures of an arm, by hand on four images."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import pairwise
+
+import numpy as np
+import pytest
+
+from mantis_core.measure.metrics import (
+    ImageRecords,
+    detection_curve,
+    detector_confusion,
+    figures,
+    mean_iou,
+    pixel_confusion,
+)
+from mantis_core.tasks import IGNORE, TaskSpec
+
+TASKS = (
+    TaskSpec("pets", "classification", 2, (0, 1), ("cat", "dog")),
+    TaskSpec("food", "classification", 2, (2, 3), ("pie", "jam")),
+)
+# Images: a cat named, a dog whose task was not sent, a pie taken for jam, jam decoded and outvoted.
+RECORDS = ImageRecords(
+    class_label=np.array([0, 1, 2, 3]),
+    labels=np.array([[0, -1], [1, -1], [-1, 0], [-1, 1]]),
+    task_mask=np.array([[True, False], [True, False], [False, True], [False, True]]),
+    class_index=np.array([0, 3, 3, 0]),
+    predicted=np.array([[0, -1], [-1, 1], [-1, 1], [0, 1]]),
+    decoded=np.array([[True, False], [False, True], [False, True], [True, True]]),
+    probabilities=np.array([[0.9, 0.1], [0.4, 0.6], [0.1, 0.8], [0.5, 0.45]], dtype=np.float32),
+    wire_bytes=np.array([40, 60, 80, 100]),
+    payload_bytes=np.array([30.0, 50.0, 70.0, 90.0]),
+    estimated_bits=np.array([240.0, 400.0, 560.0, 720.0]),
+)
+
+
+def test_top1_is_end_to_end_and_a_task_is_judged_where_it_was_decoded():
+    found = figures(RECORDS, TASKS, single_class=True, pixels=1000)
+    assert found["val/top1"] == 0.25  # the cat alone
+    assert found["val/task_top1"] == 0.5  # the cat, and the jam that the joint decision outvoted
+    assert found["val/task/pets/decoded"] == 0.5
+    assert found["val/task/pets/top1"] == 1.0
+    assert found["val/task/food/decoded"] == 1.0
+    assert found["val/task/food/top1"] == 0.5
+
+
+def test_sizes_are_means_and_bits_are_of_the_wire():
+    found = figures(RECORDS, TASKS, single_class=True, pixels=1000)
+    assert found["val/wire_bytes"] == 70
+    assert found["val/payload_bytes"] == 60
+    assert found["val/estimated_bytes"] == 60
+    assert found["val/bpp"] == pytest.approx(0.56)
+    assert found["val/payload_bpp"] == pytest.approx(0.48)
+    assert found["val/task/pets/wire_bytes"] == 50
+    assert found["val/task/food/wire_bytes"] == 90
+
+
+def test_detection_counts_masks_and_ranks():
+    found = figures(RECORDS, TASKS, single_class=True, pixels=1000)
+    assert found["val/detection/exact_match"] == 0.5
+    assert found["val/detection/coverage"] == 0.75
+    assert found["val/detection/active_tasks"] == 1.25
+    assert found["val/detection/first"] == 0.5
+    assert found["val/detection/top1_if_right"] == 0.5  # the cat named, the pie not
+    assert found["val/detection/top1_if_wrong"] == 0.0
+    # pets ranked 0.9 (true), 0.5 (not), 0.4 (true); food 0.8 (true), 0.6 (not), 0.45 (true)
+    precision = (1 + 2 / 3) / 2
+    assert found["val/detection/mean_average_precision"] == pytest.approx(precision)
+
+
+def test_an_arm_that_sends_and_detects_nothing_has_no_such_figures():
+    teacher = replace(
+        RECORDS, probabilities=None, wire_bytes=None, payload_bytes=None, estimated_bits=None
+    )
+    found = figures(teacher, TASKS, single_class=True, pixels=1000)
+    assert not [name for name in found if "bytes" in name or "bpp" in name or "detection" in name]
+
+
+def test_with_several_labels_an_image_top1_is_of_pairs():
+    found = figures(RECORDS, TASKS, single_class=False, pixels=1000)
+    assert found["val/top1"] == found["val/task_top1"] == 0.5
+
+
+def test_the_confusion_is_of_the_most_probable_task():
+    assert RECORDS.probabilities is not None
+    assert detector_confusion(RECORDS.probabilities, RECORDS.task_mask) == [[1, 1], [1, 1]]
+
+
+def test_a_lower_threshold_keeps_more_of_the_truth_at_more_tasks():
+    assert RECORDS.probabilities is not None
+    curve = detection_curve(RECORDS.probabilities, RECORDS.task_mask)
+    assert curve[0] == (1.0, 0.5)  # above 1/2 only the most probable: two of four are right
+    assert curve[-1] == (2.0, 1.0)
+    assert all(a[0] <= b[0] and a[1] <= b[1] for a, b in pairwise(curve))
+
+
+def test_pixels_that_were_not_decoded_are_wrong_and_ignored_ones_do_not_count():
+    truth = np.array([[0, 0], [1, IGNORE]], np.uint8)
+    said = pixel_confusion(truth, np.array([[0, 1], [1, 1]], np.uint8), 2)
+    assert said.tolist() == [[1, 1, 0], [0, 1, 0]]
+    silent = pixel_confusion(truth, None, 2)
+    assert silent.tolist() == [[0, 0, 2], [0, 0, 1]]
+    assert mean_iou(said) == pytest.approx((1 / 2 + 1 / 2) / 2)
+    assert mean_iou(said + silent) == pytest.approx((1 / 4 + 1 / 3) / 2)
+    assert mean_iou(np.zeros((2, 3))) is None
+
+
+def test_what_the_client_answered_is_counted_apart():
+    records = replace(RECORDS, answered=np.array([True, False, True, False]))
+    found = figures(records, TASKS, single_class=True, pixels=1000)
+    assert found["val/answered"] == 0.5
+    assert found["val/answered_top1"] == 0.5  # the cat; not the pie
+    plain = figures(RECORDS, TASKS, single_class=True, pixels=1000)
+    assert found["val/top1"] == plain["val/top1"]
+    assert "val/answered" not in plain

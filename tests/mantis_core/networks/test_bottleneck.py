@@ -1,0 +1,163 @@
+"""The bottleneck: quantisation, rate and gradients."""
+
+import pytest
+import torch
+from compressai.entropy_models import EntropyBottleneck
+
+from mantis_core.bitstream.coder import to_symbols
+from mantis_core.networks.bottleneck import Bottleneck
+from mantis_core.symbols import MAX_SYMBOL
+from tests.mantis_core.bottlenecks import BATCH, CHANNELS, PRIORS, TASKS, batch, build
+
+
+@pytest.mark.parametrize("prior", PRIORS)
+def test_eval_rounds_and_estimates_each_image(prior):
+    bottleneck = build(prior).eval()
+    latent, mask, primary = batch()
+    y_hat, bits = bottleneck(latent, mask, primary)
+    assert torch.equal(y_hat, latent.round())
+    assert bits.shape == (BATCH,)
+    assert (bits > 0).all()
+
+
+def test_eval_rounds_as_the_coder_does_up_to_the_cap():
+    latent = torch.tensor([0.5, 1.5, -2.5, 2.5, 1e9, -1e9, 0.0, -0.5]).view(1, CHANNELS, 1, 2)
+    y_hat, _ = build().eval()(latent, torch.ones(1, TASKS).bool(), torch.zeros(1).long())
+    assert y_hat.flatten().tolist() == [0, 2, -2, 2, MAX_SYMBOL, -MAX_SYMBOL, 0, 0]
+    assert to_symbols(latent.numpy()).ravel().tolist() == y_hat.flatten().tolist()
+
+
+def test_ste_gives_decoders_the_rounded_latent_and_passes_gradients_through():
+    latent, mask, primary = batch()
+    latent.requires_grad_()
+    y_hat, _ = build(quantizer="ste").train()(latent, mask, primary)
+    y_hat.sum().backward()
+    assert torch.allclose(y_hat, latent.detach().round(), atol=1e-6)
+    assert torch.equal(latent.grad, torch.ones_like(latent))
+
+
+def test_noise_gives_decoders_a_latent_within_half_a_step():
+    latent, mask, primary = batch()
+    difference = build(quantizer="noise").train()(latent, mask, primary).y_hat - latent
+    assert difference.abs().max() <= 0.5 + 1e-5
+    assert difference.std() > 0.2
+
+
+def test_the_shared_density_is_compressais():
+    torch.manual_seed(0)
+    bottleneck = build("shared").eval()
+    reference = EntropyBottleneck(CHANNELS).eval()
+    reference.load_state_dict(bottleneck.density.state_dict())
+    latent, mask, primary = batch()
+    expected = -reference(latent)[1].log2().flatten(1).sum(1)
+    assert torch.allclose(bottleneck(latent, mask, primary).bits, expected, rtol=1e-3)
+
+
+def test_rows_are_those_of_separate_bottlenecks_and_per_task_is_their_mean():
+    latent, mask, primary = batch()
+    per_task, by_primary = build("per_task").eval(), build("primary").eval()
+    by_primary.load_state_dict(per_task.state_dict())
+    rows = []
+    for row in range(TASKS):
+        alone = Bottleneck(CHANNELS, 1, "shared").eval()
+        own = slice(row * CHANNELS, (row + 1) * CHANNELS)
+        with torch.no_grad():
+            for (name, target), (_, source) in zip(
+                alone.density.named_parameters(), per_task.density.named_parameters(), strict=True
+            ):
+                target.copy_(source[own])
+                assert name
+        ones = torch.ones(BATCH, 1, dtype=torch.bool)
+        rows.append(alone._likelihood(latent.round(), None, ones, primary).flatten(1))
+    stacked = torch.stack(rows, 1)
+    weights = mask.float() / mask.sum(1, keepdim=True)
+    mixed = (stacked * weights[:, :, None]).sum(1).clamp(min=1e-9)
+    picked = stacked[torch.arange(BATCH), primary].clamp(min=1e-9)
+    for bottleneck, likelihood in ((per_task, mixed), (by_primary, picked)):
+        expected = -likelihood.log2().sum(1)
+        assert torch.allclose(bottleneck(latent, mask, primary).bits, expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("known", [False, True])
+@pytest.mark.parametrize("prior", PRIORS)
+def test_every_trainable_parameter_gets_a_gradient_at_every_step(prior, known):
+    bottleneck = build(prior, neighbour_contexts=known).train()
+    y, mask, primary = batch()
+    mask[:] = torch.tensor([False, True, False])
+    bottleneck(y, mask, torch.ones_like(primary)).bits.sum().backward()
+    trainable = [p for p in bottleneck.parameters() if p.requires_grad]
+    assert len(trainable) == (16 if known else 14)
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in trainable)
+    if prior != "shared":
+        of_row = bottleneck.density.biases[0].grad.view(TASKS, CHANNELS, -1).abs().sum((1, 2))
+        assert of_row.gt(0).tolist() == [False, True, False]
+
+
+def test_gradients_reach_every_row_of_the_active_tasks():
+    bottleneck = build("per_task").train()
+    y, _, primary = batch()
+    bottleneck(y, torch.ones(BATCH, TASKS, dtype=torch.bool), primary).bits.sum().backward()
+    for parameter in bottleneck.parameters():
+        if parameter.requires_grad:
+            assert (parameter.grad.view(TASKS, -1).abs().sum(1) > 0).all()
+
+
+@pytest.mark.parametrize("side", [-1, 1])
+def test_both_tails_keep_a_likelihood_and_a_gradient_that_pulls_inwards(side):
+    torch.manual_seed(0)
+    bottleneck = Bottleneck(CHANNELS, 1, "shared").eval()
+    bits = []
+    for distance in (12.0, 16.0):
+        y = torch.full((1, CHANNELS, 1, 1), side * distance)
+        ones = torch.ones(1, 1).bool()
+        bits.append(bottleneck(y, ones, torch.zeros(1).long()).bits.item())
+    assert bits[1] > bits[0] + 1
+    y = torch.full((1, CHANNELS, 1, 1), side * 12.0, requires_grad=True)
+    bottleneck.train()(y, ones, torch.zeros(1).long()).bits.sum().backward()
+    assert (side * y.grad > 0).all()
+
+
+@pytest.mark.parametrize("prior", PRIORS)
+def test_autocast_changes_nothing(prior):
+    bottleneck = build(prior).eval()
+    y, mask, primary = batch()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = bottleneck(y, mask, primary)
+    outside = bottleneck(y, mask, primary)
+    assert inside.y_hat.dtype == inside.bits.dtype == torch.float32
+    assert torch.equal(inside.bits, outside.bits)
+
+
+def test_an_image_without_a_task_is_refused():
+    y, mask, primary = batch()
+    mask[2] = False
+    with pytest.raises(ValueError, match="never be empty"):
+        build("per_task")(y, mask, primary)
+
+
+def test_untrained_contexts_change_nothing():
+    latent, mask, primary = batch()
+    plain = build("primary").eval()
+    with_contexts = Bottleneck(CHANNELS, TASKS, "primary", neighbour_contexts=True).eval()
+    with_contexts.density.load_state_dict(plain.density.state_dict())
+    for ours, theirs in zip(
+        with_contexts(latent, mask, primary), plain(latent, mask, primary), strict=True
+    ):
+        assert torch.equal(ours, theirs)
+
+
+def test_contexts_learn_what_neighbours_tell():
+    torch.manual_seed(0)
+    smooth = torch.randn(64, 1, 4, 4).repeat_interleave(2, 2).repeat_interleave(2, 3)
+    y = 3 * smooth.expand(-1, CHANNELS, -1, -1).contiguous()
+    mask, primary = torch.ones(64, 1, dtype=torch.bool), torch.zeros(64, dtype=torch.int64)
+    bits = {}
+    for known in (False, True):
+        bottleneck = Bottleneck(CHANNELS, 1, "shared", neighbour_contexts=known)
+        optimiser = torch.optim.Adam(bottleneck.parameters(), lr=3e-2)
+        for _ in range(200):
+            optimiser.zero_grad()
+            bottleneck(y, mask, primary).bits.mean().backward()
+            optimiser.step()
+        bits[known] = bottleneck.eval()(y, mask, primary).bits.mean().item()
+    assert bits[True] < 0.9 * bits[False]

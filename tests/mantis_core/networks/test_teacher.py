@@ -1,0 +1,204 @@
+"""The teacher: built by name, cut, loaded from files, refused where it does not fit."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from mantis_core.errors import ModelError
+from mantis_core.networks.preprocessing import normalise
+from mantis_core.networks.teacher import Backbone, Teacher, flat_teacher, freeze, load_teacher_file
+from mantis_core.tasks import Problem
+
+INDICES = (5, 900, 17, 3)
+
+
+@pytest.fixture(scope="module")
+def weights() -> dict[str, Tensor]:
+    """A torchvision state dict with the full ImageNet head."""
+    torch.manual_seed(1)
+    state: dict[str, Tensor] = torchvision.models.resnet18(weights=None).state_dict()
+    return state
+
+
+def build(
+    state: dict[str, Tensor], num_classes: int = 4, indices: tuple[int, ...] | None = INDICES
+) -> Teacher:
+    return flat_teacher(
+        "resnet18",
+        state,
+        split="layer2",
+        num_classes=num_classes,
+        imagenet_indices=indices,
+        image_size=(32, 32),
+    )
+
+
+def reference_logits(state: dict[str, Tensor], images: Tensor) -> Tensor:
+    net = torchvision.models.resnet18(weights=None)
+    net.load_state_dict(state)
+    logits: Tensor = net.eval()(images)
+    return logits
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+def test_a_teacher_from_a_file_says_what_torchvisions_network_says_of_its_classes(
+    suffix: str, weights: dict[str, Tensor], tmp_path: Path
+) -> None:
+    path = tmp_path / f"teacher{suffix}"
+    if suffix == ".pth":
+        torch.save({"state_dict": weights}, path)
+    else:
+        save_file(weights, path)
+    teacher = build(load_teacher_file(path)).eval()
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        expected = reference_logits(weights, images)[:, list(INDICES)]
+        torch.testing.assert_close(teacher(images)["logits"], expected)
+
+
+def test_a_head_of_1000_is_put_in_the_datas_order_even_where_the_data_has_1000_classes(
+    weights: dict[str, Tensor],
+) -> None:
+    order = tuple(reversed(range(1000)))
+    teacher = build(weights, num_classes=1000, indices=order)
+    assert torch.equal(teacher.flat_head.weight, weights["fc.weight"].flip(0))
+    assert torch.equal(teacher.flat_head.bias, weights["fc.bias"].flip(0))
+
+
+def test_a_head_of_exactly_the_datas_classes_is_taken_as_it_is(weights: dict[str, Tensor]) -> None:
+    own = {**weights, "fc.weight": weights["fc.weight"][:4], "fc.bias": weights["fc.bias"][:4]}
+    assert torch.equal(build(own).flat_head.weight, own["fc.weight"])
+
+
+def test_a_head_of_another_number_of_classes_is_refused(weights: dict[str, Tensor]) -> None:
+    with pytest.raises(ModelError, match="1000 logits, the data has 4"):
+        build(weights, indices=None)
+
+
+def test_weights_of_another_network_are_refused(weights: dict[str, Tensor]) -> None:
+    fewer = {k: v for k, v in weights.items() if not k.startswith("layer4.1")}
+    with pytest.raises(ModelError, match="do not fit resnet18"):
+        build(fewer)
+    with pytest.raises(ModelError, match="no classifier"):
+        build({"conv1.weight": weights["conv1.weight"]})
+
+
+class Dangerous:
+    """Unpickled, it makes a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = str(folder)
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.mkdir, (self.folder,)
+
+
+@pytest.mark.parametrize("writer", ["torch", "plain"])
+def test_a_pickle_with_code_is_refused_and_not_run(writer: str, tmp_path: Path) -> None:
+    path = tmp_path / "teacher.pth"
+    content = {"fc.weight": Dangerous(tmp_path / "made")}
+    if writer == "torch":
+        torch.save(content, path)
+    else:
+        path.write_bytes(pickle.dumps(content))
+    with pytest.raises(ModelError, match="not a plain state dict"):
+        load_teacher_file(path)
+    assert not (tmp_path / "made").exists()
+
+
+def test_other_files_are_refused_with_what_is_allowed(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="give train, pretrained or a file"):
+        load_teacher_file(tmp_path / "nothing.pth")
+    (tmp_path / "weights.onnx").write_bytes(b"x")
+    with pytest.raises(ModelError, match=r"must end in \.safetensors or \.pth"):
+        load_teacher_file(tmp_path / "weights.onnx")
+    (tmp_path / "cut.safetensors").write_bytes(b"\x10")
+    with pytest.raises(ModelError, match="damaged"):
+        load_teacher_file(tmp_path / "cut.safetensors")
+    torch.save({"epoch": 3}, tmp_path / "more.pth")
+    with pytest.raises(ModelError, match="more than named tensors"):
+        load_teacher_file(tmp_path / "more.pth")
+
+
+def test_half_precision_weights_become_float32(tmp_path: Path) -> None:
+    save_file({"a": torch.ones(2).half(), "n": torch.ones(1).long()}, tmp_path / "t.safetensors")
+    state = load_teacher_file(tmp_path / "t.safetensors")
+    assert (state["a"].dtype, state["n"].dtype) == (torch.float32, torch.int64)
+
+
+def test_an_unknown_name_gets_did_you_mean() -> None:
+    with pytest.raises(ModelError, match=r"'resnet19'; did you mean .*resnet18"):
+        Backbone("resnet19")
+    with pytest.raises(ModelError, match=r"see torchvision\.models"):
+        Backbone("zzzzzz")
+
+
+def test_a_network_of_another_build_is_refused_with_those_that_work() -> None:
+    with pytest.raises(ModelError, match="take a ResNet"):
+        Backbone("squeezenet1_1")
+
+
+def test_an_unknown_split_is_refused_with_the_ones_there_are() -> None:
+    with pytest.raises(ModelError, match=r"cut after one of: conv1, .*layer3"):
+        Teacher("resnet18", split="layer9")
+
+
+@pytest.mark.parametrize(
+    ("name", "split"), [("resnet18", "layer2"), ("mobilenet_v2", "features.6")]
+)
+def test_split_and_tail_together_are_the_whole_network(name: str, split: str) -> None:
+    backbone = Backbone(name).eval()
+    images = torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        found = backbone.features(images, [split])
+        torch.testing.assert_close(backbone.tail_after(split).eval()(found[split]), found["last"])
+        torch.testing.assert_close(backbone(images), found["last"])
+
+
+def test_a_tail_is_a_copy_that_may_be_trained_without_the_teacher() -> None:
+    backbone = Backbone("resnet18")
+    tail = backbone.tail_after("layer3")
+    with torch.no_grad():
+        for parameter in tail.parameters():
+            parameter.zero_()
+    assert next(backbone.net.layer4.parameters()).abs().sum() > 0  # type: ignore[union-attr]
+
+
+def test_feature_shapes_leaves_the_teacher_as_it_was(teacher: Teacher) -> None:
+    teacher.train()
+    before = {k: v.clone() for k, v in teacher.state_dict().items()}
+    assert teacher.feature_shapes((64, 32)) == ((128, 8, 4), (512, 2, 1))
+    assert teacher.backbone.training
+    assert all(torch.equal(v, before[k]) for k, v in teacher.state_dict().items())
+
+
+def test_a_teacher_without_a_flat_head_answers_each_task(mixed_problem: Problem) -> None:
+    teacher = Teacher("resnet18", split="layer2", tasks=mixed_problem.tasks, image_size=(32, 32))
+    out = teacher.eval()(torch.randn(2, 3, 32, 32))
+    assert out["logits/animals"].shape == (2, 3)
+    assert out["logits/ground"].shape == (2, 3, 32, 32)
+    assert "logits" not in out
+
+
+def test_freeze_stops_gradients_and_training_mode() -> None:
+    module = freeze(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)))
+    assert not any(p.requires_grad for p in module.parameters())
+    assert not any(m.training for m in module.modules())
+
+
+def test_normalise_is_imagenets() -> None:
+    images = torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1).expand(2, 3, 1, 1)
+    torch.testing.assert_close(
+        normalise(images).flatten(1),
+        torch.tensor(
+            [[-2.117904, -2.035714, -1.804444], [2.2489083, 2.4285715, 2.64]],
+        ),
+    )

@@ -1,0 +1,292 @@
+"""Running a chain with fake runners: what runs, what is skipped, what is left after a failure."""
+
+import contextlib
+import io
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data_prep.errors import DataError
+from pipelines.chain.plan import make_plan
+from pipelines.chain.run import ChainResult, run_chain
+from pipelines.cluster.preflight import PreflightError
+from pipelines.settings.reading import load_settings
+from pipelines.stages.record import StageBusy, claim, read_result
+from pipelines.stages.spec import StageContext, StageFailed, StageSpec
+from pipelines.storage import Store
+from pipelines.terminal.console import Console
+from tests.pipelines.fakes import fake_stages
+
+CONFIG = """
+data: {sources: [{kind: shapes, train_rows: 20, val_rows: 10}]}
+tasks: [{name: outline, classes_from: shapes}]
+teacher: {weights: train}
+evaluate: {baselines: [none]}
+"""
+ORDER = [
+    "prepare",
+    "teacher",
+    "stage1",
+    "stage2",
+    "stage2/none",
+    "evaluate",
+    "register",
+]
+
+
+class FakeTracker:
+    """Remembers what MLflow would be told."""
+
+    was_away = False
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, ...]] = []
+
+    def open_pipeline(self, name: str, settings: object, plan_key: str) -> str:
+        self.calls.append(("pipeline", name))
+        return "run-1"
+
+    def open_stage(
+        self, parent_id: str, name: str, key: str, params: object, **rest: object
+    ) -> str:
+        self.calls.append(("finished" if rest["finished"] else "opened", name))
+        return f"run of {name}"
+
+    def finish(self, run_id: str, status: str, **_: object) -> None:
+        self.calls.append((status, run_id))
+
+    def close(self, status: str) -> None:
+        self.calls.append(("closed", status))
+
+
+class Bench:
+    """Runs chains whose stages only note that they ran."""
+
+    def __init__(self, config: Path, root: Path) -> None:
+        self.config, self.root = config, root
+        self.ran: list[str] = []
+        self.fail: dict[str, BaseException] = {}
+        self.tracker = FakeTracker()
+        self.sessions = 0
+        self.text = ""
+
+    def runner(self, spec: StageSpec, context: StageContext) -> dict[str, Any]:
+        self.ran.append(spec.name)
+        assert context.stage_run_id == f"run of {spec.name}"
+        assert context.manifest_folder == context.specs["prepare"].folder
+        for name in spec.upstream:
+            read_result(context.store, context.specs[name])
+        if spec.name in self.fail:
+            raise self.fail[spec.name]
+        result: dict[str, Any] = {"metrics": {"val/top1": float(len(spec.name))}}
+        return result | ({"model": "models:/mantis/1"} if spec.kind == "register" else {})
+
+    def run(self, *overrides: str, until: str | None = None) -> ChainResult:
+        self.ran.clear()
+        self.tracker.calls.clear()
+        settings = load_settings(self.config, [f"storage.root={self.root}", *overrides])
+        stream = io.StringIO()
+        try:
+            return run_chain(
+                make_plan(settings), console=Console(stream), config_name="tiny", until=until
+            )
+        finally:
+            self.text = stream.getvalue()
+
+
+@pytest.fixture
+def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
+    config = tmp_path / "tiny.yaml"
+    config.write_text(CONFIG)
+    bench = Bench(config, tmp_path / "runs")
+
+    @contextlib.contextmanager
+    def session(*_: object) -> Iterator[None]:
+        bench.sessions += 1
+        yield
+
+    fake_stages(monkeypatch, bench.runner)
+    monkeypatch.setattr("pipelines.chain.run.ray_session", session)
+    monkeypatch.setattr("pipelines.chain.run.make_tracker", lambda *_: bench.tracker)
+    return bench
+
+
+def statuses(result: ChainResult) -> dict[str, str]:
+    return {name: outcome.status for name, outcome in result.stages.items()}
+
+
+def test_a_first_run_runs_every_stage_in_order(bench: Bench) -> None:
+    result = bench.run()
+    assert bench.ran == ORDER
+    assert set(statuses(result).values()) == {"ran"}
+    assert result.metrics == {"val/top1": float(len("register"))}
+    assert (result.model, result.run_id, result.root) == (
+        "models:/mantis/1",
+        "run-1",
+        str(bench.root),
+    )
+    assert ("FINISHED", "run-1") in bench.tracker.calls
+
+
+def test_a_second_run_runs_nothing_and_starts_nothing(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = bench.run()
+    monkeypatch.setattr(
+        "pipelines.chain.run.make_tracker", lambda *_: pytest.fail("MLflow was asked")
+    )
+    second = bench.run()
+    assert bench.ran == []
+    assert bench.sessions == 1
+    assert set(statuses(second).values()) == {"skipped"}
+    assert (second.run_id, second.metrics, second.model) == (
+        first.run_id,
+        first.metrics,
+        first.model,
+    )
+
+
+def test_mlflow_back_after_an_absence_is_told_of_every_stage(bench: Bench) -> None:
+    bench.tracker.was_away = True
+    bench.run()
+    told = [name for call, name in bench.tracker.calls if call == "finished"]
+    assert told == ORDER
+    assert bench.tracker.calls[-1] == ("FINISHED", "run-1")
+
+
+def test_figures_left_in_the_spool_are_sent_though_nothing_is_left_to_run(bench: Bench) -> None:
+    bench.run()
+    (bench.root / "spool").mkdir()
+    (bench.root / "spool/key.jsonl").write_text("{}")
+    bench.run()
+    assert bench.ran == []
+    assert [name for call, name in bench.tracker.calls if call == "finished"] == ORDER
+
+
+def test_a_changed_field_reruns_its_stage_and_those_downstream(bench: Bench) -> None:
+    bench.run()
+    bench.run("stage2.epochs=1")
+    assert bench.ran == ["stage2", "stage2/none", "evaluate", "register"]
+    assert ("finished", "stage1") in bench.tracker.calls
+    bench.run()
+    assert bench.ran == []
+
+
+def test_a_failed_stage_is_resumed_and_those_before_it_skipped(bench: Bench) -> None:
+    bench.fail["stage2"] = RuntimeError("the lights went out")
+    with pytest.raises(StageFailed, match="stage2 failed: RuntimeError: the lights went out"):
+        bench.run()
+    assert bench.ran == ["prepare", "teacher", "stage1", "stage2"]
+    assert ("FAILED", "run of stage2") in bench.tracker.calls
+    assert ("closed", "FAILED") in bench.tracker.calls
+    assert "stage2: failed" in bench.text
+    bench.fail.clear()
+    result = bench.run()
+    assert bench.ran == ORDER[3:]
+    assert statuses(result)["stage2"] == "resumed"
+    assert statuses(result)["stage1"] == "skipped"
+    assert statuses(result)["stage2/none"] == "ran"
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt(), SystemExit(0)])
+def test_an_interrupt_marks_runs_killed_and_never_looks_like_success(
+    bench: Bench, stop: BaseException
+) -> None:
+    bench.fail["stage1"] = stop
+    with pytest.raises(KeyboardInterrupt):
+        bench.run()
+    assert ("closed", "KILLED") in bench.tracker.calls
+    bench.fail.clear()
+    assert statuses(bench.run())["stage1"] == "resumed"
+
+
+class WorkerGroupError(RuntimeError):
+    worker_failures = {0: DataError("no such class")}  # noqa: RUF012
+
+
+def test_the_error_of_a_worker_is_the_cause_that_is_told(bench: Bench) -> None:
+    bench.fail["teacher"] = WorkerGroupError("two pages of traceback")
+    with pytest.raises(StageFailed, match="no such class") as caught:
+        bench.run()
+    assert isinstance(caught.value.cause, DataError)
+
+
+def damage_result(folder: Path) -> None:
+    (folder / "result.json").write_text("{}")
+
+
+def lose_result(folder: Path) -> None:
+    (folder / "result.json").unlink()
+
+
+def tear_done(folder: Path) -> None:
+    (folder / "DONE").write_text('{"key": ')
+
+
+def swap_key(folder: Path) -> None:
+    text = (folder / "DONE").read_text()
+    (folder / "DONE").write_text(text.replace('"key": "', '"key": "0'))
+
+
+@pytest.mark.parametrize("harm", [damage_result, lose_result, tear_done, swap_key])
+def test_a_folder_that_is_not_whole_is_never_taken_for_done(
+    bench: Bench, harm: Callable[[Path], None]
+) -> None:
+    key = bench.run().stages["evaluate"].key
+    harm(bench.root / "stages" / f"evaluate-{key[:12]}")
+    result = bench.run()
+    assert bench.ran == ["evaluate"]
+    assert statuses(result)["evaluate"] == "resumed"
+
+
+def test_until_a_stage_runs_it_and_what_it_needs(bench: Bench) -> None:
+    result = bench.run(until="stage1")
+    assert bench.ran == ["prepare", "teacher", "stage1"]
+    assert result.model is None
+    assert result.metrics == {"val/top1": float(len("stage1"))}
+    bench.run(until="stage1")
+    assert bench.ran == []
+
+
+def test_another_tracking_server_gets_the_model_too(bench: Bench) -> None:
+    bench.run()
+    sessions = bench.sessions
+    bench.run("tracking.uri=http://user:secret@elsewhere:5000")
+    assert bench.ran == ["register"]
+    assert bench.sessions == sessions
+    written = [path.read_text() for path in bench.root.rglob("*") if path.is_file()]
+    assert not any("secret" in text for text in written)
+
+
+def test_two_processes_never_work_on_one_stage(bench: Bench) -> None:
+    (begun,) = (
+        spec
+        for spec in make_plan(load_settings(bench.config, [f"storage.root={bench.root}"])).specs
+        if spec.name == "stage1"
+    )
+    with (
+        claim(Store(bench.root), begun),
+        pytest.raises(StageBusy, match="another process works on stage1"),
+    ):
+        bench.run()
+    assert bench.ran == ["prepare", "teacher"]
+    bench.run()
+    assert bench.ran == ORDER[2:]
+
+
+def test_nothing_is_left_half_said_when_preflight_refuses(bench: Bench) -> None:
+    with pytest.raises(PreflightError, match=r"cluster\.workers 9999"):
+        bench.run("cluster.workers=9999")
+    assert bench.ran == []
+    assert not Store(bench.root).list("stages")
+
+
+def test_the_same_stage_has_one_folder_with_its_config_in_it(bench: Bench) -> None:
+    outcome = bench.run().stages["stage2/none"]
+    folder = bench.root / "stages" / "stage2" / f"none-{outcome.key[:12]}"
+    assert {path.name for path in folder.iterdir()} == {"LOCK", "STARTED", "result.json", "DONE"}
+    started = Store(folder).read_json("STARTED")
+    assert started["key"] == outcome.key
+    assert started["config"]["model"]["conditioning"]["kind"] == "none"

@@ -1,0 +1,68 @@
+"""Arms of the evaluation on single batches; whole passes are in test_end_to_end.py."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from mantis_core.baselines.per_task import PerTaskCodecs
+from mantis_core.config import DetectorConfig
+from pipelines.evaluation.answers import run_codec, run_per_task
+from tests.mantis_core.baselines.test_per_task import make_recipe
+from tests.mantis_core.conftest import make_batch, make_codec, make_config, make_problem
+
+
+@pytest.mark.parametrize("single_class", [True, False])
+def test_an_image_is_sent_once_for_each_task_it_carries(single_class: bool) -> None:
+    problem = make_problem(single_class=single_class)
+    codecs = make_recipe(problem).student
+    assert isinstance(codecs, PerTaskCodecs)
+    codecs.finish()
+    batch = make_batch(problem, 4, classes=(1, 4))
+    arrays = {
+        "task_mask": batch.task_mask.numpy(),
+        **{f"segmentation/{name}": mask.numpy() for name, mask in batch.segmentation.items()},
+    }
+    padded = torch.cat([batch.image, batch.image[:1]])
+    rows = run_per_task(codecs, padded, arrays, problem)
+    assert rows["wire_bytes"].tolist()[4] == 0
+    for index in range(4):
+        sizes = 0
+        for k, task in enumerate(problem.tasks):
+            if not batch.task_mask[index, k]:
+                assert rows["predicted"][index, k] == -1
+                continue
+            (stream,) = codecs[task.name].encode(batch.image[index : index + 1])
+            (answer,) = codecs[task.name].decode([stream])
+            sizes += len(stream)
+            if task.is_classification:
+                assert rows["predicted"][index, k] == answer.labels[task.name]
+                if single_class and int(batch.task_mask[index].sum()) == 1:
+                    expected = task.classes[answer.labels[task.name]]
+                    assert rows["class_index"][index] == expected
+            else:
+                counted = rows[f"confusion/{task.name}"][index].sum()
+                assert counted == (batch.segmentation[task.name][index] != 255).sum()
+        assert rows["wire_bytes"][index] == sizes
+        assert 0 < rows["payload_bytes"][index] < sizes
+    np.testing.assert_array_equal(rows["decoded"][:4], arrays["task_mask"])
+    if not single_class:
+        assert (rows["class_index"] == -1).all()
+
+
+def test_with_early_exit_a_clients_answers_are_told_apart_and_counted() -> None:
+    problem = make_problem()
+    detector = DetectorConfig(channels=8, blocks=0, hidden=8, classes=True)
+    codec = make_codec(problem, make_config(detector=detector))
+    batch = make_batch(problem, 6)
+    arrays = {"task_mask": batch.task_mask.numpy()}
+    every = run_codec(codec, batch.image, arrays, problem, exit_confidence=0.0)
+    none = run_codec(codec, batch.image, arrays, problem, exit_confidence=1.0)
+    plain = run_codec(codec, batch.image, arrays, problem)
+    assert every["answered"].all()
+    assert not none["answered"].any()
+    assert every["wire_bytes"].max() < none["wire_bytes"].min()
+    assert (every["decoded"].sum(axis=1) == 1).all()
+    for name in ("wire_bytes", "class_index", "predicted"):
+        np.testing.assert_array_equal(none[name], plain[name])

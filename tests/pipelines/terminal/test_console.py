@@ -1,0 +1,143 @@
+"""The console, the log capture, and progress that travels from Ray workers to the driver."""
+
+import io
+import logging
+import os
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pipelines.terminal.console import Console
+from pipelines.terminal.logs import captured_output
+
+
+@pytest.fixture
+def stream() -> io.StringIO:
+    return io.StringIO()
+
+
+def test_a_pipe_gets_one_plain_line_for_each_event(stream: io.StringIO) -> None:
+    with Console(stream) as console:
+        console.plan(["prepare", "stage1"])
+        console.stage_finished("prepare", "skipped", 0.0)
+        console.stage_started("stage1")
+        console.progress("stage1", {"step": 3, "steps": 9, "train/loss": 1.5})
+        console.epoch("stage1", {"epoch": 1.0, "epochs": 2, "val/top1": 0.25, "train/loss/x": 1.0})
+        console.stage_finished("stage1", "ran", 75.0, "top1 0.25")
+    assert stream.getvalue().splitlines() == [
+        "prepare: skipped",
+        "stage1: started",
+        "stage1: epoch 1/2, val/top1 0.25",
+        "stage1: ran in 1 min 15 s, top1 0.25",
+    ]
+
+
+def test_a_long_line_is_not_broken_in_a_pipe(stream: io.StringIO) -> None:
+    Console(stream).note("x" * 300)
+    assert stream.getvalue() == "x" * 300 + "\n"
+
+
+def test_markup_in_a_message_is_printed_as_it_is(stream: io.StringIO) -> None:
+    Console(stream).note("[red]model.losses[0][/]")
+    assert stream.getvalue() == "[red]model.losses[0][/]\n"
+
+
+def test_a_terminal_shows_the_stages_with_their_newest_values(stream: io.StringIO) -> None:
+    with Console(stream, live=True) as console:
+        console.plan(["prepare", "stage1"])
+        console.stage_started("stage1")
+        console.progress(
+            "stage1",
+            {"epoch": 2, "epochs": 4, "step": 5, "steps": 10, "train/loss": 1.25, "val/top1": 0.5},
+        )
+    shown = stream.getvalue()
+    assert "2/4" in shown
+    assert "5/10" in shown
+    assert "1.25" in shown
+    assert "0.5" in shown
+
+
+def test_a_table_of_results_holds_every_row(stream: io.StringIO) -> None:
+    Console(stream).final_table("Results", ("arm", "top1"), [["stage2", "0.9"], ["none", "0.8"]])
+    text = stream.getvalue()
+    assert all(word in text for word in ("Results", "stage2", "0.9", "none", "0.8"))
+
+
+def test_chatter_goes_to_the_log_and_the_console_keeps_its_stream(tmp_path: Path) -> None:
+    code = """
+import logging, os, sys, warnings
+from pathlib import Path
+from pipelines.terminal.logs import captured_output
+with captured_output(Path(sys.argv[1])) as (out, err, log):
+    print("print to stdout")
+    print("print to stderr", file=sys.stderr)
+    logging.getLogger("ray.data").info("a log line")
+    warnings.warn("a warning")
+    os.system("echo from a child process")
+    out.write("kept out\\n")
+    err.write("kept err\\n")
+print("after")
+"""
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout == "kept out\nafter\n"
+    assert done.stderr == "kept err\n"
+    (log,) = tmp_path.iterdir()
+    text = log.read_text()
+    chatter = ("print to stdout", "print to stderr", "a log line", "a warning", "child process")
+    assert all(line in text for line in chatter)
+
+
+def test_streams_and_logging_are_as_before_after_an_error(tmp_path: Path) -> None:
+    before = (sys.stdout, sys.stderr, logging.getLogger().handlers[:])
+    with pytest.raises(RuntimeError, match="boom"), captured_output(tmp_path):
+        raise RuntimeError("boom")
+    assert (sys.stdout, sys.stderr, logging.getLogger().handlers[:]) == before
+    with captured_output(tmp_path) as (_, _, log):
+        os.write(1, b"descriptor\n")
+        with warnings.catch_warnings():
+            warnings.simplefilter("always")
+            warnings.warn("second capture", stacklevel=1)
+    assert "descriptor" in log.read_text()
+
+
+@pytest.fixture
+def local_ray() -> Iterator[None]:
+    ray = pytest.importorskip("ray")
+    started_here = not ray.is_initialized()
+    if started_here:
+        ray.init(
+            address="local",
+            num_cpus=1,
+            include_dashboard=False,
+            object_store_memory=100 * 10**6,
+            log_to_driver=False,
+        )
+    yield
+    if started_here:
+        ray.shutdown()
+
+
+def test_progress_of_a_ray_worker_reaches_the_console(local_ray: None, stream: io.StringIO) -> None:
+    import ray
+
+    from pipelines.terminal.progress import report_epoch, report_step, watch_progress
+
+    @ray.remote(num_cpus=0)
+    def work() -> None:
+        report_step("stage1", {"step": 1, "steps": 2, "train/loss": 3.0})
+        report_epoch("stage1", {"epoch": 1, "epochs": 2, "val/top1": 0.75})
+
+    console = Console(stream)
+    with watch_progress(console):
+        ray.get(work.remote())
+        deadline = time.monotonic() + 60  # updates are sent without waiting for them
+        while not stream.getvalue() and time.monotonic() < deadline:
+            time.sleep(0.05)
+    ray.get(work.remote())  # nobody watches any more: still no error
+    assert stream.getvalue() == "stage1: epoch 1/2, val/top1 0.75\n"
