@@ -6,7 +6,7 @@ PYTHON ?= $(shell for p in python3.12 python3.11 python3; do \
 BIN := .venv/bin
 STAMP := .venv/.mantis-setup
 
-.PHONY: help setup quickstart cluster-local cluster-local-down test test-slow faults fuzz check format lock clean
+.PHONY: help setup quickstart cluster-local cluster-local-down test test-slow faults fuzz check docs format lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -47,11 +47,16 @@ N ?= 100000
 fuzz: setup ## feed N damaged and forged streams to the stream reader: make fuzz N=1000000
 	@$(BIN)/python -m tests.fuzz_bitstream $(N)
 
-check: setup ## format, lint, types, fast tests: what every commit passes
+check: setup ## format, lint, types, links, fast tests: what every commit passes
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
+	@$(MAKE) --no-print-directory docs
 	@$(BIN)/python -m pytest
+
+docs: setup ## the documentation as a site in build/site; every link is checked
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "build/site/index.html"
 
 format: setup ## rewrite the sources in the house format
 	@$(BIN)/ruff format .
