@@ -29,8 +29,7 @@ def source_hash(*entries: str, repository: Path = REPOSITORY) -> str:
     """
     digest = hashlib.sha256()
     for module in sorted(reached_modules(entries, repository)):
-        tree = _syntax_tree(module, repository)
-        digest.update(f"{module}\0{_canonical(_without_texts(tree))}\0".encode())
+        digest.update(f"{module}\0{_parsed(_text(module, repository))[1]}\0".encode())
     return digest.hexdigest()
 
 
@@ -42,9 +41,8 @@ def reached_modules(entries: Iterable[str], repository: Path = REPOSITORY) -> se
         module = waiting.pop()
         if module not in reached:
             reached.add(module)
-            tree = _syntax_tree(module, repository)
-            found = {name for node in ast.walk(tree) for name in _imported(node)}
-            waiting += [name for name in found if _counts(name, repository)]
+            imported, _ = _parsed(_text(module, repository))
+            waiting += [name for name in imported if _counts(name, repository)]
     return reached
 
 
@@ -61,8 +59,16 @@ def _counts(module: str, repository: Path) -> bool:
     return counted and module not in NOT_COUNTED and _module_file(module, repository).is_file()
 
 
-def _syntax_tree(module: str, repository: Path) -> ast.Module:
-    return ast.parse(_module_file(module, repository).read_text(encoding="utf-8"))
+def _text(module: str, repository: Path) -> str:
+    return _module_file(module, repository).read_text(encoding="utf-8")
+
+
+@functools.cache
+def _parsed(text: str) -> tuple[frozenset[str], str]:
+    """Returns what a file imports, and its code as canonical text. Each text is parsed once."""
+    tree = ast.parse(text)
+    imported = frozenset(name for node in ast.walk(tree) for name in _imported(node))
+    return imported, _canonical(_without_texts(tree))
 
 
 def _module_file(module: str, repository: Path) -> Path:
