@@ -7,11 +7,13 @@ those further down, and nothing above it. `TYPE_CHECKING` blocks and imports ins
 from __future__ import annotations
 
 import ast
+import functools
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -105,11 +107,18 @@ def modules(root: Path) -> dict[str, Path]:
 def imports(root: Path) -> list[Import]:
     """Every import in the tree: at the top, below TYPE_CHECKING and inside functions."""
     ours = modules(root)
-    found = []
+    names, found = set(ours), []
     for name, path in ours.items():
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            found += [Import(name, each, node.lineno) for each in named(node, set(ours))]
+        for node in statements(path.read_text(encoding="utf-8")):
+            found += [Import(name, each, node.lineno) for each in named(node, names)]
     return found
+
+
+@functools.cache
+def statements(text: str) -> tuple[Any, ...]:
+    """What may import something in a file; each text is parsed once."""
+    kinds = (ast.Import, ast.ImportFrom, ast.Call)
+    return tuple(node for node in ast.walk(ast.parse(text)) if isinstance(node, kinds))
 
 
 def named(node: ast.AST, ours: set[str]) -> Iterator[str]:
