@@ -60,7 +60,7 @@ def stroke(kind: str, *, scale: float = 1.0) -> dict[str, Any]:
         "color": look.colour,
         "linestyle": (0, look.dash) if look.dash else "solid",
         "linewidth": scale * (2.6 if main else 1.6),
-        "marker": look.marker,
+        "marker": look.marker if ARM_KINDS[kind].sends else "",  # a height has no ends
         "markerfacecolor": "none" if look.hollow else look.colour,
         "markersize": scale * (10 if look.marker == "*" else 7),
         "markeredgewidth": scale * 1.4,
