@@ -92,9 +92,6 @@ class TestEveryModule:
     def test_says_what_it_holds(self, path: Path) -> None:
         assert ast.get_docstring(parse(path))
 
-    def test_is_short_enough_to_read(self, path: Path) -> None:
-        assert len(path.read_text(encoding="utf-8").splitlines()) <= MAX_LINES
-
     def test_has_a_name_that_says_something(self, path: Path) -> None:
         assert path.stem not in VAGUE_NAMES
 
@@ -115,6 +112,15 @@ class TestEveryModule:
                 wide = node.type is None or ast.unparse(node.type) in ("Exception", "BaseException")
                 silent = all(isinstance(each, ast.Pass) for each in node.body)
                 assert not (wide and silent), f"line {node.lineno}"
+
+
+def test_every_file_is_short_enough_to_read() -> None:
+    """Tests, benchmarks and the documents' generator too."""
+    lengths = {
+        str(path.relative_to(ROOT)): len(path.read_text(encoding="utf-8").splitlines())
+        for path in modules(*PACKAGES, "benchmarks", "docs", "tests")
+    }
+    assert {name: lines for name, lines in lengths.items() if lines > MAX_LINES} == {}
 
 
 QUIET = """
