@@ -15,8 +15,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from multiprocessing import get_context, parent_process
+from multiprocessing import active_children, get_context, parent_process
 from threading import Thread
 from typing import TYPE_CHECKING, Any
 
@@ -307,10 +308,20 @@ def _threads(jobs: int) -> int:
     return max(1, len(os.sched_getaffinity(0)) // jobs)
 
 
-def pool_of(jobs: int) -> ProcessPoolExecutor:
-    """Returns a process pool whose workers end with this process, even if it is killed."""
+@contextmanager
+def pool_of(jobs: int) -> Iterator[ProcessPoolExecutor]:
+    """Yields a process pool whose workers end with this process, even if it is killed.
+
+    An interrupt ends them at once. Otherwise the pool would first wait for their trainings.
+    """
     context = get_context("spawn")  # CUDA does not survive a fork
-    return ProcessPoolExecutor(jobs, mp_context=context, initializer=_end_with_parent)
+    with ProcessPoolExecutor(jobs, mp_context=context, initializer=_end_with_parent) as pool:
+        try:
+            yield pool
+        except KeyboardInterrupt:  # of SIGTERM, which does not reach the workers
+            for worker in active_children():
+                worker.terminate()
+            raise
 
 
 def _end_with_parent() -> None:

@@ -7,6 +7,8 @@ import os
 import signal
 import subprocess
 import sys
+import time
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +16,7 @@ import psutil
 import pytest
 
 from pipelines.chain.earlier import recipes_before
-from pipelines.chain.plain import train_plain
+from pipelines.chain.plain import pool_of, train_plain
 from pipelines.chain.plan import Plan, make_plan, with_adopted
 from pipelines.chain.result import note_adopted
 from pipelines.settings.reading import load_settings
@@ -156,3 +158,16 @@ def test_ctrl_c_ends_a_study_and_its_trainings_with_one_line() -> None:
     ]
     _, left = psutil.wait_procs([training], timeout=60)
     assert not left
+
+
+def test_an_interrupted_study_does_not_wait_for_its_trainings() -> None:
+    running = []
+
+    def study() -> None:
+        with pool_of(1) as pool:
+            running.append(pool.submit(time.sleep, 200))
+            raise KeyboardInterrupt  # SIGTERM reaches this process alone
+
+    with pytest.raises(KeyboardInterrupt):
+        study()
+    assert isinstance(running[0].exception(), BrokenProcessPool)
