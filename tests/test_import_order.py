@@ -46,7 +46,6 @@ ROOMS = {
         "symbols",
         "folders",
         "tasks",
-        "symbols",
         "config",
         "errors",
     ),

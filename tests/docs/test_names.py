@@ -10,6 +10,7 @@ from docs import reference
 from tests.docs.pages import BLOCK, NAMES, ROOT, inline_code
 
 LINKING = [*NAMES, "ARCHITECTURE.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md"]
+PACKAGES = ("mantis_core", "data_prep", "pipelines", "tune_spaces", "benchmarks", "tests")
 GENERATED = [ROOT / "docs" / path for path in ("log.md", *reference.pages())]
 SECTION = "data|tasks|teacher|model|stage1|stage2|evaluate|tune|cluster|tracking|storage"
 KEY = re.compile(rf"({SECTION})(\.\w+)+(?=$|[=:])")
@@ -30,11 +31,13 @@ def test_every_config_field_in_the_text_exists(page: str) -> None:
             assert found.group() in known, span
 
 
-@pytest.mark.parametrize("page", NAMES)
+@pytest.mark.parametrize("page", [*LINKING, "docs/decisions.md"])
 def test_every_file_in_the_text_exists(page: str) -> None:
     for span in inline_code(page):
         if PATH.fullmatch(span):
             assert (ROOT / span).exists(), span
+        elif re.fullmatch(r"\w+\.py", span):  # in a folder that the text has named
+            assert any(found for each in PACKAGES for found in (ROOT / each).rglob(span)), span
 
 
 @pytest.mark.parametrize("page", LINKING)
