@@ -43,7 +43,7 @@ def run(
     arguments: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[SHARDS] [KEY=VALUE]...",
+            metavar="SHARDS KEY=VALUE",
             help="Overrides of config fields, such as stage2.rate_weight=0.01. With --plain also "
             "a folder of shards from `mantis prepare`.",
         ),
@@ -75,6 +75,12 @@ def run(
         raise Stopped(
             f"error: {folders[-1]!r} is not of the form key=value; `mantis run"
             f"{' --plain' if plain else ''}` takes {allowed}, such as stage2.rate_weight=0.01",
+            MISTAKE,
+        )
+    if jobs > 1 and not plain:
+        raise Stopped(
+            "error: --jobs needs --plain. On Ray, `cluster.workers` is the number of processes of "
+            "a training.",
             MISTAKE,
         )
     plan = _plan(config, joined(overrides, address), adopt=adopt)

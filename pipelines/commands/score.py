@@ -20,7 +20,9 @@ def score(
     data: Annotated[
         str,
         typer.Argument(
-            metavar="DATA", help="Parquet file, or folder with one folder of images for each class."
+            metavar="DATA",
+            help="Parquet files (a file, a folder or a pattern), or a folder with one folder of "
+            "images for each class.",
         ),
     ],
     overrides: Overrides = None,
@@ -47,9 +49,8 @@ def score(
     runs = absolute_root(root or settings.storage.root)
     logs = Path("runs/logs") if "://" in runs else Path(runs) / "logs"
     with captured_output(logs), connect(settings.cluster, runs):
-        from pipelines.evaluation.score import (
-            evaluate_model,
-        )  # after connect has set what ray reads at import
+        # Imports ray, so it stands after connect, which sets what ray reads at import.
+        from pipelines.evaluation.score import evaluate_model
 
         measured = evaluate_model(folder, absolute_root(data), settings)
     if as_json:

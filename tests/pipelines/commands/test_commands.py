@@ -264,9 +264,10 @@ def test_the_module_is_the_program_and_exits_2_on_a_mistake(tmp_path: Path) -> N
         (["--plain", "nowhere"], "nowhere holds no manifest.json"),
         (["nowhere"], "'nowhere' is not of the form key=value"),
         (["--plain", "one", "two"], "takes one folder of shards and overrides"),
+        (["--jobs", "2"], "--jobs needs --plain"),
     ],
 )
-def test_run_refuses_a_folder_it_cannot_take(
+def test_run_refuses_words_that_it_cannot_take(
     words: list[str], message: str, config: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     same_code(monkeypatch)
