@@ -42,6 +42,7 @@ class Store:
         return Path(self._inside("/".join(parts))) if self.is_local else None
 
     def exists(self, path: str) -> bool:
+        """Returns whether there is a file or folder."""
         return self._info(path).type != fs.FileType.NotFound
 
     def modified(self, path: str) -> float:
@@ -78,6 +79,7 @@ class Store:
         self.delete(PROBE)
 
     def read_json(self, path: str) -> Any:
+        """Reads a JSON file. Raises FileNotFoundError with the full address."""
         return json.loads(self.read_bytes(path))
 
     def write_json(self, path: str, value: Any) -> None:

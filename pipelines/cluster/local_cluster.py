@@ -75,6 +75,7 @@ class LocalCluster:
 
     @property
     def token_path(self) -> Path:
+        """The file of the token without which the cluster refuses a job."""
         return self.folder / "auth_token"
 
     @property

@@ -78,6 +78,7 @@ class SearchRuns:
             self.tracker.attempt(lambda: self.tracker.client.log_artifacts(run_id, str(folder)))
 
     def close(self, status: str, tags: Mapping[str, str] | None = None) -> None:
+        """Ends the MLflow run of the search with a status such as FINISHED or KILLED."""
         self.tracker.finish(self.run_id, status, tags=tags)
 
     def _is_open(self, record: TrialRecord) -> bool:

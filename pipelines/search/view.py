@@ -62,6 +62,7 @@ class SearchView:
         self._line(f"search: {total} trials{known}, {concurrent} at a time")
 
     def began(self, record: TrialRecord) -> None:
+        """Prints that a trial has started or resumed, with its sample."""
         self._keep(record)
         self._line(
             f"trial {record.number}: {'resuming' if record.epochs else 'started'}, "
@@ -69,6 +70,7 @@ class SearchView:
         )
 
     def epoch(self, record: TrialRecord) -> None:
+        """Prints the newest figures of a running trial."""
         self._keep(record)
         self._line(
             f"trial {record.number}: epoch {len(record.epochs)}/{self._epochs}"
@@ -76,6 +78,7 @@ class SearchView:
         )
 
     def ended(self, record: TrialRecord) -> None:
+        """Prints how a trial ended and how much of the search is left."""
         self._keep(record)
         with self._lock:
             self._ended_here += record.state != "equal"

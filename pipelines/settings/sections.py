@@ -121,10 +121,12 @@ class ClusterConfig(_Section):
 
     @property
     def min_workers(self) -> int:
+        """The fewest training workers."""
         return self.workers if isinstance(self.workers, int) else self.workers[0]
 
     @property
     def max_workers(self) -> int:
+        """The most training workers."""
         return self.workers if isinstance(self.workers, int) else self.workers[1]
 
 

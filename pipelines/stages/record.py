@@ -148,6 +148,7 @@ def remember_run(store: Store, plan_key: str, run_id: str | None) -> None:
 
 
 def recall_run(store: Store, plan_key: str) -> str | None:
+    """Returns the run id that `remember_run` stored, or None."""
     if not store.exists(_run_file(plan_key)):
         return None
     run_id: str | None = store.read_json(_run_file(plan_key))["run_id"]

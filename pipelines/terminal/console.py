@@ -67,6 +67,7 @@ class Console:
             self._live.start()
 
     def stage_started(self, name: str, *, resumed: bool = False) -> None:
+        """Reports the start of a stage."""
         with self._lock:
             self._rows[name] = _Row("running", started=time.monotonic())
         self._line(f"{name}: {'resuming' if resumed else 'started'}")

@@ -29,12 +29,15 @@ class ProgressBoard:
         self._notes: list[str] = []
 
     def update(self, stage: str, values: dict[str, Any]) -> None:
+        """Replaces the newest values of a stage."""
         self._latest.setdefault(stage, {}).update(values)
 
     def epoch(self, stage: str, values: dict[str, Any]) -> None:
+        """Adds the figures of an epoch."""
         self._epochs.append((stage, values))
 
     def note(self, text: str) -> None:
+        """Adds a message."""
         self._notes.append(text)
 
     def drain(self) -> News:

@@ -172,6 +172,7 @@ def mlflow_key(name: str) -> str:
 
 
 def now_ms() -> int:
+    """Returns the time in milliseconds since 1970, the unit of MLflow."""
     return int(time.time() * 1000)
 
 

@@ -99,6 +99,7 @@ class Tracker:
 
     @property
     def client(self) -> MlflowClient:
+        """The MLflow client, whose calls time out."""
         return bounded_client(self.location.uri)
 
     @property
