@@ -85,7 +85,7 @@ def score(model: Mantis, seen: Seen, mask: Tensor) -> dict[str, float]:
     assert model.joint is not None
     levels = model.spec.model.send_probabilities
     size, hits = model.spec.image_size, 0
-    for rows in torch.arange(len(mask)).split(128):
+    for rows in torch.split(torch.arange(len(mask)), 128):
         sent = as_sent(seen.p[rows], mask[rows], levels=levels)
         scores = model.joint(model.server(seen.latent[rows], size), sent.log())
         hits += int((scores.argmax(dim=1) == seen.classes[rows]).sum())

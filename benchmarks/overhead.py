@@ -31,6 +31,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -97,11 +98,8 @@ def clocked() -> Iterator[Clock]:
         epochs[-1].append(time.perf_counter())
         return output
 
-    Session.train_epoch, Session.step = timed_epoch, timed_step
-    try:
+    with patch.multiple(Session, train_epoch=timed_epoch, step=timed_step):
         yield epochs
-    finally:
-        Session.train_epoch, Session.step = train_epoch, step
 
 
 def timed_worker(config: dict[str, Any]) -> None:

@@ -128,10 +128,8 @@ def replay_search(
             used += 1
             record = replace(record, epochs={**record.epochs, epoch: figures})
             if tune.stop_early and epoch in halving.rungs:
-                own = losses_of(figures, "pareto")
-                others = [
-                    losses_of(r.epochs[epoch], "pareto") for r in records if epoch in r.epochs
-                ]
+                own = _losses(figures)
+                others = [_losses(r.epochs[epoch]) for r in records if epoch in r.epochs]
                 if not halving.goes_on(own, others, weight):
                     record = replace(record, state="stopped")
                     break
@@ -233,7 +231,7 @@ def compare(
     rows: Sequence[Row], space: Space, tune: TuneConfig, seeds: Sequence[int]
 ) -> dict[str, Any]:
     """Replays both searches for every seed. The worst figures come first."""
-    per_seed = []
+    per_seed: list[dict[str, Any]] = []
     for seed in seeds:
         baseline, corner = replay_random(rows, seed)
         whole, goal = baseline.steps[-1]
@@ -263,6 +261,12 @@ def compare(
         },
         "seeds": per_seed,
     }
+
+
+def _losses(figures: Mapping[str, float]) -> tuple[float, ...]:
+    losses = losses_of(figures, "pareto")
+    assert losses is not None  # the table holds finite figures alone
+    return losses
 
 
 @one_message
@@ -322,7 +326,7 @@ def _gap(field: Field, one: Any, other: Any) -> float:
         case LogUniform(low, high) | Integer(low, high, log=True):
             return abs(math.log(one / other)) / math.log(high / low)
         case domain:
-            return abs(one - other) / (domain.high - domain.low)
+            return float(abs(one - other) / (domain.high - domain.low))
 
 
 if __name__ == "__main__":

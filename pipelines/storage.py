@@ -43,7 +43,7 @@ class Store:
 
     def exists(self, path: str) -> bool:
         """Returns whether there is a file or folder."""
-        return self._info(path).type != fs.FileType.NotFound
+        return bool(self._info(path).type != fs.FileType.NotFound)
 
     def modified(self, path: str) -> float:
         """Returns the time of the last write in seconds since 1970; 0 if it is unknown."""

@@ -58,7 +58,7 @@ def main() -> int:
         "overrides", nargs="*", metavar="key=value", help="values that replace the config's"
     )
     arguments = parser.parse_intermixed_args()
-    names = {}
+    names: dict[str, str] = {}
     for protocol in PROTOCOLS.values():
         for step in steps(protocol, arguments.config, arguments.overrides):
             names |= dict(renamed(step))

@@ -104,10 +104,10 @@ def check_room_for_data(
         left += node.cpus - min(fit, cluster.max_workers) * cluster.cpus_per_worker
     if left < data_cpus:
         raise PreflightError(
-            f"cluster.workers {list(cluster.workers)} may grow until {left:g} CPUs are left, and "
-            f"data needs {data_cpus:g} (cluster.data_cpus): start nodes with the label "
-            "ray-subcluster=data, give a fixed number of workers, or set cluster.cpus_per_worker "
-            "so that each node keeps free CPUs"
+            f"cluster.workers [{cluster.min_workers}, {cluster.max_workers}] may grow until "
+            f"{left:g} CPUs are left, and data needs {data_cpus:g} (cluster.data_cpus): start "
+            "nodes with the label ray-subcluster=data, give a fixed number of workers, or set "
+            "cluster.cpus_per_worker so that each node keeps free CPUs"
         )
 
 

@@ -67,7 +67,7 @@ def encode(
             targets[image]: codec.write_together([each])
             for image, each in zip(images, seen, strict=True)
         }
-    written = []
+    written: list[dict[str, Any]] = []
     for number, (file, data) in enumerate(streams.items()):
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(data)

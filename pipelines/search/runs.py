@@ -82,7 +82,8 @@ class SearchRuns:
         self.tracker.finish(self.run_id, status, tags=tags)
 
     def _is_open(self, record: TrialRecord) -> bool:
-        if record.run_id is None:
+        run_id = record.run_id
+        if run_id is None:
             return True
-        run = self.tracker.attempt(lambda: self.tracker.client.get_run(record.run_id))
+        run = self.tracker.attempt(lambda: self.tracker.client.get_run(run_id))
         return run is not None and run.info.status == "RUNNING"

@@ -16,6 +16,7 @@ from pipelines.search.space import Params, distributions
 from tune_spaces.domains import Field
 
 if TYPE_CHECKING:
+    from optuna.samplers import BaseSampler
     from optuna.study import Study
 
 SearchKind = Literal["optuna", "random"]
@@ -57,7 +58,7 @@ def study_of(
     space: Mapping[str, Field],
     records: Iterable[TrialRecord],
     objective: str,
-    sampler: object = None,
+    sampler: BaseSampler | None = None,
     *,
     epoch: int | None = None,
 ) -> Study:

@@ -134,7 +134,7 @@ def process_started() -> float:
     """Returns the start time of this process in Unix seconds."""
     import psutil
 
-    return psutil.Process(os.getpid()).create_time()
+    return float(psutil.Process(os.getpid()).create_time())
 
 
 def _train(

@@ -116,7 +116,7 @@ class SearchView:
 
     def _table(self) -> Group:
         with self._lock:
-            counts = Counter(record.state for record in self._trials.values())
+            counts = Counter[str](record.state for record in self._trials.values())
             front = [self._trials[number] for number in self._front()]
             running = [r for r in self._trials.values() if r.state == "running"]
         head = Table.grid(padding=(0, 2))

@@ -10,7 +10,7 @@ from typing import Any
 
 import pandas as pd
 from mlflow.models import set_model
-from mlflow.pyfunc import PythonModel, PythonModelContext
+from mlflow.pyfunc.model import PythonModel, PythonModelContext
 
 
 class MantisClient(PythonModel):
@@ -21,7 +21,9 @@ class MantisClient(PythonModel):
 
         self.codec = load_client(context.artifacts["checkpoint"])
 
-    def predict(self, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> Any:
+    def predict(  # type: ignore[override]  # MLflow allows it without a context
+        self, model_input: pd.DataFrame, params: dict[str, Any] | None = None
+    ) -> Any:
         """Maps column `image` (JPEG or PNG bytes) to columns `stream` and `wire_bytes`."""
         streams = []
         for data in model_input["image"]:

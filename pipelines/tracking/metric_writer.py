@@ -68,7 +68,7 @@ class MetricWriter:
         if self.spool is None:
             return
         try:
-            self._deliver([*self._spooled(), _record(metrics)])
+            self._deliver([*self._spooled(self.spool), _record(metrics)])
         except Exception:
             logger.exception("metrics of run %s were not recorded", self.run_id)
 
@@ -77,21 +77,22 @@ class MetricWriter:
         if self.spool is None:
             return
         try:
-            if records := self._spooled():
+            if records := self._spooled(self.spool):
                 self._deliver(records)
         except Exception:
             logger.exception("the metrics in %s were not replayed", self.spool)
 
     def _deliver(self, records: list[dict[str, Any]]) -> None:
         """Spools the records, then sends them. A process killed in between loses none."""
-        self._spool(records)
+        assert self.spool is not None  # `write` and `replay` return early without one
+        self._spool(self.spool, records)
         if self.run_id is None or time.monotonic() < self._retry_at:
             return
         waiting = self._send(records)
         if not waiting:
             self.spool.unlink()
         elif len(waiting) < len(records):
-            self._spool(waiting)
+            self._spool(self.spool, waiting)
 
     def _send(self, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Sends records in order until MLflow fails. Returns the records that were not sent."""
@@ -117,14 +118,16 @@ class MetricWriter:
                 return records[index:]
         return []
 
-    def _spool(self, records: list[dict[str, Any]]) -> None:
-        self.spool.parent.mkdir(parents=True, exist_ok=True)
-        write_file(self.spool, "".join(json.dumps(record) + "\n" for record in records).encode())
+    @staticmethod
+    def _spool(spool: Path, records: list[dict[str, Any]]) -> None:
+        spool.parent.mkdir(parents=True, exist_ok=True)
+        write_file(spool, "".join(json.dumps(record) + "\n" for record in records).encode())
 
-    def _spooled(self) -> list[dict[str, Any]]:
-        if not self.spool.exists():
+    @staticmethod
+    def _spooled(spool: Path) -> list[dict[str, Any]]:
+        if not spool.exists():
             return []
-        return [json.loads(line) for line in self.spool.read_text("utf-8").splitlines()]
+        return [json.loads(line) for line in spool.read_text("utf-8").splitlines()]
 
 
 def bounded_client(uri: str) -> MlflowClient:

@@ -229,7 +229,8 @@ def _write_version(
     if not client.search_registered_models(f"name = '{name}'"):
         client.create_registered_model(name)
     if tracker.location.uri.startswith("http"):
-        source, model_id = f"models:/{logged.model_id}", logged.model_id
+        source: str = f"models:/{logged.model_id}"
+        model_id: str | None = logged.model_id
     else:
         # Without a server, MLflow looks up a models:/ source, or a model without a run, in its
         # global tracking URI, which may differ from ours.

@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from mlflow import MlflowClient
 from mlflow.entities import Param, Run
@@ -31,6 +31,7 @@ from pipelines.tracking.metric_writer import (
 )
 from pipelines.versions import provenance
 
+T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 
@@ -123,7 +124,7 @@ class Tracker:
                     f"(mlflow experiments restore -x {found.experiment_id}) or set "
                     "tracking.experiment to another name."
                 )
-            self._experiment_id = (
+            self._experiment_id = str(
                 found.experiment_id
                 if found is not None
                 else client.create_experiment(self.experiment, self.location.artifact_root)
@@ -223,8 +224,8 @@ class Tracker:
                 step = int(run.data.tags.get("mantis.last_step", 0))
                 record = {"step": step, "timestamp": now_ms(), "metrics": news}
                 log_record(self.client, run_id, record, mark_step=False)
-            if key := run.data.tags.get("mantis.stage_key"):
-                self.metric_writer(run_id, key).replay()
+            if stage_key := run.data.tags.get("mantis.stage_key"):
+                self.metric_writer(run_id, stage_key).replay()
             self.client.set_terminated(run_id, status)
             self._open.discard(run_id)
 
@@ -268,7 +269,7 @@ class Tracker:
             self.client.set_terminated(run_id, status)
         return run_id
 
-    def attempt(self, operation: Callable[[], Any]) -> Any:
+    def attempt(self, operation: Callable[[], T]) -> T | None:
         """Returns the result of `operation`, or None if tracking is off or MLflow does not answer.
 
         The first failure in a row prints a note.

@@ -10,7 +10,7 @@ from typing import Any
 
 import pandas as pd
 from mlflow.models import set_model
-from mlflow.pyfunc import PythonModel, PythonModelContext
+from mlflow.pyfunc.model import PythonModel, PythonModelContext
 
 BATCH_SIZE = 32  # images decoded at a time, to bound memory
 
@@ -23,7 +23,9 @@ class MantisModel(PythonModel):
 
         self.codec = load_model(context.artifacts["checkpoint"])
 
-    def predict(self, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> Any:
+    def predict(  # type: ignore[override]  # MLflow allows it without a context
+        self, model_input: pd.DataFrame, params: dict[str, Any] | None = None
+    ) -> Any:
         """Maps column `image` (JPEG or PNG bytes) to the output columns that package.py declares.
 
         `class_index` is -1 and `class_name` None if the image has no single class. `answer` is the

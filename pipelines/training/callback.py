@@ -64,5 +64,8 @@ class StageCallback(UserCallback):
         for epoch in news:
             self._writer.write(epoch)
             self._last_epoch = epoch["epoch"]
-        for epoch in news if self._listener is not None else ():
-            self._listener(epoch)  # raises on purpose if a search stops a trial early
+        listener = self._listener
+        if listener is None:
+            return
+        for epoch in news:
+            listener(epoch)  # raises on purpose if a search stops a trial early

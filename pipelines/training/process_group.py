@@ -14,9 +14,10 @@ import ray
 import torch.distributed as dist
 from ray.train.torch import TorchConfig
 from ray.train.torch.config import _TorchBackend
+from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, not in __all__
 
 LOOPBACK, LOOPBACK_INTERFACE = "127.0.0.1", "lo"
-_STORES: list[dist.TCPStore] = []  # keeps the store of this worker alive until the process ends
+_STORES: list[TCPStore] = []  # keeps the store of this worker alive until the process ends
 
 
 def torch_config(timeout_s: float) -> TorchConfig:
@@ -56,7 +57,7 @@ def serve_store() -> int:
     """Starts a store in this process and returns its port."""
     listener = socket.create_server((LOOPBACK, 0))
     port = int(listener.getsockname()[1])
-    store = dist.TCPStore(
+    store = TCPStore(
         LOOPBACK, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
     )
     _STORES.append(store)
@@ -68,5 +69,5 @@ def join(backend: str, rank: int, size: int, port: int, timeout_s: int) -> None:
     os.environ.setdefault("GLOO_SOCKET_IFNAME", LOOPBACK_INTERFACE)
     os.environ.setdefault("NCCL_SOCKET_IFNAME", LOOPBACK_INTERFACE)
     timeout = timedelta(seconds=timeout_s)
-    store = dist.TCPStore(LOOPBACK, port, is_master=False, timeout=timeout)
+    store = TCPStore(LOOPBACK, port, is_master=False, timeout=timeout)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
