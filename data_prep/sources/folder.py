@@ -7,7 +7,6 @@ or a flat val folder with a label file, and a bare `<class>/*` folder as one spl
 from __future__ import annotations
 
 import posixpath
-import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Literal
@@ -17,6 +16,7 @@ from pyarrow import fs
 
 from data_prep.errors import DataError
 from data_prep.sources.base import RawRow, SourceConfig, missing, references
+from data_prep.sources.labels import read_labels
 from data_prep.storage import filesystem, join
 
 IMAGE_SUFFIXES = (".jpeg", ".jpg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -38,10 +38,11 @@ class ImageFolder(SourceConfig):
     val: str | None = "val"
     """Folder of the val split below `path`; null where there is none."""
     val_labels: str | None = None
-    """Label file, below `path`, of a val folder that is not divided by class. The first two
-    fields of a line are the image file and its class id, separated by blanks, commas or
-    semicolons. Left out, Tiny ImageNet's `val_annotations.txt` is taken if the val folder has
-    one."""
+    """Label file, below `path`, of a val folder that is not divided by class: CSV, or lines with
+    an image, a tab or a blank, and its class id. A header may name the columns `file` and
+    `class`. An image is named by its path below the val folder or below `path`, or by its name
+    if no other image has it. Left out, Tiny ImageNet's `val_annotations.txt` is taken if the val
+    folder has one."""
 
     def listing(self, root: str, split: str) -> pa.Table:
         listed = self._listed(root, split)
@@ -80,7 +81,7 @@ class ImageFolder(SourceConfig):
             raise missing(self, f"{split} folder", where)
         labels = self._label_file(store, home, inner) if split == "val" else None
         if labels is not None:
-            found = _labelled(_images(store, inner), *labels)
+            found = _labelled(_images(store, inner), *labels, folder)
         else:
             found = _by_folder(store, inner)
         if not found:
@@ -90,8 +91,8 @@ class ImageFolder(SourceConfig):
 
     def _label_file(
         self, store: fs.FileSystem, home: str, val_folder: str
-    ) -> tuple[str, str] | None:
-        """Returns (text, name) of the label file of a flat val folder, None for class folders."""
+    ) -> tuple[bytes, str] | None:
+        """Returns (content, name) of a flat val folder's label file, None for class folders."""
         if self.val_labels is not None:
             where = filesystem(join(home, self.val_labels))[1]
             if store.get_file_info(where).type != fs.FileType.File:
@@ -101,7 +102,7 @@ class ImageFolder(SourceConfig):
             if store.get_file_info(where).type != fs.FileType.File:
                 return None
         with store.open_input_stream(where, compression=None) as stream:
-            return stream.read().decode("utf-8", errors="replace"), where
+            return stream.read(), where
 
 
 def _images(store: fs.FileSystem, folder: str) -> list[tuple[str, int]]:
@@ -128,24 +129,14 @@ def _by_folder(store: fs.FileSystem, folder: str) -> list[tuple[str, str, int]]:
 
 
 def _labelled(
-    images: list[tuple[str, int]], text: str, label_file: str
+    images: list[tuple[str, int]], content: bytes, label_file: str, folder: str
 ) -> list[tuple[str, str, int]]:
-    """Returns (path, class id, bytes); a line of the label file starts with file and class."""
-    labels: dict[str, str] = {}
-    for line in text.splitlines():
-        fields = re.split(r"[\s,;]+", line.strip())
-        if len(fields) >= 2:
-            labels[posixpath.splitext(posixpath.basename(fields[0]))[0]] = fields[1]
-    found, unlabelled = [], []
-    for path, size in images:
-        stem = posixpath.splitext(posixpath.basename(path))[0]
-        if stem in labels:
-            found.append((path, labels[stem], size))
-        else:
-            unlabelled.append(path)
+    """Returns (path, class id, bytes) of each image with the class that the label file gives it."""
+    labels = read_labels(content, label_file, [path for path, _ in images], folder=folder)
+    unlabelled = sorted(path for path, _ in images if path not in labels)
     if unlabelled:
         raise DataError(
             f"{label_file} has no line for {len(unlabelled)} of {len(images)} images, the first is "
-            f"{sorted(unlabelled)[0]}; add lines of the form 'file class'"
+            f"{unlabelled[0]}; add lines of the form 'file class'"
         )
-    return found
+    return [(path, labels[path], size) for path, size in images]
