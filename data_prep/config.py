@@ -140,6 +140,10 @@ class DataConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstring
     reduced runs; left out, all are taken."""
     val_rows: int | None = Field(default=None, ge=1)
     """Rows of the val split to take at most, chosen by the seed. Left out, all are taken."""
+    revision: str = ""
+    """A word for the state of the sources, which enters the key of `prepare`. Change it if images
+    were replaced by others of the same names and sizes: labels and small folders are compared by
+    content, the images of Parquet files and of large folders are not."""
 
     @model_validator(mode="after")
     def _sizes_and_names_fit(self) -> DataConfig:

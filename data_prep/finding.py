@@ -19,9 +19,10 @@ CLASS_COLUMNS = ("wnid", "label", "class", "class_id", "label_name")
 
 
 def source_fingerprint(data: DataConfig, table: TaskTable) -> str:
-    """Returns a sha256 over what the sources hold (relative names, sizes) and the wanted class ids.
+    """Returns a sha256 over what the sources hold and the wanted class ids.
 
-    Reads no image. The same files in another folder or with other dates give the same.
+    It covers relative names, sizes and labels; see `state` of each source for what is read beside
+    them. The same files in another folder or with other dates give the same.
     """
     root = absolute(data.root)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -81,7 +81,11 @@ class SourceConfig(BaseModel, ABC):
 
     @abstractmethod
     def state(self, root: str, split: str) -> Iterator[str]:
-        """Yields lines that change when the split's files do: relative names, sizes, no dates."""
+        """Yields lines that change when the split's images or labels do.
+
+        They hold relative names, sizes and hashes. They hold no dates and no absolute paths, so a
+        copy has the same lines. Called for every plan, so reading all images is too dear.
+        """
 
 
 def missing(source: SourceConfig, what: str, where: str) -> DataError:
@@ -103,7 +107,7 @@ def references(
     return pa.table([source_ids, class_ids, paths, positions, rows], schema=REFERENCES)
 
 
-def digest(lines: Iterator[str]) -> str:
+def digest(lines: Iterable[str]) -> str:
     """Returns the sha256 over lines, in hex."""
     total = hashlib.sha256()
     for line in lines:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import hashlib
 import json
 import posixpath
 from collections.abc import Iterator
@@ -16,10 +17,11 @@ from pydantic import BaseModel, Field, model_validator
 from data_prep.checks import Rejection, mask_values
 from data_prep.errors import DataError
 from data_prep.imagenet import imagenet_wnids
-from data_prep.sources.base import RawRow, SourceConfig, missing, references
+from data_prep.sources.base import RawRow, SourceConfig, digest, missing, references
 from data_prep.storage import filesystem, join
 
 READ_ROWS = 64
+LABEL_ROWS = 65_536  # read at once where there are no masks
 
 
 class Presence(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=True):
@@ -95,14 +97,21 @@ class ParquetFiles(SourceConfig):
             yield from self._read_rows(join(join(root, self.path), path), position, rows)
 
     def state(self, root: str, split: str) -> Iterator[str]:
+        """Yields a line for each file: path, bytes, row groups, a hash of all labels and masks.
+
+        Labels and masks are read in full, since others may have the same size. Images are not read.
+        """
         for path, size in self.files(root, split):
-            with _open(join(join(root, self.path), path)) as file:
+            where = join(join(root, self.path), path)
+            with _open(where) as file:
+                _need_columns(self, where, file.schema_arrow)
                 footer = file.metadata
                 groups = [
                     (footer.row_group(index).num_rows, footer.row_group(index).total_byte_size)
                     for index in range(footer.num_row_groups)
                 ]
-            yield f"{path}\t{size}\t{groups}"
+                labels = self._labels_hash(file)
+            yield f"{path}\t{size}\t{groups}\t{labels}"
         presence = {name: found.model_dump() for name, found in self.presence.items()}
         read = [self.image, self.class_column, self.class_ids, self.mask_columns]
         yield json.dumps([*read, presence] if presence else read)
@@ -149,6 +158,18 @@ class ParquetFiles(SourceConfig):
             positions,
             rows,
         )
+
+    def _labels_hash(self, file: pq.ParquetFile) -> str:
+        """Returns a sha256 over the cells of the columns of labels and masks."""
+        columns = list(self.mask_columns.values())
+        rows = READ_ROWS if columns else LABEL_ROWS
+        if self.class_column is not None:
+            columns.append(self.class_column)
+        hashes = {name: hashlib.sha256() for name in sorted(columns)}
+        for batch in file.iter_batches(rows, columns=list(hashes)):
+            for name, total in hashes.items():
+                total.update("".join(f"{cell!r}\n" for cell in batch[name].to_pylist()).encode())
+        return digest(each.hexdigest() for each in hashes.values())
 
     def _presence(self, file: pq.ParquetFile) -> list[list[str]]:
         """Returns the classes that the masks of each row show; [] where none are asked for.

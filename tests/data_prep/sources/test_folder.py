@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 from PIL import Image
 
@@ -53,3 +54,15 @@ def test_a_flat_val_folder_is_labelled_by_a_csv(tmp_path: Path) -> None:
     with (tmp_path / "labels.csv").open("a") as file:
         file.write("b,n2 1 2 3 4\n")
     assert [ids for _, ids in listed(source, tmp_path, "val")] == [["n1"], ["n2"]]
+
+
+def test_a_file_that_cannot_be_read_is_a_row_with_its_reason(image_folder: Path) -> None:
+    source, root = ImageFolder(), str(image_folder)
+    (image_folder / "train/n02085620/0.JPEG").unlink()
+    (image_folder / "train/n02085620/0.JPEG").symlink_to("0.JPEG")  # to itself
+    rows = source.listing(root, "val").slice(0, 1).to_pylist()
+    rows[0]["path"] = "train/n02085620/0.JPEG"
+    (row,) = source.read(root, pa.Table.from_pylist(rows))
+    assert not row.image
+    assert row.error.startswith("cannot be read: ")
+    assert list(source.state(root, "train"))
