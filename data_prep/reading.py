@@ -34,8 +34,8 @@ class ReadingConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstr
     mirroring changes a label, as for letters."""
     shuffle_window_rows: int = Field(default=2048, ge=1)
     """Rows that are shuffled together in an epoch. Row groups are read in random order until
-    they hold this many rows. More rows mix better and take more memory in each reader; the
-    default is eight row groups of the default size."""
+    they hold this many rows, or 512 MiB. More rows mix better and take more memory in each
+    reader; the default is eight row groups of the default size."""
 
 
 def reading_field(name: str) -> Any:

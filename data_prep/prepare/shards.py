@@ -57,6 +57,7 @@ Run = Callable[[Sequence[pa.Table], Callable[..., pa.Table], Job], Iterable[pa.T
 SHARDS = "shards"
 REJECTED_NAME = "rejected.parquet"
 UNCOMPRESSED = "none"  # images are compressed already
+ROW_GROUP_BYTES = 128 * 2**20  # of images and masks: a reader holds whole row groups
 
 
 def prepare(
@@ -151,15 +152,17 @@ def write_shard(plan: pa.Table, *, job: Job) -> pa.Table:
     ]
     rows = pa.table(columns, schema=row_schema(job.table))
     stream = io.BytesIO()
-    pq.write_table(
-        rows,
+    with pq.ParquetWriter(
         stream,
-        row_group_size=job.data.row_group_rows,
+        rows.schema,
         compression=UNCOMPRESSED,
         use_dictionary=False,
         write_statistics=False,
         write_page_checksum=True,
-    )
+    ) as writer:
+        sizes = [sum(map(len, row)) for row in blobs]
+        for first, end in pairwise(_group_cuts(sizes, job.data.row_group_rows)):
+            writer.write_table(rows.slice(first, end - first))
     content = stream.getvalue()
     path = plan["shard"][0].as_py()
     write_bytes(join(job.folder, path), content)
@@ -300,6 +303,18 @@ def _plans(split: str, part: pa.Table, data: DataConfig) -> Iterator[pa.Table]:
         plan = part.slice(first, end - first)
         path = f"{SHARDS}/{split}-{number:05d}.parquet"
         yield plan.append_column("shard", pa.array([path] * plan.num_rows, pa.string()))
+
+
+def _group_cuts(sizes: Sequence[int], group_rows: int) -> list[int]:
+    """Returns where row groups begin, and the end: `group_rows` each, or ROW_GROUP_BYTES."""
+    cuts, held = [0], 0
+    for row, size in enumerate(sizes):
+        full = row - cuts[-1] >= group_rows or held + size > ROW_GROUP_BYTES
+        if full and row > cuts[-1]:
+            cuts.append(row)
+            held = 0
+        held += size
+    return [*cuts, len(sizes)]
 
 
 def _fetch(plan: pa.Table, job: Job) -> list[list[bytes]]:

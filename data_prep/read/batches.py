@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from data_prep.errors import DataError
 from data_prep.manifest import Manifest
-from data_prep.read.decoding import Batch, Decoder, concatenated
+from data_prep.read.decoding import Batch, Decoder, Indices, concatenated
 from data_prep.read.epoch import RowGroup, Window, plan_epoch, plan_in_order
 from data_prep.reading import ReadingConfig
 from data_prep.storage import absolute, filesystem, join
@@ -186,9 +186,22 @@ def _read(folder: str, window: Window, decoder: Decoder) -> Iterator[Batch]:
 
 def _tables(folder: str, window: Window, columns: list[str]) -> Iterator[pa.Table]:
     """Yields the rows of a window in order, not decoded, DECODE_ROWS at a time."""
-    rows = pa.concat_tables([_row_group(folder, group, columns) for group in window.groups])
+    groups = [_row_group(folder, group, columns) for group in window.groups]
+    starts = np.cumsum([0, *(group.rows for group in window.groups)])
     for start in range(0, len(window.picks), DECODE_ROWS):
-        yield rows.take(window.picks[start : start + DECODE_ROWS])
+        yield _taken(groups, starts, window.picks[start : start + DECODE_ROWS])
+
+
+def _taken(groups: list[pa.Table], starts: Indices, picks: Indices) -> pa.Table:
+    """Returns the rows `picks` of groups put end to end; `starts` are the groups' first rows.
+
+    Takes from group after group: Arrow would first copy all of a table of several chunks.
+    """
+    number = np.searchsorted(starts, picks, side="right") - 1
+    used = np.unique(number)
+    parts = [groups[n].take(picks[number == n] - starts[n]) for n in used]
+    places = np.concatenate([np.flatnonzero(number == n) for n in used])
+    return pa.concat_tables(parts).take(np.argsort(places))
 
 
 def _row_group(folder: str, group: RowGroup, columns: list[str]) -> pa.Table:
@@ -197,12 +210,24 @@ def _row_group(folder: str, group: RowGroup, columns: list[str]) -> pa.Table:
     store, inner = filesystem(path)
     try:
         with pq.ParquetFile(inner, filesystem=store, page_checksum_verification=True) as file:
-            return file.read_row_group(group.index, columns=columns)
+            rows = _with_long_offsets(file.read_row_group(group.index, columns=columns))
+        if rows.num_rows != group.rows:
+            raise OSError(f"{rows.num_rows} rows in row group {group.index}, not {group.rows}")
     except (OSError, pa.ArrowException) as error:
         raise DataError(
             f"shard {path} is missing or damaged ({error}): delete {folder} and run again "
             "to prepare it anew"
         ) from None
+    return rows
+
+
+def _with_long_offsets(rows: pa.Table) -> pa.Table:
+    """Returns the table with 64-bit offsets: with 32 bits a joined column of bytes ends at 2 GB."""
+    fields = [
+        field.with_type(pa.large_binary()) if pa.types.is_binary(field.type) else field
+        for field in rows.schema
+    ]
+    return rows.cast(pa.schema(fields)).combine_chunks()
 
 
 def _rebatched(parts: Iterable[Batch], batch_rows: int) -> Iterator[Batch]:

@@ -1,4 +1,4 @@
-"""Plans which rows an epoch reads and in which order, from row counts alone. Reads no files."""
+"""Plans which rows an epoch reads and in which order, from the manifest alone. Reads no files."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 
 from data_prep.errors import DataError
 from data_prep.manifest import SplitInfo
+
+WINDOW_BYTES = 512 * 2**20  # a reading task holds a window in memory
 
 
 @dataclass(frozen=True)
@@ -38,15 +40,17 @@ def plan_epoch(
     rank: int,
     world_size: int,
     window_rows: int,
+    window_bytes: int = WINDOW_BYTES,
 ) -> list[Window]:
     """Plans the rows one rank consumes in one epoch, in order.
 
-    Row groups are permuted by (seed, epoch) and joined into windows of about `window_rows`; rows
-    are permuted within a window. Of this order the first floor(N / global_batch) * global_batch
-    rows are consumed, `global_batch` a step, whatever `world_size` is. The rows left out differ
-    from epoch to epoch. Rank r takes the r-th part of a step's rows as they lie in their window, so
-    the ranks hardly read a row group twice. Raises DataError where there are fewer rows than a
-    global batch, or where a global batch does not divide among the ranks.
+    Row groups are permuted by (seed, epoch) and joined into windows of about `window_rows`, or of
+    fewer rows where they would have more than `window_bytes`; rows are permuted within a window.
+    Of this order the first floor(N / global_batch) * global_batch rows are consumed, `global_batch`
+    a step, whatever `world_size` is. The rows left out differ from epoch to epoch. Rank r takes the
+    r-th part of a step's rows as they lie in their window, so the ranks hardly read a row group
+    twice. Raises DataError where there are fewer rows than a global batch, or where a global batch
+    does not divide among the ranks.
     """
     if global_batch % world_size:
         raise DataError(
@@ -60,19 +64,13 @@ def plan_epoch(
         )
     groups = _row_groups(split)
     random = np.random.default_rng([seed, epoch])
-    windows, waiting = [], []
-    for number in random.permutation(len(groups)):
-        waiting.append(groups[number])
-        if sum(group.rows for group in waiting) >= window_rows:
-            windows.append(tuple(waiting))
-            waiting = []
-    if waiting:
-        windows.append(tuple(waiting))
+    order = random.permutation(len(groups)).tolist()
+    windows = _joined([groups[n] for n in order], _bytes_of(split), window_rows, window_bytes)
     starts = np.cumsum([0, *(sum(group.rows for group in window) for window in windows)])
-    order = np.concatenate(
+    rows = np.concatenate(
         [start + random.permutation(end - start) for start, end in pairwise(starts)]
     )
-    steps = order[: split.rows // global_batch * global_batch].reshape(-1, global_batch)
+    steps = rows[: split.rows // global_batch * global_batch].reshape(-1, global_batch)
     places = steps.argsort(axis=1).argsort(axis=1)  # of each row among those of its step
     own = steps[places // (global_batch // world_size) == rank]
     number = np.searchsorted(starts, own, side="right") - 1  # of each row's window, never falling
@@ -95,6 +93,26 @@ def _row_groups(split: SplitInfo) -> list[RowGroup]:
         for shard in split.shards
         for index, rows in enumerate(shard.row_group_rows)
     ]
+
+
+def _bytes_of(split: SplitInfo) -> dict[str, float]:
+    """Returns the bytes of a row by shard, on average."""
+    return {shard.path: shard.bytes / max(1, shard.rows) for shard in split.shards}
+
+
+def _joined(
+    groups: list[RowGroup], row_bytes: dict[str, float], window_rows: int, window_bytes: int
+) -> list[tuple[RowGroup, ...]]:
+    """Joins row groups, in order, until they hold enough rows or the next would be too much."""
+    windows, waiting, rows, size = [], [], 0, 0.0
+    for group in groups:
+        own = group.rows * row_bytes[group.shard]
+        if waiting and (rows >= window_rows or size + own > window_bytes):
+            windows.append(tuple(waiting))
+            waiting, rows, size = [], 0, 0.0
+        waiting.append(group)
+        rows, size = rows + group.rows, size + own
+    return [*windows, tuple(waiting)]
 
 
 def _window(groups: tuple[RowGroup, ...], picks: NDArray[np.int64]) -> Window:

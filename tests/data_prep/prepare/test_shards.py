@@ -14,20 +14,26 @@ from PIL import ExifTags, Image
 
 from data_prep.config import DataConfig, TaskConfig
 from data_prep.errors import DataError
-from data_prep.manifest import read_manifest
-from data_prep.prepare.shards import prepare
+from data_prep.manifest import Manifest, read_manifest
+from data_prep.prepare import shards
 from data_prep.tasks import resolve_tasks
 
 Make = Callable[..., Image.Image]
 
 
 Encode = Callable[..., bytes]
-pytestmark = pytest.mark.usefixtures("ray_session")
+
+
+def prepare(*inputs: Any, **settings: Any) -> Manifest:
+    """Prepares without Ray. The fixture `shapes` is prepared with it."""
+    return shards.prepare(
+        *inputs, run=lambda tables, do, job: (do(table, job=job) for table in tables), **settings
+    )
 
 
 def rows_of(folder: str | Path, split: str) -> list[dict[str, Any]]:
-    shards = read_manifest(str(folder)).split(split).shards
-    return [row for shard in shards for row in pq.read_table(f"{folder}/{shard.path}").to_pylist()]
+    found = read_manifest(str(folder)).split(split).shards
+    return [row for shard in found for row in pq.read_table(f"{folder}/{shard.path}").to_pylist()]
 
 
 def poison(folder: Path, make_picture: Make, to_bytes: Encode) -> dict[str, str]:
@@ -114,6 +120,26 @@ def test_shards_are_of_similar_size_and_all_accounted_for(shapes: Any) -> None:
     sizes = [shard.bytes for shard in train.shards]
     assert max(sizes) < 1.5 * min(sizes)
     assert not (Path(shapes.folder) / "staging").exists()
+
+
+def test_a_row_group_ends_by_rows_or_by_bytes(
+    folder_data: DataConfig,
+    animals: tuple[TaskConfig, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    table = resolve_tasks(animals, folder_data)
+    plain = prepare(folder_data, table, seed=0, output=str(tmp_path / "plain"))
+    (shard,) = plain.splits["val"].shards
+    assert shard.row_group_rows == (4, 4, 4)
+    size = max(len(row["image"]) for row in rows_of(tmp_path / "plain", "val"))
+    for limit, rows in ((2 * size, 2), (1, 1)):
+        monkeypatch.setattr(shards, "ROW_GROUP_BYTES", limit)
+        small = prepare(folder_data, table, seed=0, output=str(tmp_path / "small"))
+        (shard,) = small.splits["val"].shards
+        assert max(shard.row_group_rows) == rows
+        assert sum(shard.row_group_rows) == 12
+        assert rows_of(tmp_path / "small", "val") == rows_of(tmp_path / "plain", "val")
 
 
 def test_holdout_shares_no_image_with_train_even_a_copied_one(

@@ -8,11 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from data_prep.errors import DataError
+from data_prep.read import batches
 from data_prep.read.batches import eval_rows, local_batches, train_batches
 from data_prep.read.decoding import Batch
+from data_prep.read.epoch import RowGroup, Window
 from data_prep.reading import ReadingConfig
 
 
@@ -143,15 +147,49 @@ def test_without_flip_and_crop_training_rows_are_the_plain_ones(shapes: Any) -> 
             assert (plain[int(row)] == image).all()
 
 
-@pytest.mark.parametrize("harm", ["flipped bit", "cut short", "gone"])
+class LargeFile:
+    """Stands for a Parquet file whose row groups have an image of 300 MB before a small one."""
+
+    BYTES = 300_000_000
+    ZEROS = pa.py_buffer(np.zeros(BYTES + 1, np.uint8))  # no memory until it is copied
+
+    def __init__(self, path: str, **options: Any) -> None:
+        pass
+
+    def __enter__(self) -> LargeFile:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def read_row_group(self, index: int, columns: list[str]) -> pa.Table:
+        offsets = pa.array([0, self.BYTES, self.BYTES + 1], pa.int32()).buffers()[1]
+        images = pa.BinaryArray.from_buffers(pa.binary(), 2, [None, offsets, self.ZEROS])
+        return pa.table({"image": images, "row_id": [2 * index, 2 * index + 1]})
+
+
+def test_a_window_of_more_than_two_gigabytes_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batches.pq, "ParquetFile", LargeFile)
+    groups = tuple(RowGroup("shard", index, 2) for index in range(8))
+    picks = np.array([15, 1, 9, 3])
+    (rows,) = batches._tables("folder", Window(groups, picks), ["image", "row_id"])
+    assert rows["row_id"].to_pylist() == picks.tolist()
+    assert rows["image"].to_pylist() == [b"\0"] * 4
+
+
+@pytest.mark.parametrize("harm", ["flipped bit", "cut short", "gone", "a row less"])
 def test_a_damaged_shard_is_named_with_what_to_do(shapes: Any, tmp_path: Path, harm: str) -> None:
     folder = shutil.copytree(shapes.folder, tmp_path / "prepared")
     shard = folder / shapes.manifest.split("train").shards[0].path
-    content = bytearray(shard.read_bytes())
+    original = shard.read_bytes()
+    content = bytearray(original)
     content[len(content) // 2] ^= 1
     shard.write_bytes(content if harm == "flipped bit" else content[: len(content) // 2])
     if harm == "gone":
         shard.unlink()
+    if harm == "a row less":
+        shard.write_bytes(original)
+        pq.write_table(pq.read_table(shard).slice(1), shard, row_group_size=10)
     with pytest.raises(DataError, match=f"{shard} is missing or damaged .* delete {folder}"):
         list(
             local_batches(

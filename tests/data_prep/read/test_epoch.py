@@ -7,7 +7,7 @@ import pytest
 
 from data_prep.errors import DataError
 from data_prep.manifest import ShardInfo, SplitInfo
-from data_prep.read.epoch import plan_epoch, plan_in_order
+from data_prep.read.epoch import Window, plan_epoch, plan_in_order
 
 SPLIT = SplitInfo(
     rows=103,
@@ -33,6 +33,10 @@ def planned(epoch: int, world_size: int, rank: int, global_batch: int = 8) -> li
         world_size=world_size,
         window_rows=30,
     )
+    return rows_of(windows)
+
+
+def rows_of(windows: list[Window]) -> list[int]:
     rows: list[int] = []
     for window in windows:
         joined = np.concatenate(
@@ -86,6 +90,33 @@ def test_ranks_share_the_reading() -> None:
             for group in window.groups
         )
         assert read <= (1 + 0.25 * (world_size - 1)) * split.rows
+
+
+def test_a_window_ends_by_rows_or_by_bytes_alike_for_every_number_of_ranks() -> None:
+    shards = tuple(shard.model_copy(update={"bytes": 10 * shard.rows}) for shard in SPLIT.shards)
+    split = SPLIT.model_copy(update={"shards": shards})
+
+    def windows(window_bytes: int, world_size: int = 1, rank: int = 0) -> list[Window]:
+        return plan_epoch(
+            split,
+            seed=1,
+            epoch=0,
+            global_batch=8,
+            rank=rank,
+            world_size=world_size,
+            window_rows=30,
+            window_bytes=window_bytes,
+        )
+
+    assert planned(0, 1, 0) == rows_of(windows(1000)) == rows_of(windows(10**9))
+    for limit in (250, 330):
+        cut = windows(limit)
+        assert all(sum(10 * group.rows for group in window.groups) <= limit for window in cut)
+        assert len(set(rows_of(cut))) == 96
+        steps = np.array(rows_of(cut)).reshape(-1, 8)
+        halves = [np.array(rows_of(windows(limit, 2, rank))).reshape(-1, 4) for rank in (0, 1)]
+        np.testing.assert_array_equal(np.sort(np.hstack(halves)), np.sort(steps))
+    assert [len(window.groups) for window in windows(1)] == [1] * len(windows(1))
 
 
 def test_every_row_is_consumed_sooner_or_later() -> None:
