@@ -118,6 +118,11 @@ class DataConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstring
     unassigned: Literal["drop", "keep"] = "drop"
     """What becomes of images of no task. They are counted either way; the default saves their
     bytes."""
+    single_class: Literal["auto"] | bool = "auto"
+    """Whether images count as showing one class each. The joint decision over the classes of all
+    tasks, a detector that names classes, a teacher with one head and the baseline `student` need
+    it. `auto` means yes if every image carries exactly one class of the tasks. `true` means yes
+    also if some carry none or several; those have no part in that decision. `false` means no."""
     holdout_fraction: Fraction = 0.02
     """Share of the training rows that is never trained on, to choose checkpoints and calibrate
     on. The default leaves nearly all rows to training."""

@@ -84,9 +84,11 @@ class SourceInfo(BaseModel, frozen=True, extra="forbid"):
 class Manifest(BaseModel, frozen=True, extra="forbid"):
     """Contents of a prepared folder. It is written last: a folder without one is not finished.
 
-    `single_class` is true where every row has exactly one class id of `classes`. Splits are
-    `train`, `holdout` (train rows kept out of training) and `val`; those not asked for are absent.
-    `fingerprint` is the sha256 over the shards' hashes and the tasks.
+    `single_class` is true where rows count as having one class id of `classes` each, by
+    `data.single_class`; a row of none or several has the class label -1. Splits are `train`,
+    `holdout` (train rows kept out of training) and `val`; those not asked for are absent.
+    `fingerprint` is the sha256 over the shards' hashes and the tasks. `remarks` are sentences on
+    what the set lacks or holds twice.
     """
 
     format_version: int = FORMAT_VERSION
@@ -101,6 +103,7 @@ class Manifest(BaseModel, frozen=True, extra="forbid"):
     rejected: int  # unreadable images, listed in rejected.parquet
     fingerprint: str
     sources: tuple[SourceInfo, ...]
+    remarks: tuple[str, ...] = ()
 
     def split(self, name: str) -> SplitInfo:
         """Returns the split of that name. Raises DataError where the folder holds none."""

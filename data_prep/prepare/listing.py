@@ -6,8 +6,8 @@ Reads names and label columns, no images.
 from __future__ import annotations
 
 import hashlib
-import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -17,17 +17,26 @@ from data_prep.manifest import SourceInfo, TaskTable
 from data_prep.prepare.staging import Job
 from data_prep.tasks import did_you_mean
 
-logger = logging.getLogger(__name__)
+
+@dataclass(frozen=True)
+class Listing:
+    """What the sources hold.
+
+    `references` have columns `source` and `split` beside their own. `unassigned` are the rows of no
+    task by split, `seen` all class ids of the sources.
+    """
+
+    references: pa.Table
+    sources: tuple[SourceInfo, ...]
+    unassigned: dict[str, int]
+    seen: frozenset[str]
 
 
-def list_sources(
-    job: Job, splits: Sequence[str]
-) -> tuple[pa.Table, tuple[SourceInfo, ...], dict[str, int]]:
-    """Lists all sources; returns (references, what each source gave, unassigned rows by split).
+def list_sources(job: Job, splits: Sequence[str]) -> Listing:
+    """Lists all sources.
 
-    The references have columns `source` and `split` beside their own. With `unassigned: drop`, rows
-    that cannot be of any task are dropped here, before they are read; then the caps apply. Raises
-    DataError where a split or a task has no image.
+    With `unassigned: drop`, rows that cannot be of any task are dropped here, before they are read;
+    then the caps apply. Raises DataError where a split or a task has no image.
     """
     data, known = job.data, set(job.table.classes)
     wanted_masks = {mask for mask in job.table.masks if mask}
@@ -66,26 +75,20 @@ def list_sources(
                 f"no {split} image of any task: check the sources' {split} setting and the tasks' "
                 f"class ids; the {split} images carry {_some(seen[split])}"
             )
-    return pa.concat_tables(capped), tuple(sources), unassigned
+    return Listing(
+        pa.concat_tables(capped), tuple(sources), unassigned, frozenset().union(*seen.values())
+    )
 
 
 def _need_every_task(seen: set[str], table: TaskTable) -> None:
-    """Refuses a classification task without training images; warns of classes without any."""
+    """Refuses a classification task without training images."""
     for task in table.tasks:
         ids = [table.classes[index] for index in task.class_indices]
-        absent = [class_id for class_id in ids if class_id not in seen]
-        if not absent:
-            continue
-        hint = did_you_mean(absent[0], seen)
-        if len(absent) == len(ids):
+        if ids and seen.isdisjoint(ids):
             raise DataError(
                 f"task '{task.name}' has no training image: none carries {_some(set(ids))}; "
-                f"the sources have {_some(seen)}{hint}"
+                f"the sources have {_some(seen)}{did_you_mean(ids[0], seen)}"
             )
-        logger.warning(
-            "task '%s': %d of %d classes have no training image, the first is %s%s",
-            *(task.name, len(absent), len(ids), absent[0], hint),
-        )
 
 
 def _some(names: set[str]) -> str:

@@ -37,6 +37,7 @@ from data_prep.manifest import (
     write_manifest,
 )
 from data_prep.prepare.listing import list_sources
+from data_prep.prepare.remarks import decide_single_class, remarks
 from data_prep.prepare.staging import STAGING, Job, pieces, segmentation_tasks, stage_piece
 from data_prep.storage import (
     absolute,
@@ -75,8 +76,9 @@ def prepare(
     `run` applies a function to tables; None runs it as Ray Data tasks, for which Ray must be
     initialised. Unreadable images are left out and listed in rejected.parquet (source, id, reason).
     Raises DataError where files are missing, where more than `max_bad_fraction` of the images are
-    unreadable, where a mask has a value outside its labels, and where a split or a training task
-    has no image. An interrupted or failed run leaves no manifest.
+    unreadable, where a mask has a value outside its labels, where a split or a training task has no
+    image, and where `single_class` is true and no training image has one class. An interrupted or
+    failed run leaves no manifest.
     """
     job = Job(data, table, seed, absolute(data.root), absolute(output))
     report = progress or (lambda phase, done, total: None)
@@ -84,29 +86,30 @@ def prepare(
     delete_file(join(job.folder, MANIFEST_NAME))
     for part in (STAGING, SHARDS):
         delete_folder(join(job.folder, part))
-    listing, sources, dropped = list_sources(job, splits)
-    index = _staged(listing, job, report, run)
+    listing = list_sources(job, splits)
+    index = _staged(listing.references, job, report, run)
     rejected = _reject(index, job)
     index = index.filter(pc.is_null(index["reason"]))
     index, late = _without_unassigned(index, data)
     parts = _ordered_splits(index, data, seed, splits)
+    single_class, exceptions = decide_single_class(parts, data.single_class)
+    found = [*remarks(parts, table, listing.seen), *exceptions]
+    for remark in found:
+        logger.warning("%s", remark)
     shards = _written(parts, job, report, run)
     manifest = Manifest(
         image_size=data.size,
         tasks=table.tasks,
         classes=table.classes,
         class_names=table.class_names,
-        single_class=all(
-            pc.all(pc.equal(pc.list_value_length(part["class_indices"]), 1)).as_py()
-            for part in parts.values()
-            if part.num_rows
-        ),
+        single_class=single_class,
         seed=seed,
         splits=shards,
-        unassigned={split: dropped[split] + late.get(split, 0) for split in splits},
+        unassigned={split: listing.unassigned[split] + late.get(split, 0) for split in splits},
         rejected=rejected,
         fingerprint=_fingerprint(shards, table),
-        sources=sources,
+        sources=listing.sources,
+        remarks=tuple(found),
     )
     delete_folder(join(job.folder, STAGING))
     write_manifest(job.folder, manifest)

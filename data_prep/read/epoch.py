@@ -104,7 +104,9 @@ def _joined(
     groups: list[RowGroup], row_bytes: dict[str, float], window_rows: int, window_bytes: int
 ) -> list[tuple[RowGroup, ...]]:
     """Joins row groups, in order, until they hold enough rows or the next would be too much."""
-    windows, waiting, rows, size = [], [], 0, 0.0
+    windows: list[tuple[RowGroup, ...]] = []
+    waiting: list[RowGroup] = []
+    rows, size = 0, 0.0
     for group in groups:
         own = group.rows * row_bytes[group.shard]
         if waiting and (rows >= window_rows or size + own > window_bytes):

@@ -156,6 +156,8 @@ def prepare_plain(plan: Plan, *, jobs: int, say: Say) -> str:
             run=lambda tables, function, job: pool.map(_Call(function, job), tables),
         )
         result = mark_done(store, spec, prepare.result_of(manifest), plan.settings.tracking.uri)
+    for remark in manifest.remarks:
+        say(f"prepare: {remark}")
     say(f"prepare: {time.monotonic() - began:.0f} s, {result['summary']}")
     return spec.folder
 

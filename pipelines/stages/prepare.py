@@ -32,18 +32,23 @@ def run(spec: StageSpec, context: StageContext) -> dict[str, Any]:
         splits=("train", "val"),
         progress=progress,
     )
+    for remark in manifest.remarks:
+        context.console.note(f"{spec.name}: {remark}")
     return result_of(manifest)
 
 
 def result_of(manifest: Manifest) -> dict[str, Any]:
-    """Returns the stage's result: fingerprint, rows by split, number of rejected images."""
+    """Returns the stage's result: fingerprint, rows by split, rejected images, remarks."""
+    unassigned = sum(manifest.unassigned.values())
     rows = {name: split.rows for name, split in manifest.splits.items()}
     summary = ", ".join(f"{count} {name}" for name, count in rows.items())
     return {
         "fingerprint": manifest.fingerprint,
         "rows": rows,
         "rejected": manifest.rejected,
-        "summary": f"{summary}, {manifest.rejected} rejected",
+        "remarks": list(manifest.remarks),
+        "summary": f"{summary}, {manifest.rejected} rejected"
+        + (f", {unassigned} of no task" if unassigned else ""),
     }
 
 

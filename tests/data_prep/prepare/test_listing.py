@@ -27,7 +27,7 @@ def test_a_cap_takes_that_many_rows(
     folder_data: DataConfig, animals: tuple[TaskConfig, ...]
 ) -> None:
     data = folder_data.model_copy(update={"train_rows": 10, "val_rows": 5})
-    listing, sources, _ = list_sources(job(data, *animals), SPLITS)
-    assert pc.sum(pc.equal(listing["split"], "train")).as_py() == 10
-    assert pc.sum(pc.equal(listing["split"], "val")).as_py() == 5
-    assert [source.rows for source in sources] == [{"train": 36, "val": 12}]
+    listing = list_sources(job(data, *animals), SPLITS)
+    assert pc.sum(pc.equal(listing.references["split"], "train")).as_py() == 10
+    assert pc.sum(pc.equal(listing.references["split"], "val")).as_py() == 5
+    assert [source.rows for source in listing.sources] == [{"train": 36, "val": 12}]

@@ -1,0 +1,157 @@
+"""What a prepared set lacks or holds twice, as sentences for the person who prepares it.
+
+Looks at the index of the final rows alone. Refuses nothing.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from data_prep.errors import DataError
+from data_prep.manifest import Task, TaskTable
+from data_prep.tasks import did_you_mean
+
+FEW = 0.05  # share of the images up to which they are worth a word
+SHOWN = 5  # names in a sentence
+
+KINDS = {"train": "training", "holdout": "held-back", "val": "val"}
+EFFECTS = {
+    "train": "nothing is learned about them",
+    "holdout": "epochs and thresholds are chosen without them (data.holdout_fraction)",
+    "val": "no figure covers them",
+}
+
+SingleClass = Literal["auto"] | bool
+Parts = Mapping[str, pa.Table]  # the final index of each split
+
+
+def remarks(parts: Parts, table: TaskTable, seen: Collection[str]) -> list[str]:
+    """Returns sentences on tasks and classes without images, and on repeated images.
+
+    `seen` are the class ids that the sources have.
+    """
+    return [*_absences(parts, table, seen), *_repetitions(parts, table)]
+
+
+def decide_single_class(parts: Parts, setting: SingleClass) -> tuple[bool, list[str]]:
+    """Returns whether images count as showing one class each, and a sentence on the exceptions.
+
+    Raises DataError if `data.single_class` is true and no image to train on has one class.
+    """
+    counts = {split: _class_counts(part) for split, part in parts.items()}
+    odd = [name for split, part in parts.items() for name in _ids(part, counts[split] != 1)]
+    total = sum(map(len, counts.values()))
+    if setting is False or not odd:
+        return setting is not False, []
+    exceptions = (
+        f"{len(odd)} of {total} images carry no class of the tasks or several, such as {_some(odd)}"
+    )
+    if setting is True:
+        if "train" in counts and not (counts["train"] == 1).any():
+            raise DataError(
+                f"data.single_class is true, but {exceptions}, and no image to train on carries "
+                "exactly one: set it to auto"
+            )
+        return True, [f"{exceptions}: they have no part in the joint decision"]
+    if len(odd) > FEW * total:
+        return False, []
+    return False, [
+        f"{exceptions}: so nothing is decided between the classes of all tasks. Correct them, or "
+        "set data.single_class to true to leave them out of that decision, or to false to agree"
+    ]
+
+
+def _absences(parts: Parts, table: TaskTable, seen: Collection[str]) -> Iterable[str]:
+    """Yields a sentence for each split that lacks tasks, and for each that lacks classes."""
+    without_train: set[str] = set()
+    for split, part in parts.items():
+        active = _matrix(part["task_mask"], len(table.tasks)).any(axis=0)
+        empty = [task.name for task, there in zip(table.tasks, active, strict=True) if not there]
+        if empty:
+            yield f"no {KINDS[split]} image of task {_some(empty)}: {EFFECTS[split]}"
+        present = set(pc.unique(pc.list_flatten(part["class_indices"])).to_pylist())
+        others = [task for task in table.tasks if task.name not in empty]
+        wanted = _classes(others)
+        absent = [table.classes[index] for index in wanted if index not in present]
+        if split == "train":
+            without_train = set(absent)
+        elif split == "holdout":
+            absent = [class_id for class_id in absent if class_id not in without_train]
+        if absent:
+            unknown = [class_id for class_id in absent if class_id not in seen]
+            hint = did_you_mean(unknown[0], seen) if unknown else ""
+            yield (
+                f"no {KINDS[split]} image of {len(absent)} of {len(wanted)} classes "
+                f"({_some(absent)}): {EFFECTS[split]}{hint}"
+            )
+
+
+def _repetitions(parts: Parts, table: TaskTable) -> Iterable[str]:
+    """Yields a sentence on val images that are training images too, and one on contradictions."""
+    columns = ["content", "class_indices", "source_id"]
+    rows = pa.concat_tables(
+        part.select(columns).append_column("split", pa.array([split] * part.num_rows, pa.string()))
+        for split, part in parts.items()
+    )
+    counts = pc.value_counts(rows["content"])
+    repeated = counts.field("values").filter(pc.greater(counts.field("counts"), 1))
+    by_content: dict[bytes, list[dict[str, Any]]] = defaultdict(list)
+    for row in rows.filter(pc.is_in(rows["content"], repeated)).to_pylist():
+        by_content[row["content"]].append(row)
+    trained, contradictory = [], []
+    for equal in by_content.values():
+        others = [row["source_id"] for row in equal if row["split"] != "val"]
+        trained += [
+            (row["source_id"], others[0]) for row in equal if row["split"] == "val" and others
+        ]
+        classes = {tuple(sorted(row["class_indices"])): row for row in equal}
+        if len(classes) > 1:
+            contradictory.append(list(classes.values())[:2])
+    if trained:
+        image, other = min(trained)
+        yield (
+            f"{len(trained)} of {parts['val'].num_rows} val images are training images too, such "
+            f"as {image} ({other}): the figures are too good"
+        )
+    if contradictory:
+        one, two = min(contradictory, key=lambda pair: str(pair[0]["source_id"]))
+        yield (
+            f"{len(contradictory)} pictures stand under different classes, such as "
+            f"{_named(one, table)} and {_named(two, table)}"
+        )
+
+
+def _classes(tasks: Sequence[Task]) -> list[int]:
+    return list(dict.fromkeys(index for task in tasks for index in task.class_indices))
+
+
+def _class_counts(part: pa.Table) -> np.ndarray[Any, Any]:
+    """Returns the number of classes of each row."""
+    counts: np.ndarray[Any, Any] = pc.list_value_length(part["class_indices"]).to_numpy()
+    return counts
+
+
+def _ids(part: pa.Table, chosen: np.ndarray[Any, Any]) -> list[str]:
+    ids: list[str] = part["source_id"].filter(pa.array(chosen)).to_pylist()
+    return ids
+
+
+def _named(row: Mapping[str, Any], table: TaskTable) -> str:
+    classes = " and ".join(table.classes[index] for index in row["class_indices"])
+    return f"{row['source_id']} as {classes or 'none of them'}"
+
+
+def _matrix(column: pa.ChunkedArray, width: int) -> np.ndarray[Any, Any]:
+    flat: np.ndarray[Any, Any] = column.combine_chunks().flatten().to_numpy(zero_copy_only=False)
+    return flat.reshape(-1, width)
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more
