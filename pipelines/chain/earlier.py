@@ -19,6 +19,11 @@ RETIRED: dict[str, dict[str, Any]] = {
 }
 """Fields that recipes held and that are gone, with the value every config had there."""
 
+ADDED: dict[str, dict[str, Any]] = {
+    "data": {"revision": "", "single_class": "auto"},
+}
+"""Fields that recipes did not hold yet, with their default. Another value has no old recipe."""
+
 
 def recipes_before(specs: Sequence[StageSpec]) -> dict[str, str]:
     """The recipe by which each stage was known, by the stage's name."""
@@ -31,6 +36,11 @@ def recipes_before(specs: Sequence[StageSpec]) -> dict[str, str]:
                 section = section.get(name, {})
             if section:
                 section |= fields
+        for place, fields in ADDED.items():
+            section = config.get(place, {})
+            for name, default in fields.items():
+                if name in section and section[name] == default:
+                    del section[name]
         if spec.kind == "stage1":  # its slice named single fields of the decoder
             config["model"]["decoder"] = {
                 name: config["model"]["decoder"][name]
