@@ -28,6 +28,7 @@ from mantis_core.bitstream.task_field import dequantise_level, quantise_log2
 from mantis_core.codec.checkpoint import load_model
 from mantis_core.codec.mantis import Mantis
 from mantis_core.codec.mask import coverage_threshold, select_mask
+from mantis_core.codec.server_codec import decided
 from mantis_core.folders import read_meta
 from mantis_core.networks.preprocessing import normalise
 
@@ -88,7 +89,7 @@ def score(model: Mantis, seen: Seen, mask: Tensor) -> dict[str, float]:
     for rows in torch.split(torch.arange(len(mask)), 128):
         sent = as_sent(seen.p[rows], mask[rows], levels=levels)
         scores = model.joint(model.server(seen.latent[rows], size), sent.log())
-        hits += int((scores.argmax(dim=1) == seen.classes[rows]).sum())
+        hits += int((decided(scores) == seen.classes[rows]).sum())
     return {
         "active_tasks": round(float(mask.sum(dim=1).float().mean()), 3),
         "coverage": round(float((mask & seen.truth).sum() / seen.truth.sum()), 4),
@@ -131,7 +132,7 @@ def main() -> int:
     for row in rows:
         shown.add_row(*map(str, row.values()))
     Console(stderr=True).print(shown)
-    print(json.dumps({"images": len(seen.classes), "rows": rows}))
+    print(json.dumps({"images": len(seen.classes), "rows": rows}, allow_nan=False))
     return 0
 
 

@@ -39,7 +39,7 @@ def save_folder(
     _save_tensors(weights, tensors)
     _write_text(folder / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False))
     record = {"format_version": FORMAT_VERSION, **meta, "weights_sha256": sha256_file(weights)}
-    _write_text(folder / "meta.json", json.dumps(record, indent=1))
+    _write_text(folder / "meta.json", json.dumps(record, indent=1, allow_nan=False))
 
 
 def load_folder(

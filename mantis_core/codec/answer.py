@@ -35,8 +35,9 @@ class Answer:
     """What the server answers to one image of a stream.
 
     `labels`, `label_names` and `segmentation` hold the decoded tasks by name; a mask is uint8
-    (H, W). `class_index` is the joint decision over all decoded tasks, -1 where images have no
-    single class. The bytes are those of the image's own stream, or its share of a stream of
+    (H, W). `class_index` is the joint decision over all decoded tasks. It is -1, its name None and
+    its probability 0, where images have no single class and where no decoded task has classes. The
+    bytes are those of the image's own stream, or its share of a stream of
     several images. If the client has `answered`, label and class are its own, with one probability.
     """
 
@@ -60,7 +61,7 @@ class Answer:
             "tasks": list(self.tasks),
             "class_name": self.class_name,
             "class_index": self.class_index,
-            "answer": json.dumps(self.to_dict()),
+            "answer": json.dumps(self.to_dict(), allow_nan=False),
         }
 
     def to_dict(self) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from mantis_core.bitstream.coder import TableSet
 from mantis_core.codec.answer import Answer, Encoded
 from mantis_core.codec.client_codec import ClientCodec
 from mantis_core.codec.mask import primary_task, select_mask
-from mantis_core.codec.server_codec import ServerCodec, new_joint, new_server
+from mantis_core.codec.server_codec import ServerCodec, decided, new_joint, new_server
 from mantis_core.codec.spec import ModelSpec
 from mantis_core.codec.tables import table_set, update_tables
 from mantis_core.networks.bottleneck import Bottleneck
@@ -32,8 +32,8 @@ class MantisOutput(NamedTuple):
     None if the detector names tasks alone. mask (B, K) bool: the tasks that a stream would carry.
     tasks: for each task, active or not, log P (B, n + 1) or segmentation logits (B, n, H, W).
     joint (B, classes): scores of the joint decision over all tasks, by the detector's
-    probabilities. decision (B,): the class with the best score over the tasks in the mask. The last
-    two are None where images have no single class.
+    probabilities. decision (B,): the class with the best score over the tasks in the mask, -1 if
+    these are all segmentations. The last two are None where images have no single class.
     """
 
     bits: Tensor
@@ -108,7 +108,7 @@ class Mantis(nn.Module):
             log_p = logsigmoid(view.logits.float())
             joint = self.joint(tasks, log_p)
             sent = log_p.detach().masked_fill(~mask, -torch.inf)
-            decision = self.joint(tasks, sent).argmax(dim=1)
+            decision = decided(self.joint(tasks, sent))
         return MantisOutput(
             received.bits, view.logits, view.class_logits, mask, tasks, joint, decision
         )

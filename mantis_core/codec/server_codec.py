@@ -105,11 +105,14 @@ class ServerCodec:
                 task.name: self._task_output(k, mask, split, last, shape)
                 for k, task in enumerate(self.spec.tasks)
             }
-            classes: Tensor | None = None
+            decisions = [(-1, 0.0)] * len(images)
             if self.joint is not None:
-                classes = torch.softmax(self.joint(outputs, log_p), dim=1)
+                scores = self.joint(outputs, log_p)
+                sure = torch.softmax(scores, dim=1).max(dim=1).values
+                decisions = list(zip(decided(scores).tolist(), sure.tolist(), strict=True))
         return [
-            self._answer(i, images[i].tasks, outputs, log_p, classes) for i in range(len(images))
+            self._answer(i, image.tasks, outputs, log_p, decisions[i])
+            for i, image in enumerate(images)
         ]
 
     def _task_output(
@@ -130,12 +133,13 @@ class ServerCodec:
         field: TaskField,
         outputs: dict[str, Tensor],
         log_p: Tensor,
-        classes: Tensor | None,
+        decision: tuple[int, float],
     ) -> dict[str, Any]:
+        """One image's answer. `decision` is its class and the class's probability, -1 for none."""
         active = [self.spec.tasks[k] for k in field.active]
         named = [task for task in active if task.is_classification]
         labels = {t.name: int(outputs[t.name][i, :-1].argmax()) for t in named}
-        index = -1 if classes is None else int(classes[i].argmax())
+        index, sure = decision
         return {
             "tasks": tuple(task.name for task in active),
             "task_probability": {
@@ -149,7 +153,7 @@ class ServerCodec:
             },
             "class_index": index,
             "class_name": self.spec.class_names[index] if index >= 0 else None,
-            "class_probability": 0.0 if classes is None else float(classes[i, index]),
+            "class_probability": sure if index >= 0 else 0.0,
             "segmentation": {
                 t.name: outputs[t.name][i].argmax(dim=0).to(torch.uint8).cpu().numpy()
                 for t in active
@@ -174,6 +178,15 @@ def new_server(spec: ModelSpec, trunk: nn.Module | None = None) -> Server:
 def new_joint(spec: ModelSpec) -> JointDecision | None:
     """The joint decision, where each image has one class."""
     return JointDecision(spec.tasks, len(spec.classes)) if spec.single_class else None
+
+
+def decided(scores: Tensor) -> Tensor:
+    """The class (B,) with the best of a joint decision's scores (B, classes).
+
+    -1 for an image of whose decoded tasks none has classes: all its scores are -inf.
+    """
+    best = scores.detach().max(dim=1)
+    return best.indices.masked_fill(best.values == -math.inf, -1)
 
 
 def _log_probabilities(field: TaskField) -> list[float]:

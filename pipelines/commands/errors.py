@@ -56,8 +56,11 @@ def is_mistake(error: BaseException) -> bool:
 
 
 def print_json(value: Any) -> None:
-    """Prints one JSON object on one line of stdout, for other programs to read."""
-    typer.echo(json.dumps(value))
+    """Prints one JSON object on one line of stdout, for other programs to read.
+
+    Raises ValueError for NaN and infinities, which are not JSON.
+    """
+    typer.echo(json.dumps(value, allow_nan=False))
 
 
 @contextmanager

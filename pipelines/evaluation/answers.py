@@ -118,7 +118,7 @@ def run_codec(
         rows["answered"][index] = sent.answered
         rows["class_index"][index] = answer.class_index
         if index < EXAMPLES:
-            rows["answer"][index] = json.dumps(answer.to_dict())
+            rows["answer"][index] = json.dumps(answer.to_dict(), allow_nan=False)
         if not oracle:
             rows["probabilities"][index] = sent.probabilities
         for k, task in enumerate(tasks):
@@ -133,7 +133,8 @@ def run_student(model: Mantis, images: Tensor, batch: Arrays, problem: Problem) 
     encoded = model.encode_in_detail(images)
     answers = model.decode([each.data for each in encoded])
     rows = _blank(len(images), problem.tasks)
-    rows["decoded"][: len(batch["task_mask"])] = batch["task_mask"]
+    named = [task.is_classification for task in problem.tasks]
+    rows["decoded"][: len(batch["task_mask"])] = batch["task_mask"] & named
     for index, (sent, answer) in enumerate(zip(encoded, answers, strict=True)):
         rows["wire_bytes"][index] = len(sent.data)
         rows["payload_bytes"][index] = sent.payload_bytes

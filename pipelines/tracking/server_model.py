@@ -28,8 +28,8 @@ class MantisServer(PythonModel):
     ) -> Any:
         """Maps column `stream` (bytes) to the output columns that package.py declares.
 
-        `class_index` is -1 and `class_name` None if the image has no single class. `answer` is the
-        whole answer as JSON.
+        `class_index` is -1 and `class_name` None if the image has no single class, or if no decoded
+        task has classes. `answer` is the whole answer as JSON.
         """
         streams = list(model_input["stream"])
         rows = []
