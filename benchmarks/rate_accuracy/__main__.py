@@ -47,8 +47,8 @@ from benchmarks.rate_accuracy.points import (
     times_smaller,
     write_images,
 )
-from benchmarks.rate_accuracy.protocols import PROTOCOLS, Step, steps
-from benchmarks.rate_accuracy.tables import show_factors, show_points
+from benchmarks.rate_accuracy.protocols import EXITS_WERE_CHOSEN, PROTOCOLS, Step, steps
+from benchmarks.rate_accuracy.tables import show_factors, show_intervals, show_points
 from pipelines.evaluation.arms import Arm
 from pipelines.evaluation.split_pass import Evaluated, arm_figures
 from pipelines.settings.arms import ARM_KINDS
@@ -265,12 +265,19 @@ def main() -> None:
             [row for row in rows if row["exit_confidence"] is None], "wire_bytes", accuracy=False
         ),
         "times_smaller": smaller,
+        "notes": [EXITS_WERE_CHOSEN] if any(r["exit_confidence"] is not None for r in rows) else [],
     }
+    show_intervals("BD-rate of MANTiS (%), wire bytes", result["bd_rate"])
+    show_intervals(
+        "BD-rate of MANTiS without early exit (%), wire bytes", result["bd_rate_without_exit"]
+    )
+    for note in result["notes"]:
+        say(note)
     if arguments.plot:
         arguments.plot.write_bytes(plot(rows))
     if arguments.data:
         result["elsewhere"] = score_elsewhere(done, arguments.data)
-    print(json.dumps(result))
+    print(json.dumps(result, allow_nan=False))
 
 
 def _git(*words: str) -> str:

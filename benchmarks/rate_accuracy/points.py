@@ -108,10 +108,11 @@ def curves(rows: Sequence[Mapping[str, Any]], size: str) -> dict[str, dict[int, 
 def bd_figures(rows: Sequence[Mapping[str, Any]], size: str, *, accuracy: bool) -> dict[str, Any]:
     """Returns the BD figures of MANTiS against each baseline, or the reason why there are none.
 
-    A figure has a mean, a confidence interval and the value of each seed. MANTiS is the arm with
-    early exit if it was measured; the arm `mantis`, without it, is then a baseline. Codecs that
-    know the task (`per_task`) are compared with the arm that knows it too (`oracle`). A seed with
-    too few points is left out and listed as `unfinished`.
+    A figure has a mean, its 95 % interval by bootstrap over images and seeds (`low`, `high`), the t
+    interval over seeds (`t_low`, `t_high`; None for one seed) and the value of each seed. MANTiS is
+    the arm with early exit if it was measured; the arm `mantis`, without it, is then a baseline.
+    Codecs that know the task (`per_task`) are compared with the arm that knows it too (`oracle`). A
+    seed with too few points is left out and listed as `unfinished`.
     """
     by_kind = curves(rows, size)
     codecs = {row["kind"] for row in rows if row["quality"] is not None}
@@ -134,6 +135,8 @@ def bd_figures(rows: Sequence[Mapping[str, Any]], size: str, *, accuracy: bool) 
                 "mean": round(found.mean, 2),
                 "low": round(found.low, 2),
                 "high": round(found.high, 2),
+                "t_low": None if found.over_seeds is None else round(found.over_seeds[0], 2),
+                "t_high": None if found.over_seeds is None else round(found.over_seeds[1], 2),
                 "seeds": {s: round(v, 2) for s, v in zip(seeds, found.seeds, strict=True)},
             }
             if len(seeds) < len(both):

@@ -11,6 +11,13 @@ from pipelines.evaluation.arms import Arm
 from pipelines.settings.reading import load_settings
 from pipelines.stages.spec import StageSpec
 
+EXITS_WERE_CHOSEN = (
+    "Early exit: the confidences of every protocol were fixed after a look at validation images, "
+    "of `none` at the highest rate weight. The figures with early exit come from the same images, "
+    "so they may be slightly too good."
+)
+"""Goes with every figure of an arm with early exit."""
+
 CODECS = "{jpeg: [5, 10, 20, 40, 75], webp: [0, 5, 10, 20, 40, 75], avif: [20, 30, 40, 55, 75]}"
 
 
@@ -22,6 +29,7 @@ class Protocol:
     previous one. The first of `rates` is the rate weight of the main arm. `exits` holds pairs of
     rate weight and confidence; arms at these weights are measured again with early exit. At a
     higher weight the latent adds less to the client's own answer, so a lower confidence is enough.
+    How they were chosen: EXITS_WERE_CHOSEN.
     """
 
     seeds: tuple[int, ...]

@@ -67,6 +67,26 @@ def show_factors(smaller: Sequence[Mapping[str, Any]]) -> None:
     _print(shown)
 
 
+def show_intervals(title: str, figures: Mapping[str, Any]) -> None:
+    """Prints BD figures of MANTiS against each baseline, as `bd_figures` returns them."""
+    measured = {kind: found for kind, found in figures.items() if "refused" not in found}
+    if not measured:
+        return
+    shown = Table("against", title=title)
+    for column in ("mean", "95 % over images and seeds", "95 % over seeds (t)", "seeds"):
+        shown.add_column(column, justify="right", no_wrap=True)
+    for kind, found in measured.items():
+        few = found["t_low"] is None
+        shown.add_row(
+            ARM_KINDS[kind].label,
+            f"{found['mean']:+.1f}",
+            f"{found['low']:+.1f} to {found['high']:+.1f}",
+            "one seed" if few else f"{found['t_low']:+.1f} to {found['t_high']:+.1f}",
+            str(len(found["seeds"])),
+        )
+    _print(shown)
+
+
 def _print(shown: Table) -> None:
     console = Console(stderr=True)
     (console if console.is_terminal else Console(stderr=True, width=140)).print(shown)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from bjontegaard import bd_linear, bd_rate
 from numpy.typing import NDArray
+from scipy.stats import t as student_t
 
 Array = NDArray[np.float64]
 
@@ -57,12 +58,17 @@ class Curve:
 
 @dataclass(frozen=True)
 class Interval:
-    """A figure over seeds: its mean, a 95 % interval, and each seed's own value."""
+    """A figure over seeds: its mean, two 95 % intervals, and each seed's own value.
+
+    `low` and `high` come from the bootstrap over images and seeds. `over_seeds` is the t interval
+    over the seeds' own values, None for one seed.
+    """
 
     mean: float
     low: float
     high: float
     seeds: tuple[float, ...]
+    over_seeds: tuple[float, float] | None
 
 
 def efficient(points: Array) -> Array:
@@ -130,11 +136,14 @@ def size_at(points: Array, accuracy: float) -> float | None:
 def over_seeds(
     anchors: Sequence[Curve], tests: Sequence[Curve], *, seed: int = 0, accuracy: bool = False
 ) -> Interval:
-    """BD figure of `tests` against `anchors`, paired by seed, with a bootstrap interval.
+    """BD figure of `tests` against `anchors`, paired by seed, with its intervals.
 
     The mean is that of the seeds' own figures. A replicate draws seeds and images anew with
-    replacement, both arms alike; replicates short of REPLICATE_DEMAND are left out. Raises
-    CurveError as `delta_rate`, or if those are over half.
+    replacement. All its curves have the same images, for every seed was measured on the same:
+    images drawn for each seed would average out, and the interval would be too narrow. Replicates
+    short of REPLICATE_DEMAND are left out. Drawing from n seeds finds only (n - 1) / n of their
+    variance, which for two or three is too little; the t interval is honest about that and wide.
+    Raises CurveError as `delta_rate`, or if over half of the replicates are left out.
     """
     measure = delta_accuracy if accuracy else delta_rate
     own = tuple(
@@ -144,20 +153,31 @@ def over_seeds(
     images = anchors[0].hits.shape[1]
     drawn: list[float] = []
     for _ in range(REPLICATES):
-        values = []
-        for pair in rng.integers(len(own), size=len(own)):
-            chosen = rng.integers(images, size=images)
-            try:
-                ours, theirs = tests[pair].points(chosen), anchors[pair].points(chosen)
-                values.append(measure(theirs, ours, REPLICATE_DEMAND))
-            except CurveError:
-                break
-        else:
-            drawn.append(float(np.mean(values)))
+        pairs = rng.integers(len(own), size=len(own))
+        chosen = rng.integers(images, size=images)
+        try:
+            values = {
+                pair: measure(
+                    anchors[pair].points(chosen), tests[pair].points(chosen), REPLICATE_DEMAND
+                )
+                for pair in set(pairs.tolist())
+            }
+        except CurveError:
+            continue
+        drawn.append(float(np.mean([values[pair] for pair in pairs.tolist()])))
     if len(drawn) < REPLICATES / 2:
         raise CurveError("over half of the bootstrap replicates give no figure: too few images")
     low, high = np.percentile(drawn, [2.5, 97.5])
-    return Interval(float(np.mean(own)), float(low), float(high), own)
+    return Interval(float(np.mean(own)), float(low), float(high), own, t_interval(own))
+
+
+def t_interval(values: Sequence[float]) -> tuple[float, float] | None:
+    """The 95 % interval of a mean by Student's t over independent values; None for one value."""
+    if len(values) < 2:
+        return None
+    spread = float(np.std(values, ddof=1)) / math.sqrt(len(values))
+    half = float(student_t.ppf(0.975, len(values) - 1)) * spread
+    return float(np.mean(values)) - half, float(np.mean(values)) + half
 
 
 def label_floor_bits(classes: int, accuracy: float) -> float:

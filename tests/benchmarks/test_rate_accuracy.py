@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from benchmarks.rate_accuracy.__main__ import main
 from benchmarks.rate_accuracy.points import (
     FIGURES,
     append_rows,
@@ -19,7 +21,7 @@ from benchmarks.rate_accuracy.points import (
     times_smaller,
     write_images,
 )
-from benchmarks.rate_accuracy.protocols import PROTOCOLS, steps
+from benchmarks.rate_accuracy.protocols import EXITS_WERE_CHOSEN, PROTOCOLS, steps
 from tests.pipelines.experiment import paint, write_config
 
 
@@ -182,3 +184,34 @@ def test_an_image_codecs_bytes_at_the_same_top1_are_told_as_a_factor() -> None:
     assert point["top1"] == pytest.approx(0.41)
     assert point["wire_factor"] == {"webp": 10.0, "avif": None}
     assert point["payload_factor"]["webp"] == pytest.approx((486 * 1986) ** 0.5 / 86, abs=0.01)
+
+
+def test_a_figure_has_an_interval_over_images_and_seeds_and_one_over_seeds(
+    measured: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mantis_core.measure.bd_rate.REPLICATES", 20)
+    one = bd_figures(measured, "wire_bytes", accuracy=False)["none"]
+    assert one["low"] <= one["mean"] <= one["high"]
+    assert one["t_low"] is one["t_high"] is None
+    again = [{**each, "seed": 1} for each in measured]
+    two = bd_figures([*measured, *again], "wire_bytes", accuracy=False)["none"]
+    assert two["t_low"] == two["mean"] == two["t_high"]  # two seeds with one value
+
+
+def test_a_report_says_how_confidences_were_chosen_and_how_few_seeds_there_are(
+    measured: list[dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    monkeypatch.setattr("mantis_core.measure.bd_rate.REPLICATES", 20)
+    monkeypatch.setattr("benchmarks.rate_accuracy.__main__.RESULTS", tmp_path)
+    rows = [{**r, "exit_confidence": 0.5 if r["kind"] == "early_exit" else None} for r in measured]
+    append_rows(tmp_path / "rate_accuracy.csv", rows)
+    program = ["rate_accuracy", "--config", "c.yaml", "--protocol", "full", "--report-only"]
+    monkeypatch.setattr("sys.argv", program)
+    main()
+    printed = capsys.readouterr()
+    assert json.loads(printed.out.splitlines()[-1])["notes"] == [EXITS_WERE_CHOSEN]
+    assert EXITS_WERE_CHOSEN in printed.err
+    assert "one seed" in printed.err

@@ -12,6 +12,7 @@ from mantis_core.measure.bd_rate import (
     label_floor_bits,
     over_seeds,
     size_at,
+    t_interval,
 )
 
 SIZES = np.array([20.0, 40.0, 80.0, 160.0])
@@ -106,3 +107,33 @@ def test_guessing_needs_no_bits() -> None:
     assert label_floor_bits(10, 0.1) == 0.0
     assert label_floor_bits(10, 0.0) == 0.0
     assert label_floor_bits(1, 1.0) == 0.0
+
+
+def test_a_seed_measured_twice_tells_no_more_about_images_than_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("mantis_core.measure.bd_rate.REPLICATES", 300)
+    anchor, test = drawn_curve(0, 1.0, images=500), drawn_curve(10, 0.8, images=500)
+    once = over_seeds([anchor], [test])
+    twice = over_seeds([anchor, anchor], [test, test])
+    assert twice.mean == pytest.approx(once.mean)
+    assert twice.high - twice.low == pytest.approx(once.high - once.low, rel=0.2)
+
+
+def test_a_t_interval_over_seeds_stands_beside_the_bootstraps(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("mantis_core.measure.bd_rate.REPLICATES", 20)
+    anchors = [drawn_curve(seed, 1.0) for seed in range(3)]
+    tests = [drawn_curve(seed + 10, 0.8) for seed in range(3)]
+    found = over_seeds(anchors, tests)
+    assert found.over_seeds == t_interval(found.seeds)
+    assert over_seeds(anchors[:1], tests[:1]).over_seeds is None
+
+
+def test_the_t_interval_is_that_of_the_table() -> None:
+    low, high = t_interval([1.0, 3.0]) or (0.0, 0.0)
+    assert (low, high) == pytest.approx((2 - 12.706, 2 + 12.706), abs=1e-3)
+    low, high = t_interval([1.0, 2.0, 3.0]) or (0.0, 0.0)
+    assert (low, high) == pytest.approx((2 - 4.303 / 3**0.5, 2 + 4.303 / 3**0.5), abs=1e-3)
+    assert t_interval([1.0]) is None
