@@ -15,7 +15,8 @@ again, whatever commit made it; its row names that commit. The last line is one 
 
 `--plain SHARDS --jobs N` trains and measures without Ray and MLflow, N processes at once, on shards
 that `mantis prepare` wrote. It suits a machine with a GPU and few CPUs. It writes each point as
-soon as it is measured.
+soon as it is measured. All seeds are trained and measured on SHARDS: they have the same images in
+the same order, as the intervals need it, and one holdout.
 """
 
 from __future__ import annotations
@@ -99,6 +100,7 @@ def run_plainly(
         say=say,
         skip=lambda number, arm: not _wanted(missing[number], arm, arguments, known),
         on_measured=keep,
+        any_seed=True,
     )
 
 

@@ -8,6 +8,7 @@ processes, which may share a GPU. No model is registered.
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import signal
@@ -23,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from data_prep.errors import DataError
 from data_prep.manifest import Manifest, read_manifest
+from pipelines.chain.earlier import recipes_before
 from pipelines.chain.plan import Plan
 from pipelines.chain.result import ChainResult, note_adopted
 from pipelines.evaluation.arms import Arm, ArmSource
@@ -74,10 +76,12 @@ def run_plain(
     say: Say,
     skip: Callable[[int, Arm], bool] = lambda number, arm: False,
     on_measured: Callable[[int, Arm, Evaluated], None] | None = None,
+    any_seed: bool = False,
 ) -> None:
     """Trains and measures the arms of all plans in order, `jobs` stages or arms at once.
 
-    `prepared` is a folder of shards. Raises DataError if it has other tasks than the plans.
+    `prepared` is a folder of shards. Raises DataError if it is not the plans' own, see
+    `check_prepared`, which takes `any_seed`.
     `on_measured` receives each arm with the number of its plan as soon as it is measured. Arms for
     which `skip` is true are left out; their plan then gets no stage `evaluate`. Arms of a finished
     `evaluate` are measured again only if `on_measured` is given. If a stage fails, stages and arms
@@ -85,7 +89,7 @@ def run_plain(
     """
     manifest = read_manifest(prepared)
     for plan in plans:
-        check_tasks(plan, manifest, prepared)
+        check_prepared(plan, manifest, prepared, any_seed=any_seed)
     todo: list[tuple[int, Arm]] = []
     for number, plan in enumerate(plans):
         if on_measured is not None or not _is_evaluated(plan):
@@ -93,7 +97,7 @@ def run_plain(
             arms.sort(key=lambda arm: arm.rate_weight or math.inf)  # a rate's arms side by side
             todo += [(number, arm) for arm in arms]
     measured: list[dict[str, Evaluated]] = [{} for _ in plans]
-    work = _Work(plans, prepared, jobs, say)
+    work = _Work(plans, prepared, jobs, say, any_seed)
     with pool_of(jobs) as pool:
 
         def measure(number: int, arm: Arm) -> Future[Any]:
@@ -104,9 +108,8 @@ def run_plain(
         for (number, arm), found in work.in_order(todo, pool, measure):
             measured[number][arm.name] = found
             figures = arm_figures(found, arm.name)["metrics"]
-            figures = {
-                n: round(v, 4) for n, v in figures.items() if n in ("val/top1", "val/wire_bytes")
-            }
+            shown = ("val/top1", "val/miou", "val/wire_bytes")
+            figures = {n: round(v, 4) for n, v in figures.items() if n in shown}
             say(f"{arm.name}: {figures}")
             if on_measured is not None:
                 on_measured(number, arm, found)
@@ -121,7 +124,8 @@ def train_plain(
     """Trains the main arm of all plans, `jobs` stages at once.
 
     Yields the number of a plan and the figures of every epoch of its stage 2 as soon as it has
-    finished. Failures are handled as in `run_plain`.
+    finished. Failures and folders of other plans are handled as in `run_plain`; a folder that
+    nothing is trained on is not read.
     """
     todo = [(number, plan.arms[0]) for number, plan in enumerate(plans)]
     work = _Work(plans, prepared, jobs, say)
@@ -162,16 +166,60 @@ def prepare_plain(plan: Plan, *, jobs: int, say: Say) -> str:
     return spec.folder
 
 
-def check_tasks(plan: Plan, manifest: Manifest, prepared: str) -> None:
-    """Raises DataError if a folder was prepared for other tasks than those of the plan."""
-    wanted = [(task.name, task.labels) for task in plan.table.tasks]
-    found = [(task.name, task.labels) for task in manifest.tasks]
-    if wanted != found:
+def check_prepared(
+    plan: Plan, manifest: Manifest, prepared: str, *, any_seed: bool = False
+) -> None:
+    """Raises DataError if a folder does not hold the images and tasks that the plan would prepare.
+
+    Stages have the keys of the plan, so their images must be the plan's too. Tasks, classes, image
+    size, sources and seed are compared; the seed draws the holdout and the order. A folder that
+    `mantis prepare` wrote has recorded its config, and then all that decides its images is
+    compared. With `any_seed` the folder may be that of another seed: plans of several seeds then
+    have the same images in the same order, and one holdout.
+    """
+    spec, table, store = plan.specs[0], plan.table, Store(prepared)
+    sources = spec.settings.data.sources
+    pairs = {
+        "tasks": (manifest.tasks, table.tasks),
+        "classes": (manifest.classes, table.classes),
+        "data.image_size": (manifest.image_size, spec.settings.data.size),
+        "data.sources": (
+            [(source.name, source.kind) for source in manifest.sources],
+            [(source.source_name, source.kind) for source in sources],
+        ),
+        "seed": (manifest.seed, spec.settings.seed),
+    }
+    differing = [name for name, (found, wanted) in pairs.items() if found != wanted]
+    if not differing and store.exists("STARTED"):
+        begun = store.read_json("STARTED")
+        if begun["recipe"] not in (spec.recipe, recipes_before([spec])[spec.name]):
+            differing = _differing(begun["config"], json.loads(json.dumps(spec.config)))
+    if any_seed:
+        differing = [name for name in differing if name != "seed"]
+    if differing:
+        named = {name: pairs[name] for name in ("data.image_size", "seed")}
+        words = [
+            f"{name} is {named[name][0]} there and {named[name][1]} here"
+            if name in named
+            else f"{name} differs"
+            for name in differing
+        ]
         raise DataError(
-            f"{prepared} was prepared for the tasks {', '.join(name for name, _ in found)}. This "
-            f"config has the tasks {', '.join(name for name, _ in wanted)}, or other labels. Give "
-            "the folder that `mantis prepare` made with this config."
+            f"{prepared} was prepared by another config: {', '.join(words)}. "
+            "Give the folder that `mantis prepare` made with this config and these overrides."
         )
+
+
+def _differing(one: Mapping[str, Any], other: Mapping[str, Any], place: str = "") -> list[str]:
+    """Returns the dotted fields in which two nested configs differ."""
+    found: list[str] = []
+    for name in sorted(one.keys() | other.keys()):
+        ours, theirs = one.get(name), other.get(name)
+        if isinstance(ours, dict) and isinstance(theirs, dict):
+            found += _differing(ours, theirs, f"{place}{name}.")
+        elif ours != theirs:
+            found.append(f"{place}{name}")
+    return found
 
 
 @dataclass(frozen=True)
@@ -193,6 +241,7 @@ class _Work:
     prepared: str
     jobs: int
     say: Say
+    any_seed: bool = False
     waiting: dict[str, tuple[StageSpec, Plan]] = field(default_factory=dict)  # by folder
 
     def in_order(
@@ -209,6 +258,10 @@ class _Work:
             for spec in with_upstream(self.plans[number].specs, arm.stage):
                 if spec.stage.trains and not _is_done(spec, self.plans[number].settings):
                     self.waiting.setdefault(spec.folder, (spec, self.plans[number]))
+        untrained = {id(plan): plan for _, plan in self.waiting.values()}
+        for plan in untrained.values():
+            manifest = read_manifest(self.prepared)
+            check_prepared(plan, manifest, self.prepared, any_seed=self.any_seed)
         arms = list(todo)
         running: dict[Future[Any], str | tuple[int, Arm]] = {}
         lost: set[str] = set()  # folders of failed stages

@@ -10,10 +10,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
-from pipelines.chain.plan import make_plan
+from data_prep.errors import DataError
+from data_prep.manifest import Manifest, SourceInfo, write_manifest
+from pipelines.chain.plain import check_prepared, run_plain, train_plain
+from pipelines.chain.plan import Plan, make_plan
 from pipelines.settings.reading import load_settings
-from pipelines.stages.record import stage_state
+from pipelines.settings.sections import Settings
+from pipelines.stages.record import mark_started, stage_state
 from pipelines.stages.spec import with_upstream
 from pipelines.storage import Store
 from tests.pipelines.experiment import CLASSES, VAL_ROWS, mantis, paint, write_config
@@ -90,3 +95,169 @@ def test_it_finishes_the_stages_that_the_chain_would(tmp_path):
     by_kind = {arm["kind"]: arm["metrics"] for arm in evaluation["arms"]}
     assert by_kind.keys() == {"mantis", "oracle", "teacher", "webp", "webp_tuned"}
     assert by_kind["mantis"]["val/wire_bytes"] > by_kind["mantis"]["val/payload_bytes"] > 0
+
+
+def shapes_plan(root: Path, size: int = 32, seed: int = 0, **data: object) -> Plan:
+    source = {"kind": "shapes", "train_rows": 20, "val_rows": 20, "size": 32}
+    return make_plan(
+        Settings.model_validate(
+            {
+                "seed": seed,
+                "data": {"sources": [source], "image_size": size, **data},
+                "tasks": [{"name": "outline", "classes_from": "shapes"}],
+                "teacher": {"weights": "train"},
+                "storage": {"root": str(root / "runs")},
+            }
+        )
+    )
+
+
+def prepared_for(plan: Plan) -> Manifest:
+    """The manifest of a folder that was prepared for a plan, without its shards."""
+    spec = plan.specs[0]
+    return Manifest(
+        image_size=spec.settings.data.size,
+        tasks=plan.table.tasks,
+        classes=plan.table.classes,
+        class_names=plan.table.class_names,
+        single_class=True,
+        seed=spec.settings.seed,
+        splits={},
+        unassigned={},
+        rejected=0,
+        fingerprint="f",
+        sources=(SourceInfo(name="shapes", kind="shapes", rows={}),),
+    )
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        ({"seed": 1}, "seed is 1 there and 0 here"),
+        ({"size": 48}, r"data.image_size is \(48, 48\) there and \(32, 32\) here"),
+    ],
+)
+def test_a_folder_prepared_for_another_config_is_refused(
+    tmp_path: Path, other: dict[str, int], words: str
+) -> None:
+    plan = shapes_plan(tmp_path)
+    manifest = prepared_for(shapes_plan(tmp_path, **other))
+    with pytest.raises(DataError, match=words):
+        check_prepared(plan, manifest, str(tmp_path))
+    check_prepared(plan, prepared_for(plan), str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"classes": ("a", "b")},
+        {"tasks": ()},
+        {"sources": (SourceInfo(name="mine", kind="parquet", rows={}),)},
+    ],
+)
+def test_a_folder_of_other_classes_tasks_or_sources_is_refused(
+    tmp_path: Path, change: dict[str, object]
+) -> None:
+    plan = shapes_plan(tmp_path)
+    manifest = prepared_for(plan).model_copy(update=change)
+    (field,) = change
+    with pytest.raises(DataError, match=rf"{field} differs"):
+        check_prepared(plan, manifest, str(tmp_path))
+
+
+def test_a_folder_that_records_its_config_must_have_all_that_decides_its_images(
+    tmp_path: Path,
+) -> None:
+    plan, other = shapes_plan(tmp_path), shapes_plan(tmp_path, holdout_fraction=0.3)
+    spec = other.specs[0]
+    mark_started(Store(other.settings.storage.root), spec)
+    with pytest.raises(DataError, match=r"data\.holdout_fraction differs"):
+        check_prepared(plan, prepared_for(other), spec.folder)
+    check_prepared(other, prepared_for(other), spec.folder)
+    read_differently = shapes_plan(tmp_path, holdout_fraction=0.3, augmentation="padded_crop")
+    check_prepared(read_differently, prepared_for(other), spec.folder)
+
+
+def test_nothing_is_trained_or_measured_on_another_seeds_folder(tmp_path: Path) -> None:
+    plan = shapes_plan(tmp_path, seed=1)
+    write_manifest(str(tmp_path / "shards"), prepared_for(shapes_plan(tmp_path)))
+    prepared = str(tmp_path / "shards")
+    with pytest.raises(DataError, match="seed is 0 there and 1 here"):
+        run_plain([plan], prepared=prepared, jobs=1, say=print)
+    with pytest.raises(DataError, match="seed is 0 there and 1 here"):
+        list(train_plain([plan], prepared=prepared, jobs=1, say=print))
+
+
+def test_a_study_may_share_one_seeds_folder_and_nothing_else(tmp_path: Path) -> None:
+    plan, first = shapes_plan(tmp_path, seed=1), shapes_plan(tmp_path)
+    mark_started(Store(first.settings.storage.root), first.specs[0])
+    check_prepared(plan, prepared_for(first), first.specs[0].folder, any_seed=True)
+    larger = shapes_plan(tmp_path, size=48)
+    with pytest.raises(DataError, match=r"config: data.image_size is \(48, 48\)"):
+        check_prepared(plan, prepared_for(larger), str(tmp_path), any_seed=True)
+
+
+SHAPES = {
+    "one task": [{"name": "outline", "classes_from": "shapes"}],
+    "a segmentation alone": [
+        {"name": "regions", "kind": "segmentation", "labels": ["background", "r", "g", "b"]}
+    ],
+    "several classes an image": [
+        {"name": "outline", "classes_from": "shapes"},
+        {"name": "texture", "classes_from": "shapes"},
+    ],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("tasks", SHAPES)
+def test_every_set_of_tasks_goes_from_images_to_a_report(tmp_path: Path, tasks: str) -> None:
+    source = {"kind": "shapes", "train_rows": 240, "val_rows": 60, "size": 32}
+    small, stage = {"channels": 8, "blocks": 0}, {"epochs": 1, "batch_size": 16}
+    config = {
+        "data": {
+            "sources": [{**source, "multi_task_fraction": 0.5 if "several" in tasks else 0.0}],
+            "image_size": 32,
+            "holdout_fraction": 0.2,
+        },
+        "tasks": SHAPES[tasks],
+        "teacher": {
+            "name": "shufflenet_v2_x0_5",
+            "weights": "train",
+            "split": "stage2",
+            "training": stage,
+        },
+        "model": {
+            "stem": {"channels": [8, 8]},
+            "detector": {**small, "hidden": 8},
+            "encoder": {**small, "latent_channels": 4},
+            "decoder": {**small, "task_channels": 8},
+        },
+        "stage1": stage,
+        "stage2": stage,
+        "individual": stage,
+        "evaluate": {
+            "baselines": ["oracle", "per_task", "individual", "teacher"],
+            "codecs": {"webp": [5]},
+            "batch_size": 16,
+        },
+        "storage": {"root": str(tmp_path / "runs")},
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    done = mantis("run", "--plain", "--config", "config.yaml", "--json", folder=tmp_path)
+    metrics = json.loads(done.stdout.splitlines()[-1], parse_constant=pytest.fail)["metrics"]
+    headline = "val/miou" if tasks == "a segmentation alone" else "val/top1"
+    assert 0 <= metrics[headline] <= 1
+    assert metrics["val/wire_bytes"] > metrics["val/payload_bytes"] > 0
+    (written,) = tmp_path.glob("runs/stages/evaluate-*/evaluation.json")
+    arms = json.loads(written.read_text(), parse_constant=pytest.fail)["arms"]
+    assert {arm["kind"] for arm in arms if headline in arm["metrics"]} == {
+        "mantis",
+        "oracle",
+        "per_task",
+        "individual",
+        "teacher",
+        "webp",
+    }
+    assert (written.parent / "report/report.html").is_file()
