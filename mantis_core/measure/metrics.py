@@ -12,10 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torchmetrics.functional.classification import (
-    multilabel_average_precision,
-    multilabel_f1_score,
-)
+from torchmetrics.functional.classification import binary_average_precision
 
 from mantis_core.tasks import IGNORE, TaskSpec
 
@@ -51,10 +48,11 @@ class ImageRecords:
 def figures(
     records: ImageRecords, tasks: Sequence[TaskSpec], *, single_class: bool, pixels: int
 ) -> dict[str, float]:
-    """All figures that this arm has, by metric name; `pixels` is H x W of an input.
+    """All figures that this arm has, by metric name, all finite; `pixels` is H x W of an input.
 
     `val/top1` is end to end: with one class an image the share of images whose class is named, else
-    the share of (image, true classification task) pairs decoded and right.
+    the share of (image, true classification task) pairs decoded and right. Where every task is a
+    segmentation, `val/miou` stands in its place: the mean over tasks of their mean IoU.
     `val/detection/top1_if_right` and `_if_wrong` are top1 of the images whose most probable task
     is, or is not, a true one; `val/answered` is the share of images that the client has answered
     itself, `val/answered_top1` how many of those it has right.
@@ -72,6 +70,7 @@ def figures(
         out["val/top1"] = top1
     if task_top1 is not None:
         out["val/task_top1"] = task_top1
+    mious: list[float] = []
     for k, task in enumerate(tasks):
         active = records.task_mask[:, k]
         answered = active & records.decoded[:, k]
@@ -88,6 +87,9 @@ def figures(
             value = mean_iou(records.confusion[task.name])
             if value is not None:
                 out[f"val/task/{task.name}/miou"] = value
+                mious.append(value)
+    if mious and not named.any():
+        out["val/miou"] = float(np.mean(mious))
     if records.probabilities is not None:
         out |= detection_figures(records.probabilities, records.decoded, records.task_mask)
         first = records.probabilities.argmax(axis=1)[:, None]
@@ -106,25 +108,23 @@ def figures(
 
 
 def detection_figures(probabilities: Array, mask: Array, truth: Array) -> dict[str, float]:
-    """How well the mask (N, K) names the true tasks, and how the probabilities rank them."""
-    found = torch.from_numpy(np.asarray(mask, dtype=np.int64))
-    target = torch.from_numpy(np.asarray(truth, dtype=np.int64))
-    ranked = torch.from_numpy(np.asarray(probabilities, dtype=np.float32))
-    count = truth.shape[1]
-    precision = multilabel_average_precision(ranked, target, num_labels=count, average="none")
-    present = target.sum(dim=0) > 0
-    return {
-        "val/detection/exact_match": float((found == target).all(dim=1).float().mean()),
-        "val/detection/micro_f1": float(
-            multilabel_f1_score(found, target, num_labels=count, average="micro")
-        ),
-        "val/detection/mean_average_precision": float(precision[present].mean()),
-        "val/detection/coverage": _share((mask & truth).sum(), truth.sum()) or 0.0,
+    """How well the mask (N, K) names the true tasks, and how the probabilities rank them.
+
+    A figure over true tasks is left out where no image has a task.
+    """
+    first = probabilities.argmax(axis=1)[:, None]
+    out = {
+        "val/detection/exact_match": float((mask == truth).all(axis=1).mean()),
         "val/detection/active_tasks": float(mask.sum(axis=1).mean()),
-        "val/detection/first": float(
-            np.take_along_axis(truth, probabilities.argmax(axis=1)[:, None], axis=1).mean()
-        ),
+        "val/detection/first": float(np.take_along_axis(truth, first, axis=1).mean()),
     }
+    over_truth = {
+        "micro_f1": _share(2 * (mask & truth).sum(), mask.sum() + truth.sum()),
+        "coverage": _share((mask & truth).sum(), truth.sum()),
+        "mean_average_precision": _mean_average_precision(probabilities, truth),
+    }
+    known = {name: value for name, value in over_truth.items() if value is not None}
+    return out | {f"val/detection/{name}": value for name, value in known.items()}
 
 
 def detection_curve(probabilities: Array, truth: Array) -> list[tuple[float, float]]:
@@ -166,6 +166,15 @@ def mean_iou(confusion: Array) -> float | None:
     union = confusion.sum(axis=1) + confusion[:, :-1].sum(axis=0) - hits
     present = union > 0
     return float((hits[present] / union[present]).mean()) if present.any() else None
+
+
+def _mean_average_precision(probabilities: Array, truth: Array) -> float | None:
+    """Mean over the tasks that some image has; both are (N, K). None where there is none."""
+    ranked = torch.from_numpy(np.asarray(probabilities, dtype=np.float32))
+    target = torch.from_numpy(np.asarray(truth, dtype=np.int64))
+    present = [k for k in range(truth.shape[1]) if target[:, k].any()]
+    values = [float(binary_average_precision(ranked[:, k], target[:, k])) for k in present]
+    return float(np.mean(values)) if values else None
 
 
 def _sizes(records: ImageRecords, pixels: int) -> dict[str, float]:

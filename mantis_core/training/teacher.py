@@ -31,7 +31,8 @@ def ready_teacher(
 ) -> Teacher:
     """The teacher to distil: `trained` by its own stage, pretrained by torchvision, or from a file.
 
-    Raises ModelError if weights and data do not fit.
+    Where all tasks are segmentations, one of the last two has features and no answers. Raises
+    ModelError if weights and data do not fit.
     """
     if config.weights == "train":
         assert trained is not None
@@ -39,14 +40,24 @@ def ready_teacher(
         teacher.load_state_dict(dict(trained))
         return teacher
     state = None if config.weights == "pretrained" else load_teacher_file(config.weights)
-    teacher = flat_teacher(
-        config.name,
-        state,
-        split=config.split,
-        num_classes=len(problem.classes),
-        imagenet_indices=problem.imagenet_indices,
-        image_size=problem.image_size,
-    )
+    if not problem.classes:  # segmentations alone: a teacher of features, without a head
+        teacher = Teacher(
+            config.name,
+            split=config.split,
+            pretrained=state is None,
+            image_size=problem.image_size,
+        )
+        if state is not None:
+            load_backbone(teacher, state)
+    else:
+        teacher = flat_teacher(
+            config.name,
+            state,
+            split=config.split,
+            num_classes=len(problem.classes),
+            imagenet_indices=problem.imagenet_indices,
+            image_size=problem.image_size,
+        )
     teacher.tasks = tuple(problem.tasks)
     return teacher
 

@@ -248,8 +248,10 @@ def _show_evaluation(plan: Plan, console: Console) -> None:
 
 def _show_arms(arms: Sequence[dict[str, Any]], console: Console) -> None:
     columns = {"val/top1": "top1", "val/bpp": "bpp", "val/wire_bytes": "wire bytes"}
+    if not any("val/top1" in arm["metrics"] for arm in arms):
+        del columns["val/top1"]  # segmentations alone
     for name in dict.fromkeys(name for arm in arms for name in arm["metrics"]):
-        if name.endswith("/miou"):
+        if name.startswith("val/task/") and name.endswith("/miou"):
             columns[name] = f"mIoU {name.split('/')[-2]}"
     rows = []
     for arm in arms:

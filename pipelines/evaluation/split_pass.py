@@ -170,13 +170,14 @@ def to_records(own: Arrays, tasks: Sequence[TaskSpec]) -> ImageRecords:
     """Returns an arm's columns as records. Columns of -1 become None."""
     sends = own["wire_bytes"][0] >= 0
     detects = sends and own["probabilities"][0, 0] >= 0
-    confusion = {
-        task.name: own[f"confusion/{task.name}"]
-        .sum(axis=0)
-        .reshape(task.num_classes, task.num_classes + 1)
-        for task in tasks
-        if not task.is_classification
-    }
+    confusion = {}
+    for task in tasks:
+        if not task.is_classification:
+            counted = [
+                np.frombuffer(sums, np.int64) for sums in own[f"confusion/{task.name}"] if sums
+            ]
+            shape = (task.num_classes, task.num_classes + 1)
+            confusion[task.name] = np.sum(counted, axis=0).reshape(shape)
     return ImageRecords(
         class_label=own["class_label"],
         labels=own["labels"],

@@ -38,23 +38,26 @@ RC: dict[Any, Any] = {
     "grid.alpha": 0.25,
     "grid.color": "black",
 }
+NAMES = {"classification": "top-1 accuracy", "segmentation": "mean IoU"}
 SIZE = "mean wire bytes per image (log scale)"
 
 
 def rd_figure(arms: Arms, *, width: float = WIDTH) -> Figure:
-    """Draws top-1 in per cent over mean wire bytes per image. The key starts with the highest."""
-    ends = {kind: points[-1].value for kind, points in marks.curves(arms, "val/top1").items()}
+    """Draws top-1 or mean IoU in per cent over mean wire bytes. The key starts with the highest."""
+    metric = marks.headline(arms)
+    ends = {kind: points[-1].value for kind, points in marks.curves(arms, metric).items()}
     height = 0.62 * width + ROW * (len(ends) + 1)
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.add_subplot()
-    marks.draw_arms(axes, arms, "val/top1")
+    marks.draw_arms(axes, arms, metric)
     marks.scale_axes(axes, labels=7)
-    axes.set(xlabel=SIZE, ylabel="top-1 accuracy (%)")
+    name = NAMES["segmentation" if metric == "val/miou" else "classification"]
+    axes.set(xlabel=SIZE, ylabel=f"{name} (%)")
     key = [
         Line2D([], [], label=f"{ARM_KINDS[kind].label}: {ends[kind]:.1f} %", **marks.stroke(kind))
         for kind in sorted(ends, key=lambda kind: -ends[kind])
     ]
-    marks.add_key(figure, key, title="top-1 accuracy at the largest size", alignment="left")
+    marks.add_key(figure, key, title=f"{name} at the largest size", alignment="left")
     return figure
 
 
@@ -77,8 +80,7 @@ def task_figure(arms: Arms, tasks: Sequence[Mapping[str, Any]]) -> Figure:
         axes.set_visible(False)
     marks.scale_axes(grid[0, 0], labels=4)
     figure.supxlabel(SIZE)
-    names = {"classification": "top-1 accuracy", "segmentation": "mean IoU"}
-    label = " or ".join(name for kind, name in names.items() if kind in measures)
+    label = " or ".join(name for kind, name in NAMES.items() if kind in measures)
     key = [Line2D([], [], label=ARM_KINDS[kind].label, **marks.stroke(kind)) for kind in kinds]
     title = f"{label} (%) of each task"
     marks.add_key(figure, key, loc="outside upper left", title=title, alignment="left")

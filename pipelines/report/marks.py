@@ -52,6 +52,16 @@ def curves(arms: Arms, metric: str) -> dict[str, list[Point]]:
     }
 
 
+HEADLINES = {"val/top1": "top-1", "val/miou": "mean IoU"}
+"""What may stand for the accuracy of an arm, and its name."""
+
+
+def headline(arms: Arms) -> str:
+    """Returns the metric that stands for accuracy: mean IoU if no arm has top-1, else top-1."""
+    has = {name for name in HEADLINES if any(name in arm["metrics"] for arm in arms)}
+    return "val/miou" if has == {"val/miou"} else "val/top1"
+
+
 def stroke(kind: str, *, scale: float = 1.0) -> dict[str, Any]:
     """Returns the line and marker of a kind. The gid becomes the classes of an SVG group."""
     look, main = ARM_KINDS[kind].look, kind == "mantis"

@@ -8,11 +8,10 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from scipy.stats import binomtest
 
 from pipelines.report import figures
-from pipelines.report.marks import curves
+from pipelines.report.marks import HEADLINES, curves, headline
 from pipelines.settings.arms import ARM_KINDS
 
-TABLE = {  # column -> metric, factor, decimals
-    "top-1 %": ("val/top1", 100, 1),
+TABLE = {  # column -> metric, factor, decimals; the headline's column stands before these
     "wire bytes": ("val/wire_bytes", 1, 1),
     "payload bytes": ("val/payload_bytes", 1, 1),
     "bits / pixel": ("val/bpp", 1, 4),
@@ -40,6 +39,7 @@ def report_page(evaluation: Mapping[str, Any], title: str) -> str:
     arms, tasks = evaluation["arms"], evaluation["tasks"]
     main = next(arm for arm in arms if arm["kind"] == "mantis")
     metrics, kinds = main["metrics"], list(dict.fromkeys(arm["kind"] for arm in arms))
+    accuracy = headline(arms)
     sizes = {task["name"]: metrics.get(f"val/task/{task['name']}/wire_bytes") for task in tasks}
     shown = sorted(
         (arm for arm in arms if arm["metrics"]),
@@ -56,15 +56,18 @@ def report_page(evaluation: Mapping[str, Any], title: str) -> str:
         notes=list(dict.fromkeys(filter(None, (ARM_KINDS[kind].note for kind in kinds)))),
         seeds={arm["seed"] for arm in arms if arm["kind"] == "mantis"},
         interval=_interval(evaluation, main),
-        curves=curves(arms, "val/top1"),
+        accuracy=accuracy,
+        accuracy_name=HEADLINES[accuracy],
+        curves=curves(arms, accuracy),
         curve_figure=figures.to_svg(figures.rd_figure(arms), "curve"),
         task_figure=figures.to_svg(figures.task_figure(arms, tasks), "tasks"),
-        detection_figure=figures.ranking_arms(arms)
+        detection_figure=len(tasks) > 1  # one task is always sent
+        and figures.ranking_arms(arms)
         and figures.to_svg(figures.detection_figure(arms), "detection"),
         task_metric=figures.task_metric,
         sizes={name: size for name, size in sizes.items() if size is not None},
         masks=[task["name"] for task in tasks if task["kind"] == "segmentation"],
-        table=TABLE,
+        table={f"{HEADLINES[accuracy]} %": (accuracy, 100, 1), **TABLE},
         shown=shown,
     )
 

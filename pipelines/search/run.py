@@ -320,6 +320,11 @@ def search_task(settings: Settings, config_name: str) -> SearchTask:
 
 def _check_first(store: Store, folder: str, settings: Settings, options: SearchOptions) -> None:
     """Raises SettingsError or PreflightError for mistakes that can be found before any work."""
+    if all(task.kind == "segmentation" for task in settings.tasks):
+        raise SettingsError(
+            "`tasks` has only segmentations, and a search compares trials by top1, which these do "
+            "not have: add a classification task, or compare configs by `mantis run`"
+        )
     known = [name for name in store.list(f"{folder}/journal") if not name.startswith(".")]
     if known and not options.resume:
         raise SettingsError(

@@ -110,7 +110,7 @@ def write_evaluation(
     metrics = main["metrics"]
     shown = [
         f"{name.removeprefix('val/')} {metrics[name]:.4g}"
-        for name in ("val/top1", "val/wire_bytes", "val/bpp")
+        for name in ("val/top1", "val/miou", "val/wire_bytes", "val/bpp")
         if name in metrics
     ]
     return {"metrics": metrics, "arms": len(arms), "summary": ", ".join(shown)}
@@ -179,7 +179,7 @@ def _parquet(done: Evaluated) -> bytes:
         columns = {
             key: pa.array(list(values) if values.ndim > 1 else values)
             for key, values in own.items()
-            if key not in ("arm", "answer")
+            if key not in ("arm", "answer") and not key.startswith("confusion/")
         }
         parts.append(pa.table({"arm": pa.array([name] * len(own["row_id"])), **columns}))
     sink = io.BytesIO()

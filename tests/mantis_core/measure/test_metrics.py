@@ -11,6 +11,7 @@ import pytest
 from mantis_core.measure.metrics import (
     ImageRecords,
     detection_curve,
+    detection_figures,
     detector_confusion,
     figures,
     mean_iou,
@@ -116,3 +117,95 @@ def test_what_the_client_answered_is_counted_apart():
     plain = figures(RECORDS, TASKS, single_class=True, pixels=1000)
     assert found["val/top1"] == plain["val/top1"]
     assert "val/answered" not in plain
+
+
+def by_hand(p: np.ndarray, mask: np.ndarray, truth: np.ndarray) -> dict[str, float]:
+    """The detection figures, counted image by image without a library."""
+    images, count = truth.shape
+    precisions = []
+    for k in range(count):
+        positives, area, found_before = sum(truth[:, k]), 0.0, 0
+        for threshold in sorted(set(p[:, k].tolist()), reverse=True):
+            kept = [i for i in range(images) if p[i, k] >= threshold]
+            found = sum(bool(truth[i, k]) for i in kept)
+            area += (found - found_before) * found / len(kept)
+            found_before = found
+        if positives:
+            precisions.append(area / positives)
+    both = sum(bool(mask[i, k] and truth[i, k]) for i in range(images) for k in range(count))
+    out = {
+        "exact_match": sum((mask[i] == truth[i]).all() for i in range(images)) / images,
+        "active_tasks": mask.sum() / images,
+        "first": sum(bool(truth[i, max(range(count), key=p[i].item)]) for i in range(images))
+        / images,
+    }
+    if mask.sum() + truth.sum():
+        out["micro_f1"] = 2 * both / (mask.sum() + truth.sum())
+    if truth.sum():
+        out["coverage"] = both / truth.sum()
+        out["mean_average_precision"] = sum(precisions) / len(precisions)
+    return {f"val/detection/{name}": float(value) for name, value in out.items()}
+
+
+@pytest.mark.parametrize("count", [1, 2, 12])
+@pytest.mark.parametrize("seed", range(5))
+def test_detection_figures_are_those_counted_by_hand(count: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    truth = rng.uniform(size=(17, count)) < rng.choice([0.0, 0.2, 0.9], size=count)
+    p = rng.choice([0.05, 0.25, 0.5, 0.75, 1.0], size=(17, count)).astype(np.float32)  # with ties
+    mask = p > rng.choice([0.1, 0.4, 0.9])
+    assert detection_figures(p, mask, truth) == pytest.approx(by_hand(p, mask, truth))
+
+
+def test_figures_over_true_tasks_are_left_out_where_no_image_has_one():
+    p, mask = np.array([[0.9], [0.8]], np.float32), np.ones((2, 1), bool)
+    found = detection_figures(p, mask, np.zeros((2, 1), bool))
+    assert found == by_hand(p, mask, np.zeros((2, 1), bool))
+    assert "val/detection/coverage" not in found
+    assert np.isfinite(list(found.values())).all()
+
+
+def test_one_task_has_every_figure():
+    one = replace(
+        RECORDS,
+        class_label=np.array([0, 1, 1, 0]),
+        class_index=np.array([0, 1, 0, 0]),
+        labels=np.array([[0], [1], [1], [0]]),
+        task_mask=np.ones((4, 1), bool),
+        predicted=np.array([[0], [1], [0], [0]]),
+        decoded=np.ones((4, 1), bool),
+        probabilities=np.array([[0.9], [0.4], [0.1], [0.5]], np.float32),
+    )
+    found = figures(one, TASKS[:1], single_class=True, pixels=1000)
+    assert found["val/top1"] == found["val/task_top1"] == found["val/task/pets/top1"] == 0.75
+    for name in ("exact_match", "micro_f1", "coverage", "mean_average_precision", "first"):
+        assert found[f"val/detection/{name}"] == 1.0
+    assert found["val/detection/top1_if_right"] == 0.75
+    assert detector_confusion(one.probabilities, one.task_mask) == [[4]]
+    assert set(detection_curve(one.probabilities, one.task_mask)) == {(1.0, 1.0)}
+
+
+def test_segmentations_alone_have_a_mean_iou_in_the_place_of_top1():
+    tasks = (TaskSpec("ground", "segmentation", 2), TaskSpec("sky", "segmentation", 2))
+    records = ImageRecords(
+        class_label=np.full(2, -1),
+        labels=np.full((2, 2), -1),
+        task_mask=np.ones((2, 2), bool),
+        class_index=np.full(2, -1),
+        predicted=np.full((2, 2), -1),
+        decoded=np.ones((2, 2), bool),
+        probabilities=np.full((2, 2), 0.9, np.float32),
+        confusion={"ground": np.array([[2, 2, 0], [0, 4, 0]]), "sky": np.array([[4, 0, 0]] * 2)},
+    )
+    found = figures(records, tasks, single_class=False, pixels=1000)
+    assert found["val/task/ground/miou"] == pytest.approx((1 / 2 + 2 / 3) / 2)
+    assert found["val/task/sky/miou"] == pytest.approx((1 / 2 + 0) / 2)
+    assert found["val/miou"] == pytest.approx((7 / 12 + 1 / 4) / 2)
+    assert not [name for name in found if "top1" in name]
+    mixed = figures(
+        replace(records, confusion={"sky": records.confusion["sky"]}),
+        (TASKS[0], tasks[1]),
+        single_class=False,
+        pixels=1000,
+    )
+    assert "val/miou" not in mixed

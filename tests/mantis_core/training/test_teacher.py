@@ -50,6 +50,25 @@ def test_a_teacher_from_a_file_knows_the_tasks(problem: Problem, tmp_path: Path)
         ready_teacher(config, problem, None)
 
 
+def test_a_teacher_from_a_file_has_features_alone_for_segmentations_alone(
+    mixed_problem: Problem, tmp_path: Path
+) -> None:
+    path = tmp_path / "resnet18.safetensors"
+    state = torchvision.models.resnet18(weights=None).state_dict()
+    save_file(state, path)
+    alone = replace(
+        mixed_problem,
+        tasks=mixed_problem.tasks[-1:],
+        classes=(),
+        class_names=(),
+        imagenet_indices=(),
+    )
+    teacher = ready_teacher(TeacherConfig(name="resnet18", weights=str(path)), alone, None)
+    assert teacher.tasks == alone.tasks
+    assert torch.equal(teacher.backbone.net.get_parameter("conv1.weight"), state["conv1.weight"])
+    assert teacher.eval()(torch.zeros(1, 3, 32, 32)).keys() == {"split", "last"}
+
+
 def test_without_network_a_pretrained_teacher_says_what_to_do_instead(
     problem: Problem, monkeypatch: pytest.MonkeyPatch
 ) -> None:

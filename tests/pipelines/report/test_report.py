@@ -342,3 +342,40 @@ def test_rows_stand_by_kind_and_size_and_the_main_one_is_marked(tmp_path):
     rows = re.findall(r'<tr( class="main")?><th scope="row"><span class="dot.*?</span>(\w+)', page)
     marked = ' class="main"'
     assert rows == [("", "small"), (marked, "mantis"), ("", "whole"), ("", "plain")]
+
+
+def test_one_task_has_a_whole_report_without_figures_of_detection(tmp_path):
+    main = arm("mantis", rate=0.01, size=64.0, top1=0.7)
+    main |= {"detector_confusion": [[400]], "detection_curve": [(1.0, 1.0)] * 3}
+    seen = text_of(write_report(evaluation(main, tasks=TASKS[:1]), tmp_path).html)
+    assert "1 task, 400 images" in seen
+    assert "70.0 % top-1, end to end" in seen
+    assert "Confusion matrix" not in seen
+    assert "Coverage against active tasks" not in seen
+
+
+def test_a_segmentation_alone_is_reported_by_its_mean_iou(tmp_path):
+    def segmenting(kind, miou, **fields):
+        own = {**arm(kind, **fields), "detector_confusion": None}
+        kept = {k: v for k, v in own["metrics"].items() if "top1" not in k}
+        return {**own, "metrics": {**kept, "val/miou": miou, "val/task/road/miou": miou}}
+
+    arms = [segmenting("mantis", 0.41, rate=0.01, size=64.0), segmenting("teacher", 0.5)]
+    made = evaluation(*arms, tasks=TASKS[1:], single_class=False)
+    paths = write_report(made, tmp_path)
+    seen = text_of(paths.html)
+    assert "41.0 % mean IoU, end to end" in seen
+    assert "\N{MINUS SIGN}9.0 points against the uncompressed teacher" in seen
+    assert "Mean IoU is end to end" in seen
+    assert "top-1" not in seen.lower()
+    with styled():
+        figure = rd_figure(arms)
+    assert figure.axes[0].get_ylabel() == "mean IoU (%)"
+    assert paths.png.stat().st_size > 0
+
+
+def test_an_evaluation_without_any_accuracy_still_has_a_report(tmp_path):
+    main = arm("mantis", rate=0.01, size=64.0)
+    main["metrics"] = {k: v for k, v in main["metrics"].items() if "bytes" in k}
+    seen = text_of(write_report(evaluation(main), tmp_path).html)
+    assert "64 bytes" in seen
