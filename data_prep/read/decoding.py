@@ -155,14 +155,17 @@ def _covering(
 def _window(
     available: int, wanted: int, padding: int, random: np.random.Generator | None
 ) -> Indices:
-    """Returns `wanted` neighbouring indices: the middle ones, or random ones, mirrored at edges."""
+    """Returns `wanted` neighbouring indices: the middle ones, or random ones, mirrored at edges.
+
+    A padding beyond the other edge is mirrored there again.
+    """
     if random is None:
         start = (available - wanted) // 2
     else:
         start = int(random.integers(-padding, available - wanted + padding + 1))
-    indices = np.abs(np.arange(start, start + wanted))
     last = available - 1
-    mirrored: Indices = last - np.abs(last - indices)
+    period = (start + np.arange(wanted)) % max(1, 2 * last)  # there and back again
+    mirrored: Indices = last - np.abs(last - period)
     return mirrored
 
 

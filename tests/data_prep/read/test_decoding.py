@@ -35,6 +35,19 @@ def test_random_crops_keep_the_asked_area_and_stay_inside() -> None:
         assert (right - left) * (bottom - top) >= 0.35 * 40 * 30 - 1e-6
 
 
+@pytest.mark.parametrize("padding", [0, 3, 8, 20, 100])
+def test_a_padded_crop_mirrors_at_the_edges_however_wide_the_padding(padding: int) -> None:
+    side = 8
+    reading = ReadingConfig(crop_padding=padding, flip=False)
+    pixels = np.arange(side * side, dtype=np.uint8).reshape(side, side)
+    image = Image.merge("RGB", [Image.fromarray(pixels)] * 3)
+    padded = np.pad(pixels, padding, mode="reflect")
+    windows = np.lib.stride_tricks.sliding_window_view(padded, (side, side))
+    for row_id in range(10):
+        cut, _ = Decoder((side, side), 1, (), reading, (0, 0)).view(image, {}, row_id)
+        assert (windows == cut[..., 0]).all(axis=(2, 3)).any(), row_id
+
+
 def test_without_augmentation_the_centre_is_cut_whatever_the_settings() -> None:
     pixels = np.arange(24 * 16, dtype=np.uint16).reshape(16, 24).astype(np.uint8)
     image = Image.merge("RGB", [Image.fromarray(pixels)] * 3)
