@@ -2,25 +2,41 @@
 
 A clean image decodes in full, is RGB and upright and has the wanted short side. What can be
 converted is converted (CMYK, grey, 16 bit, palette, alpha, EXIF rotation, a PNG called .JPEG); an
-image that is clean already keeps its bytes. Truncated files are refused, never padded.
+image that is clean already keeps its bytes. Truncated files are refused, never padded. The pixels
+are those of `mantis_core/pixels.py`, with which a client reads its images too.
 """
 
 from __future__ import annotations
 
 import io
-import struct
 import warnings
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
 from data_prep.errors import DataError
+from mantis_core.pixels import (
+    MAX_PIXELS,
+    ImageError,
+    check_pixels,
+    decoding_reason,
+    read_image,
+    turned,
+)
+
+StoredFormat = Literal["webp", "jpeg"]
 
 IGNORE = 255  # mask value that counts neither in a loss nor in a metric
 KEPT_FORMATS = ("JPEG", "PNG")
-UPRIGHT = 1
+STORED_FORMATS = (*KEPT_FORMATS, "WEBP")
+LONGEST_SIDE = {"WEBP": 16383, "JPEG": 65500}  # px that the format can hold
+ENCODINGS: dict[str, dict[str, Any]] = {
+    "WEBP": {"lossless": True, "method": 0, "quality": 0},  # slower ones save 10% at most
+    "JPEG": {"subsampling": "4:4:4"},
+}
 
 
 @dataclass(frozen=True)
@@ -46,31 +62,40 @@ class Rejection:
 
 
 def clean_image(
-    data: bytes, *, short_side: int, jpeg_quality: int, max_pixels: float, lossless: bool = False
+    data: bytes,
+    *,
+    short_side: int,
+    max_pixels: float,
+    stored_format: StoredFormat = "webp",
+    jpeg_quality: int = 95,
 ) -> CleanImage | Rejection:
     """Checks one image and converts it where needed.
 
-    With `lossless` a changed image is encoded as PNG instead of JPEG (images with masks). A large
-    JPEG is first reduced by the decoder to no less than twice the wanted size, then by an
-    antialiased bicubic filter.
+    A changed image is encoded as `stored_format`: lossless WebP, or JPEG of `jpeg_quality` with
+    full colour. An image that is too long for the format becomes a PNG.
     """
-    if not data:
-        return Rejection("empty file")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # damaged EXIF and the like is judged here
-        try:
-            with Image.open(io.BytesIO(data)) as image:
-                return _cleaned(data, image, short_side, jpeg_quality, max_pixels, lossless)
-        except UnidentifiedImageError:
-            return Rejection("not an image")
-        except Image.DecompressionBombError:
-            return Rejection(f"more than {max_pixels:.0f} pixels")
-        except Exception as error:
-            return Rejection(_decoding_reason(error))
+    try:
+        picture = read_image(data, short_side=short_side, max_pixels=max_pixels)
+    except ImageError as error:
+        return Rejection(str(error))
+    image = picture.image
+    kept = picture.untouched and picture.format in KEPT_FORMATS
+    if not kept:
+        kind = stored_format.upper()
+        if max(image.size) > LONGEST_SIDE[kind]:
+            kind = "PNG"
+        options = {"quality": jpeg_quality} if kind == "JPEG" else {}
+        data = _encoded(image, kind, options)
+    return CleanImage(data, *image.size, not kept, picture.stored_size, picture.orientation)
 
 
 def clean_mask(
-    data: bytes, image: CleanImage, *, num_labels: int, ignored: tuple[int, ...]
+    data: bytes,
+    image: CleanImage,
+    *,
+    num_labels: int,
+    ignored: tuple[int, ...],
+    max_pixels: float = MAX_PIXELS,
 ) -> bytes | Rejection:
     """Aligns a mask with its cleaned image; returns a one-channel PNG.
 
@@ -78,7 +103,7 @@ def clean_mask(
     fit the image. Raises DataError where it has colours or a value that is neither a label nor
     ignored, because a wrong list of labels spoils every mask.
     """
-    labels = mask_values(data)
+    labels = mask_values(data, max_pixels=max_pixels)
     if isinstance(labels, Rejection):
         return labels
     labels[np.isin(labels, ignored)] = IGNORE
@@ -89,76 +114,34 @@ def clean_mask(
             "add labels to the task, or add the value to its `ignore`"
         )
     clean = Image.fromarray(labels.astype(np.uint8))
-    if clean.size == image.stored_size and image.orientation != UPRIGHT:
-        clean.getexif()[ExifTags.Base.Orientation] = image.orientation
-        clean = ImageOps.exif_transpose(clean)
-        upright = clean.size
-    else:
-        upright = _upright_size(image)
+    stored, upright = image.stored_size, _upright_size(image)
+    if clean.size == stored:
+        clean = turned(clean, image.orientation)
     if clean.size != upright:
-        return Rejection(
-            f"mask of {clean.size} px does not fit its image of {image.stored_size} px"
-        )
+        return Rejection(f"mask of {clean.size} px does not fit its image of {stored} px")
     size = (image.width, image.height)
     return _encoded(clean.resize(size, Image.Resampling.NEAREST), "PNG", {})
 
 
-def mask_values(data: bytes) -> NDArray[np.int64] | Rejection:
+def mask_values(data: bytes, *, max_pixels: float = MAX_PIXELS) -> NDArray[np.int64] | Rejection:
     """Returns the values of an encoded mask (H, W) as they are stored; of a palette, the indices.
 
-    Returns a Rejection where it does not decode. Raises DataError where it has colours.
+    Returns a Rejection where it does not decode or has more than `max_pixels`. Raises DataError
+    where it has colours.
     """
     try:
-        with Image.open(io.BytesIO(data)) as opened:
-            mode, values = opened.mode, np.asarray(opened)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(io.BytesIO(data)) as opened:
+                check_pixels(opened.size, max_pixels)
+                mode, values = opened.mode, np.asarray(opened)
+    except ImageError as error:
+        return Rejection(f"mask: {error}")
     except Exception as error:
-        return Rejection(f"mask: {_decoding_reason(error)}")
+        return Rejection(f"mask: {decoding_reason(error)}")
     if values.ndim != 2:
         raise DataError(f"a mask has mode {mode}; store masks with one channel of label values")
     return values.astype(np.int64)
-
-
-def _cleaned(
-    data: bytes,
-    image: Image.Image,
-    short_side: int,
-    jpeg_quality: int,
-    max_pixels: float,
-    lossless: bool,
-) -> CleanImage | Rejection:
-    stored, orientation = image.size, _orientation(image)
-    if stored[0] * stored[1] > max_pixels:
-        return Rejection(f"{stored[0]} x {stored[1]} is more than {max_pixels:.0f} pixels")
-    keep = image.format in KEPT_FORMATS and image.mode == "RGB" and orientation == UPRIGHT
-    if min(stored) > 2 * short_side:
-        image.draft(None, (2 * short_side, 2 * short_side))
-    image.load()
-    if keep and min(stored) == short_side:
-        return CleanImage(data, *stored, False, stored, orientation)
-    rgb = _rgb(image)
-    if orientation != UPRIGHT:
-        rgb.getexif()[ExifTags.Base.Orientation] = orientation
-        rgb = ImageOps.exif_transpose(rgb)
-    scale = short_side / min(stored)
-    turned = orientation >= 5
-    width, height = (
-        max(short_side, round(side * scale)) for side in (stored[::-1] if turned else stored)
-    )
-    if width * height > max_pixels:
-        return Rejection(f"{stored[0]} x {stored[1]} is too long and thin")
-    if rgb.size != (width, height):
-        rgb = rgb.resize((width, height), Image.Resampling.BICUBIC)
-    options = {} if lossless else {"quality": jpeg_quality}
-    encoded = _encoded(rgb, "PNG" if lossless else "JPEG", options)
-    return CleanImage(encoded, width, height, True, stored, orientation)
-
-
-def _orientation(image: Image.Image) -> int:
-    try:
-        value = image.getexif().get(ExifTags.Base.Orientation, UPRIGHT)
-    except (SyntaxError, ValueError, OSError, KeyError, TypeError, struct.error):
-        return UPRIGHT  # the pixels of a damaged EXIF block are good
-    return value if isinstance(value, int) and 1 <= value <= 8 else UPRIGHT
 
 
 def _upright_size(image: CleanImage) -> tuple[int, int]:
@@ -166,35 +149,7 @@ def _upright_size(image: CleanImage) -> tuple[int, int]:
     return (height, width) if image.orientation >= 5 else (width, height)
 
 
-def _rgb(image: Image.Image) -> Image.Image:
-    """RGB of any mode: high bit depths scaled down, transparency over white."""
-    if image.mode.startswith(("I", "F")):
-        return Image.fromarray(_eight_bits(np.asarray(image))).convert("RGB")
-    if "A" in image.mode or "transparency" in image.info:
-        colours = image.convert("RGBA")
-        white = Image.new("RGBA", colours.size, "white")
-        return Image.alpha_composite(white, colours).convert("RGB")
-    plain = image.convert("RGB")
-    plain.info.clear()
-    return plain
-
-
-def _eight_bits(values: NDArray[np.generic]) -> NDArray[np.uint8]:
-    """Grey levels of a 16- or 32-bit image as 0..255."""
-    levels = values.astype(np.float64)
-    if values.dtype == np.uint16 or levels.max() > 255:
-        levels = levels / 257.0  # 65535 is white
-    return np.clip(np.rint(levels), 0, 255).astype(np.uint8)
-
-
-def _encoded(image: Image.Image, kind: str, options: dict[str, int]) -> bytes:
+def _encoded(image: Image.Image, kind: str, options: dict[str, Any]) -> bytes:
     stream = io.BytesIO()
-    image.save(stream, kind, **options)
+    image.save(stream, kind, **ENCODINGS.get(kind, {}), **options)
     return stream.getvalue()
-
-
-def _decoding_reason(error: Exception) -> str:
-    text = str(error)
-    if "truncated" in text.lower() or isinstance(error, EOFError):
-        return "truncated"
-    return f"does not decode ({type(error).__name__}: {text[:120]})"

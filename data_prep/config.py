@@ -13,10 +13,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, field_validator, model_validator
 
-from data_prep.checks import IGNORE
+from data_prep.checks import IGNORE, StoredFormat
 from data_prep.manifest import TaskKind
 from data_prep.reading import Augmentation, Fraction, ReadingConfig, reading_field
 from data_prep.sources.kinds import AnySource
+from mantis_core.pixels import MAX_PIXELS
 
 
 class TaskConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=True):
@@ -109,9 +110,14 @@ class DataConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstring
     short_side: int | None = None
     """Short side of the stored images in pixels. Left out, it is the shorter side of
     `image_size`, which stores the least; a larger one leaves room for random crops."""
+    stored_format: StoredFormat = "webp"
+    """How images are stored that must be resized or converted; others keep their bytes. `webp`
+    is lossless, so that a codec is trained on the pixels that its client will see. `jpeg` takes
+    less than half of the bytes and of the time to decode, and alters the pixels. Images with masks
+    are always stored without loss."""
     jpeg_quality: int = Field(default=90, ge=1, le=100)
-    """JPEG quality of images that must be resized or converted; others keep their bytes. The
-    default keeps the loss of this second compression small."""
+    """JPEG quality of the stored images where `stored_format` is `jpeg`. A quality of 95 or more
+    keeps the difference to the client's pixels small."""
     max_bad_fraction: Fraction = 0.01
     """Share of unreadable images up to which preparing goes on. The default forgives the few
     damaged files of large public sets and stops at a wrong path or format."""
@@ -137,9 +143,11 @@ class DataConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstring
     """Rows of a shard that are read together. Smaller groups shuffle better, larger ones read
     faster from an object store."""
     shuffle_window_rows: int = reading_field("shuffle_window_rows")
-    max_pixels: float = Field(default=64e6, gt=0)
-    """Images of more pixels than this are refused before they are decoded. The default admits
-    the photographs of most cameras and refuses decompression bombs."""
+    max_pixels: float = Field(default=MAX_PIXELS, gt=0)
+    """Images of more pixels than this are refused before they are decoded. What counts of a large
+    JPEG is the size to which its decoder reduces it. The default admits the photographs of most
+    cameras and refuses decompression bombs; images of more than 178 million pixels are always
+    refused."""
     train_rows: int | None = Field(default=None, ge=1)
     """Rows of the train split to take at most, the holdout included, chosen by the seed. For
     reduced runs; left out, all are taken."""

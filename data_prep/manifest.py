@@ -16,7 +16,9 @@ from pydantic import BaseModel, ValidationError
 from data_prep.errors import DataError
 from data_prep.storage import join, read_bytes, write_bytes
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+READABLE = (1, 2)
+"""Formats that are read. Version 2 stores images as WebP, where version 1 had JPEG and PNG."""
 RETIRED = ("class_counts", "task_counts")
 """Fields that folders of earlier code still have; nothing read them."""
 MANIFEST_NAME = "manifest.json"
@@ -127,9 +129,9 @@ def read_manifest(folder: str) -> Manifest:
     try:
         record = json.loads(text)
         version = record.get("format_version")
-        if version != FORMAT_VERSION:
+        if version not in READABLE:
             raise DataError(
-                f"{folder} has format {version}, and this version reads {FORMAT_VERSION}: "
+                f"{folder} has format {version}, and this version reads 1 and 2: "
                 "prepare the data again"
             )
         kept = {name: value for name, value in record.items() if name not in RETIRED}

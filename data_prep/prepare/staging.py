@@ -170,19 +170,20 @@ def _clean_row(raw: RawRow, job: Job) -> tuple[list[bytes], str | None, str | No
     nothing = [b""] * (1 + len(wanted))
     if raw.error:
         return nothing, raw.error, None
+    has_masks = any(mask in raw.masks for _, mask, _, _ in wanted)
     clean = clean_image(
         raw.image,
         short_side=job.data.stored_short_side,
-        jpeg_quality=job.data.jpeg_quality,
         max_pixels=job.data.max_pixels,
-        lossless=any(mask in raw.masks for _, mask, _, _ in wanted),
+        stored_format="webp" if has_masks else job.data.stored_format,
+        jpeg_quality=job.data.jpeg_quality,
     )
     if isinstance(clean, Rejection):
         return nothing, clean.reason, None
     blobs = [clean.data]
     for name, mask, num_labels, ignored in wanted:
         try:
-            blob = _mask_blob(raw.masks.get(mask), clean, num_labels, ignored)
+            blob = _mask_blob(raw.masks.get(mask), clean, num_labels, ignored, job.data.max_pixels)
         except DataError as error:
             return nothing, None, f"task '{name}': {error}"
         if isinstance(blob, Rejection):
@@ -192,8 +193,12 @@ def _clean_row(raw: RawRow, job: Job) -> tuple[list[bytes], str | None, str | No
 
 
 def _mask_blob(
-    mask: bytes | None, image: CleanImage, num_labels: int, ignored: tuple[int, ...]
+    mask: bytes | None,
+    image: CleanImage,
+    num_labels: int,
+    ignored: tuple[int, ...],
+    max_pixels: float,
 ) -> bytes | Rejection:
     if mask is None:
         return b""
-    return clean_mask(mask, image, num_labels=num_labels, ignored=ignored)
+    return clean_mask(mask, image, num_labels=num_labels, ignored=ignored, max_pixels=max_pixels)

@@ -16,9 +16,10 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from PIL import Image
 
-from data_prep.checks import IGNORE, KEPT_FORMATS
+from data_prep.checks import IGNORE, STORED_FORMATS
 from data_prep.manifest import Manifest, task_names
 from data_prep.reading import ReadingConfig
+from mantis_core.pixels import cover
 
 Batch = dict[str, NDArray[np.generic]]
 Indices = NDArray[np.int64]
@@ -89,7 +90,10 @@ class Decoder:
     ) -> tuple[NDArray[np.uint8], dict[str, NDArray[np.uint8]]]:
         """Crops and mirrors an image and its masks alike; returns (H, W, 3), and (H, W) by mask."""
         height, width = self.size
-        image, masks = _covering(image, masks, self.size)
+        image = cover(image, self.size)
+        masks = {
+            name: cover(mask, self.size, Image.Resampling.NEAREST) for name, mask in masks.items()
+        }
         random = None
         if self.augment is not None:
             random = np.random.default_rng([*self.augment, row_id])
@@ -139,19 +143,6 @@ def crop_box(
     return (left, top, left + side, top + side)
 
 
-def _covering(
-    image: Image.Image, masks: dict[str, Image.Image], size: tuple[int, int]
-) -> tuple[Image.Image, dict[str, Image.Image]]:
-    """Enlarges an image smaller than (height, width) with its masks, so that a crop fits inside."""
-    scale = max(size[0] / image.height, size[1] / image.width)
-    if scale <= 1:
-        return image, masks
-    larger = (max(size[1], round(image.width * scale)), max(size[0], round(image.height * scale)))
-    return image.resize(larger, Image.Resampling.BICUBIC), {
-        name: mask.resize(larger, Image.Resampling.NEAREST) for name, mask in masks.items()
-    }
-
-
 def _window(
     available: int, wanted: int, padding: int, random: np.random.Generator | None
 ) -> Indices:
@@ -175,7 +166,7 @@ def _taken(image: Image.Image, rows: Indices, columns: Indices) -> NDArray[np.ui
 
 
 def _open(data: bytes) -> Image.Image:
-    image = Image.open(io.BytesIO(data), formats=KEPT_FORMATS)
+    image = Image.open(io.BytesIO(data), formats=STORED_FORMATS)
     image.load()
     return image
 

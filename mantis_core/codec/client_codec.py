@@ -24,7 +24,8 @@ from mantis_core.codec.spec import ModelSpec
 from mantis_core.errors import ModelError
 from mantis_core.networks.client import Client, View
 from mantis_core.networks.inference import one_thread, still
-from mantis_core.networks.preprocessing import normalise, prepare_image
+from mantis_core.networks.preprocessing import normalise, prepare_image, prepare_images
+from mantis_core.pixels import MAX_PIXELS
 
 Estimate = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Bits (B,) of a latent (B, C, h, w) under a density, given mask (B, K) and primary task (B,)."""
@@ -144,9 +145,20 @@ class ClientCodec:
                 seen = list(self._look(images[own], mine, exit_confidence))
             yield from seen
 
-    def prepare_image(self, data: bytes) -> Tensor:
-        """An image file's bytes to uint8 (3, H, W) as in evaluation: short side, centre crop."""
-        return prepare_image(data, self.spec.image_size, self.spec.short_side)
+    def prepare_image(self, data: bytes, *, max_pixels: float = MAX_PIXELS) -> Tensor:
+        """An image file's bytes to uint8 (3, H, W) as in evaluation: short side, centre crop.
+
+        Raises ImageError for a file that does not decode or is of more than `max_pixels`.
+        """
+        size, short_side = self.spec.image_size, self.spec.short_side
+        return prepare_image(data, size, short_side, max_pixels=max_pixels)
+
+    def prepare_images(self, files: Sequence[bytes]) -> Tensor:
+        """Image files' bytes to uint8 (B, 3, H, W), each as `prepare_image` does.
+
+        Raises ImageError with the numbers of those that cannot be read, and why.
+        """
+        return prepare_images(files, self.spec.image_size, self.spec.short_side)
 
     def describe(self) -> dict[str, Any]:
         """Size and multiply-adds of the client for one image of the model's own size."""

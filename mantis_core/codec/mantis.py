@@ -22,7 +22,8 @@ from mantis_core.codec.tables import table_set, update_tables
 from mantis_core.networks.bottleneck import Bottleneck
 from mantis_core.networks.client import Client, View
 from mantis_core.networks.inference import still
-from mantis_core.networks.preprocessing import prepare_image
+from mantis_core.networks.preprocessing import prepare_image, prepare_images
+from mantis_core.pixels import MAX_PIXELS
 
 
 class MantisOutput(NamedTuple):
@@ -182,9 +183,20 @@ class Mantis(nn.Module):
         super().train(mode)
         return self
 
-    def prepare_image(self, data: bytes) -> Tensor:
-        """An image file's bytes to uint8 (3, H, W) as in evaluation: short side, centre crop."""
-        return prepare_image(data, self.spec.image_size, self.spec.short_side)
+    def prepare_image(self, data: bytes, *, max_pixels: float = MAX_PIXELS) -> Tensor:
+        """An image file's bytes to uint8 (3, H, W) as in evaluation: short side, centre crop.
+
+        Raises ImageError for a file that does not decode or is of more than `max_pixels`.
+        """
+        size, short_side = self.spec.image_size, self.spec.short_side
+        return prepare_image(data, size, short_side, max_pixels=max_pixels)
+
+    def prepare_images(self, files: Sequence[bytes]) -> Tensor:
+        """Image files' bytes to uint8 (B, 3, H, W), each as `prepare_image` does.
+
+        Raises ImageError with the numbers of those that cannot be read, and why.
+        """
+        return prepare_images(files, self.spec.image_size, self.spec.short_side)
 
     def describe(self) -> dict[str, Any]:
         """Facts for people and for the registry: tasks, sizes, multiply-adds, id."""

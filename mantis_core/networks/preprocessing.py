@@ -1,16 +1,17 @@
-"""From an image file to what a network reads: decoding, size, normalisation. No augmentation."""
+"""From an image file to what a network reads: pixels as tensors, normalised. No augmentation."""
 
 from __future__ import annotations
 
-import io
+from collections.abc import Sequence
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor
+
+from mantis_core.pixels import MAX_PIXELS, ImageError, read_pixels
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+NAMED = 5  # unreadable images that a message names
 
 
 def normalise(images: Tensor) -> Tensor:
@@ -20,21 +21,33 @@ def normalise(images: Tensor) -> Tensor:
     return ((images.float() / 255 - mean) / deviation).contiguous(memory_format=torch.channels_last)
 
 
-def prepare_image(data: bytes, image_size: tuple[int, int], short_side: int) -> Tensor:
+def prepare_image(
+    data: bytes, image_size: tuple[int, int], short_side: int, *, max_pixels: float = MAX_PIXELS
+) -> Tensor:
     """An image file's bytes to uint8 (3, H, W) as in evaluation: short side, centre crop.
 
-    `image_size` is (H, W). Raises OSError or ValueError where Pillow cannot read the file.
+    `image_size` is (H, W). Raises ImageError for a file that does not decode, or is over the limit.
     """
-    with Image.open(io.BytesIO(data)) as image:
-        upright = ImageOps.exif_transpose(image).convert("RGB")
-    height, width = image_size
-    scale = short_side / min(upright.size)
-    if scale != 1:
-        size = [max(short_side, round(side * scale)) for side in upright.size]
-        upright = upright.resize((size[0], size[1]), Image.Resampling.BICUBIC)
-    left, top = (upright.width - width) // 2, (upright.height - height) // 2
-    if left < 0 or top < 0:
-        upright = ImageOps.fit(upright, (width, height), Image.Resampling.BICUBIC)
-    else:
-        upright = upright.crop((left, top, left + width, top + height))
-    return torch.from_numpy(np.array(upright)).permute(2, 0, 1).contiguous()
+    pixels = read_pixels(data, image_size, short_side, max_pixels=max_pixels)
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+
+def prepare_images(files: Sequence[bytes], image_size: tuple[int, int], short_side: int) -> Tensor:
+    """Image files' bytes to uint8 (B, 3, H, W), each as `prepare_image` does.
+
+    Raises ImageError with the numbers of those that cannot be read, counted from 1, and why.
+    """
+    images = torch.empty((len(files), 3, *image_size), dtype=torch.uint8)
+    wrong = []
+    for row, data in enumerate(files):
+        try:
+            images[row] = prepare_image(data, image_size, short_side)
+        except ImageError as error:
+            wrong.append(f"image {row + 1}: {error}")
+    if wrong:
+        more = ["..."] if len(wrong) > NAMED else []
+        raise ImageError(
+            f"{len(wrong)} of {len(files)} images cannot be read; take them out or replace them "
+            f"({'; '.join(wrong[:NAMED] + more)})"
+        )
+    return images

@@ -18,9 +18,8 @@ RETIRED: dict[str, dict[str, Any]] = {
     "individual": {"backbone": None},
 }
 """Fields that recipes held and that are gone, with the value every config had there."""
-
 ADDED: dict[str, dict[str, Any]] = {
-    "data": {"revision": "", "single_class": "auto"},
+    "data": {"revision": "", "single_class": "auto", "stored_format": "webp"},
 }
 """Fields that recipes did not hold yet, with their default. Another value has no old recipe."""
 
@@ -31,13 +30,10 @@ def recipes_before(specs: Sequence[StageSpec]) -> dict[str, str]:
     for spec in specs:
         config = copy.deepcopy(spec.config)
         for place, fields in RETIRED.items():
-            section: Any = config
-            for name in place.split("."):
-                section = section.get(name, {})
-            if section:
+            if section := _section(config, place):
                 section |= fields
         for place, fields in ADDED.items():
-            section = config.get(place, {})
+            section = _section(config, place)
             for name, default in fields.items():
                 if name in section and section[name] == default:
                     del section[name]
@@ -49,3 +45,11 @@ def recipes_before(specs: Sequence[StageSpec]) -> dict[str, str]:
         upstream = {name: found[name] for name in spec.upstream}
         found[spec.name] = digest({"kind": spec.kind, "config": config, "upstream": upstream})
     return found
+
+
+def _section(config: dict[str, Any], place: str) -> dict[str, Any]:
+    """Returns the section at a dotted place, and an empty one where there is none."""
+    section = config
+    for name in place.split("."):
+        section = section.get(name, {})
+    return section

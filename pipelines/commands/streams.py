@@ -16,7 +16,7 @@ BATCH = 32  # images encoded together
 @ending_well
 def encode(
     model: Model,
-    images: Annotated[list[Path], typer.Argument(metavar="IMAGE", help="JPEG or PNG files.")],
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE", help="Image files.")],
     output: Annotated[
         Path,
         typer.Option(
@@ -171,12 +171,13 @@ def _encoded_names(images: list[Path], folder: Path) -> dict[Path, Path]:
 
 
 def _read_image(codec: Any, image: Path) -> Any:
+    from mantis_core.pixels import ImageError
+
     data = _read(image)
     try:
         return codec.prepare_image(data)
-    except (OSError, ValueError) as error:
-        reason = str(error).partition(" <")[0]  # Pillow appends the repr of an object
-        raise Stopped(f"error: {image} is no readable image: {reason}", MISTAKE) from error
+    except ImageError as error:
+        raise Stopped(f"error: {image} is no readable image: {error}", MISTAKE) from error
 
 
 def _read(file: Path) -> bytes:

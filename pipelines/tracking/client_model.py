@@ -24,10 +24,11 @@ class MantisClient(PythonModel):
     def predict(  # type: ignore[override]  # MLflow allows it without a context
         self, model_input: pd.DataFrame, params: dict[str, Any] | None = None
     ) -> Any:
-        """Maps column `image` (JPEG or PNG bytes) to columns `stream` and `wire_bytes`."""
-        streams = []
-        for data in model_input["image"]:
-            streams += self.codec.encode(self.codec.prepare_image(data)[None])
+        """Maps column `image` (bytes of image files) to columns `stream` and `wire_bytes`.
+
+        Raises mantis_core's ImageError with the rows that cannot be read, counted from 1.
+        """
+        streams = self.codec.encode(self.codec.prepare_images(list(model_input["image"])))
         return pd.DataFrame(
             {"stream": streams, "wire_bytes": [len(stream) for stream in streams]},
             index=model_input.index,

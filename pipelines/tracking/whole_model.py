@@ -26,17 +26,16 @@ class MantisModel(PythonModel):
     def predict(  # type: ignore[override]  # MLflow allows it without a context
         self, model_input: pd.DataFrame, params: dict[str, Any] | None = None
     ) -> Any:
-        """Maps column `image` (JPEG or PNG bytes) to the output columns that package.py declares.
+        """Maps column `image` (bytes of image files) to the columns that package.py declares.
 
         `class_index` is -1 and `class_name` None if the image has no single class, or if no decoded
-        task has classes. `answer` is the whole answer as JSON.
+        task has classes. `answer` is the whole answer as JSON. Raises mantis_core's ImageError with the rows that cannot be read,
+        counted from 1.
         """
-        import torch
-
-        images = [self.codec.prepare_image(data) for data in model_input["image"]]
+        images = self.codec.prepare_images(list(model_input["image"]))
         rows = []
         for start in range(0, len(images), BATCH_SIZE):
-            streams = self.codec.encode(torch.stack(images[start : start + BATCH_SIZE]))
+            streams = self.codec.encode(images[start : start + BATCH_SIZE])
             rows += [answer.to_row() for answer in self.codec.decode(streams)]
         return pd.DataFrame(rows, index=model_input.index)
 

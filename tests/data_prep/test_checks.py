@@ -9,7 +9,14 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image
 
-from data_prep.checks import CleanImage, Rejection, clean_image, clean_mask
+from data_prep.checks import (
+    CleanImage,
+    Rejection,
+    StoredFormat,
+    clean_image,
+    clean_mask,
+    mask_values,
+)
 from data_prep.errors import DataError
 
 Make = Callable[..., Image.Image]
@@ -17,7 +24,7 @@ Encode = Callable[..., bytes]
 
 
 def clean(data: bytes, short_side: int = 16) -> CleanImage | Rejection:
-    return clean_image(data, short_side=short_side, jpeg_quality=95, max_pixels=1e4)
+    return clean_image(data, short_side=short_side, max_pixels=1e4)
 
 
 def accepted(data: bytes, short_side: int = 16) -> tuple[CleanImage, Image.Image]:
@@ -89,12 +96,61 @@ def test_an_unreadable_image_is_refused_with_its_reason(
 
 def test_a_decompression_bomb_is_refused_unopened(to_bytes: Encode) -> None:
     result = clean(to_bytes(Image.new("L", (200, 200)), "PNG"))
-    assert result == Rejection("200 x 200 is more than 10000 pixels")
+    assert isinstance(result, Rejection)
+    assert result.reason.startswith("200 x 200 is more than 10000 pixels")
 
 
 def test_a_thread_of_pixels_is_not_blown_up(to_bytes: Encode) -> None:
     result = clean(to_bytes(Image.new("RGB", (1, 5000)), "PNG"))
-    assert result == Rejection("1 x 5000 is too long and thin")
+    assert isinstance(result, Rejection)
+    assert result.reason.startswith("1 x 5000 is too long and thin")
+
+
+def test_a_changed_image_is_stored_without_loss(make_picture: Make, to_bytes: Encode) -> None:
+    picture = make_picture(0, (20, 16))
+    result, image = accepted(to_bytes(picture, "BMP"))
+    assert (result.changed, image.format) == (True, "WEBP")
+    np.testing.assert_array_equal(np.asarray(image), np.asarray(picture))
+
+
+def test_jpeg_is_stored_in_full_colour_where_it_is_asked_for(
+    make_picture: Make, to_bytes: Encode
+) -> None:
+    def stored(quality: int) -> bytes:
+        result = clean_image(
+            to_bytes(make_picture(0, (20, 16)), "BMP"),
+            short_side=16,
+            max_pixels=1e4,
+            stored_format="jpeg",
+            jpeg_quality=quality,
+        )
+        assert isinstance(result, CleanImage)
+        return result.data
+
+    image = Image.open(io.BytesIO(stored(95)))
+    assert image.format == "JPEG"
+    assert [component[1:3] for component in image.layer] == [(1, 1)] * 3
+    assert len(stored(60)) < len(stored(95))
+
+
+@pytest.mark.parametrize(("stored_format", "length"), [("webp", 17_000), ("jpeg", 66_000)])
+def test_an_image_too_long_for_its_format_is_stored_as_png(
+    to_bytes: Encode, stored_format: StoredFormat, length: int
+) -> None:
+    data = to_bytes(Image.new("L", (length, 8), 99), "PNG")
+    result = clean_image(data, short_side=8, max_pixels=1e6, stored_format=stored_format)
+    assert isinstance(result, CleanImage)
+    image = Image.open(io.BytesIO(result.data))
+    assert (image.format, image.size) == ("PNG", (length, 8))
+
+
+def test_a_file_of_the_stored_size_with_a_transparent_colour_is_not_kept(
+    make_picture: Make, to_bytes: Encode
+) -> None:
+    picture = make_picture(0)
+    picture.paste((1, 2, 3), (0, 0, 16, 8))
+    _, image = accepted(to_bytes(picture, "PNG", transparency=(1, 2, 3)))
+    assert (np.asarray(image)[:8] == 255).all()
 
 
 def mask_of(values: np.ndarray) -> Image.Image:
@@ -113,6 +169,33 @@ def test_a_mask_follows_its_image(make_picture: Make, to_bytes: Encode) -> None:
     assert turned.shape == (32, 16)
     assert (turned[:16] == 2).all()
     assert (turned[16:] == 0).all()
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["JPEG", "TIFF", "PNG"])
+def test_a_mask_lies_on_its_image_whatever_its_orientation(
+    kind: str, orientation: int, to_bytes: Encode
+) -> None:
+    values = np.zeros((403, 501), np.uint8)
+    values[40:200, 60:330] = 1
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    data = to_bytes(Image.fromarray(values * 200).convert("RGB"), kind, exif=exif)
+    image = clean_image(data, short_side=48, max_pixels=1e6)
+    assert isinstance(image, CleanImage)
+    mask = clean_mask(to_bytes(mask_of(values), "PNG"), image, num_labels=2, ignored=())
+    assert isinstance(mask, bytes)
+    labels = np.asarray(Image.open(io.BytesIO(mask)))
+    pixels = np.asarray(Image.open(io.BytesIO(image.data)))[..., 0]
+    assert labels.shape == pixels.shape == ((48, 60) if orientation < 5 else (60, 48))
+    assert set(np.unique(labels)) == {0, 1}
+    assert ((pixels > 100) != (labels > 0)).mean() < 0.015
+
+
+def test_a_mask_over_the_limit_is_refused_unopened(to_bytes: Encode) -> None:
+    result = mask_values(to_bytes(Image.new("L", (200, 200)), "PNG"), max_pixels=1e4)
+    assert isinstance(result, Rejection)
+    assert result.reason.startswith("mask: 200 x 200 is more than 10000 pixels")
 
 
 def test_ignored_mask_values_become_255(make_picture: Make, to_bytes: Encode) -> None:

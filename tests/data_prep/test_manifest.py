@@ -23,7 +23,7 @@ def test_a_manifest_of_another_format_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_folder_of_earlier_code_is_still_read(tmp_path: Path) -> None:
-    """Its manifest has counts that nothing ever read."""
+    """Its manifest has counts that nothing ever read, and its images are JPEG and PNG."""
     now = Manifest(
         image_size=(32, 32),
         tasks=(Task("pets", "classification", ("cat", "dog"), (0, 1), 2),),
@@ -44,6 +44,8 @@ def test_a_folder_of_earlier_code_is_still_read(tmp_path: Path) -> None:
         json.dumps({**record, "class_counts": {"train": {"cat": 3}}, "task_counts": {}})
     )
     assert read_manifest(str(tmp_path)) == now
+    path.write_text(json.dumps({**record, "format_version": 1}))
+    assert read_manifest(str(tmp_path)) == now.model_copy(update={"format_version": 1})
     path.write_text(json.dumps({**record, "unknown": 1}))
     with pytest.raises(DataError, match="is damaged"):
         read_manifest(str(tmp_path))

@@ -121,3 +121,13 @@ def test_what_is_no_image_is_named(codec: Path, tmp_path: Path) -> None:
     done = mantis("encode", codec, text, "-o", tmp_path / "x.mts")
     assert done.exit_code == 2
     assert f"{text} is no readable image" in done.stderr
+
+
+def test_an_image_over_the_limit_is_named_without_a_traceback(codec: Path, tmp_path: Path) -> None:
+    for size, reason in (((14_000, 14_000), "pixels; shrink"), ((1, 3_000_000), "long and thin")):
+        image = tmp_path / "big.png"
+        Image.new("1", size).save(image)
+        done = mantis("encode", codec, image, "-o", tmp_path / "x.mts")
+        assert done.exit_code == 2
+        assert done.stderr.startswith(f"error: {image} is no readable image: ")
+        assert reason in done.stderr
