@@ -113,7 +113,7 @@ class DataConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstring
     stored_format: StoredFormat = "webp"
     """How images are stored that must be resized or converted; others keep their bytes. `webp`
     is lossless, so that a codec is trained on the pixels that its client will see. `jpeg` takes
-    less than half of the bytes and of the time to decode, and alters the pixels. Images with masks
+    about half of the bytes and of the time to decode, and alters the pixels. Images with masks
     are always stored without loss."""
     jpeg_quality: int = Field(default=90, ge=1, le=100)
     """JPEG quality of the stored images where `stored_format` is `jpeg`. A quality of 95 or more
