@@ -131,7 +131,7 @@ class DataConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstring
     also if some carry none or several; those have no part in that decision. `false` means no."""
     holdout_fraction: Fraction = 0.02
     """Share of the training rows that is never trained on, to choose checkpoints and calibrate
-    on. The default leaves nearly all rows to training."""
+    on. More than 0, because both need some rows. The default leaves nearly all to training."""
     augmentation: Augmentation = reading_field("augmentation")
     crop_padding: int = reading_field("crop_padding")
     min_crop_area: Fraction = reading_field("min_crop_area")
@@ -166,6 +166,12 @@ class DataConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstring
             raise ValueError(
                 f"data.short_side is {self.short_side}, less than the short side of "
                 f"data.image_size {self.image_size}: raise short_side or leave it out"
+            )
+        if not 0 < self.holdout_fraction < 1:
+            raise ValueError(
+                f"data.holdout_fraction is {self.holdout_fraction:g}; give more than 0 and less "
+                "than 1: the images that it holds back choose the best epoch and the threshold of "
+                "the mask, and the others are trained on"
             )
         names = [source.source_name for source in self.sources]
         twice = sorted({name for name in names if names.count(name) > 1})

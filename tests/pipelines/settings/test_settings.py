@@ -102,6 +102,8 @@ def test_settings_take_overrides_later_too(config: Path) -> None:
         ("stage2.epochs=0", "stage2.epochs: got 0; input should be greater than or equal to 1"),
         ("stage2.rate_weight='1'", "stage2.rate_weight: got '1'; input should be a valid number"),
         ("stage2.rate_weight=true", "stage2.rate_weight: got True; input should be a valid numb"),
+        ("data.holdout_fraction=0", "data.holdout_fraction is 0; give more than 0 and less than 1"),
+        ("data.holdout_fraction=1", "data.holdout_fraction is 1; give more than 0 and less than 1"),
         ("data.flip=1", "data.flip: got 1; input should be true or false"),
         ("data.flip='true'", "data.flip: got 'true'; input should be true or false"),
         ("tasks.0.name=3", "tasks.0.name: got 3; input should be a valid string"),
