@@ -31,7 +31,7 @@ from pipelines.stages.record import stage_state
 from pipelines.stages.spec import upstream_folders
 from pipelines.storage import Store
 from pipelines.training.problem import problem_of
-from pipelines.training.weights import stage_tensors
+from pipelines.training.weights import SavedWeights, stage_tensors
 
 BATCH = 125
 SPLITS = ("val", "train")
@@ -87,7 +87,8 @@ def main() -> int:
     manifest = read_manifest(arguments.shards)
     problem = problem_of(manifest, settings.data.stored_short_side)
     assert spec.stage.recipe is not None
-    recipe = spec.stage.recipe(settings, problem, upstream_folders(spec, plan.by_name))
+    weights = SavedWeights(upstream_folders(spec, plan.by_name))
+    recipe = spec.stage.recipe(settings, problem, weights)
     # A stage stores only the tensors it trained. The recipe has loaded the teacher's tensors.
     found = recipe.student.load_state_dict(stage_tensors(spec.folder), strict=False)
     assert not found.unexpected_keys, found

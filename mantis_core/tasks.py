@@ -89,8 +89,11 @@ class Batch:
 
 
 def class_members(tasks: Sequence[TaskSpec], num_classes: int) -> Tensor:
-    """Which global classes belong to each task: bool (K, num_classes); none to a segmentation."""
-    members = torch.zeros(len(tasks), num_classes, dtype=torch.bool)
+    """Which global classes belong to each task: bool (K, num_classes); none to a segmentation.
+
+    On the CPU, whatever the default device: modules count classes when they are built.
+    """
+    members = torch.zeros(len(tasks), num_classes, dtype=torch.bool, device="cpu")
     for k, task in enumerate(tasks):
         members[k, list(task.classes)] = True
     return members

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from pipelines.evaluation.arms import arm_settings
@@ -11,10 +11,10 @@ from pipelines.stages.teacher import given_weights
 from pipelines.stages.train import run
 
 if TYPE_CHECKING:
-    from mantis_core.config import TrainingConfig
     from mantis_core.tasks import Problem
     from mantis_core.training.recipe import Recipe
     from pipelines.settings.sections import Settings
+    from pipelines.training.weights import Weights
 
 
 def individual_arms(settings: Settings, inputs: Inputs) -> Iterator[tuple[str, Settings]]:
@@ -24,17 +24,11 @@ def individual_arms(settings: Settings, inputs: Inputs) -> Iterator[tuple[str, S
             yield arm.suffix, arm_settings(settings, arm)
 
 
-def individual_section(settings: Settings) -> TrainingConfig:
-    """Returns the section with the epochs and optimiser of the networks."""
-    return settings.individual
-
-
-def individual_recipe(settings: Settings, problem: Problem, upstream: Mapping[str, str]) -> Recipe:
+def individual_recipe(settings: Settings, problem: Problem, weights: Weights) -> Recipe:
     """Builds one uncompressed network for each task."""
     from mantis_core.baselines import uncompressed
-    from pipelines.training.weights import load_teacher
 
-    teacher = load_teacher(settings, problem, upstream.get("teacher"))
+    teacher = weights.teacher(settings, problem)
     return uncompressed.individual_recipe(teacher, problem, seed=settings.seed)
 
 
@@ -48,17 +42,11 @@ def codec_arms(settings: Settings, inputs: Inputs) -> Iterator[tuple[str, Settin
             yield codec, arm_settings(settings, arm)
 
 
-def codec_section(settings: Settings) -> TrainingConfig:
-    """Returns the section with the epochs and optimiser of the fine-tuning."""
-    return settings.codec_teacher
-
-
-def codec_recipe(settings: Settings, problem: Problem, upstream: Mapping[str, str]) -> Recipe:
+def codec_recipe(settings: Settings, problem: Problem, weights: Weights) -> Recipe:
     """Builds the teacher that is fine-tuned on the decoded images of an image codec."""
     from mantis_core.baselines import uncompressed
-    from pipelines.training.weights import load_teacher
 
-    teacher = load_teacher(settings, problem, upstream.get("teacher"))
+    teacher = weights.teacher(settings, problem)
     return uncompressed.codec_teacher_recipe(settings.codec_teacher, teacher)
 
 
@@ -71,7 +59,7 @@ INDIVIDUAL = Stage(
     reads=("seed", *READER, "teacher.name", "teacher.split", "individual"),
     identities=given_weights,
     code=CODE,
-    section=individual_section,
+    section="individual",
     recipe=individual_recipe,
     run=run,
 )
@@ -82,7 +70,7 @@ CODEC_TEACHER = Stage(
     reads=("seed", *READER, "teacher.name", "teacher.split", "codec_teacher"),
     identities=given_weights,
     code=CODE,
-    section=codec_section,
+    section="codec_teacher",
     recipe=codec_recipe,
     run=run,
 )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from pipelines.storage import Store
     from pipelines.terminal.console import Console
     from pipelines.tracking.runs import Tracker
+    from pipelines.training.weights import Weights
 
 READER = tuple(
     f"data.{name}"
@@ -50,8 +52,8 @@ class Stage:
     `reads` are the dotted config fields that decide its result. `leaves_out` are fields below them
     that do not. `identities` returns digests of data and files that the config only names. `code`
     are modules whose syntax trees enter its key, together with those of their imports. A training
-    has a `recipe` and a `section` with its epochs and optimiser. A stage with `help` is a command
-    of `mantis`.
+    has a `recipe`, and `section` is the dotted field of its epochs and optimiser. A stage with
+    `help` is a command of `mantis`.
 
     The functions import what they need when they are called, so a driver that only plans loads no
     torch. They are module-level functions because workers unpickle them by name.
@@ -65,8 +67,8 @@ class Stage:
     planned: Callable[[Settings, Inputs], Iterable[tuple[str, Settings]]] = once
     leaves_out: tuple[str, ...] = ()
     identities: Callable[[Settings, Inputs], dict[str, Any]] | None = None
-    section: Callable[[Settings], TrainingConfig] | None = None
-    recipe: Callable[[Settings, Problem, Mapping[str, str]], Recipe] | None = None
+    section: str = ""
+    recipe: Callable[[Settings, Problem, Weights], Recipe] | None = None
     help: str = ""
 
     @property
@@ -107,8 +109,8 @@ class StageSpec:
     @property
     def training(self) -> TrainingConfig:
         """The section with the epochs and optimiser of the training. Only trainings have one."""
-        assert self.stage.section is not None
-        return self.stage.section(self.settings)
+        section: TrainingConfig = attrgetter(self.stage.section)(self.settings)
+        return section
 
 
 @dataclass(frozen=True)
@@ -148,6 +150,9 @@ class StageFailed(RuntimeError):
         super().__init__(f"{stage} failed: {type(cause).__name__}: {cause}")
         self.stage = stage
         self.cause = cause
+
+    def __reduce__(self) -> tuple[type[StageFailed], tuple[str, BaseException]]:
+        return StageFailed, (self.stage, self.cause)
 
 
 def with_upstream(specs: Sequence[StageSpec], name: str) -> tuple[StageSpec, ...]:

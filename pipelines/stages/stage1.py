@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from pipelines.stages.spec import READER, Stage
@@ -10,23 +9,17 @@ from pipelines.stages.teacher import given_weights
 from pipelines.stages.train import run
 
 if TYPE_CHECKING:
-    from mantis_core.config import TrainingConfig
     from mantis_core.tasks import Problem
     from mantis_core.training.recipe import Recipe
     from pipelines.settings.sections import Settings
+    from pipelines.training.weights import Weights
 
 
-def section(settings: Settings) -> TrainingConfig:
-    """Returns the section with the epochs and optimiser of the stage."""
-    return settings.stage1
-
-
-def recipe(settings: Settings, problem: Problem, upstream: Mapping[str, str]) -> Recipe:
+def recipe(settings: Settings, problem: Problem, weights: Weights) -> Recipe:
     """Builds the student in front of the teacher's tail."""
     from mantis_core.training.stage1 import stage1_recipe
-    from pipelines.training.weights import load_teacher
 
-    teacher = load_teacher(settings, problem, upstream.get("teacher"))
+    teacher = weights.teacher(settings, problem)
     return stage1_recipe(settings.stage1, settings.model, teacher, problem, seed=settings.seed)
 
 
@@ -50,7 +43,7 @@ STAGE1 = Stage(
     ),
     identities=given_weights,
     code=("pipelines.stages.stage1", "pipelines.training.worker", "mantis_core.training.stage1"),
-    section=section,
+    section="stage1",
     recipe=recipe,
     run=run,
 )

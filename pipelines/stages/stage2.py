@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from pipelines.evaluation.arms import arm_settings
@@ -10,10 +10,10 @@ from pipelines.stages.spec import READER, Inputs, Stage
 from pipelines.stages.train import run
 
 if TYPE_CHECKING:
-    from mantis_core.config import TrainingConfig
     from mantis_core.tasks import Problem
     from mantis_core.training.recipe import Recipe
     from pipelines.settings.sections import Settings
+    from pipelines.training.weights import Weights
 
 
 def planned(settings: Settings, inputs: Inputs) -> Iterator[tuple[str, Settings]]:
@@ -23,17 +23,10 @@ def planned(settings: Settings, inputs: Inputs) -> Iterator[tuple[str, Settings]
             yield arm.suffix, arm_settings(settings, arm)
 
 
-def section(settings: Settings) -> TrainingConfig:
-    """Returns the section with the epochs and optimiser of the stage."""
-    return settings.stage2
-
-
-def recipe(settings: Settings, problem: Problem, upstream: Mapping[str, str]) -> Recipe:
+def recipe(settings: Settings, problem: Problem, weights: Weights) -> Recipe:
     """Builds the whole codec, or one codec for each task for the baseline `per_task`."""
-    from pipelines.training.weights import load_teacher, stage_tensors
-
-    teacher = load_teacher(settings, problem, upstream.get("teacher"))
-    own = (settings.stage2, settings.model, teacher, problem, stage_tensors(upstream["stage1"]))
+    teacher = weights.teacher(settings, problem)
+    own = (settings.stage2, settings.model, teacher, problem, weights.tensors("stage1"))
     if settings.model.per_task:
         from mantis_core.baselines.per_task import per_task_recipe
 
@@ -50,7 +43,7 @@ STAGE2 = Stage(
     after=("prepare", "teacher", "stage1"),
     reads=("seed", *READER, "model", "stage2"),
     code=("pipelines.stages.stage2", "pipelines.training.worker"),
-    section=section,
+    section="stage2",
     recipe=recipe,
     run=run,
 )

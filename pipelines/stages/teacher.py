@@ -6,7 +6,7 @@ Also identifies a teacher with given weights in the keys of the other stages.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,10 +14,10 @@ from pipelines.stages.spec import READER, Inputs, Stage
 from pipelines.stages.train import run
 
 if TYPE_CHECKING:
-    from mantis_core.config import TrainingConfig
     from mantis_core.tasks import Problem
     from mantis_core.training.recipe import Recipe
     from pipelines.settings.sections import Settings
+    from pipelines.training.weights import Weights
 
 
 def is_trained(settings: Settings) -> bool:
@@ -61,12 +61,7 @@ def file_identity(field: str, file: str) -> str:
         return f"sha256:{hashlib.file_digest(opened, 'sha256').hexdigest()}"
 
 
-def section(settings: Settings) -> TrainingConfig:
-    """Returns the section with the epochs and optimiser of the teacher."""
-    return settings.teacher.training
-
-
-def recipe(settings: Settings, problem: Problem, upstream: Mapping[str, str]) -> Recipe:
+def recipe(settings: Settings, problem: Problem, weights: Weights) -> Recipe:
     """Builds the teacher, from random weights or from the backbone in `teacher.start`."""
     from mantis_core.training.teacher import teacher_recipe
 
@@ -82,7 +77,7 @@ TEACHER = Stage(
     leaves_out=("teacher.start",),  # the content of the file counts, not its path
     identities=identities,
     code=("pipelines.stages.teacher", "pipelines.training.worker", "mantis_core.training.teacher"),
-    section=section,
+    section="teacher.training",
     recipe=recipe,
     run=run,
 )

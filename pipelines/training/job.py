@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from mantis_core.tasks import Problem
     from mantis_core.training.recipe import Recipe
     from pipelines.settings.sections import Settings
+    from pipelines.training.weights import Weights
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Training:
     key: str
     settings: Settings
     section: TrainingConfig
-    recipe: Callable[[Settings, Problem, Mapping[str, str]], Recipe]
+    recipe: Callable[[Settings, Problem, Weights], Recipe]
     prepared: str
     folder: str
     checkpoints: str

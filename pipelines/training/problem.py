@@ -1,9 +1,10 @@
-"""Turns the manifest of a prepared folder into the tasks and the Problem of mantis_core."""
+"""Turns a table of tasks or the manifest of a prepared folder into the Problem of mantis_core."""
 
 from __future__ import annotations
 
+from data_prep.config import DataConfig
 from data_prep.imagenet import imagenet_wnids
-from data_prep.manifest import Manifest
+from data_prep.manifest import Manifest, TaskTable
 from mantis_core.tasks import Problem, TaskSpec
 
 
@@ -12,22 +13,37 @@ def problem_of(manifest: Manifest, short_side: int) -> Problem:
 
     `short_side` is the short side of its stored images in pixels.
     """
-    position = {wnid: index for index, wnid in enumerate(imagenet_wnids())}
-    indices = [position[class_id] for class_id in manifest.classes if class_id in position]
-    return Problem(
-        tasks=tasks_of(manifest),
-        classes=manifest.classes,
-        class_names=manifest.class_names,
-        single_class=manifest.single_class,
-        image_size=manifest.image_size,
-        short_side=short_side,
-        imagenet_indices=tuple(indices) if len(indices) == len(manifest.classes) else None,
+    return _problem(manifest, manifest.single_class, manifest.image_size, short_side)
+
+
+def problem_of_table(table: TaskTable, data: DataConfig, single_class: bool) -> Problem:
+    """Returns the same before there is a prepared folder.
+
+    `single_class` says whether every image will have exactly one class.
+    """
+    return _problem(table, single_class, data.size, data.stored_short_side)
+
+
+def tasks_of(described: Manifest | TaskTable) -> tuple[TaskSpec, ...]:
+    """Returns the tasks of a manifest or a table, in order."""
+    return tuple(
+        TaskSpec(task.name, task.kind, task.num_classes, task.class_indices, task.labels)
+        for task in described.tasks
     )
 
 
-def tasks_of(manifest: Manifest) -> tuple[TaskSpec, ...]:
-    """Returns the tasks of the manifest, in order."""
-    return tuple(
-        TaskSpec(task.name, task.kind, task.num_classes, task.class_indices, task.labels)
-        for task in manifest.tasks
+def _problem(
+    described: Manifest | TaskTable, single_class: bool, size: tuple[int, int], short_side: int
+) -> Problem:
+    position = {wnid: index for index, wnid in enumerate(imagenet_wnids())}
+    classes = described.classes
+    indices = [position[class_id] for class_id in classes if class_id in position]
+    return Problem(
+        tasks=tasks_of(described),
+        classes=classes,
+        class_names=described.class_names,
+        single_class=single_class,
+        image_size=size,
+        short_side=short_side,
+        imagenet_indices=tuple(indices) if len(indices) == len(classes) else None,
     )

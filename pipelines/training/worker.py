@@ -37,6 +37,7 @@ from pipelines.training.files import (
 )
 from pipelines.training.job import Training
 from pipelines.training.problem import problem_of
+from pipelines.training.weights import SavedWeights
 
 DATA_CPUS = 0.25
 """Share of a CPU that Ray reserves for one reading task."""
@@ -71,7 +72,7 @@ def train(
     settings, section = training.settings, training.section
     problem = problem_of(manifest, settings.data.stored_short_side)
     session = Session(
-        training.recipe(settings, problem, training.upstream),
+        training.recipe(settings, problem, SavedWeights(training.upstream)),
         section,
         steps_per_epoch=steps_per_epoch(manifest.split("train").rows, section.batch_size),
         seed=settings.seed,

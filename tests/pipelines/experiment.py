@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -86,9 +87,8 @@ def planned_hashes(config: Path, stage: str, *overrides: str) -> list[str]:
     """Hashes of the rows a finished training should have consumed in each epoch, on one worker."""
     settings = load_settings(config, overrides)
     folder = str(next(Path(settings.storage.root, "stages").glob("prepare-*")))
-    section, manifest = STAGES[stage].section, read_manifest(folder)
-    assert section is not None
-    training, hashes = section(settings), []
+    training, manifest = attrgetter(STAGES[stage].section)(settings), read_manifest(folder)
+    hashes = []
     for epoch in range(training.epochs):
         batches = local_batches(
             folder,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import io
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -68,12 +69,13 @@ class TestEveryStage:
                 node = node[name]
 
     def test_a_training_has_its_section_and_its_recipe(self, stage: Stage, config: Path) -> None:
-        assert (stage.section is None) == (stage.recipe is None) == (not stage.trains)
-        if stage.section is not None:
-            assert isinstance(stage.section(load_settings(config)), TrainingConfig)
+        assert (stage.section == "") == (stage.recipe is None) == (not stage.trains)
+        if stage.section:
+            section = attrgetter(stage.section)(load_settings(config))
+            assert isinstance(section, TrainingConfig)
 
     def test_reaches_workers_by_name(self, stage: Stage) -> None:
-        for function in (stage.run, stage.section, stage.recipe):
+        for function in (stage.run, stage.recipe):
             if function is not None:
                 module = importlib.import_module(function.__module__)
                 assert getattr(module, function.__qualname__) is function
