@@ -56,7 +56,7 @@ def one_message(main: Callable[[], T]) -> Callable[[], T]:
             say("interrupted. The same command keeps what is finished and does the rest.")
             sys.exit(INTERRUPTED)
         except Exception as error:
-            from pipelines.commands.errors import MISTAKE, is_mistake
+            from pipelines.training.causes import MISTAKE, is_mistake
 
             if not is_mistake(error):
                 raise

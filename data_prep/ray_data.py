@@ -70,6 +70,7 @@ def map_tables(
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.target_max_block_size = BLOCK_BYTES
+    context.raise_original_map_exception = True  # not one that says only that a block failed
     context.execution_options.preserve_order = True
     context.custom_execution_callback_classes = [PausedStep]
     placed: dict[str, Any] = {}

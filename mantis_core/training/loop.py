@@ -37,7 +37,12 @@ OnStep = Callable[[int, int, dict[str, float]], None]
 
 
 class TrainingError(RuntimeError):
-    """Training cannot go on: the loss is not finite, or the data ended early."""
+    """Training cannot go on: the loss is not finite, or the data ended early.
+
+    The same training would end there again.
+    """
+
+    exit_code = 2
 
 
 class Session:

@@ -12,12 +12,15 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import typer
 
+from pipelines.training.causes import MISTAKE as MISTAKE
+from pipelines.training.causes import is_mistake
+
 if TYPE_CHECKING:
     from pipelines.settings.sections import Settings
 
 logger = logging.getLogger(__name__)
 
-MISTAKE, FAILURE, SOME_FAILED, INTERRUPTED = 2, 1, 3, 130  # exit codes
+FAILURE, SOME_FAILED, INTERRUPTED = 1, 3, 130  # exit codes, beside MISTAKE
 
 
 class Stopped(Exception):
@@ -48,11 +51,6 @@ def ending_well(command: Callable[..., None]) -> Callable[..., None]:
             raise typer.Exit(MISTAKE) from None
 
     return wrapped
-
-
-def is_mistake(error: BaseException) -> bool:
-    """Returns whether the user caused the error and can correct it: its `exit_code` is 2."""
-    return getattr(error, "exit_code", FAILURE) == MISTAKE
 
 
 def print_json(value: Any) -> None:
@@ -94,7 +92,8 @@ def terminal(settings: Settings, as_json: bool, resume: str) -> Iterator[TextIO]
 def resumable(resume: str) -> Iterator[list[str]]:
     """Turns the failure of a run into Stopped, with one message and the resuming command.
 
-    Yields a list. The caller may append the path of a log, which the message then names.
+    A mistake has no such command, because the same one would fail again. Yields a list. The caller
+    may append the path of a log, which the message then names.
     """
     from pipelines.stages.spec import StageFailed
 
@@ -107,7 +106,8 @@ def resumable(resume: str) -> Iterator[list[str]]:
     except Exception as error:
         cause = error.cause if isinstance(error, StageFailed) else error
         if is_mistake(cause):
-            raise Stopped(f"error: {cause}", MISTAKE) from None
+            where = f"{error.stage}: " if isinstance(error, StageFailed) else ""
+            raise Stopped(f"error: {where}{cause}", MISTAKE) from None
         shown = str(error) if error is not cause else f"{type(error).__name__}: {error}"
         where = f"Details are in {details[0]}. " if details else ""
         raise Stopped(f"{shown}\n{where}{resuming}", FAILURE) from None

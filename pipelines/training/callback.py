@@ -1,4 +1,4 @@
-"""The Ray Train callback of a stage: passes rank 0's metrics to a MetricWriter and a listener.
+"""The Ray Train callback of a stage: passes on metrics, and decides which errors end a training.
 
 It is not in metric_writer.py, so a command that trains nothing does not import Ray. Ray pickles it
 to the Train controller. MLflow is imported there at the first report, so that it does not delay
@@ -14,6 +14,8 @@ from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 from ray.train import UserCallback
+
+from pipelines.training.causes import ends_training, first_cause
 
 if TYPE_CHECKING:
     from pipelines.tracking.metric_writer import MetricWriter
@@ -35,8 +37,9 @@ def listening(listener: Listener) -> Iterator[None]:
 
 
 class StageCallback(UserCallback):
-    """Runs in the Train controller. An error here ends the training, so only a listener may raise.
+    """Runs in the Train controller. An error here ends the training, without a restart.
 
+    Only a listener raises one, and `after_exception` for a worker's error that would come again.
     A report may have the figures of all epochs so far as JSON text in `history`. An epoch whose
     report was lost with a killed driver is then logged with the next report. The writer skips
     epochs that it has already logged.
@@ -69,3 +72,10 @@ class StageCallback(UserCallback):
             return
         for epoch in news:
             listener(epoch)  # raises on purpose if a search stops a trial early
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        """Raises the error of a worker that a restart would meet again. Others cost a restart."""
+        for error in worker_exceptions.values():
+            cause = first_cause(error)
+            if ends_training(cause):
+                raise cause

@@ -1,0 +1,51 @@
+"""What lies behind an error that Ray raises, and whether a restart would meet it again.
+
+Imports neither Ray nor torch: the driver, the Train controller and the commands use it.
+"""
+
+from __future__ import annotations
+
+MISTAKE = 2
+"""The `exit_code` of errors that the user can correct. The same command meets them again."""
+ADVICE = "\nFailed to apply UDF transform after"
+"""The text that Ray Data appends to the message of any error: advice on its own settings."""
+BUGS = (AssertionError, AttributeError, ImportError, LookupError, NameError, TypeError)
+"""Python's errors for wrong code. What a lost worker causes in the others is none of these."""
+
+
+def is_mistake(error: BaseException) -> bool:
+    """Returns whether the user can correct the error: its `exit_code` is 2."""
+    return getattr(error, "exit_code", None) == MISTAKE
+
+
+def ends_training(error: BaseException) -> bool:
+    """Returns whether a restarted training would meet the error again.
+
+    Errors of data, config and numbers are such, and wrong code. A worker that is lost, the errors
+    of the others that wait for it, and storage that cannot be written are not.
+    """
+    from pipelines.storage import StorageError  # here, because `mantis --help` needs no pyarrow
+
+    if isinstance(error, StorageError):
+        return False
+    return is_mistake(error) or isinstance(error, BUGS)
+
+
+def first_cause(error: BaseException) -> BaseException:
+    """Returns the error of the task or worker inside the error that Ray raises elsewhere.
+
+    Of several workers' errors it is one that ends the training, if there is one: the other workers
+    may only have lost the connection to that worker.
+    """
+    failures = getattr(error, "worker_failures", None)
+    if failures:
+        causes = [first_cause(each) for each in failures.values()]
+        return next(filter(ends_training, causes), causes[0])
+    inner = getattr(error, "cause", None) or getattr(error, "controller_failure", None)
+    return first_cause(inner) if isinstance(inner, BaseException) else _without_advice(error)
+
+
+def _without_advice(error: BaseException) -> BaseException:
+    if is_mistake(error) and error.args and isinstance(error.args[0], str):
+        error.args = (error.args[0].partition(ADVICE)[0], *error.args[1:])
+    return error

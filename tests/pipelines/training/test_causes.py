@@ -1,0 +1,76 @@
+"""Which errors end a training at once, and what stands behind those that Ray raises."""
+
+from __future__ import annotations
+
+import pickle
+
+import pytest
+
+from data_prep.errors import DataError
+from mantis_core.errors import ModelError
+from mantis_core.training.loop import TrainingError
+from pipelines.settings.errors import SettingsError
+from pipelines.stages.spec import StageFailed
+from pipelines.storage import StorageError
+from pipelines.training.callback import StageCallback
+from pipelines.training.causes import ADVICE, ends_training, first_cause
+
+
+class RayTaskError(RuntimeError):
+    """As Ray's: the error of a task, with a page of traceback."""
+
+    def __init__(self, cause: Exception) -> None:
+        super().__init__("a page of traceback")
+        self.cause = cause
+
+
+class WorkerGroupError(RuntimeError):
+    def __init__(self, failures: dict[int, Exception]) -> None:
+        super().__init__("two pages of traceback")
+        self.worker_failures = failures
+
+
+LOST = RuntimeError("[gloo] Connection closed by peer")
+NAN = TrainingError("the loss is nan at step 1")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [NAN, DataError("damaged"), ModelError("no split"), SettingsError("x"), KeyError("holdout")],
+)
+def test_errors_of_data_config_numbers_and_code_end_a_training(error: Exception) -> None:
+    assert ends_training(error)
+
+
+@pytest.mark.parametrize("error", [LOST, StorageError("full"), OSError("reset"), MemoryError()])
+def test_lost_workers_and_storage_do_not(error: Exception) -> None:
+    assert not ends_training(error)
+
+
+def test_the_cause_is_the_error_of_a_task_without_rays_advice() -> None:
+    told = DataError(f"shard a is damaged{ADVICE} 1/1 attempts.\nTo change retry attempts, ...")
+    cause = first_cause(WorkerGroupError({0: RayTaskError(told)}))
+    assert isinstance(cause, DataError)
+    assert str(cause) == "shard a is damaged"
+
+
+def test_the_cause_is_not_the_lost_connection_that_it_made() -> None:
+    assert first_cause(WorkerGroupError({0: LOST, 1: NAN})) is NAN
+    assert first_cause(WorkerGroupError({0: LOST})) is LOST
+
+
+class Writer:
+    uri, run_id, spool = "", None, ""
+
+
+def test_the_controller_ends_a_training_at_the_first_such_error() -> None:
+    callback = StageCallback(Writer())  # type: ignore[arg-type]
+    with pytest.raises(TrainingError, match="nan at step 1"):
+        callback.after_exception(None, {0: LOST, 1: NAN})
+    callback.after_exception(None, {0: LOST, 1: StorageError("full")})  # Ray restarts
+
+
+def test_a_failed_stage_passes_from_process_to_process() -> None:
+    failed = pickle.loads(pickle.dumps(StageFailed("stage1", NAN)))
+    assert str(failed) == "stage1 failed: TrainingError: the loss is nan at step 1"
+    assert isinstance(failed.cause, TrainingError)
