@@ -11,29 +11,27 @@ from __future__ import annotations
 import json
 import math
 import os
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from multiprocessing import active_children, get_context, parent_process
-from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 from data_prep.errors import DataError
 from data_prep.manifest import Manifest, read_manifest
 from pipelines.chain.earlier import recipes_before
 from pipelines.chain.plan import Plan
-from pipelines.chain.result import ChainResult, note_adopted
+from pipelines.chain.preflight import Preflight
+from pipelines.chain.processes import pool_of
+from pipelines.chain.result import ChainResult, note_adopted, note_all
 from pipelines.evaluation.arms import Arm, ArmSource
 from pipelines.evaluation.split_pass import Evaluated, arm_figures, evaluate_locally
 from pipelines.settings.sections import Settings
 from pipelines.stages import prepare
 from pipelines.stages.evaluate import arm_sources, write_evaluation
 from pipelines.stages.record import claim, mark_done, mark_started, read_result, stage_state
-from pipelines.stages.spec import StageOutcome, StageSpec, with_upstream
+from pipelines.stages.spec import StageFailed, StageOutcome, StageSpec, with_upstream
 from pipelines.stages.train import result_of, training_of
 from pipelines.storage import Store
 from pipelines.terminal.console import Console
@@ -50,13 +48,20 @@ def plain_chain(plan: Plan, *, shards: str | None, jobs: int, console: Console) 
     """Runs a plan up to its evaluation.
 
     `shards` is a prepared folder; with None the data is prepared first. After a failure the same
-    call continues with the first unfinished stage. Raises what `run_plain` raises.
+    call continues with the first unfinished stage. Raises what `run_plain` and `Preflight.check`
+    raise.
     """
     store, uri = Store(plan.settings.storage.root), plan.settings.tracking.uri
     specs = [spec for spec in plan.specs if spec.kind != "register"]
     before = {spec.name: stage_state(store, spec, uri) for spec in specs}
     note_adopted(specs, store, console)
+    if shards is not None:
+        check_tasks(plan, read_manifest(shards), shards)
+    preflight = Preflight(plan, specs)
+    note_all(preflight.check(shards), console)
     prepared = shards or prepare_plain(plan, jobs=jobs, say=console.note)
+    if shards is None and before["prepare"] != "done":
+        note_all(preflight.check(), console)
     run_plain([plan], prepared=prepared, jobs=jobs, say=console.note)
     outcomes = {}
     for spec in specs:
@@ -303,7 +308,7 @@ class _Work:
 
 
 def train_stage(spec: StageSpec, training: Training, threads: int) -> str:
-    """Trains one stage in this process. Returns a line for the console."""
+    """Trains one stage in this process. Returns a line for the console. Raises StageFailed."""
     from pipelines.training.worker import train_plainly
 
     settings, began = spec.settings, time.monotonic()
@@ -316,7 +321,10 @@ def train_stage(spec: StageSpec, training: Training, threads: int) -> str:
 
     with claim(store, spec):
         mark_started(store, spec)
-        train_plainly(training, threads=threads, on_epoch=on_epoch)
+        try:
+            train_plainly(training, threads=threads, on_epoch=on_epoch)
+        except Exception as error:
+            raise StageFailed(spec.name, error) from error
         result = mark_done(store, spec, result_of(spec, store), settings.tracking.uri)
     seconds = f"{time.monotonic() - began:.0f} s"
     return f"{spec.name} seed {settings.seed}: {seconds}, {_shown(result['metrics'])}"
@@ -361,35 +369,3 @@ def _is_evaluated(plan: Plan) -> bool:
 
 def _threads(jobs: int) -> int:
     return max(1, len(os.sched_getaffinity(0)) // jobs)
-
-
-@contextmanager
-def pool_of(jobs: int) -> Iterator[ProcessPoolExecutor]:
-    """Yields a process pool whose workers end with this process, even if it is killed.
-
-    An interrupt ends them at once. Otherwise the pool would first wait for their trainings.
-    """
-    context = get_context("spawn")  # CUDA does not survive a fork
-    with ProcessPoolExecutor(jobs, mp_context=context, initializer=_end_with_parent) as pool:
-        try:
-            yield pool
-        except KeyboardInterrupt:  # of SIGTERM, which does not reach the workers
-            for worker in active_children():
-                worker.terminate()
-            raise
-
-
-def _end_with_parent() -> None:
-    """Ends this process when its parent ends: its results would be lost.
-
-    Ctrl-C reaches both processes; only the parent prints a message.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    parent = parent_process()
-    assert parent is not None
-
-    def watch() -> None:
-        parent.join()
-        os._exit(1)
-
-    Thread(target=watch, daemon=True).start()

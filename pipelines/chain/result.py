@@ -1,4 +1,4 @@
-"""The result of a run of the chain, on Ray or in plain processes, and its adopted stages."""
+"""The result of a run of the chain, on Ray or in plain processes, and what is noted of it."""
 
 from __future__ import annotations
 
@@ -32,3 +32,9 @@ def note_adopted(specs: Sequence[StageSpec], store: Store, console: Console) -> 
                 f"{spec.name}: adopted from {spec.folder}, made with the same recipe by other "
                 f"code or packages ({commit})"
             )
+
+
+def note_all(notes: Sequence[str], console: Console) -> None:
+    """Prints the notes of a preflight."""
+    for text in notes:
+        console.note(f"note: {text}")

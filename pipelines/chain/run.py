@@ -14,7 +14,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from pipelines.chain.plan import Plan
-from pipelines.chain.result import ChainResult, note_adopted
+from pipelines.chain.preflight import Preflight
+from pipelines.chain.result import ChainResult, note_adopted, note_all
 from pipelines.cluster.connect import connect
 from pipelines.cluster.preflight import check_machine
 from pipelines.settings.sections import Settings
@@ -27,7 +28,6 @@ from pipelines.stages.record import (
     remember_run,
     stage_state,
 )
-from pipelines.stages.schedule import check_batches
 from pipelines.stages.spec import (
     StageContext,
     StageFailed,
@@ -38,6 +38,7 @@ from pipelines.stages.spec import (
 )
 from pipelines.storage import Store
 from pipelines.terminal.console import Console
+from pipelines.training.causes import first_cause
 
 if TYPE_CHECKING:
     from pipelines.tracking.runs import Tracker
@@ -50,8 +51,9 @@ def run_chain(
 ) -> ChainResult:
     """Runs the unfinished stages: all of them, or `until` (main arm) and those it builds on.
 
-    After any error the same call resumes the first unfinished stage. Raises PreflightError before
-    any work, StageFailed, StageBusy, or KeyboardInterrupt (also for SIGTERM).
+    After any error the same call resumes the first unfinished stage. Raises PreflightError or what
+    `Preflight.check` raises before any work, StageFailed, StageBusy, or KeyboardInterrupt (also for
+    SIGTERM).
     """
     store = Store(plan.settings.storage.root)
     specs = plan.specs if until is None else with_upstream(plan.specs, until)
@@ -66,7 +68,8 @@ def run_chain(
             run_id = _catch_up(plan, specs, make_tracker(plan.settings, console), config_name)
         return _chain_result(plan, store, specs, outcomes, run_id)
     check_machine(plan.settings)
-    check_batches(specs)
+    preflight = Preflight(plan, specs)
+    note_all(preflight.check(), console)
     tracker = make_tracker(plan.settings, console)
     try:
         shown = plan.settings.model_dump(mode="json")
@@ -83,6 +86,7 @@ def run_chain(
                 console=console,
                 config_name=config_name,
                 run_id=run_id,
+                preflight=preflight,
             )
         if tracker.was_away:
             run_id = _catch_up(plan, specs, tracker, config_name)
@@ -107,10 +111,13 @@ def run_stages(
     console: Console,
     config_name: str,
     run_id: str | None,
+    preflight: Preflight | None = None,
 ) -> dict[str, StageOutcome]:
     """Runs the unfinished stages among `specs`, in order, below the MLflow run `run_id`.
 
-    Ray must be connected. Raises StageFailed. Raises StageBusy if another process works on a stage.
+    Ray must be connected. Once the data is prepared here, `preflight` checks what needs its rows.
+    Raises StageFailed, or what that check raises. Raises StageBusy if another process works on a
+    stage.
     """
     context = StageContext(
         settings=plan.settings,
@@ -137,6 +144,8 @@ def run_stages(
                 outcomes[spec.name] = _skip(spec, store, console)
             else:
                 outcomes[spec.name] = _run_stage(spec, context, resumed=state == "started")
+        if spec.kind == "prepare" and preflight is not None:
+            note_all(preflight.check(), console)
     return outcomes
 
 
@@ -174,7 +183,7 @@ def _run_stage(spec: StageSpec, context: StageContext, *, resumed: bool) -> Stag
         result = spec.stage.run(spec, replace(context, stage_run_id=stage_run_id))
         result = mark_done(store, spec, result, uri)
     except Exception as error:
-        cause = _first_cause(error)
+        cause = first_cause(error)
         stopped = isinstance(cause, TrainingStopped)
         if not stopped:
             logger.exception("stage %s failed", spec.name)
@@ -255,11 +264,3 @@ def _chain_result(
             metrics = result.get("metrics") or metrics
             model = result.get("model") or model
     return ChainResult(run_id, plan.settings.storage.root, outcomes, metrics, model)
-
-
-def _first_cause(error: BaseException) -> BaseException:
-    """Returns the error of the task or worker inside the error that Ray raises on the driver."""
-    failures = getattr(error, "worker_failures", None)
-    inner = next(iter(failures.values())) if failures else getattr(error, "cause", None)
-    inner = inner or getattr(error, "controller_failure", None)
-    return _first_cause(inner) if isinstance(inner, BaseException) else error

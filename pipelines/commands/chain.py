@@ -200,14 +200,15 @@ def _console(settings: Settings, as_json: bool, resume: str) -> Iterator[Console
 
 
 def _print_plan(plan: Plan, specs: Sequence[Any], as_json: bool) -> None:
+    from pipelines.chain.preflight import Preflight
     from pipelines.settings.reading import to_yaml
     from pipelines.stages.record import read_result, stage_state
-    from pipelines.stages.schedule import check_batches, schedule
+    from pipelines.stages.schedule import schedule
     from pipelines.storage import Store
 
     store, uri = Store(plan.settings.storage.root), plan.settings.tracking.uri
     names = {"done": "skip", "started": "resume", "new": "run"}
-    check_batches(specs)
+    notes = Preflight(plan, specs).check()
     actions = {
         spec.name: "adopt" if spec.adopted_for else names[stage_state(store, spec, uri)]
         for spec in specs
@@ -226,7 +227,8 @@ def _print_plan(plan: Plan, specs: Sequence[Any], as_json: bool) -> None:
             }
             for spec, training in planned
         ]
-        print_json({"config": plan.settings.model_dump(mode="json"), "stages": stages})
+        config = plan.settings.model_dump(mode="json")
+        print_json({"config": config, "stages": stages, "notes": notes})
         return
     typer.echo(to_yaml(plan.settings))
     width = max(map(len, actions))
@@ -235,6 +237,8 @@ def _print_plan(plan: Plan, specs: Sequence[Any], as_json: bool) -> None:
         typer.echo(f"{spec.name:{width}}  {spec.key[:12]}  {actions[spec.name]}{epochs}")
         if training:
             typer.echo(f"{'':{width}}  {training}")
+    for text in notes:
+        typer.echo(f"note: {text}")
 
 
 def _show_evaluation(plan: Plan, console: Console) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from pipelines.cluster.preflight import PreflightError
+from pipelines.chain.plan import Plan
 from pipelines.search.journal import Journal, TrialRecord, finished_points
 from pipelines.search.points import RdPoint, hypervolume, pareto_front
 from pipelines.search.referee import Verdict
@@ -18,8 +18,8 @@ from pipelines.search.sampler import propose, random_weight
 from pipelines.search.trial import SearchTask, TrialOutcome, first_line
 from pipelines.search.view import SearchView
 from pipelines.settings.errors import SettingsError
-from pipelines.settings.sections import Settings
 from pipelines.stages.spec import with_upstream
+from pipelines.training.causes import is_mistake
 from tune_spaces.domains import Field
 
 if TYPE_CHECKING:
@@ -57,7 +57,8 @@ class SearchDriver:
     """Asks the sampler for trials and records their results; the referee judges them.
 
     Writes to the journal first, then to MLflow, then to the view, so a killed driver loses nothing.
-    `check` raises PreflightError if the cluster is too small for the training of these settings.
+    `check` raises the error of a sample that cannot be trained, such as one too large for the
+    cluster.
     """
 
     def __init__(
@@ -70,7 +71,7 @@ class SearchDriver:
         view: SearchView,
         *,
         reference: RdPoint,
-        check: Callable[[Settings], None],
+        check: Callable[[Plan], None],
     ) -> None:
         self.options, self.space, self.task = options, space, task
         self.journal, self.runs, self.view = journal, runs, view
@@ -160,8 +161,10 @@ class SearchDriver:
     def _refused(self, record: TrialRecord) -> str:
         """Says why a sample cannot be trained. Empty if it can."""
         try:
-            self.check(self.task.plan(record.params).settings)
-        except (SettingsError, PreflightError) as error:
+            self.check(self.task.plan(record.params))
+        except ValueError as error:
+            if not is_mistake(error):
+                raise
             return first_line(str(error))
         return ""
 

@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from pipelines.chain.plan import Plan
+from pipelines.chain.preflight import Preflight, check_rows
+from pipelines.chain.result import note_all
 from pipelines.chain.run import make_tracker, run_stages
 from pipelines.cluster.connect import connect
 from pipelines.cluster.preflight import check_machine, cluster_address
@@ -46,8 +48,8 @@ def run_search(
 ) -> SearchResult:
     """Runs a search. With `options.resume` the same call continues one that ended early.
 
-    Raises SettingsError, PreflightError or StageBusy before any work, StageFailed if a shared stage
-    fails, and KeyboardInterrupt.
+    Raises PreflightError, StageBusy or what `Preflight.check` raises before any work, StageFailed
+    if a shared stage fails, and KeyboardInterrupt.
     """
     began = time.monotonic()
     task = search_task(settings, config_name)
@@ -57,8 +59,10 @@ def run_search(
     store = Store(settings.storage.root)
     folder = f"searches/{options.space}-{key[:12]}"
     _check_first(store, folder, settings, options)
-    check_batches(base.specs)
+    preflight = Preflight(base, with_upstream(base.specs, "stage2"))
+    notes = preflight.check()
     with open_journal(store, folder) as journal, Console(stream) as console:
+        note_all(notes, console)
         store.write_json(f"{folder}/about.json", _about(task, space, options, key))
         runs = _open_runs(task.settings, console, key, config_name, options, space)
         status = "FAILED"
@@ -73,6 +77,7 @@ def run_search(
                 key=key,
                 stream=stream,
                 console=console,
+                preflight=preflight,
             )
             result = session.run()
             status = "FINISHED"
@@ -111,10 +116,11 @@ class _Session:
         key: str,
         stream: TextIO,
         console: Console,
+        preflight: Preflight,
     ) -> None:
         self.task, self.space, self.base, self.journal = task, space, base, journal
         self.runs, self.options, self.key, self.stream = runs, options, key, stream
-        self.console = console
+        self.console, self.preflight = console, preflight
         self.store = journal.store
         self.concurrent: int | None = None
         self.wall = self.idle = 0.0
@@ -149,6 +155,7 @@ class _Session:
         self._run(self.base, last, self.runs.run_id)
 
     def _search(self) -> None:
+        from data_prep.manifest import read_manifest
         from pipelines.cluster.connect import cluster_nodes
         from pipelines.search.tune import check_fits, concurrent_trials, run_trials
         from pipelines.search.view import SearchView
@@ -156,6 +163,13 @@ class _Session:
         settings, tune = self.task.settings, self.task.settings.tune
         nodes = cluster_nodes()
         self.concurrent = concurrent_trials(settings.cluster, nodes)
+        manifest = read_manifest(self.base.specs[0].folder)
+
+        def check(plan: Plan) -> None:
+            check_fits(nodes, plan.settings)
+            check_batches(plan.specs)
+            check_rows(plan.specs, manifest)
+
         epochs = settings.stage2.epochs
         halving = Halving(epochs, tune.first_epochs, tune.reduction_factor)
         with SearchView(self.stream) as view:
@@ -167,7 +181,7 @@ class _Session:
                 self.runs,
                 view,
                 reference=reference_point(self.base),
-                check=lambda own: check_fits(nodes, own),
+                check=check,
             )
             view.start(
                 self.journal.trials,
@@ -233,6 +247,7 @@ class _Session:
                 console=console,
                 config_name=self.task.config_name,
                 run_id=run_id,
+                preflight=self.preflight if plan is self.base else None,
             )
 
     def _run_of(self, record: TrialRecord) -> str | None:

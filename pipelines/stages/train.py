@@ -89,13 +89,11 @@ def _fit(spec: StageSpec, context: StageContext) -> None:
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
-    from pipelines.stages.schedule import check_batches
     from pipelines.storage import Store
     from pipelines.training.callback import StageCallback
     from pipelines.training.checkpoints import drop_unreadable_notes
     from pipelines.training.process_group import torch_config
 
-    check_batches([spec])  # the trials of a search are not checked before
     cluster = spec.settings.cluster
     checkpoints = Store(context.store.join("training", spec.key))
     drop_unreadable_notes(checkpoints)
@@ -117,6 +115,7 @@ def _fit(spec: StageSpec, context: StageContext) -> None:
         run_config=RunConfig(
             name=spec.key,
             storage_path=context.store.join("training"),
+            # StageCallback ends the training at errors that no restart mends.
             failure_config=FailureConfig(
                 max_failures=cluster.max_failures, controller_failure_limit=2
             ),

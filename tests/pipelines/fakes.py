@@ -16,13 +16,17 @@ Runner = Callable[[StageSpec, StageContext], dict[str, Any]]
 
 
 def fake_stages(monkeypatch: pytest.MonkeyPatch, runner: Runner) -> None:
-    """Lets every stage run `runner`, without Ray, under keys that count no code."""
+    """Lets every stage run `runner`, without Ray, under keys that count no code.
+
+    No preflight is made: the runner may prepare nothing.
+    """
 
     @contextlib.contextmanager
     def session(*_: object) -> Iterator[None]:
         yield
 
     monkeypatch.setattr("pipelines.chain.run.ray_session", session)
+    monkeypatch.setattr("pipelines.chain.preflight.Preflight.check", lambda *_: [])
     same_code(monkeypatch)
     for name, stage in list(STAGES.items()):
         monkeypatch.setitem(STAGES, name, replace(stage, run=runner))

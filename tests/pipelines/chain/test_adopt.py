@@ -16,8 +16,9 @@ import psutil
 import pytest
 
 from pipelines.chain.earlier import recipes_before
-from pipelines.chain.plain import pool_of, train_plain
+from pipelines.chain.plain import train_plain
 from pipelines.chain.plan import Plan, make_plan, with_adopted
+from pipelines.chain.processes import pool_of
 from pipelines.chain.result import note_adopted
 from pipelines.settings.reading import load_settings
 from pipelines.stages.record import mark_done, mark_started
@@ -112,7 +113,7 @@ def test_histories_of_finished_trainings_are_given_without_training(plan: Plan) 
 
 BUSY = """
 import os, time
-from pipelines.chain.plain import pool_of
+from pipelines.chain.processes import pool_of
 from benchmarks.program import one_message
 
 @one_message

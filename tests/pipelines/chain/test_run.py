@@ -10,8 +10,10 @@ import pytest
 
 from data_prep.errors import DataError
 from pipelines.chain.plan import make_plan
+from pipelines.chain.preflight import Preflight
 from pipelines.chain.run import ChainResult, run_chain
 from pipelines.cluster.preflight import PreflightError
+from pipelines.settings.errors import SettingsError
 from pipelines.settings.reading import load_settings
 from pipelines.stages.record import StageBusy, claim, read_result
 from pipelines.stages.spec import StageContext, StageFailed, StageSpec
@@ -274,6 +276,25 @@ def test_two_processes_never_work_on_one_stage(bench: Bench) -> None:
     assert bench.ran == ["prepare", "teacher"]
     bench.run()
     assert bench.ran == ORDER[2:]
+
+
+def test_rows_are_checked_as_soon_as_there_are_some(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[list[str]] = []
+
+    def check(preflight: Preflight) -> list[str]:
+        asked.append(list(bench.ran))
+        if bench.ran:
+            raise SettingsError("stage1.batch_size is 128, and there are 58 training images")
+        return ["the networks fit"]
+
+    monkeypatch.setattr(Preflight, "check", check)
+    with pytest.raises(SettingsError, match="58 training images"):
+        bench.run()
+    assert asked == [[], ["prepare"]]
+    assert "note: the networks fit" in bench.text
+    assert ("closed", "FAILED") in bench.tracker.calls
 
 
 def test_nothing_is_left_half_said_when_preflight_refuses(bench: Bench) -> None:

@@ -12,8 +12,8 @@ import pytest
 from typer.testing import CliRunner
 
 from pipelines.__main__ import app
-from pipelines.commands.errors import MISTAKE, is_mistake
 from pipelines.stages.spec import StageContext, StageSpec, TrainingStopped
+from pipelines.training.causes import MISTAKE, is_mistake
 from tests.pipelines.fakes import fake_stages, same_code
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -181,7 +181,41 @@ def test_a_mistake_found_in_the_data_by_a_stage_exits_2(
     fakes["prepare"] = DataError("the mask of image 7 holds 9")
     done = mantis("run", "--config", config)
     assert done.exit_code == 2
-    assert done.stderr.splitlines() == ["error: the mask of image 7 holds 9"]
+    assert done.stderr.splitlines() == ["error: prepare: the mask of image 7 holds 9"]
+
+
+def test_a_loss_that_is_no_number_gets_one_line_and_no_command_that_resumes_it(
+    config: Path, fakes: dict[str, BaseException]
+) -> None:
+    from mantis_core.training.loop import TrainingError
+
+    fakes["stage1"] = TrainingError("the loss is nan at step 1: lower the learning rate")
+    done = mantis("run", "--config", config)
+    assert done.exit_code == 2
+    line = "error: stage1: the loss is nan at step 1: lower the learning rate"
+    assert done.stderr.splitlines() == [line]
+
+
+def test_a_dry_run_prints_notes_and_refuses_what_cannot_be_trained(
+    config: Path, fakes: dict[str, BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pipelines.settings.errors import SettingsError
+
+    check = "pipelines.chain.preflight.Preflight.check"
+    monkeypatch.setattr(check, lambda *_: ["stage1 trains for 2 steps"])
+    done = mantis("run", "--config", config, "--dry-run")
+    assert done.stdout.splitlines()[-1] == "note: stage1 trains for 2 steps"
+    done = mantis("run", "--config", config, "--dry-run", "--json")
+    assert json.loads(done.stdout)["notes"] == ["stage1 trains for 2 steps"]
+
+    def refuse(*_: object) -> list[str]:
+        raise SettingsError("teacher.training.batch_size is 128")
+
+    monkeypatch.setattr(check, refuse)
+    for more in (["--dry-run"], [], ["--plain"]):
+        done = mantis("run", "--config", config, *more)
+        assert done.exit_code == 2
+        assert done.stderr == "error: teacher.training.batch_size is 128\n"
 
 
 def test_an_interrupt_exits_130_with_the_command_that_resumes_it(
@@ -199,6 +233,7 @@ def test_what_a_user_can_mend_says_so_itself() -> None:
     from mantis_core.baselines.image_codecs import CodecError
     from mantis_core.bitstream.container import BitstreamError
     from mantis_core.errors import ModelError
+    from mantis_core.training.loop import TrainingError
     from pipelines.cluster.local_cluster import LocalClusterError
     from pipelines.cluster.preflight import PreflightError
     from pipelines.report.report import ReportError
@@ -221,6 +256,7 @@ def test_what_a_user_can_mend_says_so_itself() -> None:
         SettingsError,
         StorageError,
         TrackingError,
+        TrainingError,
     )
     assert {error.exit_code for error in errors} == {MISTAKE}
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from pipelines.chain.plan import Plan
 from pipelines.cluster.preflight import PreflightError
 from pipelines.search.driver import SearchDriver, Timing
 from pipelines.search.journal import Journal, finished_points
@@ -17,7 +18,6 @@ from pipelines.search.points import RdPoint, pareto_front
 from pipelines.search.referee import Verdict
 from pipelines.search.result import SearchOptions
 from pipelines.search.view import SearchView
-from pipelines.settings.sections import Settings
 from pipelines.storage import Store
 from tests.pipelines.fakes import same_code
 from tests.pipelines.search_bench import joint, learned, outcome, small_settings, small_task
@@ -50,7 +50,7 @@ class Bench:
         self.task = small_task(small_settings(folder, **sections))
         self.store = Store(self.task.settings.storage.root)
         self.space: Space = joint()
-        self.check: Callable[[Settings], None] = lambda settings: None
+        self.check: Callable[[Plan], None] = lambda plan: None
         self.runs = FakeRuns()
         self.text = io.StringIO()
 
@@ -173,8 +173,8 @@ def test_a_sample_the_config_refuses_is_a_failed_trial_and_the_search_goes_on(
 
 
 def test_a_trial_that_asks_for_more_than_the_cluster_has_is_not_begun(bench: Bench) -> None:
-    def check(settings: Settings) -> None:
-        if settings.cluster.workers > 4:
+    def check(plan: Plan) -> None:
+        if plan.settings.cluster.workers > 4:
             raise PreflightError("asks for 64 CPUs, and this machine has 2")
 
     bench.space = {"cluster.workers": Field(Choice((1, 64))), **joint()}

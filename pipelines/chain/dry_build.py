@@ -1,0 +1,181 @@
+"""Builds the networks of trainings without values, and computes a loss of each: their shapes.
+
+Torch's device `meta` has shapes and no memory. A name, a split, a loss term or a size that does not
+fit fails here within seconds, before anything is downloaded or trained. Legend of shapes: B batch,
+H W pixels, K tasks.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from data_prep.manifest import TaskTable
+from mantis_core.config import TrainingConfig
+from mantis_core.errors import ModelError
+from mantis_core.networks.bottleneck import Bottleneck, BottleneckOutput
+from mantis_core.networks.teacher import Backbone, Teacher, freeze
+from mantis_core.tasks import Batch, Problem
+from mantis_core.training.recipe import Recipe
+from mantis_core.training.stage1 import Stage1Student
+from mantis_core.training.teacher import new_teacher, ready_teacher
+from pipelines.settings.sections import Settings
+from pipelines.stages.order import STAGES
+from pipelines.stages.spec import StageSpec
+from pipelines.training.problem import problem_of_table
+
+IMAGES = 2  # batch norm needs two
+IMAGENET_CLASSES = 1000
+SHAPELESS = {*TrainingConfig.model_fields, "rate_weight", "rate_ramp_fraction", "teacher_forcing"}
+"""Fields of a stage's section that no shape depends on."""
+
+
+def check_networks(trainings: Sequence[StageSpec], table: TaskTable, *, single_class: bool) -> None:
+    """Raises ModelError if the networks of a training cannot be built or do not fit each other.
+
+    Trainings with the same networks are built once. `single_class` says whether every image has
+    exactly one class. Reads the files in `teacher.weights` and `teacher.start`. Downloads nothing.
+    """
+    seen: set[str] = set()
+    for spec in trainings:
+        shaping = _shaping(spec)
+        if shaping not in seen:
+            seen.add(shaping)
+            _compute_a_loss(spec, problem_of_table(table, spec.settings.data, single_class))
+
+
+def _compute_a_loss(spec: StageSpec, problem: Problem) -> None:
+    """Builds the recipe of a training and runs one batch through its loss. Raises ModelError."""
+    require_row_of_blocks(spec.settings.teacher.name)
+    with _without_values():
+        recipe = _recipe(spec.kind, spec.settings, problem)
+        try:
+            recipe.train()(_batch(problem), 0.0)
+        except (RuntimeError, NotImplementedError) as error:
+            if _needs_values(error):
+                return  # the loss counts rows: its shapes are those of the other stages
+            height, width = problem.image_size
+            raise ModelError(
+                f"{spec.name}: its networks do not fit each other at data.image_size {height} x "
+                f"{width}, with teacher.split {spec.settings.teacher.split!r} and "
+                f"model.encoder.stride {spec.settings.model.encoder.stride} ({error}): change one "
+                "of the three, or the loss term that compares these outputs"
+            ) from error
+
+
+@functools.cache
+def require_row_of_blocks(name: str) -> None:
+    """Raises ModelError unless a teacher can have this network. Computes with random weights."""
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        Backbone(name)
+
+
+@dataclass(frozen=True)
+class _NoWeights:
+    """Stands for the weights of stages that have not run: tensors of the right shapes."""
+
+    settings: Settings
+    problem: Problem
+    built: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+
+    def teacher(self, settings: Settings, problem: Problem) -> Teacher:
+        """Returns a teacher without values. Raises ModelError if a given file does not fit."""
+        weights = settings.teacher.weights
+        if weights not in ("train", "pretrained"):
+            return _frozen(ready_teacher(settings.teacher, problem, None))
+        if weights == "train":
+            return _frozen(new_teacher(settings.teacher, problem))
+        classes = len(problem.classes)
+        if problem.imagenet_indices is None and classes != IMAGENET_CLASSES:
+            raise ModelError(
+                f"teacher.weights: pretrained has {IMAGENET_CLASSES} logits, the data has "
+                f"{classes} classes. They are reduced to the data's where every class is a WordNet "
+                "id of ImageNet-1k. Else set teacher.weights=train, or give a file with these"
+            )
+        own = settings.teacher
+        teacher = Teacher(
+            own.name, split=own.split, flat_classes=classes, image_size=problem.image_size
+        )
+        teacher.tasks = problem.tasks
+        return _frozen(teacher)
+
+    def tensors(self, kind: str) -> dict[str, Tensor]:
+        """Returns the tensors that the stage of this kind would ship."""
+        student = _recipe(kind, self.settings, self.problem).student
+        return student.shipped() if isinstance(student, Stage1Student) else student.state_dict()
+
+
+def _recipe(kind: str, settings: Settings, problem: Problem) -> Recipe:
+    build = STAGES[kind].recipe
+    assert build is not None
+    recipe = build(settings, problem, _NoWeights(settings, problem))
+    for module in recipe.modules():
+        if isinstance(module, Bottleneck):
+            module.forward = _as_sent  # type: ignore[method-assign]
+    return recipe
+
+
+def _as_sent(latent: Tensor, mask: Tensor, primary: Tensor) -> BottleneckOutput:
+    """Stands for Bottleneck.forward, which counts images by their values."""
+    return BottleneckOutput(latent, latent.new_zeros(len(latent)))
+
+
+def _batch(problem: Problem) -> Batch:
+    """Returns IMAGES images without values that carry every task."""
+    size = problem.image_size
+    numbers = torch.zeros(IMAGES, dtype=torch.int64)
+    per_task = torch.zeros(IMAGES, len(problem.tasks), dtype=torch.int64)
+    masks = [task.name for task in problem.tasks if not task.is_classification]
+    return Batch(
+        image=torch.zeros(IMAGES, 3, *size, dtype=torch.uint8),
+        class_label=numbers,
+        labels=per_task,
+        task_mask=per_task.bool(),
+        segmentation={name: torch.zeros(IMAGES, *size, dtype=torch.uint8) for name in masks},
+        row_id=numbers,
+    )
+
+
+def _shaping(spec: StageSpec) -> str:
+    """Returns what the shapes of a training's networks depend on, as text."""
+    settings = spec.settings
+    parts = (
+        settings.teacher.model_dump_json(exclude={"training"}),
+        settings.model.model_dump_json(),
+        spec.training.model_dump_json(exclude=SHAPELESS),
+        str(settings.data.size),
+    )
+    return "\n".join((spec.kind, *parts))
+
+
+def _frozen(teacher: Teacher) -> Teacher:
+    freeze(teacher)
+    return teacher
+
+
+def _needs_values(error: Exception) -> bool:
+    return isinstance(error, NotImplementedError) or "meta tensor" in str(error)
+
+
+@contextmanager
+def _without_values() -> Iterator[None]:
+    """Makes new tensors without values, and keeps the random state and the log as they are."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # the worker warns again
+    try:
+        with (
+            torch.random.fork_rng(devices=[]),
+            torch.device("meta"),
+            warnings.catch_warnings(),
+        ):
+            warnings.simplefilter("ignore")  # "copying to a meta parameter is a no-op"
+            yield
+    finally:
+        logging.disable(level)

@@ -1,0 +1,206 @@
+"""What is known of trainings before they start: settings against rows, classes and networks.
+
+Whatever is wrong is an error here, before Ray starts. What only looks wrong is a note. Machines and
+clusters are checked in `pipelines/cluster/preflight.py`.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from data_prep.errors import DataError
+from pipelines.chain.plan import Plan
+from pipelines.chain.processes import pool_of
+from pipelines.settings.errors import SettingsError
+from pipelines.stages.record import stage_state
+from pipelines.stages.schedule import check_batches, schedule
+from pipelines.stages.spec import StageSpec
+from pipelines.storage import Store
+
+if TYPE_CHECKING:
+    from data_prep.manifest import Manifest, TaskTable
+    from mantis_core.errors import ModelError
+
+    Fits = dict[bool, ModelError | None]
+
+logger = logging.getLogger(__name__)
+FEWEST_STEPS = 100
+"""A training of fewer steps hardly moves random weights. The quickstart's have 104 and more."""
+FINE_TUNED = ("individual", "codec_teacher")
+"""Stages that begin with the weights of the teacher. A few steps may be enough for them."""
+FEWEST_HELD_BACK = 8
+COUNTED_ROWS = 200_000
+"""The labels of larger splits are not read: it would take long, and they have every class."""
+SHOWN = 5  # labels in a note
+
+
+@dataclass
+class Preflight:
+    """The checks of one command, over the stages that it is to run.
+
+    `networks` remembers which networks fit: for data of one class an image (True), and for other
+    data (False). The data says which it is once it is prepared.
+    """
+
+    plan: Plan
+    specs: Sequence[StageSpec]
+    networks: Fits = field(default_factory=dict)
+
+    def check(self, prepared: str | None = None) -> list[str]:
+        """Checks the unfinished trainings. Returns notes for the user.
+
+        `prepared` is a folder of shards. None takes that of the stage `prepare`, and before that
+        has finished checks what needs no rows. Raises SettingsError, DataError or ModelError.
+        """
+        from data_prep.manifest import read_manifest
+
+        store, uri = Store(self.plan.settings.storage.root), self.plan.settings.tracking.uri
+        waiting = [
+            spec
+            for spec in self.specs
+            if spec.stage.trains and stage_state(store, spec, uri) != "done"
+        ]
+        if not waiting:
+            return []
+        check_batches(waiting)
+        first = self.plan.specs[0]
+        if prepared is None and stage_state(store, first, uri) == "done":
+            prepared = first.folder
+        notes: list[str] = []
+        manifest = None if prepared is None else read_manifest(prepared)
+        if prepared is not None and manifest is not None:
+            check_rows(waiting, manifest)
+            notes += few_steps(waiting, manifest)
+            notes += few_held_back(manifest)
+            notes += absent_classes(prepared, manifest)
+        self._check_networks(waiting, None if manifest is None else manifest.single_class)
+        return notes
+
+    def _check_networks(self, trainings: Sequence[StageSpec], single_class: bool | None) -> None:
+        """Raises ModelError if networks do not fit, whatever the data may turn out to be."""
+        table = self.plan.table
+        possible = [single_class] if single_class is not None else [True, False]
+        if not table.classes:
+            possible = [False]
+        if missing := [one for one in possible if one not in self.networks]:
+            self.networks |= tried_networks(trainings, table, missing)
+        errors = [self.networks[one] for one in possible]
+        if errors[0] is not None and None not in errors:
+            raise errors[0]
+
+
+def check_rows(specs: Sequence[StageSpec], manifest: Manifest) -> None:
+    """Raises SettingsError or DataError if a training cannot take a step or choose its epoch."""
+    rows = manifest.split("train").rows
+    for spec in specs:
+        batch = spec.training.batch_size if spec.stage.trains else 0
+        if batch > rows:
+            raise SettingsError(
+                f"{spec.stage.section}.batch_size is {batch}, and there are {rows} training "
+                f"images: set it to {rows} or less, or add images. A smaller one makes more steps "
+                f"per epoch"
+            )
+    if "holdout" not in manifest.splits or not manifest.split("holdout").rows:
+        raise DataError(
+            "the prepared folder has no images that are held back from training. They choose the "
+            "best epoch and the threshold of the mask: set data.holdout_fraction to more than 0 "
+            "and prepare again"
+        )
+
+
+def few_steps(trainings: Sequence[StageSpec], manifest: Manifest) -> list[str]:
+    """Returns a note for each section whose training is too short to learn much."""
+    found: dict[str, str] = {}
+    for spec in trainings:
+        planned = schedule(spec, manifest.split("train").rows)
+        if planned is None or spec.kind in FINE_TUNED:
+            continue
+        if planned.steps is not None and planned.steps < FEWEST_STEPS:
+            section = spec.stage.section
+            found[section] = (
+                f"{spec.kind} trains for {planned.steps} steps, which is hardly enough to learn "
+                f"from ({FEWEST_STEPS} or more are): lower {section}.batch_size "
+                f"({planned.global_batch}) or raise {section}.epochs ({planned.epochs})"
+            )
+    return list(found.values())
+
+
+def few_held_back(manifest: Manifest) -> list[str]:
+    """Returns a note if very few images choose the best epoch and the threshold of the mask."""
+    rows = manifest.split("holdout").rows
+    if rows >= FEWEST_HELD_BACK:
+        return []
+    return [
+        f"only {rows} of the training images {'is' if rows == 1 else 'are'} held back to choose "
+        "the best epoch and the threshold of the mask: raise data.holdout_fraction"
+    ]
+
+
+def absent_classes(prepared: str, manifest: Manifest) -> list[str]:
+    """Returns a note for each split without an image of some class or task."""
+    from data_prep.read.labels import absent_labels
+
+    notes = []
+    for split, (images, so) in {
+        "train": ("training", "the codec will not learn them"),
+        "holdout": (
+            "held-back",
+            "the best epoch and the threshold of the mask are chosen without them; a larger "
+            "data.holdout_fraction may help",
+        ),
+        "val": ("val", "they are not measured"),
+    }.items():
+        if split in manifest.splits and manifest.split(split).rows <= COUNTED_ROWS:
+            absent = absent_labels(prepared, manifest, split)
+            if absent:
+                notes.append(f"no {images} image shows {_listed(absent)}: {so}")
+    return notes
+
+
+def tried_networks(
+    trainings: Sequence[StageSpec], table: TaskTable, possible: Sequence[bool]
+) -> Fits:
+    """Builds the networks in a process of its own, so that the driver loads no torch.
+
+    Returns for each of the possible values of `single_class` the error, None if all fits.
+    """
+    try:
+        with pool_of(1) as pool:
+            return pool.submit(_tried, list(trainings), table, list(possible)).result()
+    except BrokenProcessPool:
+        logger.warning("the process that builds the networks died: they are not checked")
+        return dict.fromkeys(possible)
+
+
+def _tried(trainings: list[StageSpec], table: TaskTable, possible: list[bool]) -> Fits:
+    warnings.simplefilter("ignore")  # those of libraries, at their import
+    from mantis_core.errors import ModelError
+    from pipelines.chain.dry_build import check_networks
+
+    found: Fits = {}
+    for single_class in possible:
+        try:
+            check_networks(trainings, table, single_class=single_class)
+            found[single_class] = None
+        except ModelError as error:
+            found[single_class] = error
+    return found
+
+
+def _listed(absent: Mapping[str, Sequence[str]]) -> str:
+    """Returns the first labels by task, and how many more there are."""
+    labels = [(task, label) for task, names in absent.items() for label in names]
+
+    def parts() -> Iterator[str]:
+        for task in absent:
+            own = [label for other, label in labels[:SHOWN] if other == task]
+            if own:
+                yield f"{', '.join(own)} (task {task})"
+
+    more = len(labels) - SHOWN
+    return "; ".join(parts()) + (f" and {more} more" if more > 0 else "")

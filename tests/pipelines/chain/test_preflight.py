@@ -1,0 +1,224 @@
+"""What is said of trainings before they start: rows, steps, classes; when networks are tried."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from data_prep.errors import DataError
+from data_prep.manifest import Manifest, ShardInfo, SplitInfo, TaskTable, write_manifest
+from mantis_core.errors import ModelError
+from pipelines.chain import preflight as module
+from pipelines.chain.plan import Plan, make_plan
+from pipelines.chain.preflight import Preflight
+from pipelines.settings.errors import SettingsError
+from pipelines.settings.reading import load_settings
+from pipelines.stages.record import mark_done, mark_started
+from pipelines.storage import Store
+from tests.pipelines.fakes import same_code
+
+CONFIG = """
+data: {sources: [{kind: shapes, train_rows: 20, val_rows: 10}]}
+tasks: [{name: outline, classes_from: shapes}]
+teacher: {weights: train}
+evaluate: {baselines: [none]}
+tracking: {enabled: false}
+"""
+LABELS = {"train": [0, 1, 2], "holdout": [0, 1, 2], "val": [0, 1, 2]}
+
+
+class Bench:
+    """Plans of one config, prepared folders without images, and what was asked of networks."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.tried: list[Sequence[bool]] = []
+        self.errors: dict[bool, ModelError] = {}
+
+    def plan(self, *overrides: str) -> Plan:
+        return make_plan(load_settings(self.folder / "tiny.yaml", overrides))
+
+    def networks(
+        self, trainings: object, table: TaskTable, possible: Sequence[bool]
+    ) -> dict[bool, ModelError | None]:
+        self.tried.append(tuple(possible))
+        return {one: self.errors.get(one) for one in possible}
+
+    def prepare(
+        self,
+        plan: Plan,
+        *,
+        rows: Mapping[str, int] | None = None,
+        labels: Mapping[str, Sequence[int]] | None = None,
+        single_class: bool = True,
+    ) -> str:
+        """Finishes `prepare`. The images of a split take the split's labels in turn."""
+        counts = {"train": 20_000, "holdout": 100, "val": 50, **(rows or {})}
+        numbers = {**LABELS, **(labels or {})}
+        spec, table = plan.specs[0], plan.table
+        store = Store(plan.settings.storage.root)
+        (Path(spec.folder) / "shards").mkdir(parents=True)
+        splits = {}
+        for split, count in counts.items():
+            own = [numbers[split][i % len(numbers[split])] for i in range(count)]
+            path = f"shards/{split}.parquet"
+            columns = {
+                "labels": pa.array([[label] for label in own], pa.list_(pa.int16(), 1)),
+                "task_mask": pa.array([[True]] * count, pa.list_(pa.bool_(), 1)),
+            }
+            pq.write_table(pa.table(columns), Path(spec.folder) / path)
+            shard = ShardInfo(path=path, rows=count, bytes=1, sha256="", row_group_rows=(count,))
+            splits[split] = SplitInfo(rows=count, bytes=1, shards=(shard,) if count else ())
+        manifest = Manifest(
+            image_size=plan.settings.data.size,
+            tasks=table.tasks,
+            classes=table.classes,
+            class_names=table.class_names,
+            single_class=single_class,
+            seed=0,
+            splits=splits,
+            unassigned={},
+            rejected=0,
+            fingerprint="",
+            sources=(),
+        )
+        write_manifest(spec.folder, manifest)
+        mark_started(store, spec)
+        mark_done(store, spec, {}, None)
+        return spec.folder
+
+
+@pytest.fixture
+def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
+    same_code(monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny.yaml").write_text(CONFIG)
+    bench = Bench(tmp_path)
+    monkeypatch.setattr(module, "tried_networks", bench.networks)
+    classes = bench.plan().table.classes
+    monkeypatch.setitem(LABELS, "train", range(len(classes)))
+    monkeypatch.setitem(LABELS, "holdout", range(len(classes)))
+    monkeypatch.setitem(LABELS, "val", range(len(classes)))
+    return bench
+
+
+def check(plan: Plan, *kinds: str) -> list[str]:
+    return Preflight(plan, [s for s in plan.specs if not kinds or s.kind in kinds]).check()
+
+
+def test_a_plan_that_fits_gets_no_note(bench: Bench) -> None:
+    plan = bench.plan()
+    assert check(plan) == []
+    bench.prepare(plan)
+    assert check(plan) == []
+
+
+@pytest.mark.parametrize(
+    ("override", "section"),
+    [
+        ("teacher.training.batch_size=128", "teacher.training.batch_size"),
+        ("stage2.batch_size=128", "stage2.batch_size"),
+    ],
+)
+def test_fewer_images_than_the_batch_are_refused_with_the_key(
+    bench: Bench, override: str, section: str
+) -> None:
+    others = [f"{name}.batch_size=4" for name in ("teacher.training", "stage1", "stage2")]
+    plan = bench.plan(*others, override)
+    bench.prepare(plan, rows={"train": 58})
+    message = rf"^{section} is 128, and there are 58 training images: set it to 58 or less"
+    with pytest.raises(SettingsError, match=message):
+        check(plan)
+
+
+def test_data_without_held_back_images_is_refused(bench: Bench) -> None:
+    plan = bench.plan()
+    bench.prepare(plan, rows={"holdout": 0})
+    with pytest.raises(DataError, match=r"set data\.holdout_fraction to more than 0"):
+        check(plan)
+
+
+def test_a_batch_that_does_not_divide_is_refused_before_prepare(bench: Bench) -> None:
+    with pytest.raises(SettingsError, match="does not divide among 3 workers"):
+        check(bench.plan("cluster.workers=3"))
+
+
+def test_few_steps_are_noted_once_for_each_section(bench: Bench) -> None:
+    plan = bench.plan("teacher.training.batch_size=4")
+    bench.prepare(plan, rows={"train": 260})
+    notes = check(plan)
+    assert [note.split()[0] for note in notes] == ["stage1", "stage2"]
+    assert notes[1].startswith("stage2 trains for 8 steps")
+    assert notes[1].endswith("lower stage2.batch_size (128) or raise stage2.epochs (4)")
+
+
+def test_few_held_back_images_and_absent_classes_are_noted(bench: Bench) -> None:
+    plan = bench.plan()
+    names = plan.table.tasks[0].labels
+    bench.prepare(plan, rows={"holdout": 3}, labels={"val": [*range(1, len(names))]})
+    few, held_back, val = check(plan)
+    assert few.startswith("only 3 of the training images are held back")
+    assert held_back.startswith(f"no held-back image shows {names[3]}")
+    assert "data.holdout_fraction may help" in held_back
+    assert val == f"no val image shows {names[0]} (task outline): they are not measured"
+
+
+def test_a_task_that_no_image_has_lacks_all_its_labels(bench: Bench, tmp_path: Path) -> None:
+    from data_prep.manifest import read_manifest
+    from data_prep.read.labels import absent_labels
+
+    plan = bench.plan()
+    folder = bench.prepare(plan, rows={"val": 0})
+    found = absent_labels(folder, read_manifest(folder), "val")
+    assert found == {"outline": plan.table.tasks[0].labels}
+
+
+def test_finished_trainings_are_not_checked(bench: Bench) -> None:
+    plan = bench.plan("cluster.workers=3")
+    assert check(plan, "prepare", "evaluate", "register") == []
+    assert bench.tried == []
+
+
+def test_networks_that_fit_some_data_wait_for_the_data(bench: Bench) -> None:
+    plan = bench.plan()
+    bench.errors[True] = ModelError("not for images of one class")
+    preflight = Preflight(plan, plan.specs)
+    assert preflight.check() == []
+    bench.prepare(plan)
+    with pytest.raises(ModelError, match="not for images of one class"):
+        preflight.check()
+    assert bench.tried == [(True, False)]
+
+
+def test_networks_that_fit_no_data_are_refused_before_prepare(bench: Bench) -> None:
+    bench.errors = {True: ModelError("no such split"), False: ModelError("no such split")}
+    with pytest.raises(ModelError, match="no such split"):
+        check(bench.plan())
+
+
+def test_networks_are_built_in_a_process_of_their_own(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+
+    class Died:
+        def __enter__(self) -> Died:
+            return self
+
+        def __exit__(self, *_: object) -> None: ...
+
+        def submit(self, *job: Any) -> Any:
+            asked.append(job)
+            raise module.BrokenProcessPool
+
+    monkeypatch.undo()
+    same_code(monkeypatch)
+    monkeypatch.setattr(module, "pool_of", lambda jobs: Died())
+    plan = bench.plan()
+    assert module.tried_networks(plan.specs, plan.table, [True]) == {True: None}
+    assert asked
