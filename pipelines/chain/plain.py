@@ -56,7 +56,7 @@ def plain_chain(plan: Plan, *, shards: str | None, jobs: int, console: Console) 
     before = {spec.name: stage_state(store, spec, uri) for spec in specs}
     note_adopted(specs, store, console)
     if shards is not None:
-        check_tasks(plan, read_manifest(shards), shards)
+        check_prepared(plan, read_manifest(shards), shards)
     preflight = Preflight(plan, specs)
     note_all(preflight.check(shards), console)
     prepared = shards or prepare_plain(plan, jobs=jobs, say=console.note)

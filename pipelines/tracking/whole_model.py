@@ -29,8 +29,8 @@ class MantisModel(PythonModel):
         """Maps column `image` (bytes of image files) to the columns that package.py declares.
 
         `class_index` is -1 and `class_name` None if the image has no single class, or if no decoded
-        task has classes. `answer` is the whole answer as JSON. Raises mantis_core's ImageError with the rows that cannot be read,
-        counted from 1.
+        task has classes. `answer` is the whole answer as JSON. Raises mantis_core's ImageError with
+        the rows that cannot be read, counted from 1.
         """
         images = self.codec.prepare_images(list(model_input["image"]))
         rows = []
