@@ -23,15 +23,17 @@ class OptimConfig(Section):
     kind: Literal["adamw", "sgd"] = "adamw"
     """The optimiser: AdamW, or SGD with Nesterov momentum. A teacher has SGD by default."""
     lr: float = Field(default=2e-3, gt=0)
-    """The peak learning rate of parameters that start from random values."""
+    """The peak learning rate of all parameters to which no rate below applies."""
     fine_tune_lr: float = Field(default=4e-4, ge=0)
-    """The peak learning rate of parameters that an earlier stage has trained. The default is a
-    fifth of `lr`, so that they keep what they have learned."""
+    """The peak learning rate, in stage 2, of parameters that stage 1 or the teacher has trained:
+    encoder, detector, decoder, trunk, and tails that start from the teacher. The default is a
+    fifth of `lr`, so that they keep what they have learned. Other trainings have `lr` for all."""
     density_lr: float = Field(default=1e-2, ge=0)
     """The peak learning rate of the entropy model. The default is higher than `lr`: at the rate
     of the other parameters the bits did not follow `rate_weight`."""
     weight_decay: float = Field(default=0.01, ge=0)
-    """The weight decay of matrices and kernels. Biases, norms and the entropy model have none."""
+    """The weight decay of the weights of linear layers and convolutions. Biases, norms, other
+    scales and the entropy model have none."""
     momentum: float = Field(default=0.9, ge=0, lt=1)
     """The momentum of SGD. AdamW ignores it."""
     warmup_fraction: float = Field(default=0.1, ge=0, lt=1)

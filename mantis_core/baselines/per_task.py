@@ -52,9 +52,9 @@ def per_task_recipe(
     parts = {}
     for task in problem.tasks:
         known = narrowed(teacher, task)
-        codec = started_codec(model, known, of_task(problem, task), stage1)
+        codec, loaded = started_codec(model, known, of_task(problem, task), stage1)
         freeze(codec.client.detector)
-        parts[task.name] = Stage2Recipe(codec, known, config)
+        parts[task.name] = Stage2Recipe(codec, known, config, loaded=loaded)
     return PerTaskRecipe(parts, problem.tasks)
 
 
@@ -80,7 +80,7 @@ class PerTaskRecipe(Recipe):
             {name: part.student for name, part in parts.items()}
         )
         self.parts = nn.ModuleDict(parts)
-        self.loaded = tuple(f"{name}.{prefix}" for name in parts for prefix in Stage2Recipe.loaded)
+        self.loaded = {f"{name}.{own}" for name, part in parts.items() for own in part.loaded}
 
     def train(self, mode: bool = True) -> Self:
         """Switches the mode of all parts, each with the codec that the student holds now."""

@@ -13,6 +13,7 @@ from torch.optim.swa_utils import AveragedModel
 from mantis_core.config import OptimConfig
 
 GROUPS = ("new", "new_no_decay", "fine_tuned", "fine_tuned_no_decay", "density")
+_DECAYED = (nn.Linear, nn.modules.conv._ConvNd)
 
 
 def parameter_groups(
@@ -21,10 +22,11 @@ def parameter_groups(
     """Every parameter of `student` in exactly one named group.
 
     "frozen" has no gradient; "quantiles" are CompressAI's, found by search when tables are built;
-    "density" is the rest of the entropy model. The others are "fine_tuned" where their name starts
-    with one of the prefixes `loaded`, else "new", each split by whether weight decay applies
-    (matrices and kernels only).
+    "density" is the rest of the entropy model. The others are "fine_tuned" where `loaded` has their
+    name, else "new", each split by whether weight decay applies: to the weights of linear layers
+    and convolutions alone, whatever the shape of other parameters.
     """
+    decayed = {id(layer.weight) for layer in student.modules() if isinstance(layer, _DECAYED)}
     groups: dict[str, dict[str, nn.Parameter]] = {
         name: {} for name in (*GROUPS, "frozen", "quantiles")
     }
@@ -36,10 +38,8 @@ def parameter_groups(
         elif "bottleneck" in name.split("."):
             group = "density"
         else:
-            trained = any(name.startswith(prefix) for prefix in loaded)
-            group = ("fine_tuned" if trained else "new") + (
-                "" if parameter.ndim > 1 else "_no_decay"
-            )
+            group = "fine_tuned" if name in loaded else "new"
+            group += "" if id(parameter) in decayed else "_no_decay"
         groups[group][name] = parameter
     return groups
 

@@ -5,7 +5,7 @@ No optimiser, no loop, no data: `loop.py` drives any recipe. Shapes: B batch, H 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,11 +38,12 @@ class StepOutput:
 class Recipe(nn.Module):
     """What one stage computes. `student` is trained and shipped, everything else is frozen.
 
-    `loaded` are name prefixes of those parameters of the student that an earlier stage trained.
+    `loaded` are the names of those parameters of the student that start from trained ones beside
+    others that start at random. It is empty where all of them start alike.
     """
 
     student: nn.Module
-    loaded: tuple[str, ...] = ()
+    loaded: Collection[str] = ()
 
     def __init__(self, tasks: Sequence[TaskSpec], losses: Mapping[str, LossTerm]) -> None:
         super().__init__()

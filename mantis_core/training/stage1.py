@@ -114,8 +114,14 @@ class Stage1Student(nn.Module):
         return self
 
     def shipped(self) -> dict[str, Tensor]:
-        """The state dict that stage 2 starts from: all but the teacher's tail."""
-        return {k: v for k, v in self.state_dict().items() if not k.startswith("tail.")}
+        """The state dict that stage 2 starts from: all that was trained, not the teacher's tail.
+
+        A detector is left out that no loss term has trained.
+        """
+        detector = self.client.detector.parameters()
+        untrained = () if next(detector).requires_grad else ("client.detector.",)
+        left_out = ("tail.", *untrained)
+        return {k: v for k, v in self.state_dict().items() if not k.startswith(left_out)}
 
 
 class Stage1Recipe(Recipe):

@@ -6,7 +6,7 @@ Shapes: B batch, K tasks, H W input pixels.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -29,7 +29,8 @@ from mantis_core.training.recipe import Gather, Recipe, StepOutput, rate_weight
 
 logger = logging.getLogger(__name__)
 
-_FROM_STAGE1 = ("client.stem", "client.encoder", "client.detector", "server.decoder.")
+_FROM_STAGE1 = ("client.stem.", "client.encoder.", "server.decoder.")
+_DETECTOR = "client.detector."
 
 
 def stage2_recipe(
@@ -48,24 +49,29 @@ def stage2_recipe(
     torch.manual_seed(seed)
     if model.single_task:
         problem = one_task(problem)
-    return Stage2Recipe(started_codec(model, teacher, problem, stage1), teacher, config)
+    codec, loaded = started_codec(model, teacher, problem, stage1)
+    return Stage2Recipe(codec, teacher, config, loaded=loaded)
 
 
 def started_codec(
     model: ModelConfig, teacher: Teacher, problem: Problem, stage1: Mapping[str, Tensor]
-) -> Mantis:
-    """A codec with the weights of `stage1`, the teacher's blocks as trunk, its rows as tails."""
+) -> tuple[Mantis, frozenset[str]]:
+    """A codec with the weights of `stage1`, the teacher's blocks as trunk, its rows as tails.
+
+    Returns it with the names of all tensors that do not start at random.
+    """
     trunk = teacher.backbone.tail_after(teacher.split).requires_grad_(True)  # it may be frozen
     codec = Mantis(model_spec(model, teacher, problem), trunk=trunk)
-    start_from_stage1(codec, stage1)
-    start_tails_from_teacher(codec, teacher)
-    return codec
+    of_trunk = {name for name in codec.state_dict() if name.startswith("server.trunk.")}
+    loaded = start_from_stage1(codec, stage1) | start_tails_from_teacher(codec, teacher)
+    return codec, frozenset(loaded | of_trunk)
 
 
-def start_from_stage1(model: Mantis, stage1: Mapping[str, Tensor]) -> None:
+def start_from_stage1(model: Mantis, stage1: Mapping[str, Tensor]) -> set[str]:
     """Loads stem, encoder, detector, decoder and density of stage 1, one density into every row.
 
-    A detector of another number of tasks keeps its own last layer.
+    A detector of another number of tasks keeps its own last layer, and all of its own where stage 1
+    has trained none. Returns the names of the tensors that were loaded.
     """
     own = model.state_dict()
     start: dict[str, Tensor] = {}
@@ -78,24 +84,33 @@ def start_from_stage1(model: Mantis, stage1: Mapping[str, Tensor]) -> None:
             value = value.repeat(rows, *([1] * (value.ndim - 1))) if rows > 1 else value
         if target in own and own[target].shape == value.shape:
             start[target] = value
+    detects = any(name.startswith(_DETECTOR) for name in stage1)
+    wanted = (*_FROM_STAGE1, _DETECTOR) if detects else _FROM_STAGE1
     missing = [
         name
         for name in own
-        if name.startswith(_FROM_STAGE1)
+        if name.startswith(wanted)
         and (name not in start and own[name].shape[:1] != (len(model.spec.tasks),))
     ]
     assert not missing, f"stage 1 lacks {missing[:3]}"
     model.load_state_dict({**own, **start})
+    return set(start)
 
 
-def start_tails_from_teacher(model: Mantis, teacher: Teacher) -> None:
-    """Starts each tail from the teacher's own head or rows, and "not mine" from zero."""
+def start_tails_from_teacher(model: Mantis, teacher: Teacher) -> set[str]:
+    """Starts each tail from the teacher's own head or rows, and "not mine" from zero.
+
+    Returns the names of the tensors that were loaded.
+    """
+    loaded: set[str] = set()
     with torch.no_grad():
         for task in model.spec.tasks:
             own = model.server.tails[task.name]
+            names = {f"server.tails.{task.name}.{name}" for name in own.state_dict()}
             if not task.is_classification:
                 if task.name in teacher.heads:
                     own.load_state_dict(teacher.heads[task.name].state_dict())
+                    loaded |= names
                 continue
             assert isinstance(own, ClassificationTail)
             tail = own.linear
@@ -112,16 +127,24 @@ def start_tails_from_teacher(model: Mantis, teacher: Teacher) -> None:
             tail.bias[:-1].copy_(bias)
             tail.weight[-1].zero_()
             tail.bias[-1].fill_(0.0)
+            loaded |= names
+    return loaded
 
 
 class Stage2Recipe(Recipe):
     """Detection + task losses + rate on the whole codec, stem frozen."""
 
-    loaded = ("client.encoder", "server.decoder", "server.trunk")
-
-    def __init__(self, student: Mantis, teacher: Teacher, config: Stage2Config) -> None:
+    def __init__(
+        self,
+        student: Mantis,
+        teacher: Teacher,
+        config: Stage2Config,
+        *,
+        loaded: Collection[str],
+    ) -> None:
         super().__init__(student.spec.tasks, config.losses)
         self.student: Mantis = student
+        self.loaded = loaded
         self.config = config
         freeze(student.client.stem)
         names_classes = student.client.detector.members is not None

@@ -64,6 +64,7 @@ def test_all_of_it_is_trained_but_stems_and_detectors(single_class: bool) -> Non
     assert {".".join(name.split(".")[1:3]) for name in fine} == {
         "client.encoder",
         "server.decoder",
+        "server.tails",
         "server.trunk",
     }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import pytest
@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from mantis_core.config import OptimConfig
+from mantis_core.networks.server import TaskDecoder
 from mantis_core.tasks import Problem
 from mantis_core.training.optim import (
     build_optimizer,
@@ -43,21 +44,50 @@ def test_the_optimiser_holds_all_that_has_a_gradient_and_nothing_frozen(
     assert not {id(p) for p in stem} & set(held)
 
 
-def test_loaded_weights_learn_at_the_fine_tuning_rate_and_only_kernels_decay() -> None:
-    student = nn.ModuleDict({"old": nn.Linear(2, 2), "fresh": nn.Linear(2, 2)})
-    groups = parameter_groups(student, loaded=["old"])
-    config = OptimConfig(lr=0.1, fine_tune_lr=0.01, weight_decay=0.5)
+def rates_and_decays(
+    student: nn.Module, config: OptimConfig, loaded: Collection[str] = ()
+) -> dict[str, tuple[float, float]]:
+    """The peak rate and the weight decay of every trained parameter."""
     held = {
         id(p): (group["lr"], group["weight_decay"])
-        for group in build_optimizer(groups, config).param_groups
+        for group in build_optimizer(parameter_groups(student, loaded=loaded), config).param_groups
         for p in group["params"]
     }
-    assert {name: held[id(p)] for name, p in student.named_parameters()} == {
+    return {name: held[id(p)] for name, p in student.named_parameters() if id(p) in held}
+
+
+def test_loaded_weights_learn_at_the_fine_tuning_rate_and_only_kernels_decay() -> None:
+    student = nn.ModuleDict({"old": nn.Linear(2, 2), "older": nn.Conv2d(2, 2, 1)})
+    config = OptimConfig(lr=0.1, fine_tune_lr=0.01, weight_decay=0.5)
+    assert rates_and_decays(student, config, ["old.weight", "old.bias"]) == {
         "old.weight": (0.01, 0.5),
         "old.bias": (0.01, 0.0),
-        "fresh.weight": (0.1, 0.5),
-        "fresh.bias": (0.1, 0.0),
+        "older.weight": (0.1, 0.5),
+        "older.bias": (0.1, 0.0),
     }
+
+
+def test_scales_shifts_and_norms_do_not_decay_whatever_their_shape() -> None:
+    student = nn.ModuleDict({"task": TaskDecoder(8, 4), "norm": nn.GroupNorm(2, 8)})
+    config = OptimConfig(weight_decay=0.5)
+    decays = {name: decay for name, (_, decay) in rates_and_decays(student, config).items()}
+    assert {name for name, decay in decays.items() if decay} == {
+        "task.first.weight",
+        "task.last.weight",
+    }
+
+
+@pytest.mark.parametrize("stage", ["stage1_of", "stage2_of"])
+def test_only_weights_of_layers_decay_in_either_stage(
+    stage: str, problem: Problem, request: pytest.FixtureRequest
+) -> None:
+    student = request.getfixturevalue(stage)(problem).student
+    layers = (nn.Linear, nn.Conv2d)
+    weights = {
+        f"{name}.weight" for name, layer in student.named_modules() if isinstance(layer, layers)
+    }
+    decays = rates_and_decays(student, OptimConfig(weight_decay=0.5))
+    assert {name for name, (_, decay) in decays.items() if decay} == weights & decays.keys()
 
 
 def test_the_density_does_not_decay_and_its_quantiles_are_not_trained(

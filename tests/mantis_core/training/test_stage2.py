@@ -13,12 +13,20 @@ import torch
 from torch import Tensor
 
 from mantis_core.codec.checkpoint import load_model
-from mantis_core.config import ConditioningConfig, ModelConfig, Stage1Config, Stage2Config
+from mantis_core.config import (
+    ConditioningConfig,
+    LossTerm,
+    ModelConfig,
+    Stage1Config,
+    Stage2Config,
+)
 from mantis_core.errors import ModelError
 from mantis_core.folders import read_meta
 from mantis_core.networks.preprocessing import normalise
 from mantis_core.networks.teacher import Teacher
 from mantis_core.tasks import Batch, Problem
+from mantis_core.training.loop import Session
+from mantis_core.training.optim import parameter_groups
 from mantis_core.training.stage1 import stage1_recipe
 from mantis_core.training.stage2 import stage2_recipe
 from tests.mantis_core.recipe_checks import changed, snapshot, train, without_gradient
@@ -45,6 +53,60 @@ def test_stage_2_keeps_the_teachers_batch_norm_statistics_in_the_trunk(
     before = {name: value.clone() for name, value in trunk.named_buffers()}
     train(recipe, [batch_of(problem, seed=i) for i in range(2)])
     assert all(torch.equal(value, before[name]) for name, value in trunk.named_buffers())
+
+
+def groups_of(recipe: Any) -> dict[str, set[str]]:
+    """The parts of the student by how their parameters are trained."""
+    groups = parameter_groups(recipe.student, loaded=recipe.loaded)
+    found = {
+        name: {".".join(own.split(".")[:2]) for own in group} for name, group in groups.items()
+    }
+    return {
+        "fine_tuned": found["fine_tuned"] | found["fine_tuned_no_decay"],
+        "new": found["new"] | found["new_no_decay"],
+    }
+
+
+def test_all_that_was_trained_before_learns_at_the_fine_tuning_rate(
+    problem: Problem, mixed_problem: Problem, stage2_of: Callable[..., Any]
+) -> None:
+    trained = {"client.encoder", "client.detector", "server.decoder", "server.trunk"}
+    fresh = {"client.conditioning", "server.task_decoders"}
+    for known in (problem, mixed_problem):  # of a flat teacher, and of one with heads
+        groups = groups_of(stage2_of(known))
+        assert groups == {"fine_tuned": {*trained, "server.tails"}, "new": fresh}
+
+
+def test_what_stage_1_or_the_teacher_lacks_learns_at_the_rate_of_new_parameters(
+    problem: Problem, stage1_of: Callable[..., Any], small_config: Callable[..., ModelConfig]
+) -> None:
+    losses = {"logits": LossTerm(criterion="TeacherLogits")}  # nothing trains the detector
+    first = stage1_of(problem, losses=losses)
+    stage1 = Session(first, first.config, steps_per_epoch=1, seed=0).recipe.student.shipped()
+    own = (Stage2Config(), small_config(), first.teacher, problem)
+    assert "client.detector" in groups_of(stage2_recipe(*own, stage1, seed=0))["new"]
+    first.teacher.flat_classes = 0  # a teacher without heads
+    assert "server.tails" in groups_of(stage2_recipe(*own, stage1, seed=0))["new"]
+
+
+def test_the_last_layer_of_a_detector_of_other_tasks_is_new(
+    problem: Problem, stage2_of: Callable[..., Any], small_config: Callable[..., ModelConfig]
+) -> None:
+    recipe = stage2_of(problem, small_config(single_task=True))
+    groups = parameter_groups(recipe.student, loaded=recipe.loaded)
+    new = {name for name in groups["new"] if name.startswith("client.detector.")}
+    assert new == {"client.detector.mlp.2.weight"}
+
+
+def test_the_averaged_student_of_stage_1_ships_its_trained_detector(
+    problem: Problem, stage1_of: Callable[..., Any], batch_of: Callable[..., Batch]
+) -> None:
+    recipe = stage1_of(problem, ema_decay=0.9, epochs=1)
+    session = Session(recipe, recipe.config, steps_per_epoch=1, seed=0)
+    session.train_epoch([batch_of(problem)])
+    session.evaluate(lambda: [batch_of(problem, seed=1)])
+    shipped = session.best_student().shipped()  # type: ignore[operator]
+    assert any(name.startswith("client.detector.") for name in shipped)
 
 
 @pytest.mark.parametrize("prior", ["shared", "per_task", "primary"])
