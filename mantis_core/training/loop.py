@@ -220,7 +220,7 @@ class Session:
         entries: dict[int, dict[str, Tensor]] = {}
         for name, value in part("optimizer").items():
             index, key = name.split("/", 1)
-            entries.setdefault(int(index), {})[key] = value
+            entries.setdefault(int(index), {})[key] = _laid_out(value, self.trained[int(index)])
         saved["state"] = entries
         for group, live in zip(saved["param_groups"], self.optimizer.param_groups, strict=True):
             group["peak_lr"] = live.get("peak_lr", live["lr"])
@@ -254,6 +254,16 @@ def fit(
         figures = session.train_epoch(train_batches(session.epoch), on_step)
         figures |= session.evaluate(holdout)
         yield {**figures, "epoch": float(session.epoch), "step": float(session.step_index)}
+
+
+def _laid_out(value: Tensor, parameter: Tensor) -> Tensor:
+    """A moment of a parameter in the parameter's memory format, which files do not keep.
+
+    Optimisers need equal strides: fused ones refuse others, foreach falls back to a slow path.
+    """
+    if value.ndim == 0:
+        return value  # the number of steps
+    return torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:

@@ -74,6 +74,32 @@ def test_a_resumed_session_equals_an_uninterrupted_one_bit_for_bit(
     assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
 
 
+def strides(tensor: Tensor) -> tuple[int, ...]:
+    """Those of dimensions longer than 1: the others mean nothing."""
+    return tuple(s for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n > 1)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "sgd"])
+def test_a_resumed_session_keeps_the_memory_format_of_all_that_a_step_updates(
+    kind: str, world: World, stage2_of: Callable[..., Any], tmp_path: Path
+) -> None:
+    optim = OptimConfig(kind=kind)  # type: ignore[arg-type]
+    first = session_of(stage2_of(world.problem, optim=optim))
+    first.step(world.train(0)[0])
+    save_training_state(tmp_path, *first.state())
+    resumed = session_of(stage2_of(world.problem, optim=optim))
+    resumed.load_state(*load_training_state(tmp_path))
+    kernel = resumed.recipe.student.server.decoder.first[0].weight
+    assert strides(kernel) != strides(kernel.contiguous())
+    assert resumed.average is not None
+    averaged = dict(resumed.average.module.named_parameters())
+    for name, parameter in resumed.recipe.student.named_parameters():
+        held = {"average": averaged[name], **resumed.optimizer.state[parameter]}
+        for what, value in held.items():
+            if isinstance(value, Tensor) and value.ndim:
+                assert strides(value) == strides(parameter), f"{what} of {name}"
+
+
 def test_a_state_of_another_schedule_is_refused(
     world: World, stage2_of: Callable[..., Any]
 ) -> None:

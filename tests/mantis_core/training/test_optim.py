@@ -13,12 +13,15 @@ from mantis_core.config import OptimConfig
 from mantis_core.networks.server import TaskDecoder
 from mantis_core.tasks import Problem
 from mantis_core.training.optim import (
+    GROUPS,
     build_optimizer,
     lr_factor,
     moving_average,
     parameter_groups,
     set_lr,
 )
+
+EMPTY: dict[str, dict[str, nn.Parameter]] = {name: {} for name in GROUPS}
 
 
 @pytest.mark.parametrize("stage", ["stage1_of", "stage2_of"])
@@ -114,6 +117,17 @@ def test_either_optimiser_takes_a_step(kind: str) -> None:
     student(torch.ones(1, 2)).sum().backward()
     optimizer.step()
     assert not torch.equal(student.weight, before)
+
+
+def test_adamw_is_fused_where_all_parameters_are_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    def kernels() -> tuple[bool, bool]:
+        (group,) = build_optimizer({**EMPTY, "new": {"x": parameter}}, OptimConfig()).param_groups
+        return group["fused"], group["foreach"]
+
+    parameter = nn.Parameter(torch.ones(2, 2))
+    assert kernels() == (False, True)
+    monkeypatch.setattr(nn.Parameter, "is_cuda", True, raising=False)
+    assert kernels() == (True, False)
 
 
 def test_the_rate_warms_up_to_its_peak_and_decays_to_its_last_share() -> None:
