@@ -93,6 +93,17 @@ class TestEveryConditioning:
         for gamma_beta, x in zip(condition(kind, 2), features(2), strict=True):
             assert torch.equal(modulate(x, gamma_beta), x)
 
+    def test_keeps_a_small_modulation_under_autocast(self, kind: str) -> None:
+        module = CONDITIONING[kind](3, LAYERS, hidden=8)
+        with torch.no_grad():
+            for parameter in module.parameters():
+                parameter.fill_(0.0 if parameter.ndim > 1 else 0.001)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            modulation = module(torch.rand(2, 3), torch.rand(2, 9, 4, 6))
+        for gamma, beta in filter(None, modulation):
+            torch.testing.assert_close(gamma, torch.full_like(gamma, 1.001), atol=1e-5, rtol=0)
+            assert gamma.dtype == beta.dtype == torch.float32
+
     def test_can_be_trained(self, kind: str) -> None:
         module = CONDITIONING[kind](3, LAYERS, hidden=8)
         modulation = module(torch.rand(2, 3), torch.rand(2, 9, 4, 6))

@@ -89,16 +89,20 @@ class TaskDetector(nn.Module):
         )
 
     def forward(self, stem: Tensor) -> View:
-        """(B, inputs, H/4, W/4) to a view; the sigmoid of a task's logit is p."""
+        """(B, inputs, H/4, W/4) to a view; the sigmoid of a task's logit is p.
+
+        Logits are float32, under autocast too: they are compared with each other and a threshold.
+        """
         detected = self.body(stem)
         if self.deep is not None:
             deep = interpolate(self.deep(detected), size=detected.shape[2:])
             detected = torch.cat([detected, deep], dim=1)
-        logits = self.mlp(pool(detected))
+        with torch.autocast(stem.device.type, enabled=False):
+            logits = self.mlp(pool(detected.float()))
         if self.members is None:
             return View(stem, detected, logits)
         count = self.members.shape[1] + 1
-        class_logits, own = logits[:, :count].float(), logits[:, count:].float()
+        class_logits, own = logits[:, :count], logits[:, count:]
         return View(stem, detected, task_logits(class_logits, own, self.members), class_logits)
 
 
@@ -143,12 +147,17 @@ class FiLMedEncoder(nn.Module):
         self.modulated_steps = (1, *(stride // 8,) * len(self.blocks))
 
     def forward(self, stem: Tensor, modulation: Modulation | None = None) -> Tensor:
-        """(B, inputs, H/4, W/4) to y (B, C, h, w). No modulation is the task-agnostic encoder."""
+        """(B, inputs, H/4, W/4) to y (B, C, h, w), float32, under autocast too.
+
+        No modulation is the task-agnostic encoder.
+        """
         layers = modulation or [None] * len(self.modulated_channels)
         x = stem
         for block, gamma_beta in zip(self.blocks, layers, strict=False):
             x = block(x, gamma_beta)
-        return modulate(self.to_latent(x), layers[-1])
+        with torch.autocast(x.device.type, enabled=False):
+            latent = self.to_latent(x.float())
+        return modulate(latent, layers[-1])
 
 
 def latent_size(image_size: tuple[int, int], stride: int) -> tuple[int, int]:

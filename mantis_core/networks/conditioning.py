@@ -15,7 +15,10 @@ from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d
 
 Modulation = list[tuple[Tensor, Tensor] | None]
-"""For each modulated layer gamma and beta, (B, C, 1, 1) or (B, C, h, w) each, None for identity."""
+"""For each modulated layer gamma and beta, (B, C, 1, 1) or (B, C, h, w) each, None for identity.
+
+float32, under autocast too: near 1, bfloat16 has steps of 1/128 and would round a small delta away.
+"""
 
 
 class Layers(NamedTuple):
@@ -52,7 +55,7 @@ class FiLMGenerator(nn.Module):
         parts = values.split([2 * c for c in self.channels], dim=1)
         modulation: Modulation = []
         for part in parts:
-            delta, beta = part[:, :, None, None].chunk(2, dim=1)
+            delta, beta = part[:, :, None, None].float().chunk(2, dim=1)
             modulation.append((1 + delta, beta))
         return modulation
 
@@ -94,13 +97,14 @@ class AttentionConditioning(nn.Module):
         """(B, K) task probabilities, or a multi-hot, and the detector's map (B, D, h, w)."""
         x = self.first(detected)
         if self.by_task is not None:
-            delta, beta = self.by_task(probabilities)[:, :, None, None].chunk(2, dim=1)
+            told = self.by_task(probabilities)[:, :, None, None].float()
+            delta, beta = told.chunk(2, dim=1)
             x = (1 + delta) * x + beta
         x = torch.relu(x)
         pooled = {step: avg_pool2d(x, step, ceil_mode=True) for step in set(self.steps)}
         modulation: Modulation = []
         for step, last in zip(self.steps, self.last, strict=True):
-            delta, beta = last(pooled[step]).chunk(2, dim=1)
+            delta, beta = last(pooled[step]).float().chunk(2, dim=1)
             modulation.append((1 + delta, beta))
         return modulation
 

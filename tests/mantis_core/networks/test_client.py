@@ -37,6 +37,24 @@ def test_latent_is_the_input_over_the_stride_rounded_up(
     assert latent.shape[2:] == latent_size((height, width), stride)
 
 
+def on_the_grid_of_bfloat16(values: Tensor) -> float:
+    """The share of values that bfloat16 holds exactly."""
+    return float((values.bfloat16().float() == values.float()).float().mean())
+
+
+@pytest.mark.parametrize("kind", ["film", "none"])
+def test_autocast_rounds_neither_the_latent_nor_the_logits(
+    small_config: Callable[..., ModelConfig], kind: str
+) -> None:
+    client = Client(small_config(conditioning=ConditioningConfig(kind=kind)), num_tasks=3)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        view = client(torch.randn(2, 3, 32, 32))
+        latent = client.encode(view, torch.sigmoid(view.logits))
+    for values in (view.logits, latent):
+        assert values.dtype == torch.float32
+        assert on_the_grid_of_bfloat16(values) < 0.5
+
+
 def test_a_latent_of_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match="latent_channels"):
         EncoderConfig(latent_channels=0)

@@ -71,3 +71,19 @@ def test_attention_modulates_a_position_by_what_the_detector_sees_there() -> Non
     assert not fine[2:].any()
     assert not fine[:, 4:].any()
     assert coarse.tolist() == [[True, True, False, False], [False] * 4, [False] * 4]
+
+
+def test_attention_keeps_what_it_is_told_of_a_task_under_autocast() -> None:
+    attention = AttentionConditioning(3, Layers((4,), (1,), 5), hidden=8)
+    assert attention.by_task is not None
+    with torch.no_grad():
+        attention.first.weight.zero_()
+        attention.first.bias.fill_(1.0)  # type: ignore[union-attr]
+        attention.by_task.weight.zero_()
+        attention.by_task.bias[:8] = 0.001
+        attention.by_task.bias[8:] = 0.0
+    seen: list[torch.Tensor] = []
+    attention.last[0].register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        attention(torch.rand(1, 3), SEEN)
+    torch.testing.assert_close(seen[0], torch.full_like(seen[0], 1.001), atol=1e-5, rtol=0)
