@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from typing import Self
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from mantis_core.baselines.image_codecs import IMAGE_CODECS
 from mantis_core.config import CodecTeacherConfig, LossTerm
 from mantis_core.networks.preprocessing import normalise
+from mantis_core.networks.server import still_batch_norms
 from mantis_core.networks.teacher import Teacher
 from mantis_core.tasks import Batch, Problem, TaskSpec
 from mantis_core.training.hits import label_hits
@@ -46,12 +48,22 @@ class CodecTeacherRecipe(Recipe):
 
 
 class IndividualRecipe(Recipe):
-    """An uncompressed network for each task, all in one fit: an upper bound of task accuracy."""
+    """An uncompressed network for each task, all in one fit: an upper bound of task accuracy.
+
+    Batch norms keep the teacher's statistics, as in the server's trunk: a step has a handful of
+    images of each task, too few for statistics of their own.
+    """
 
     def __init__(self, models: nn.ModuleDict, tasks: Sequence[TaskSpec]) -> None:
         super().__init__(tasks, {"labels": LossTerm(criterion="FlatLabels")})
         self.student = models
         self.set_teacher(None)
+
+    def train(self, mode: bool = True) -> Self:
+        """Switches the mode; batch norms stay in eval mode."""
+        super().train(mode)
+        still_batch_norms(self.student)
+        return self
 
     def forward(self, batch: Batch, progress: float) -> StepOutput:
         images = normalise(batch.image)
@@ -60,7 +72,7 @@ class IndividualRecipe(Recipe):
             key = f"logits/{task.name}"
             active = batch.task_mask[:, k]
             first = active.int().argsort(descending=True, stable=True)  # active images first
-            rows = first[: max(2, int(active.sum()))]  # two at least: batch norm needs them
+            rows = first[: max(1, int(active.sum()))]  # one at least, or other workers wait
             own = self.student[task.name](images[rows])[key]  # type: ignore[index]
             full = own.new_zeros(len(batch), *own.shape[1:])
             outputs[key] = full.index_copy(0, rows, own)

@@ -28,6 +28,33 @@ def test_individual_models_start_from_the_teacher_and_train_on_their_own_images(
     assert without_gradient(recipe) == []
 
 
+def test_batch_norms_of_individual_models_keep_the_teachers_statistics(
+    problem: Problem, teacher: Teacher, batch_of: Callable[..., Batch]
+) -> None:
+    recipe = individual_recipe(teacher, problem, seed=0)
+    before = {name: value.clone() for name, value in recipe.student.named_buffers()}
+    weights = snapshot(recipe.student)
+    train(recipe, [batch_of(problem, 4, seed=i) for i in range(2)])
+    assert all(torch.equal(value, before[name]) for name, value in recipe.student.named_buffers())
+    assert "animals.backbone.net.bn1.weight" in changed(recipe.student, weights)
+
+
+def test_an_image_of_an_individual_model_is_computed_alike_whatever_stands_beside_it(
+    problem: Problem, teacher: Teacher, batch_of: Callable[..., Batch]
+) -> None:
+    recipe = individual_recipe(teacher, problem, seed=0).train()
+    both, one = batch_of(problem, 2, classes=(0,)), batch_of(problem, 2, classes=(0,))
+    both.image[1] = both.image[0] // 2
+    one.image[:] = both.image[0]
+    seen: list[Tensor] = []
+    recipe.student["animals"].register_forward_hook(  # type: ignore[index]
+        lambda _, given, made: seen.append(made["logits/animals"][0])
+    )
+    for batch in (both, one):
+        recipe(batch, 0.0)
+    torch.testing.assert_close(seen[0], seen[1])
+
+
 def test_a_tuned_teacher_sees_what_its_codec_leaves(
     problem: Problem, teacher: Teacher, batch_of: Callable[..., Batch], batch: Batch
 ) -> None:
