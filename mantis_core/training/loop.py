@@ -236,10 +236,14 @@ class Session:
         student.load_state_dict(self.best_weights)
         return student.eval()
 
-    def _autocast(self) -> torch.autocast:
+    @property
+    def in_bf16(self) -> bool:
+        """Whether networks compute in bfloat16."""
         on_cuda = self.device.type == "cuda"
-        enabled = self.config.amp == "bf16" or (self.config.amp == "auto" and on_cuda)
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled)
+        return self.config.amp == "bf16" or (self.config.amp == "auto" and on_cuda)
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.in_bf16)
 
 
 def fit(

@@ -26,7 +26,12 @@ from pipelines.chain.preflight import Preflight
 from pipelines.chain.processes import pool_of
 from pipelines.chain.result import ChainResult, note_adopted, note_all
 from pipelines.evaluation.arms import Arm, ArmSource
-from pipelines.evaluation.split_pass import Evaluated, arm_figures, evaluate_locally
+from pipelines.evaluation.split_pass import (
+    Evaluated,
+    arm_figures,
+    evaluate_locally,
+    hardware_of,
+)
 from pipelines.settings.sections import Settings
 from pipelines.stages import prepare
 from pipelines.stages.evaluate import arm_sources, write_evaluation
@@ -340,7 +345,11 @@ def _evaluate(plan: Plan, prepared: str, parts: dict[str, Evaluated]) -> str:
     with claim(store, spec):
         mark_started(store, spec)
         first = next(iter(parts.values()))
-        done = replace(first, answers={name: part.answers[name] for name, part in parts.items()})
+        done = replace(
+            first,
+            answers={name: part.answers[name] for name, part in parts.items()},
+            computed_on=hardware_of(parts.values()),
+        )
         result = write_evaluation(spec, plan.by_name, store, prepared, done)
         mark_done(store, spec, result, plan.settings.tracking.uri)
     return f"evaluate seed {plan.settings.seed}: {result['summary']}"

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from pipelines.stages.record import made_by, mark_adopted
 from pipelines.stages.spec import StageOutcome, StageSpec
 from pipelines.storage import Store
 from pipelines.terminal.console import Console
+from pipelines.training.files import COMPUTED_ON
 
 
 @dataclass(frozen=True)
@@ -38,3 +40,18 @@ def note_all(notes: Sequence[str], console: Console) -> None:
     """Prints the notes of a preflight."""
     for text in notes:
         console.note(f"note: {text}")
+
+
+def hardware_tags(result: Mapping[str, Any]) -> dict[str, str]:
+    """Returns the tags of a stage's run: mantis.device, mantis.precision and so on.
+
+    Different values of one entry, such as two kinds of GPU, stand beside each other. A stage that
+    computes nothing with torch, or that earlier code has finished, has none.
+    """
+    values: dict[str, list[str]] = {}
+    for hardware in result.get(COMPUTED_ON, []):
+        for name, value in hardware.items():
+            text = str(value).lower() if isinstance(value, bool) else str(value)
+            if value is not None and text not in values.setdefault(name, []):
+                values[name].append(text)
+    return {f"mantis.{name}": ", ".join(texts) for name, texts in values.items()}

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from pipelines.chain.plan import Plan
 from pipelines.chain.preflight import Preflight
-from pipelines.chain.result import ChainResult, note_adopted, note_all
+from pipelines.chain.result import ChainResult, hardware_tags, note_adopted, note_all
 from pipelines.cluster.connect import connect
 from pipelines.cluster.preflight import check_machine
 from pipelines.settings.sections import Settings
@@ -197,7 +197,8 @@ def _run_stage(spec: StageSpec, context: StageContext, *, resumed: bool) -> Stag
         with contextlib.suppress(ValueError):  # Ray Train keeps its Ctrl-C handler after a fit
             signal.signal(signal.SIGINT, interrupt)
     metrics = result.get("metrics", {})
-    context.tracker.finish(stage_run_id, "FINISHED", metrics=metrics)
+    tags = hardware_tags(result)
+    context.tracker.finish(stage_run_id, "FINISHED", metrics=metrics, tags=tags)
     status, seconds = "resumed" if resumed else "ran", time.monotonic() - began
     console.stage_finished(spec.name, status, seconds, result.get("summary", ""))
     return StageOutcome(spec.key, status, round(seconds, 3), result.get("rows", {}))
@@ -221,8 +222,9 @@ def _catch_up(
     run_id = tracker.open_pipeline(config_name, shown, plan.key)
     for spec in specs if run_id is not None else ():
         stage_run_id = _open_stage_run(spec, plan.by_name, tracker, run_id, finished=True)
-        figures = read_result(store, spec).get("metrics", {})
-        tracker.finish(stage_run_id, "FINISHED", metrics=figures)
+        result = read_result(store, spec)
+        figures, tags = result.get("metrics", {}), hardware_tags(result)
+        tracker.finish(stage_run_id, "FINISHED", metrics=figures, tags=tags)
     tracker.finish(run_id, "FINISHED")
     remember_run(store, plan.key, run_id)
     return run_id

@@ -20,6 +20,7 @@ from mantis_core.baselines.uncompressed import individual_models
 from mantis_core.codec.checkpoint import load_model
 from mantis_core.codec.mantis import Mantis
 from mantis_core.measure.metrics import pixel_confusion
+from mantis_core.networks.inference import full_float32
 from mantis_core.networks.preprocessing import normalise
 from mantis_core.networks.teacher import Teacher
 from mantis_core.tasks import Problem, TaskSpec
@@ -28,7 +29,8 @@ from pipelines.evaluation.arms import EXAMPLES, ArmSource, Arrays
 from pipelines.settings.arms import ARM_KINDS, TUNED
 from pipelines.settings.sections import Settings
 from pipelines.storage import local_copy
-from pipelines.training.files import CHECKPOINT
+from pipelines.training.files import CHECKPOINT, COMPUTED_ON
+from pipelines.training.hardware import computed_on
 from pipelines.training.problem import problem_of
 from pipelines.training.weights import load_teacher, stage_tensors
 
@@ -44,13 +46,18 @@ class ArmEvaluator:
         manifest: Mapping[str, Any],
         batch_size: int,
         threads: int,
+        device: str,
+        workers: int,
     ) -> None:
+        """`device` is "cpu" or "cuda"; `workers` is the number of evaluators beside each other."""
         torch.set_num_threads(threads)
         resolved = Settings.model_validate(dict(settings))
         short_side = resolved.data.stored_short_side
         problem = problem_of(Manifest.model_validate(manifest), short_side)
         self.problem, self.batch_size = problem, batch_size
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = torch.device(device)
+        with full_float32(device):
+            self.computed_on = computed_on(self.device, bf16=False, workers=workers)
         self.arms: list[tuple[ArmSource, nn.Module]] = []
         loaded: dict[str, nn.Module] = {}
         for entry in sources:
@@ -72,7 +79,7 @@ class ArmEvaluator:
         images = images.to(self.device)
         parts = []
         for number, (source, model) in enumerate(self.arms):
-            with torch.no_grad():
+            with torch.no_grad(), full_float32(self.device.type):
                 if source.quality is not None:
                     rows = run_image_codec(model, images, batch, self.problem, source)
                 elif source.exit_confidence is not None:
@@ -88,6 +95,8 @@ class ArmEvaluator:
         out = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         for name in ("row_id", "class_label", "labels", "task_mask"):
             out[name] = np.concatenate([batch[name]] * len(parts))
+        out[COMPUTED_ON] = np.full(len(out["arm"]), "", dtype=object)
+        out[COMPUTED_ON][0] = json.dumps(self.computed_on)  # once in a batch
         return out
 
 

@@ -10,6 +10,7 @@ from data_prep.config import DataConfig
 from data_prep.errors import DataError
 from pipelines.evaluation.arms import SPLIT, ArmSource
 from pipelines.evaluation.split_pass import arm_figures, evaluate_split
+from pipelines.training.files import COMPUTED_ON
 
 if TYPE_CHECKING:
     from pipelines.settings.sections import Settings
@@ -19,8 +20,8 @@ def evaluate_model(model_folder: Path, data_path: str, settings: Settings) -> di
     """Measures a model on other images, prepared in the same way as its training images.
 
     `data_path` is a Parquet file, or a folder with one folder of images for each class. Returns
-    {"rows", "rejected", "unassigned", "metrics"}. Raises DataError if the data has none of the
-    model's classes.
+    {"rows", "rejected", "unassigned", "metrics", "computed_on"}. Raises DataError if the data has
+    none of the model's classes.
     """
     from data_prep.finding import source_for_path
     from data_prep.manifest import Task, TaskTable
@@ -64,4 +65,5 @@ def evaluate_model(model_folder: Path, data_path: str, settings: Settings) -> di
             "rejected": manifest.rejected,
             "unassigned": manifest.unassigned.get(SPLIT, 0),
             "metrics": arm_figures(done, "model")["metrics"],
+            COMPUTED_ON: list(done.computed_on),
         }

@@ -6,8 +6,9 @@ the rows, checks their number and computes figures. It writes no file.
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from data_prep.reading import ReadingConfig
 from mantis_core.measure.metrics import ImageRecords, detection_curve, detector_confusion, figures
 from mantis_core.tasks import TaskSpec
 from pipelines.evaluation.arms import SPLIT, ArmSource, Arrays
+from pipelines.training.files import COMPUTED_ON
 from pipelines.training.problem import tasks_of
 
 if TYPE_CHECKING:
@@ -43,12 +45,16 @@ class ArmActor:
 
 @dataclass(frozen=True)
 class Evaluated:
-    """The result of one pass over a split: the columns of each arm's answers, in row order."""
+    """The result of one pass over a split: the columns of each arm's answers, in row order.
+
+    `computed_on` is the hardware of the evaluators, one entry for all that were alike.
+    """
 
     answers: dict[str, Arrays]
     tasks: tuple[TaskSpec, ...]
     single_class: bool
     image_size: tuple[int, int]
+    computed_on: tuple[dict[str, Any], ...] = ()
 
 
 def evaluate_split(
@@ -60,8 +66,9 @@ def evaluate_split(
     settings: Settings,
     on_rows: Any = None,
 ) -> Evaluated:
-    """Runs all arms over the split with Ray Data.
+    """Runs all arms over the split with Ray Data, on GPUs only if training workers have them too.
 
+    Ray lets a process that asks for no GPU see all of them, so what it sees decides nothing.
     `on_rows` receives the rows done so far and the rows in all. Raises EvaluationError if a row is
     missing or repeated.
     """
@@ -80,6 +87,8 @@ def evaluate_split(
         fn_constructor_kwargs={
             **_actor_arguments(manifest, sources, settings),
             "threads": max(1, len(os.sched_getaffinity(0)) // actors),
+            "device": "cuda" if gpus else "cpu",
+            "workers": actors,
         },
         batch_size=batch_size,
         batch_format="numpy",
@@ -106,8 +115,18 @@ def evaluate_locally(
     settings: Settings,
     threads: int,
 ) -> Evaluated:
-    """Does the same in this process, without Ray, with `threads` threads of torch."""
-    actor = ArmActor(**_actor_arguments(manifest, sources, settings), threads=threads)
+    """Does the same in this process, without Ray, on a GPU if there is one.
+
+    `threads` are those of torch.
+    """
+    from torch.cuda import is_available
+
+    actor = ArmActor(
+        **_actor_arguments(manifest, sources, settings),
+        threads=threads,
+        device="cuda" if is_available() else "cpu",
+        workers=1,
+    )
     size = settings.evaluate.batch_size
     batches = local_batches(folder, manifest, reading, split=SPLIT, global_batch=size)
     return collected([actor(batch) for batch in batches], sources, manifest)
@@ -116,7 +135,7 @@ def evaluate_locally(
 def _actor_arguments(
     manifest: Manifest, sources: Sequence[ArmSource], settings: Settings
 ) -> dict[str, Any]:
-    """Returns the arguments of an ArmActor without `threads`, as plain picklable values."""
+    """Returns what each ArmActor is to measure, as plain picklable values."""
     return {
         "sources": [asdict(source) for source in sources],
         "settings": settings.model_dump(mode="json"),
@@ -134,6 +153,8 @@ def collected(
     """
     rows = manifest.split(SPLIT).rows
     found = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    stated = found.pop(COMPUTED_ON, np.array([], dtype=object)).tolist()
+    hardware = tuple(json.loads(each) for each in sorted(set(stated) - {""}))
     answers = {}
     for number, source in enumerate(sources):
         own = np.flatnonzero(found["arm"] == number)
@@ -145,7 +166,16 @@ def collected(
                 f"{rows} rows of {SPLIT}; run the evaluation again"
             )
         answers[source.name] = {name: values[own] for name, values in found.items()}
-    return Evaluated(answers, tasks_of(manifest), manifest.single_class, manifest.image_size)
+    tasks, size = tasks_of(manifest), manifest.image_size
+    return Evaluated(answers, tasks, manifest.single_class, size, hardware)
+
+
+def hardware_of(parts: Iterable[Evaluated]) -> tuple[dict[str, Any], ...]:
+    """Returns the hardware of several passes, without repetition."""
+    found: list[dict[str, Any]] = []
+    for part in parts:
+        found += [each for each in part.computed_on if each not in found]
+    return tuple(found)
 
 
 def arm_figures(done: Evaluated, name: str) -> dict[str, Any]:

@@ -20,6 +20,7 @@ import numpy as np
 from pipelines.evaluation.arms import EXAMPLES, SPLIT, Arm, ArmSource
 from pipelines.settings.arms import ARM_KINDS
 from pipelines.stages.spec import Inputs, Stage, StageContext, StageSpec
+from pipelines.training.files import COMPUTED_ON
 
 if TYPE_CHECKING:
     from data_prep.manifest import Manifest
@@ -102,6 +103,7 @@ def write_evaluation(
         ],
         "single_class": manifest.single_class,
         "arms": arms,
+        COMPUTED_ON: list(done.computed_on),
         "examples": examples(prepared, manifest, spec.settings.data.reading, done, main["name"]),
     }
     store.write_bytes(f"{spec.folder}/predictions.parquet", _parquet(done))
@@ -113,7 +115,12 @@ def write_evaluation(
         for name in ("val/top1", "val/miou", "val/wire_bytes", "val/bpp")
         if name in metrics
     ]
-    return {"metrics": metrics, "arms": len(arms), "summary": ", ".join(shown)}
+    return {
+        "metrics": metrics,
+        "arms": len(arms),
+        COMPUTED_ON: list(done.computed_on),
+        "summary": ", ".join(shown),
+    }
 
 
 def add_report(folder: str, store: Store) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from pipelines.stages.spec import StageContext, StageSpec, upstream_folders
-from pipelines.training.files import BEST, CHECKPOINT, HISTORY, rows_of
+from pipelines.training.files import BEST, CHECKPOINT, COMPUTED_ON, HISTORY, rows_of
 from pipelines.training.job import Training
 
 if TYPE_CHECKING:
@@ -32,14 +32,19 @@ def run(spec: StageSpec, context: StageContext) -> dict[str, Any]:
 
 
 def result_of(spec: StageSpec, store: Store) -> dict[str, Any]:
-    """Returns the result of a finished training: best holdout figures, model folder, rows."""
+    """Returns the result of a finished training: best holdout figures, model folder, rows.
+
+    And the hardware that computed it.
+    """
     history = store.read_json(f"{spec.folder}/{HISTORY}.json")
     figures = store.read_json(f"{spec.folder}/{BEST}")
+    meta = store.read_json(f"{spec.folder}/{CHECKPOINT}/meta.json")
     shown = {k: figures[k] for k in ("holdout/loss", "holdout/bpp", "holdout/top1") if k in figures}
     return {
         "model_folder": CHECKPOINT,
         "metrics": figures,
         "rows": rows_of(history),
+        COMPUTED_ON: [meta[COMPUTED_ON]],
         "summary": ", ".join(f"{k.split('/')[1]} {v:.4g}" for k, v in shown.items()),
     }
 

@@ -30,11 +30,13 @@ from pipelines.training.checkpoints import Checkpoint, newest_intact, read_check
 from pipelines.training.files import (
     BEST,
     CHECKPOINT,
+    COMPUTED_ON,
     HISTORY,
     ROWS,
     ROWS_LEFT_OUT,
     ROWS_SHA256,
 )
+from pipelines.training.hardware import computed_on
 from pipelines.training.job import Training
 from pipelines.training.problem import problem_of
 from pipelines.training.weights import SavedWeights
@@ -96,7 +98,7 @@ def train(
         history.append(epoch_record(session, manifest, figures))
         on_epoch(session, history)
     if place.rank == 0:
-        ship(session, training, history)
+        ship(session, training, history, place)
     return history
 
 
@@ -234,13 +236,16 @@ def report_checkpoint(
     report_epoch(training.name, {"epochs": session.config.epochs, **shown})
 
 
-def ship(session: Session, training: Training, history: Sequence[Mapping[str, Any]]) -> None:
+def ship(
+    session: Session, training: Training, history: Sequence[Mapping[str, Any]], place: Place
+) -> None:
     """Writes the best student to the stage's model folder, and the figures of all epochs."""
     meta = {
         "stage": training.name,
         "key": training.key,
         "metrics": session.best,
         "preparation": dict(training.preparation),
+        COMPUTED_ON: computed_on(place.device, bf16=session.in_bf16, workers=place.world),
     }
     with tempfile.TemporaryDirectory(prefix="mantis-ship-") as folder:
         session.recipe.save(session.best_student(), folder, training.kind, meta)

@@ -45,6 +45,7 @@ class FakeTracker:
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, ...]] = []
+        self.tags: dict[str, Any] = {}
 
     def open_pipeline(self, name: str, settings: object, plan_key: str) -> str:
         self.calls.append(("pipeline", name))
@@ -56,8 +57,11 @@ class FakeTracker:
         self.calls.append(("finished" if rest["finished"] else "opened", name))
         return f"run of {name}"
 
-    def finish(self, run_id: str, status: str, **_: object) -> None:
+    def finish(
+        self, run_id: str, status: str, *, tags: dict[str, str] | None = None, **_: object
+    ) -> None:
         self.calls.append((status, run_id))
+        self.tags[run_id] = tags
 
     def close(self, status: str) -> None:
         self.calls.append(("closed", status))
@@ -83,6 +87,8 @@ class Bench:
         if spec.name in self.fail:
             raise self.fail[spec.name]
         result: dict[str, Any] = {"metrics": {"val/top1": float(len(spec.name))}}
+        if spec.stage.trains:
+            result["computed_on"] = [{"device": "cpu", "workers": 2}]
         return result | ({"model": "models:/mantis/1"} if spec.kind == "register" else {})
 
     def run(self, *overrides: str, until: str | None = None) -> ChainResult:
@@ -117,6 +123,13 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
 
 def statuses(result: ChainResult) -> dict[str, str]:
     return {name: outcome.status for name, outcome in result.stages.items()}
+
+
+def test_a_stages_run_is_tagged_with_what_computed_it(bench: Bench) -> None:
+    bench.run()
+    tags = {"mantis.device": "cpu", "mantis.workers": "2"}
+    assert bench.tracker.tags["run of stage1"] == bench.tracker.tags["run of stage2/none"] == tags
+    assert bench.tracker.tags["run of prepare"] == {}
 
 
 def test_a_first_run_runs_every_stage_in_order(bench: Bench) -> None:

@@ -9,13 +9,25 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from data_prep.manifest import Manifest
 from data_prep.prepare.shards import prepare
 from data_prep.tasks import resolve_tasks
+from mantis_core.config import TeacherConfig
+from mantis_core.networks.inference import computes_in_tf32
+from mantis_core.networks.teacher import Teacher
+from mantis_core.tasks import Problem
+from mantis_core.training.teacher import new_teacher
 from pipelines.evaluation import split_pass
 from pipelines.evaluation.arms import SPLIT, ArmSource, Arrays
-from pipelines.evaluation.split_pass import EvaluationError, collected, evaluate_split
+from pipelines.evaluation.split_pass import (
+    EvaluationError,
+    collected,
+    evaluate_locally,
+    evaluate_split,
+    hardware_of,
+)
 from pipelines.settings.sections import Settings
 
 SOURCES = [ArmSource("one", "teacher", None), ArmSource("two", "teacher", None)]
@@ -39,7 +51,7 @@ class Dying:
         }
 
 
-def prepared(root: Path) -> tuple[Settings, Manifest]:
+def prepared(root: Path, **how: Any) -> tuple[Settings, Manifest]:
     source = {"kind": "shapes", "train_rows": 20, "val_rows": 200, "size": 32}
     settings = Settings.model_validate(
         {
@@ -51,7 +63,7 @@ def prepared(root: Path) -> tuple[Settings, Manifest]:
         }
     )
     table = resolve_tasks(settings.tasks, settings.data)
-    return settings, prepare(settings.data, table, seed=0, output=str(root / "shards"))
+    return settings, prepare(settings.data, table, seed=0, output=str(root / "shards"), **how)
 
 
 @pytest.mark.usefixtures("ray_session")
@@ -82,3 +94,73 @@ def test_a_row_that_is_lost_or_doubled_is_no_evaluation(tmp_path: Path) -> None:
         EvaluationError, match=rf"one: {rows} answers \({rows - 1} different rows\)"
     ):
         collected([{"arm": arm, "row_id": doubled}], SOURCES, manifest)
+
+
+class Reader:
+    """Stands for Ray's dataset: builds the actor where it is and answers every row with nothing."""
+
+    def __init__(self, rows: int) -> None:
+        self.rows = rows
+        self.evaluator: Any = None
+        self.asked: dict[str, Any] = {}
+
+    def map_batches(
+        self, actor: Any, *, fn_constructor_kwargs: dict[str, Any], **asked: Any
+    ) -> Any:
+        self.evaluator = actor(**fn_constructor_kwargs).evaluator
+        self.asked = asked
+        return self
+
+    def iter_batches(self, **_: Any) -> list[Arrays]:
+        return [{"arm": np.zeros(self.rows, int), "row_id": np.arange(self.rows)}]
+
+
+def prepared_here(root: Path) -> tuple[Settings, Manifest]:
+    """As `prepared`, without Ray."""
+    return prepared(root, run=lambda tables, function, job: [function(t, job=job) for t in tables])
+
+
+def test_arms_stay_on_the_cpu_unless_training_workers_have_gpus(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings, manifest = prepared_here(tmp_path)
+    reader = Reader(manifest.split(SPLIT).rows)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 3.0, "GPU": 2.0})
+    monkeypatch.setattr(split_pass, "eval_rows", lambda *_: reader)
+    monkeypatch.setattr("pipelines.evaluation.answers._load", lambda *_: torch.nn.Identity())
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "a GPU")
+    own = (str(tmp_path / "shards"), manifest, settings.data.reading, SOURCES[:1])
+    evaluate_split(*own, settings=settings)
+    assert reader.evaluator.device.type == "cpu"
+    assert reader.asked["num_gpus"] is None
+    assert reader.evaluator.computed_on["workers"] == 2
+    cluster = settings.cluster.model_copy(update={"gpus_per_worker": 1.0})
+    evaluate_split(*own, settings=settings.model_copy(update={"cluster": cluster}))
+    assert reader.evaluator.device.type == "cuda"
+    assert reader.asked["num_gpus"] == 1
+
+
+def test_a_pass_says_what_it_was_computed_on_and_computes_without_tf32(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings, manifest = prepared_here(tmp_path)
+    tf32: list[bool] = []
+
+    def teacher(settings: Settings, problem: Problem, folder: None) -> Teacher:
+        config = TeacherConfig(name="shufflenet_v2_x0_5", split="stage2")
+        made = new_teacher(config, problem)
+        made.register_forward_hook(lambda *_: tf32.append(computes_in_tf32()))
+        return made
+
+    monkeypatch.setattr("pipelines.evaluation.answers.load_teacher", teacher)
+    folder = str(tmp_path / "shards")
+    done = evaluate_locally(
+        folder, manifest, settings.data.reading, SOURCES, settings=settings, threads=1
+    )
+    (hardware,) = done.computed_on
+    assert (hardware["device"], hardware["precision"]) == ("cpu", "float32")
+    assert (hardware["tf32"], hardware["workers"]) == (False, 1)
+    assert "computed_on" not in done.answers["one"]
+    assert set(tf32) == {False}
+    assert hardware_of([done, done]) == done.computed_on
