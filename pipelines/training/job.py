@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -34,3 +35,18 @@ class Training:
     checkpoints: str
     upstream: Mapping[str, str]
     preparation: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def seed(self) -> int:
+        """The seed of all that the training draws after its initial weights."""
+        return stage_seed(self.settings.seed, self.kind)
+
+
+def stage_seed(seed: int, kind: str) -> int:
+    """Returns a 63-bit seed for one kind of stage.
+
+    With one seed for all, a student would see the images cropped and in the order in which its
+    teacher has learned them. All arms of a kind share it, so they differ by their settings alone.
+    """
+    digest = hashlib.sha256(f"{seed}/{kind}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") & (2**63 - 1)

@@ -77,7 +77,7 @@ def train(
         training.recipe(settings, problem, SavedWeights(training.upstream)),
         section,
         steps_per_epoch=steps_per_epoch(manifest.split("train").rows, section.batch_size),
-        seed=settings.seed,
+        seed=training.seed,
         device=place.device,
         rank=place.rank,
     )
@@ -120,7 +120,7 @@ def ray_worker(config: dict[str, Any]) -> None:
             training.prepared,
             manifest,
             settings.data.reading,
-            seed=settings.seed,
+            seed=training.seed,
             epoch=epoch,
             global_batch=training.section.batch_size,
             rank=place.rank,
@@ -155,7 +155,7 @@ def train_plainly(
             manifest,
             settings.data.reading,
             global_batch=training.section.batch_size,
-            seed=settings.seed,
+            seed=training.seed,
             epoch=epoch,
             threads=threads,
         )

@@ -23,6 +23,7 @@ from mantis_core.tasks import Batch
 from mantis_core.training.meter import consumed_rows, hash_of_rows
 from pipelines.settings.reading import load_settings
 from pipelines.stages.order import STAGES
+from pipelines.training.job import stage_seed
 
 CLASSES = {"n02085620": 0, "n02085782": 1, "n02123045": 2, "n02123159": 3}
 VAL_ROWS = 9
@@ -95,7 +96,7 @@ def planned_hashes(config: Path, stage: str, *overrides: str) -> list[str]:
             manifest,
             settings.data.reading,
             global_batch=training.batch_size,
-            seed=settings.seed,
+            seed=stage_seed(settings.seed, stage),
             epoch=epoch,
         )
         first = epoch * (manifest.split("train").rows // training.batch_size)

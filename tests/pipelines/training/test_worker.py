@@ -1,0 +1,92 @@
+"""A training in its worker: what it reads, and what it records. Whole runs are in
+test_end_to_end.py."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mantis_core.config import TrainingConfig
+from mantis_core.folders import read_meta
+from mantis_core.tasks import Batch, Problem
+from mantis_core.training.loop import Session
+from pipelines.settings.sections import Settings
+from pipelines.storage import Store
+from pipelines.training import worker
+from pipelines.training.job import Training
+from pipelines.training.worker import Place
+from tests.mantis_core.conftest import make_batch, make_problem, make_stage1
+
+
+def training_of(kind: str, folder: Path, seed: int = 0) -> Training:
+    settings = Settings.model_validate(
+        {
+            "seed": seed,
+            "data": {"sources": [{"kind": "shapes"}]},
+            "tasks": [{"name": "outline", "classes_from": "shapes"}],
+        }
+    )
+    return Training(
+        name=kind,
+        kind=kind,
+        key="a key",
+        settings=settings,
+        section=TrainingConfig(),
+        recipe=lambda *_: make_stage1(make_problem()),
+        prepared="shards",
+        folder=str(folder),
+        checkpoints=str(folder / "checkpoints"),
+        upstream={},
+    )
+
+
+def drawn(monkeypatch: pytest.MonkeyPatch, training: Training) -> dict[str, Any]:
+    """What a plain training asks of the reader for its second epoch."""
+    asked: dict[str, Any] = {}
+
+    def read(*_: Any, **options: Any) -> list[Any]:
+        asked.update(options)
+        return []
+
+    monkeypatch.setattr(worker, "read_manifest", lambda folder: None)
+    monkeypatch.setattr(worker, "local_batches", read)
+    monkeypatch.setattr(worker, "train", lambda *own, **_: list(own[3](1)))
+    worker.train_plainly(training, threads=1, on_epoch=lambda *_: None)
+    return asked
+
+
+def test_no_stage_replays_the_crops_and_the_order_of_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kinds = ("teacher", "stage1", "stage2", "individual", "codec_teacher")
+    asked = [drawn(monkeypatch, training_of(kind, tmp_path)) for kind in kinds]
+    again = drawn(monkeypatch, training_of("stage2", tmp_path))
+    other = drawn(monkeypatch, training_of("stage2", tmp_path, seed=1))
+    assert len({each["seed"] for each in [*asked, other]}) == len(kinds) + 1
+    assert again == asked[2]
+    assert {each["epoch"] for each in asked} == {1}
+
+
+@pytest.mark.parametrize(("amp", "precision"), [("off", "float32"), ("bf16", "bf16")])
+def test_a_trained_model_records_what_it_was_computed_on(
+    amp: str, precision: str, tmp_path: Path
+) -> None:
+    problem: Problem = make_problem()
+    recipe = make_stage1(problem, epochs=1, amp=amp)
+    session = Session(recipe, recipe.config, steps_per_epoch=1, seed=0)
+
+    def batches() -> list[Batch]:
+        return [make_batch(problem, 4)]
+
+    session.train_epoch(batches())
+    session.evaluate(batches)
+    place = Place(torch.device("cpu"), rank=0, world=3)
+    worker.ship(session, training_of("stage1", tmp_path), [], place)
+    recorded = read_meta(tmp_path / "checkpoint")["computed_on"]
+    assert recorded["device"] == "cpu"
+    assert recorded["precision"] == precision
+    assert recorded["workers"] == 3
+    assert Store(str(tmp_path)).exists("best.json")
