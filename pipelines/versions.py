@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import hashlib
 import json
+import os
+import re
 import subprocess
+import tomllib
 from importlib import metadata
 from pathlib import Path
 
@@ -19,6 +24,11 @@ DECIDING_PACKAGES = (
     "pyarrow",
 )
 """Their versions enter every stage's key, and MLflow records them."""
+PROJECT = Path(__file__).resolve().parents[1]
+"""The folder that holds our packages: a checkout, an upload or an environment's site-packages."""
+PACKAGES = ("data_prep", "mantis_core", "pipelines", "tune_spaces")
+DISTRIBUTION = "mantis-codec"
+COMMIT_VARIABLE = "MANTIS_COMMIT"
 
 
 def installed() -> dict[str, str]:
@@ -27,17 +37,47 @@ def installed() -> dict[str, str]:
 
 
 def commit() -> str:
-    """Returns the commit of the checkout the package runs from; "" outside a checkout."""
-    return git("rev-parse", "HEAD")
+    """Returns the commit of this code; "" if nothing names it.
+
+    The variable MANTIS_COMMIT goes first: a Ray job runs from an upload without .git. Then comes
+    pipelines/commit.txt, where `git archive` writes the commit, and then the checkout itself.
+    """
+    if stated := os.environ.get(COMMIT_VARIABLE, "").strip():
+        return stated
+    file = PROJECT / "pipelines" / "commit.txt"
+    written = file.read_text(encoding="utf-8").strip() if file.is_file() else ""
+    if re.fullmatch("[0-9a-f]{40,64}", written):
+        return written
+    return _git("rev-parse", "HEAD") if _is_own_checkout() else ""
+
+
+@functools.cache
+def source_sha256(project: Path | None = None) -> str:
+    """Returns the sha256 of all source files, by which code can be told apart without git.
+
+    An installed package has the same as the checkout it was built from.
+    """
+    root, digest = project or PROJECT, hashlib.sha256()
+    for package in PACKAGES:
+        for path in sorted((root / package).rglob("*.py")):
+            digest.update(f"{path.relative_to(root).as_posix()}\0".encode())
+            digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()
 
 
 def provenance() -> dict[str, str]:
     """Returns the tags by which a run records its code and packages."""
     versions = {**installed(), **_present("ray", "mlflow")}
-    tags = {"mantis.versions": json.dumps(versions), "mlflow.source.name": "mantis"}
+    tags = {
+        "mantis.versions": json.dumps(versions),
+        "mantis.source_sha256": source_sha256(),
+        "mlflow.source.name": "mantis",
+    }
     if head := commit():
         tags["mlflow.source.git.commit"] = head
-        tags["mantis.uncommitted_changes"] = str(bool(git("status", "--porcelain"))).lower()
+        if _is_own_checkout():
+            changed = _git("status", "--porcelain")
+            tags["mantis.uncommitted_changes"] = str(bool(changed)).lower()
     return tags
 
 
@@ -50,12 +90,24 @@ def _present(*packages: str) -> dict[str, str]:
     return found
 
 
-def git(*arguments: str) -> str:
+def _is_own_checkout() -> bool:
+    """Returns whether this code lies in a git repository of its own.
+
+    Installed in an environment inside another repository, it must not take that one's commit.
+    """
+    root, file = _git("rev-parse", "--show-toplevel"), PROJECT / "pyproject.toml"
+    if not root or Path(root).resolve() != PROJECT.resolve() or not file.is_file():
+        return False
+    project = tomllib.loads(file.read_text(encoding="utf-8")).get("project", {})
+    return bool(project.get("name") == DISTRIBUTION)
+
+
+def _git(*arguments: str) -> str:
     """Returns the output of a git command; "" if the command fails or outside a checkout."""
     try:
         done = subprocess.run(
             ["git", *arguments],
-            cwd=Path(__file__).parent,
+            cwd=PROJECT,
             capture_output=True,
             text=True,
             timeout=10,

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from pipelines.stages.spec import StageSpec
 from pipelines.storage import Store
-from pipelines.versions import commit
+from pipelines.versions import commit, source_sha256
 
 StageState = Literal["done", "started", "new"]
 
@@ -72,9 +72,10 @@ def stage_state(store: Store, spec: StageSpec, tracking_uri: str | None) -> Stag
 
 
 def mark_started(store: Store, spec: StageSpec) -> None:
-    """Records the key, the config and the commit of a stage that is about to run."""
+    """Records the key, the config and the code of a stage that is about to run."""
     store.delete(f"{spec.folder}/DONE")
-    begun = {"key": spec.key, "recipe": spec.recipe, "commit": commit(), "config": spec.config}
+    code = {"commit": commit(), "source_sha256": source_sha256()}
+    begun = {"key": spec.key, "recipe": spec.recipe, **code, "config": spec.config}
     store.write_json(f"{spec.folder}/STARTED", begun)
 
 

@@ -94,6 +94,7 @@ def lineage(tracker: Tracker, run: str) -> dict[str, Any]:
         "name": pipeline.data.tags["mantis.name"],
         "status": pipeline.info.status,
         "git_commit": pipeline.data.tags.get("mlflow.source.git.commit"),
+        "source_sha256": pipeline.data.tags.get("mantis.source_sha256"),
         "uncommitted_changes": pipeline.data.tags.get("mantis.uncommitted_changes") == "true",
         "versions": yaml.safe_load(pipeline.data.tags["mantis.versions"]),
         "adopted": sorted(

@@ -13,6 +13,7 @@ from mlflow.exceptions import MlflowException
 from pipelines.tracking import lookup, metric_writer
 from pipelines.tracking.metric_writer import MetricWriter
 from pipelines.tracking.runs import Tracker, TrackingError, flatten, locate_tracking
+from pipelines.versions import source_sha256
 
 NOWHERE = "http://127.0.0.1:9"  # the discard port: nothing listens
 
@@ -81,6 +82,7 @@ def test_a_stage_has_one_run_for_ever_nested_under_its_first_pipeline(tracker):
     assert run.data.tags["mlflow.parentRunId"] == parent
     assert run.data.tags["mantis.checkpoint"] == "/runs/stage1-k1/model"
     assert json.loads(run.data.tags["mantis.versions"])["torch"]
+    assert run.data.tags["mantis.source_sha256"] == source_sha256()
     stages = lookup.stages(tracker, lookup.find_pipeline(tracker, parent))
     assert list(stages) == ["stage1", "stage2/none"]
     assert stages["stage2/none"].run_id == stage2
