@@ -85,4 +85,5 @@ def _switches() -> tuple[Any, ...]:
 
     The older `allow_tf32` cannot be read where somebody has set these, so it is not used.
     """
-    return (torch.backends.cudnn.conv, torch.backends.cuda.matmul)
+    backends: Any = torch.backends  # torch's stubs lack `conv`
+    return (backends.cudnn.conv, backends.cuda.matmul)

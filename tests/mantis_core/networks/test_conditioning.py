@@ -86,4 +86,5 @@ def test_attention_keeps_what_it_is_told_of_a_task_under_autocast() -> None:
     attention.last[0].register_forward_pre_hook(lambda _, given: seen.append(given[0]))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         attention(torch.rand(1, 3), SEEN)
-    torch.testing.assert_close(seen[0], torch.full_like(seen[0], 1.001), atol=1e-5, rtol=0)
+    (x,) = seen
+    torch.testing.assert_close(x.float(), torch.full(x.shape, 1.001), atol=1e-5, rtol=0)
