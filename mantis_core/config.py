@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 
 class Section(BaseModel):
@@ -95,6 +95,9 @@ LossTerms = Annotated[dict[str, LossTerm], BeforeValidator(_without_nulls)]
 """Terms by name. One that is null is left out, so that a file can drop a term it inherits."""
 
 
+SORTED = "sorted"  # any other teacher.classes is a file
+
+
 class TeacherConfig(Section):
     """The frozen uncompressed network that stages 1 and 2 distil."""
 
@@ -104,6 +107,10 @@ class TeacherConfig(Section):
     weights: str = "pretrained"
     """Where the weights come from: `train` trains them on the data, `pretrained` lets
     torchvision download them, else the path of a .safetensors or .pth file."""
+    classes: str | None = None
+    """The order of the logits in a file of weights: `sorted` for class ids in alphabetical order,
+    as of a network trained on a folder of class folders, else the path of a text file that names
+    the class of each logit on a line. None takes them in the order of the data's classes."""
     start: str | None = None
     """With weights: train, the path of a file of this network's weights from other data to
     begin with. Its classifier is not used. None begins from random weights."""
@@ -116,6 +123,15 @@ class TeacherConfig(Section):
     """How the teacher is trained, with weights: train."""
     label_smoothing: float = Field(default=0.1, ge=0, lt=1)
     """The share of the target that is spread over all labels, with weights: train."""
+
+    @model_validator(mode="after")
+    def _classes_order_a_files_logits(self) -> TeacherConfig:
+        if self.classes is not None and self.weights in ("train", "pretrained"):
+            raise ValueError(
+                f"teacher.classes orders the logits of a file, and teacher.weights is "
+                f"{self.weights!r}: give the file, or leave teacher.classes out"
+            )
+        return self
 
 
 class CodecTeacherConfig(TrainingConfig):

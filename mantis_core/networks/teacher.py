@@ -12,13 +12,14 @@ from pathlib import Path
 
 import torch
 import torchvision
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mantis_core.errors import ModelError
 from mantis_core.networks.blocks import SegmentationHead
+from mantis_core.networks.weights import head_rows, read_order, read_weights
 from mantis_core.tasks import TaskSpec
+
+_HEADS = ("fc", "classifier.1", "classifier")  # of torchvision's networks
 
 
 class Backbone(nn.Module):
@@ -162,82 +163,84 @@ def narrowed(teacher: Teacher, task: TaskSpec) -> Teacher:
     return own
 
 
-def load_teacher_file(path: str | Path) -> dict[str, Tensor]:
-    """The float32 state dict of a .safetensors or weights-only .pth file. Nothing is unpickled.
-
-    Raises ModelError for another kind of file, or one that holds more than tensors.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise ModelError(f"teacher.weights: no file {path}; give train, pretrained or a file")
-    if path.suffix == ".safetensors":
-        try:
-            state = load_file(path)
-        except SafetensorError as error:
-            raise ModelError(f"teacher.weights: {path} is damaged: {error}") from None
-    elif path.suffix in (".pth", ".pt"):
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:
-            raise ModelError(
-                f"teacher.weights: {path} is not a plain state dict: {error}"
-            ) from None
-        state = state.get("state_dict", state) if isinstance(state, dict) else state
-    else:
-        raise ModelError(f"teacher.weights: {path} must end in .safetensors or .pth")
-    if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise ModelError(f"teacher.weights: {path} holds more than named tensors")
-    return {key: v.float() if v.is_floating_point() else v for key, v in state.items()}
-
-
 def flat_teacher(
     name: str,
     state: Mapping[str, Tensor] | None,
     *,
     split: str,
-    num_classes: int,
-    imagenet_indices: Sequence[int] | None,
+    classes: Sequence[str],
     image_size: tuple[int, int],
+    class_names: Sequence[str] = (),
+    imagenet_indices: Sequence[int] | None = None,
+    order: Sequence[str] | None = None,
+    source: str = "pretrained",
 ) -> Teacher:
-    """A teacher whose torchvision head is sliced to the data set's classes.
+    """A teacher whose torchvision head is reduced to the data's classes, in the data's order.
 
-    `state` None: torchvision's pretrained weights. A head of 1,000 logits is sliced by
-    `imagenet_indices` (the classes' ImageNet-1k indices) where there are any, for the data's 1,000
-    classes need not stand in that order; else a head of exactly `num_classes` is taken as it is.
+    `state` None: torchvision's pretrained weights. Which row answers which class: `head_rows`,
+    whose arguments these are.
     """
     if state is None:
-        net = _torchvision_net(name, pretrained=True)
-        state = net.state_dict()
-    weight_key, bias_key = _head_keys(name, state)
-    weight, bias = state[weight_key], state[bias_key]
-    if weight.shape[0] == 1000 and imagenet_indices is not None:
-        rows = torch.tensor(list(imagenet_indices))
-        weight, bias = weight[rows], bias[rows]
-    elif weight.shape[0] != num_classes:
-        raise ModelError(
-            f"the teacher's head has {weight.shape[0]} logits, the data has {num_classes} "
-            "classes; they must be equal, or the head must have 1000 and every class be a wnid"
-        )
-    teacher = Teacher(name, split=split, flat_classes=num_classes, image_size=image_size)
-    load_backbone(teacher, state)
-    teacher.flat_head.load_state_dict({"weight": weight, "bias": bias})
+        state = _torchvision_net(name, pretrained=True).state_dict()
+    head = _head_of(name, state, source)
+    rows = head_rows(
+        len(state[f"{head}.weight"]),
+        classes,
+        class_names=class_names,
+        imagenet_indices=imagenet_indices,
+        order=order,
+        source=source,
+    )
+    teacher = Teacher(name, split=split, flat_classes=len(classes), image_size=image_size)
+    load_backbone(teacher, state, source)
+    teacher.flat_head.load_state_dict(
+        {part: state[f"{head}.{part}"][rows] for part in ("weight", "bias")}
+    )
     return teacher
 
 
-def load_backbone(teacher: Teacher, state: Mapping[str, Tensor]) -> None:
+def check_weights(
+    path: str | Path,
+    name: str,
+    *,
+    classes: Sequence[str] | None = None,
+    class_names: Sequence[str] = (),
+    imagenet_indices: Sequence[int] | None = None,
+    order: str | None = None,
+    field: str = "teacher.weights",
+) -> None:
+    """Raises ModelError unless the file at `path` holds weights of the network `name`.
+
+    With `classes`, the data's class ids, its logits must fit them too; the next three arguments
+    are those of `head_rows`, where `order` is the value of `teacher.classes`. `classes` None
+    leaves the classifier aside, as `teacher.start` does. Reads the file and computes nothing.
+    """
+    state = read_weights(path, field=field)
+    with torch.device("meta"):
+        net = _torchvision_net(name, pretrained=False)
+    _require_fit(name, net.state_dict(), state, str(path))
+    if classes is not None:
+        head_rows(
+            len(state[f"{_head_of(name, state, str(path))}.weight"]),
+            classes,
+            class_names=class_names,
+            imagenet_indices=imagenet_indices,
+            order=None if order is None else read_order(order, classes),
+            source=str(path),
+        )
+
+
+def load_backbone(
+    teacher: Teacher, state: Mapping[str, Tensor], source: str = "pretrained"
+) -> None:
     """Gives the teacher a torchvision state dict, without its classifier.
 
-    Raises ModelError if the weights are another network's.
+    Raises ModelError if the weights are another network's; `source` is what the message blames.
     """
-    name = teacher.name
-    heads = _head_keys(name, state)
-    body = {k: v for k, v in state.items() if k not in heads and not k.startswith("AuxLogits.")}
-    missing, unexpected = teacher.backbone.net.load_state_dict(body, strict=False)
-    if missing or unexpected:
-        raise ModelError(
-            f"the teacher's weights do not fit {name}: missing {missing[:3]}, "
-            f"unexpected {unexpected[:3]}"
-        )
+    own = teacher.backbone.net.state_dict()
+    _require_fit(teacher.name, own, state, source)
+    body = {name: value for name, value in state.items() if name in own}
+    teacher.backbone.net.load_state_dict(body, strict=False)  # counters of batch norms may lack
 
 
 def freeze(module: nn.Module) -> nn.Module:
@@ -306,8 +309,32 @@ def _is_row_of_blocks(net: nn.Module, names: Sequence[str], head: nn.Linear) -> 
     return same
 
 
-def _head_keys(name: str, state: Mapping[str, Tensor]) -> tuple[str, str]:
-    for prefix in ("fc", "classifier.1", "classifier"):
-        if f"{prefix}.weight" in state and f"{prefix}.bias" in state:
-            return f"{prefix}.weight", f"{prefix}.bias"
-    raise ModelError(f"the teacher's weights hold no classifier of {name} (fc or classifier)")
+def _head_of(name: str, state: Mapping[str, Tensor], source: str) -> str:
+    """The name of the classifier among the weights."""
+    for head in _HEADS:
+        if f"{head}.weight" in state and f"{head}.bias" in state:
+            return head
+    raise ModelError(
+        f"the teacher's weights in {source} hold no classifier of {name} ({' or '.join(_HEADS)}); "
+        f"they begin with {', '.join(list(state)[:3])}"
+    )
+
+
+def _require_fit(
+    name: str, expected: Mapping[str, Tensor], state: Mapping[str, Tensor], source: str
+) -> None:
+    """ModelError unless `state` has the names and shapes of `expected`, classifiers apart."""
+    heads = tuple(f"{head.split('.')[0]}." for head in _HEADS)
+    wanted = {k: v.shape for k, v in expected.items() if not k.startswith(heads)}
+    given = {k: v.shape for k, v in state.items() if not k.startswith(heads)}
+    missing = [k for k in wanted if k not in given and not k.endswith("num_batches_tracked")]
+    unexpected = [k for k in given if k not in wanted]
+    other = [
+        f"{k} {tuple(given[k])} for {tuple(wanted[k])}"
+        for k in wanted
+        if k in given and given[k] != wanted[k]
+    ]
+    wrong = {"missing": missing, "unexpected": unexpected, "of another shape": other}
+    if any(wrong.values()):
+        said = "; ".join(f"{what} {', '.join(found[:3])}" for what, found in wrong.items() if found)
+        raise ModelError(f"the teacher's weights in {source} do not fit {name}: {said}")

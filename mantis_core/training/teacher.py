@@ -9,7 +9,8 @@ from torch import Tensor
 
 from mantis_core.config import LossTerm, TeacherConfig
 from mantis_core.networks.preprocessing import normalise
-from mantis_core.networks.teacher import Teacher, flat_teacher, load_backbone, load_teacher_file
+from mantis_core.networks.teacher import Teacher, flat_teacher, load_backbone
+from mantis_core.networks.weights import read_order, read_weights
 from mantis_core.tasks import Batch, Problem
 from mantis_core.training.hits import label_hits
 from mantis_core.training.recipe import Recipe, StepOutput
@@ -39,7 +40,7 @@ def ready_teacher(
         teacher = new_teacher(config, problem)
         teacher.load_state_dict(dict(trained))
         return teacher
-    state = None if config.weights == "pretrained" else load_teacher_file(config.weights)
+    state = None if config.weights == "pretrained" else read_weights(config.weights)
     if not problem.classes:  # segmentations alone: a teacher of features, without a head
         teacher = Teacher(
             config.name,
@@ -54,9 +55,12 @@ def ready_teacher(
             config.name,
             state,
             split=config.split,
-            num_classes=len(problem.classes),
+            classes=problem.classes,
+            class_names=problem.class_names,
             imagenet_indices=problem.imagenet_indices,
+            order=read_order(config.classes, problem.classes) if config.classes else None,
             image_size=problem.image_size,
+            source=config.weights,
         )
     teacher.tasks = tuple(problem.tasks)
     return teacher
@@ -67,7 +71,8 @@ def teacher_recipe(config: TeacherConfig, problem: Problem, *, seed: int) -> Rec
     torch.manual_seed(seed)
     teacher = new_teacher(config, problem)
     if config.start is not None:
-        load_backbone(teacher, load_teacher_file(config.start))
+        state = read_weights(config.start, field="teacher.start")
+        load_backbone(teacher, state, config.start)
     return TeacherRecipe(teacher, config)
 
 

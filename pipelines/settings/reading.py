@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from mantis_core.config import SORTED
 from pipelines.settings.errors import SettingsError, explain
 from pipelines.settings.sections import TEACHER_KEYWORDS, Settings
 from pipelines.storage import absolute_root
@@ -21,8 +22,8 @@ from pipelines.storage import absolute_root
 def load_settings(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
     """Reads a YAML file and the file it extends, then applies overrides such as `seed=1`.
 
-    `storage.root`, `data.root`, `teacher.start` and a file in `teacher.weights` become absolute
-    against the current folder. Raises SettingsError.
+    `storage.root`, `data.root`, `teacher.start` and a file in `teacher.weights` or
+    `teacher.classes` become absolute against the current folder. Raises SettingsError.
     """
     raw = _read_with_parent(Path(path))
     if overrides:
@@ -180,6 +181,8 @@ def _with_absolute_paths(settings: Settings) -> Settings:
     teacher = settings.teacher
     if teacher.weights not in TEACHER_KEYWORDS:
         teacher = teacher.model_copy(update={"weights": absolute_root(teacher.weights)})
+    if teacher.classes is not None and teacher.classes != SORTED:
+        teacher = teacher.model_copy(update={"classes": absolute_root(teacher.classes)})
     if teacher.start is not None:
         teacher = teacher.model_copy(update={"start": absolute_root(teacher.start)})
     storage = settings.storage.model_copy(update={"root": absolute_root(settings.storage.root)})

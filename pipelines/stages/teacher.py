@@ -38,17 +38,23 @@ def identities(settings: Settings, inputs: Inputs) -> dict[str, Any]:
 
 
 def given_weights(settings: Settings, inputs: Inputs) -> dict[str, Any]:
-    """Returns the key's entry for a teacher with given weights: its name or a sha256."""
-    weights = settings.teacher.weights
+    """Returns the key's entries for a teacher with given weights: a name or sha256 of each file."""
+    from mantis_core.config import SORTED
+
+    weights, classes = settings.teacher.weights, settings.teacher.classes
     if is_trained(settings):
         return {}
     if weights == "pretrained":
         return {"teacher_weights": f"pretrained:{settings.teacher.name}"}
-    return {"teacher_weights": file_identity("weights", weights)}
+    found = {"teacher_weights": file_identity("weights", weights)}
+    if classes is not None:
+        own = SORTED if classes == SORTED else file_identity("classes", classes)
+        found["teacher_classes"] = own
+    return found
 
 
 def file_identity(field: str, file: str) -> str:
-    """Returns the sha256 of a file of weights. Raises SettingsError if it does not exist."""
+    """Returns the sha256 of a file of `teacher.<field>`. SettingsError if it does not exist."""
     from pipelines.settings.errors import SettingsError
 
     path = Path(file)
@@ -56,6 +62,8 @@ def file_identity(field: str, file: str) -> str:
         ways = "give an existing .safetensors or .pth file"
         if field == "weights":
             ways += ", `train` to train the teacher here, or `pretrained` to download it"
+        if field == "classes":
+            ways = "give an existing text file with the class of each logit on a line, or `sorted`"
         raise SettingsError(f"teacher.{field}: there is no file {file}; {ways}")
     with path.open("rb") as opened:
         return f"sha256:{hashlib.file_digest(opened, 'sha256').hexdigest()}"

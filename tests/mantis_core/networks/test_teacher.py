@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import pickle
 from pathlib import Path
 
 import pytest
@@ -14,7 +12,8 @@ from torch import Tensor, nn
 
 from mantis_core.errors import ModelError
 from mantis_core.networks.preprocessing import normalise
-from mantis_core.networks.teacher import Backbone, Teacher, flat_teacher, freeze, load_teacher_file
+from mantis_core.networks.teacher import Backbone, Teacher, check_weights, flat_teacher, freeze
+from mantis_core.networks.weights import read_weights
 from mantis_core.tasks import Problem
 
 INDICES = (5, 900, 17, 3)
@@ -28,15 +27,22 @@ def weights() -> dict[str, Tensor]:
     return state
 
 
+CLASSES = ("c5", "c900", "c17", "c3")
+
+
 def build(
-    state: dict[str, Tensor], num_classes: int = 4, indices: tuple[int, ...] | None = INDICES
+    state: dict[str, Tensor],
+    classes: tuple[str, ...] = CLASSES,
+    indices: tuple[int, ...] | None = INDICES,
+    order: tuple[str, ...] | None = None,
 ) -> Teacher:
     return flat_teacher(
         "resnet18",
         state,
         split="layer2",
-        num_classes=num_classes,
+        classes=classes,
         imagenet_indices=indices,
+        order=order,
         image_size=(32, 32),
     )
 
@@ -57,7 +63,7 @@ def test_a_teacher_from_a_file_says_what_torchvisions_network_says_of_its_classe
         torch.save({"state_dict": weights}, path)
     else:
         save_file(weights, path)
-    teacher = build(load_teacher_file(path)).eval()
+    teacher = build(read_weights(path)).eval()
     images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         expected = reference_logits(weights, images)[:, list(INDICES)]
@@ -68,7 +74,7 @@ def test_a_head_of_1000_is_put_in_the_datas_order_even_where_the_data_has_1000_c
     weights: dict[str, Tensor],
 ) -> None:
     order = tuple(reversed(range(1000)))
-    teacher = build(weights, num_classes=1000, indices=order)
+    teacher = build(weights, classes=tuple(f"c{i}" for i in order), indices=order)
     assert torch.equal(teacher.flat_head.weight, weights["fc.weight"].flip(0))
     assert torch.equal(teacher.flat_head.bias, weights["fc.bias"].flip(0))
 
@@ -83,55 +89,48 @@ def test_a_head_of_another_number_of_classes_is_refused(weights: dict[str, Tenso
         build(weights, indices=None)
 
 
+def test_logits_in_an_order_of_their_own_are_put_in_the_datas(weights: dict[str, Tensor]) -> None:
+    own = {**weights, "fc.weight": weights["fc.weight"][:5], "fc.bias": weights["fc.bias"][:5]}
+    teacher = build(own, order=("c17", "c3", "unused", "c5", "c900"))
+    assert torch.equal(teacher.flat_head.weight, own["fc.weight"][[3, 4, 0, 1]])
+    assert torch.equal(teacher.flat_head.bias, own["fc.bias"][[3, 4, 0, 1]])
+
+
 def test_weights_of_another_network_are_refused(weights: dict[str, Tensor]) -> None:
     fewer = {k: v for k, v in weights.items() if not k.startswith("layer4.1")}
-    with pytest.raises(ModelError, match="do not fit resnet18"):
+    with pytest.raises(ModelError, match=r"do not fit resnet18: missing layer4.1.conv1.weight"):
         build(fewer)
-    with pytest.raises(ModelError, match="no classifier"):
+    wider = {**weights, "conv1.weight": torch.zeros(64, 1, 7, 7)}
+    with pytest.raises(ModelError, match=r"of another shape conv1.weight \(64, 1, 7, 7\) for"):
+        build(wider)
+    with pytest.raises(ModelError, match=r"no classifier of resnet18 .*; they begin with conv1"):
         build({"conv1.weight": weights["conv1.weight"]})
 
 
-class Dangerous:
-    """Unpickled, it makes a folder."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = str(folder)
-
-    def __reduce__(self) -> tuple[object, tuple[str]]:
-        return os.mkdir, (self.folder,)
-
-
-@pytest.mark.parametrize("writer", ["torch", "plain"])
-def test_a_pickle_with_code_is_refused_and_not_run(writer: str, tmp_path: Path) -> None:
-    path = tmp_path / "teacher.pth"
-    content = {"fc.weight": Dangerous(tmp_path / "made")}
-    if writer == "torch":
-        torch.save(content, path)
-    else:
-        path.write_bytes(pickle.dumps(content))
-    with pytest.raises(ModelError, match="not a plain state dict"):
-        load_teacher_file(path)
-    assert not (tmp_path / "made").exists()
+def test_a_file_is_checked_against_network_and_classes_without_building_a_teacher(
+    weights: dict[str, Tensor], tmp_path: Path
+) -> None:
+    path = tmp_path / "own.safetensors"
+    save_file({**weights, "fc.weight": torch.zeros(4, 512), "fc.bias": torch.zeros(4)}, path)
+    check_weights(path, "resnet18", classes=CLASSES)
+    check_weights(path, "resnet18", classes=CLASSES, order="sorted")
+    with pytest.raises(ModelError, match=r"has 4 logits, the data has 3 classes. Name the class"):
+        check_weights(path, "resnet18", classes=CLASSES[:3])
+    with pytest.raises(ModelError, match=r"weights in .*safetensors do not fit resnet34"):
+        check_weights(path, "resnet34", classes=CLASSES)
+    (tmp_path / "names.txt").write_text("c5\nc900\nc17\n\n")
+    with pytest.raises(ModelError, match=r"names 3 classes, .* has 4 logits"):
+        check_weights(path, "resnet18", classes=CLASSES, order=str(tmp_path / "names.txt"))
 
 
-def test_other_files_are_refused_with_what_is_allowed(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="give train, pretrained or a file"):
-        load_teacher_file(tmp_path / "nothing.pth")
-    (tmp_path / "weights.onnx").write_bytes(b"x")
-    with pytest.raises(ModelError, match=r"must end in \.safetensors or \.pth"):
-        load_teacher_file(tmp_path / "weights.onnx")
-    (tmp_path / "cut.safetensors").write_bytes(b"\x10")
-    with pytest.raises(ModelError, match="damaged"):
-        load_teacher_file(tmp_path / "cut.safetensors")
-    torch.save({"epoch": 3}, tmp_path / "more.pth")
-    with pytest.raises(ModelError, match="more than named tensors"):
-        load_teacher_file(tmp_path / "more.pth")
-
-
-def test_half_precision_weights_become_float32(tmp_path: Path) -> None:
-    save_file({"a": torch.ones(2).half(), "n": torch.ones(1).long()}, tmp_path / "t.safetensors")
-    state = load_teacher_file(tmp_path / "t.safetensors")
-    assert (state["a"].dtype, state["n"].dtype) == (torch.float32, torch.int64)
+def test_a_file_to_begin_with_needs_no_classifier(
+    weights: dict[str, Tensor], tmp_path: Path
+) -> None:
+    body = {k: v for k, v in weights.items() if not k.startswith("fc.")}
+    save_file(body, tmp_path / "body.safetensors")
+    check_weights(tmp_path / "body.safetensors", "resnet18", field="teacher.start")
+    with pytest.raises(ModelError, match=r"teacher\.start: no file"):
+        check_weights(tmp_path / "none.pth", "resnet18", field="teacher.start")
 
 
 def test_an_unknown_name_gets_did_you_mean() -> None:
