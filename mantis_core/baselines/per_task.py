@@ -17,6 +17,7 @@ from mantis_core.codec.mantis import Mantis
 from mantis_core.config import ModelConfig, Stage2Config
 from mantis_core.errors import ModelError
 from mantis_core.folders import load_folder, save_folder
+from mantis_core.networks.blocks import TaskModules
 from mantis_core.networks.teacher import Teacher, freeze, narrowed
 from mantis_core.tasks import Batch, Problem, TaskSpec, of_task
 from mantis_core.training.losses import DETECTION
@@ -58,12 +59,12 @@ def per_task_recipe(
     return PerTaskRecipe(parts, problem.tasks)
 
 
-class PerTaskCodecs(nn.ModuleDict):
+class PerTaskCodecs(TaskModules):
     """A codec for each task, under its name; its classes are the labels of that task, in order."""
 
     def finish(self) -> None:
         """Makes the integer tables of every codec; training is over."""
-        for codec in self.values():
+        for _, codec in self.items():
             codec.finish()  # type: ignore[operator]
 
 
@@ -79,7 +80,7 @@ class PerTaskRecipe(Recipe):
         self.student: PerTaskCodecs = PerTaskCodecs(
             {name: part.student for name, part in parts.items()}
         )
-        self.parts = nn.ModuleDict(parts)
+        self.parts = TaskModules(parts)
         self.loaded = {f"{name}.{own}" for name, part in parts.items() for own in part.loaded}
 
     def train(self, mode: bool = True) -> Self:

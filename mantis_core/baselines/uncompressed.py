@@ -11,10 +11,11 @@ from typing import Self
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mantis_core.baselines.image_codecs import IMAGE_CODECS
 from mantis_core.config import CodecTeacherConfig, LossTerm
+from mantis_core.networks.blocks import TaskModules
 from mantis_core.networks.preprocessing import normalise
 from mantis_core.networks.server import still_batch_norms
 from mantis_core.networks.teacher import Teacher
@@ -54,7 +55,7 @@ class IndividualRecipe(Recipe):
     images of each task, too few for statistics of their own.
     """
 
-    def __init__(self, models: nn.ModuleDict, tasks: Sequence[TaskSpec]) -> None:
+    def __init__(self, models: TaskModules, tasks: Sequence[TaskSpec]) -> None:
         super().__init__(tasks, {"labels": LossTerm(criterion="FlatLabels")})
         self.student = models
         self.set_teacher(None)
@@ -81,9 +82,9 @@ class IndividualRecipe(Recipe):
         return StepOutput(loss, sums, len(batch))
 
 
-def individual_models(teacher: Teacher, image_size: tuple[int, int]) -> nn.ModuleDict:
+def individual_models(teacher: Teacher, image_size: tuple[int, int]) -> TaskModules:
     """A network for each task, with a copy of the teacher's backbone to start from."""
-    models = nn.ModuleDict()
+    models = TaskModules()
     for task in teacher.tasks:
         own = Teacher(teacher.name, split=teacher.split, tasks=(task,), image_size=image_size)
         own.backbone.load_state_dict(copy.deepcopy(teacher.backbone.state_dict()))

@@ -5,9 +5,48 @@ Shapes: B batch, C channels, h w of a feature map, H W of the input, n labels.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
+
+
+class TaskModules(nn.Module):
+    """A module for each task, under the task's name, whatever that name is.
+
+    Names and state dict are those of nn.ModuleDict, which refuses a name that it has as an
+    attribute: `train`, `items`, `type` and many more.
+    """
+
+    def __init__(self, modules: Mapping[str, nn.Module] | None = None) -> None:
+        super().__init__()
+        for name, module in (modules or {}).items():
+            self[name] = module
+
+    def __setattr__(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)  # nn.Module's takes `training` for a task's module
+
+    def __setitem__(self, name: str, module: nn.Module) -> None:
+        self._modules[name] = module  # add_module refuses names that are attributes
+
+    def __getitem__(self, name: str) -> nn.Module:
+        module = self._modules[name]
+        assert module is not None
+        return module
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._modules
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._modules)
+
+    def __len__(self) -> int:
+        return len(self._modules)
+
+    def items(self) -> Iterator[tuple[str, nn.Module]]:
+        """Name and module of each task, in the order in which they were set."""
+        return ((name, self[name]) for name in self)
 
 
 def modulate(x: Tensor, gamma_beta: tuple[Tensor, Tensor] | None) -> Tensor:

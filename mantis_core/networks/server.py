@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mantis_core.config import DecoderConfig
-from mantis_core.networks.blocks import ResidualBlock, SegmentationHead, group_norm
+from mantis_core.networks.blocks import ResidualBlock, SegmentationHead, TaskModules, group_norm
 from mantis_core.tasks import TaskSpec, class_slots
 
 
@@ -123,8 +123,8 @@ class Server(nn.Module):
             blocks=config.blocks,
         )
         self.trunk = trunk
-        self.task_decoders = nn.ModuleDict()
-        self.tails = nn.ModuleDict()
+        self.task_decoders = TaskModules()
+        self.tails = TaskModules()
         for task in tasks:
             self.task_decoders[task.name] = TaskDecoder(last_shape[0], config.task_channels)
             self.tails[task.name] = (

@@ -15,7 +15,7 @@ import torchvision
 from torch import Tensor, nn
 
 from mantis_core.errors import ModelError
-from mantis_core.networks.blocks import SegmentationHead
+from mantis_core.networks.blocks import SegmentationHead, TaskModules
 from mantis_core.networks.weights import head_rows, read_order, read_weights
 from mantis_core.tasks import TaskSpec
 
@@ -88,7 +88,7 @@ class Teacher(nn.Module):
         self.backbone.tail_after(split)  # refuses an unknown split before anything is trained
         shallow, deep = self.feature_shapes(image_size)
         self.flat_head = nn.Linear(self.backbone.feature_size, flat_classes or 1)
-        self.heads = nn.ModuleDict()
+        self.heads = TaskModules()
         if not flat_classes:
             self.flat_head = nn.Identity()  # type: ignore[assignment]
             for task in tasks:
@@ -143,7 +143,7 @@ def narrowed(teacher: Teacher, task: TaskSpec) -> Teacher:
     For a classification its rows of the task's labels become a flat head.
     """
     own = copy.deepcopy(teacher, {id(teacher.backbone): teacher.backbone})
-    own.tasks, own.heads = (task,), nn.ModuleDict()
+    own.tasks, own.heads = (task,), TaskModules()
     own.flat_classes, own.flat_head = 0, nn.Identity()  # type: ignore[assignment]
     head = dict(teacher.heads.items()).get(task.name)
     if not task.is_classification:

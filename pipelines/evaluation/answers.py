@@ -20,6 +20,7 @@ from mantis_core.baselines.uncompressed import individual_models
 from mantis_core.codec.checkpoint import load_model
 from mantis_core.codec.mantis import Mantis
 from mantis_core.measure.metrics import pixel_confusion
+from mantis_core.networks.blocks import TaskModules
 from mantis_core.networks.inference import full_float32
 from mantis_core.networks.preprocessing import normalise
 from mantis_core.networks.teacher import Teacher
@@ -226,7 +227,7 @@ def run_image_codec(
     return rows
 
 
-def run_individual(model: nn.ModuleDict, images: Tensor, batch: Arrays, problem: Problem) -> Arrays:
+def run_individual(model: TaskModules, images: Tensor, batch: Arrays, problem: Problem) -> Arrays:
     """Runs one uncompressed network for each task on the images of that task."""
     pixels = normalise(images)
     outputs = {

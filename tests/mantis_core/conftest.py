@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -36,10 +37,15 @@ TASKS = (
 GROUND = TaskSpec("ground", "segmentation", 3)
 
 
-def make_problem(*, single_class: bool = True) -> Problem:
-    """Six classes, one of them in two tasks; without `single_class` also a segmentation task."""
+def make_problem(*, single_class: bool = True, names: tuple[str, ...] = ()) -> Problem:
+    """Six classes, one of them in two tasks; without `single_class` also a segmentation task.
+
+    `names` are other names for the first tasks.
+    """
+    tasks = TASKS if single_class else (*TASKS, GROUND)
+    renamed = tuple(replace(task, name=name) for task, name in zip(tasks, names, strict=False))
     return Problem(
-        tasks=TASKS if single_class else (*TASKS, GROUND),
+        tasks=(*renamed, *tasks[len(renamed) :]),
         classes=tuple(f"c{i}" for i in range(6)),
         class_names=("cat", "dog", "owl", "saw", "knife", "spoon"),
         single_class=single_class,
@@ -88,21 +94,20 @@ def make_batch(
 
 
 @cache
-def _first_teacher(single_class: bool) -> Teacher:
-    problem = make_problem(single_class=single_class)
+def _first_teacher(single_class: bool, tasks: tuple[TaskSpec, ...]) -> Teacher:
     torch.manual_seed(0)
     return Teacher(
         "resnet18",
         split="layer2",
-        tasks=problem.tasks,
-        flat_classes=len(problem.classes) if single_class else 0,
-        image_size=problem.image_size,
+        tasks=tasks,
+        flat_classes=6 if single_class else 0,
+        image_size=(SIZE, SIZE),
     ).eval()
 
 
 def make_teacher(problem: Problem) -> Teacher:
     """A resnet18 with random weights, a flat head where images have one class."""
-    return copy.deepcopy(_first_teacher(problem.single_class))
+    return copy.deepcopy(_first_teacher(problem.single_class, problem.tasks))
 
 
 QUICK = {"epochs": 2, "batch_size": 4, "ema_decay": 0.9, "optim": OptimConfig(lr=1e-2)}
