@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from mantis_core.config import LossTerm, TeacherConfig
+from mantis_core.errors import ModelError
+from mantis_core.networks.inference import still
 from mantis_core.networks.preprocessing import normalise
 from mantis_core.networks.teacher import Teacher, flat_teacher, load_backbone
 from mantis_core.networks.weights import read_order, read_weights
 from mantis_core.tasks import Batch, Problem
 from mantis_core.training.hits import label_hits
 from mantis_core.training.recipe import Recipe, StepOutput
+
+_FEW = 3  # images of a class from which on its most frequent answer counts
+_MANY = 50  # images from which on the share of right ones counts
 
 
 def new_teacher(config: TeacherConfig, problem: Problem) -> Teacher:
@@ -74,6 +81,84 @@ def teacher_recipe(config: TeacherConfig, problem: Problem, *, seed: int) -> Rec
         state = read_weights(config.start, field="teacher.start")
         load_backbone(teacher, state, config.start)
     return TeacherRecipe(teacher, config)
+
+
+def check_answers(teacher: Teacher, problem: Problem, batches: Iterable[Batch]) -> None:
+    """Raises ModelError where a given teacher's logits do not answer labelled images.
+
+    That is where it is right no more often than a guess, or where it takes classes for each other
+    in a ring: each of them mostly for the next. Both are signs of logits in another order than the
+    data's classes. Few images say little, and are let pass.
+    """
+    device = next(teacher.parameters()).device
+    counts: dict[str, Tensor] = {}
+    with torch.no_grad(), still(teacher):
+        for batch in batches:
+            logits = teacher(normalise(batch.image.to(device)))["logits"].cpu()
+            for name, classes, truth in _questions(problem, batch):
+                asked = truth >= 0
+                said = logits[asked][:, classes].argmax(dim=1)
+                size = len(classes)
+                pairs = torch.bincount(truth[asked] * size + said, minlength=size * size)
+                counts[name] = counts.get(name, 0) + pairs.view(size, size)
+    for name, table in counts.items():
+        labels = problem.class_names
+        for task in problem.tasks:
+            if task.name == name:
+                labels = tuple(problem.class_names[c] for c in task.classes)
+        if fault := wrong_order(table, labels):
+            raise ModelError(
+                f"teacher.weights: {fault}. Its logits may stand in another order than the data's "
+                f"classes ({', '.join(problem.classes[:3])}, ...): name the class of each logit in "
+                "the file teacher.classes, or set teacher.classes=sorted for a network that was "
+                "trained on class folders. Else give the weights of a network for these classes"
+            )
+
+
+def wrong_order(table: Tensor, labels: Sequence[str]) -> str | None:
+    """What is wrong with answers, if they look like those of logits in another order.
+
+    `table` (n, n) counts images by true label and by answer.
+    """
+    images = table.sum(dim=1)
+    size, seen = len(table), images > 0
+    if size < 2:
+        return None
+    mostly = table.argmax(dim=1)
+    clear = (images >= _FEW) & (2 * table.max(dim=1).values > images)
+    for first in range(size):
+        ring, at = [first], int(mostly[first])
+        while bool(clear[ring[-1]]) and at not in ring:
+            ring.append(at)
+            at = int(mostly[at])
+        if bool(clear[ring[-1]]) and at == first and len(ring) > 1:
+            names = [labels[label] for label in (*ring, first)]
+            said = ", ".join(f"{a!r} for {b!r}" for a, b in itertools.pairwise(names[:4]))
+            return f"the teacher takes most images of {said}"
+    if int(images.sum()) < _MANY:
+        return None
+    recall = float((table.diagonal()[seen] / images[seen]).mean())
+    chance = 1 / size
+    error = math.sqrt(chance * (1 - chance) * float((1 / images[seen]).sum())) / int(seen.sum())
+    if recall <= chance + error:
+        return (
+            f"the teacher is right about {recall:.1%} of the images of each class, a guess about "
+            f"{chance:.1%}"
+        )
+    return None
+
+
+def _questions(problem: Problem, batch: Batch) -> Iterator[tuple[str, list[int], Tensor]]:
+    """What a flat head can be asked: a name, the classes that may be answered, and labels (B,).
+
+    The class of each image, or the label of each task where images have several. -1 is no label.
+    """
+    if problem.single_class:
+        yield "", list(range(len(problem.classes))), batch.class_label.cpu()
+        return
+    for k, task in enumerate(problem.tasks):
+        if task.is_classification:
+            yield task.name, list(task.classes), batch.labels[:, k].cpu()
 
 
 class TeacherRecipe(Recipe):

@@ -85,6 +85,9 @@ class _NoWeights:
     problem: Problem
     built: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
+    def check(self, teacher: Teacher, settings: Settings, problem: Problem) -> None:
+        """Does nothing: a teacher without values knows no image."""
+
     def teacher(self, settings: Settings, problem: Problem) -> Teacher:
         """Returns a teacher without values. Raises ModelError if a given file does not fit."""
         weights = settings.teacher.weights
@@ -93,7 +96,7 @@ class _NoWeights:
         if weights == "train":
             return _frozen(new_teacher(settings.teacher, problem))
         classes = len(problem.classes)
-        if problem.imagenet_indices is None and classes != IMAGENET_CLASSES:
+        if classes and problem.imagenet_indices is None and classes != IMAGENET_CLASSES:
             raise ModelError(
                 f"teacher.weights: pretrained has {IMAGENET_CLASSES} logits, the data has "
                 f"{classes} classes. They are reduced to the data's where every class is a WordNet "

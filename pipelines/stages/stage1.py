@@ -16,10 +16,11 @@ if TYPE_CHECKING:
 
 
 def recipe(settings: Settings, problem: Problem, weights: Weights) -> Recipe:
-    """Builds the student in front of the teacher's tail."""
+    """Builds the student in front of the teacher's tail. ModelError for a teacher that guesses."""
     from mantis_core.training.stage1 import stage1_recipe
 
     teacher = weights.teacher(settings, problem)
+    weights.check(teacher, settings, problem)
     return stage1_recipe(settings.stage1, settings.model, teacher, problem, seed=settings.seed)
 
 

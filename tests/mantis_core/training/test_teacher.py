@@ -5,17 +5,27 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torchvision
 from safetensors.torch import save_file
+from torch import Tensor, nn
 
 from mantis_core.config import TeacherConfig, TrainingConfig
 from mantis_core.errors import ModelError
 from mantis_core.folders import load_folder
+from mantis_core.networks.preprocessing import normalise
 from mantis_core.tasks import Batch, Problem
-from mantis_core.training.teacher import new_teacher, ready_teacher, teacher_recipe
+from mantis_core.training.teacher import (
+    check_answers,
+    new_teacher,
+    ready_teacher,
+    teacher_recipe,
+    wrong_order,
+)
+from tests.mantis_core.conftest import make_batch, make_problem
 from tests.mantis_core.recipe_checks import without_gradient
 
 TRAIN = TeacherConfig(name="resnet18", weights="train")
@@ -124,3 +134,76 @@ def test_a_trained_teacher_is_saved_under_the_name_of_its_training(
     assert config == {"kind": "teacher"}
     again = ready_teacher(TRAIN, problem, tensors).state_dict()
     assert all(torch.equal(v, again[k]) for k, v in recipe.student.state_dict().items())
+
+
+def called(*answers: tuple[int, int, int], size: int = 4, right: int = 0) -> Tensor:
+    """Counts by true label and answer: (label, answer, images), and `right` images of each."""
+    table = right * torch.eye(size, dtype=torch.long)
+    for label, answer, images in answers:
+        table[label, answer] += images
+    return table
+
+
+NAMES = ("cat", "dog", "owl", "saw")
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        called(right=10),
+        called((0, 1, 6), right=5),  # cats are mostly dogs, but dogs are dogs
+        called((0, 1, 2), (1, 0, 2)),  # too few images to say
+        called(size=4),
+        called((0, 0, 7), (1, 2, 9), size=3),
+        called((0, 0, 20), (0, 1, 20), (1, 1, 25), (1, 0, 15), size=2),
+        called((0, 0, 60), size=1),
+    ],
+)
+def test_answers_that_are_merely_weak_or_few_are_let_pass(table: Tensor) -> None:
+    assert wrong_order(table, NAMES) is None
+
+
+def test_classes_that_are_taken_for_each_other_are_named() -> None:
+    ring = called((1, 2, 9), (2, 3, 9), (3, 1, 9), (0, 0, 30))
+    said = "takes most images of 'dog' for 'owl', 'owl' for 'saw', 'saw' for 'dog'"
+    assert said in str(wrong_order(ring, NAMES))
+    assert "'cat' for 'dog', 'dog' for 'cat'" in str(
+        wrong_order(called((0, 1, 3), (1, 0, 3), size=2), NAMES)
+    )
+
+
+def test_answers_no_better_than_a_guess_are_told_in_percent() -> None:
+    guessed = 5 * torch.ones(4, 4, dtype=torch.long)
+    assert "right about 25.0% of the images of each class, a guess about 25.0%" in str(
+        wrong_order(guessed, NAMES)
+    )
+    always_cats = called((0, 0, 90), (1, 0, 5), (2, 0, 3), (3, 0, 2))
+    assert "25.0%" in str(wrong_order(always_cats, NAMES))
+
+
+class Answers(nn.Module):
+    """Stands for a teacher: reads its answer to an image from the image's first pixel."""
+
+    def __init__(self, order: tuple[int, ...]) -> None:
+        super().__init__()
+        self.order = nn.Parameter(torch.tensor(order).float(), requires_grad=False)
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        label = (images[:, 0, 0, 0] - normalise(torch.zeros(1, 3, 1, 1).byte())[0, 0]) * 0.229 * 255
+        said = self.order[label.round().long().flatten()].long()
+        return {"logits": nn.functional.one_hot(said, 6).float()}
+
+
+@pytest.mark.parametrize("single_class", [True, False])
+def test_a_teacher_whose_logits_stand_in_another_order_is_refused(single_class: bool) -> None:
+    problem = make_problem(single_class=single_class)
+    labelled = make_batch(make_problem(), 60)
+    batch = replace(
+        labelled if single_class else make_batch(problem, 60),
+        image=labelled.class_label.to(torch.uint8)[:, None, None, None].expand(-1, 3, 4, 4),
+    )
+    right: Any = Answers((0, 1, 2, 3, 4, 5))
+    check_answers(right, problem, [batch])
+    swapped: Any = Answers((1, 0, 2, 3, 4, 5))
+    with pytest.raises(ModelError, match=r"'cat' for 'dog'.*teacher\.classes=sorted"):
+        check_answers(swapped, problem, [batch])
