@@ -27,9 +27,9 @@ class TaskConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstring
     `classes_from`. A segmentation names its `labels`.
     """
 
-    name: str = Field(pattern=r"^[a-z][a-z0-9_]*$")
+    name: str = Field(pattern=r"^[a-z][a-z0-9_]*$", max_length=100)
     """Name of the task in metrics, reports and answers: lower-case letters, digits and
-    underscores, starting with a letter."""
+    underscores, starting with a letter. At most 100, since names of metrics hold it."""
     kind: TaskKind = "classification"
     """What the task answers: one class for the image, or one label for each pixel."""
     group: str | None = None

@@ -27,6 +27,7 @@ from typing import Any
 MAGIC = b"\xab\x4d"
 VERSION = 1
 MAX_IMAGES = 256
+MAX_TASKS = 256
 _FLAG_NAMES = {1: "several", 2: "levels", 4: "shape", 8: "rate"}
 _SEVERAL, _LEVELS, _SHAPE, _RATE = _FLAG_NAMES
 _PREFIX_BYTES = 3
@@ -81,8 +82,8 @@ class StreamSpec:
     def __post_init__(self) -> None:
         if len(self.model_id) != _ID_BYTES:
             raise ValueError(f"model_id has {len(self.model_id)} bytes, must have {_ID_BYTES}")
-        if not 1 <= self.num_tasks <= 256:
-            raise ValueError(f"num_tasks is {self.num_tasks}, must be 1 to 256")
+        if not 1 <= self.num_tasks <= MAX_TASKS:
+            raise ValueError(f"num_tasks is {self.num_tasks}, must be 1 to {MAX_TASKS}")
         if min(*self.input_shape, self.latent_channels, self.stride) < 1:
             raise ValueError("input_shape, latent_channels and stride must be at least 1")
         if self.labels and (len(self.labels) != self.num_tasks or min(self.labels) < 0):

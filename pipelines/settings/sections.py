@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Annotated
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from data_prep.config import DataConfig, TaskConfig
 from data_prep.tasks import did_you_mean
+from mantis_core.bitstream.container import MAX_TASKS
 from mantis_core.config import (
     CodecTeacherConfig,
     IndividualConfig,
@@ -185,7 +186,7 @@ class Settings(_Section):
     data: DataConfig
     """Where images come from and how they become batches."""
     tasks: tuple[TaskConfig, ...] = Field(min_length=1)
-    """Tasks that the codec serves. It needs at least one."""
+    """Tasks that the codec serves. It needs at least one, and a stream can name 256."""
     teacher: TeacherConfig = TeacherConfig()
     """The uncompressed network that is distilled."""
     model: ModelConfig = ModelConfig()
@@ -206,6 +207,16 @@ class Settings(_Section):
     """Where Ray runs and how much it uses."""
     tracking: TrackingConfig = TrackingConfig()
     """What MLflow records."""
+
+    @field_validator("tasks")
+    @classmethod
+    def _a_stream_can_name_them(cls, tasks: tuple[TaskConfig, ...]) -> tuple[TaskConfig, ...]:
+        if len(tasks) > MAX_TASKS:
+            raise ValueError(
+                f"there are {len(tasks)}, and a stream can name {MAX_TASKS}: join some into a task "
+                "of more labels, or train several models"
+            )
+        return tasks
 
     @model_validator(mode="after")
     def _arms_are_distinct(self) -> Settings:

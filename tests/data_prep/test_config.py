@@ -18,6 +18,13 @@ def test_a_classification_needs_exactly_one_way_to_name_its_classes() -> None:
         TaskConfig(name="dogs")
 
 
+@pytest.mark.parametrize("name", ["Dogs", "1", "my dogs", "dogs.", "_dogs", "", 101 * "a"])
+def test_a_name_that_metrics_cannot_hold_is_refused(name: str) -> None:
+    with pytest.raises(ValidationError, match="name"):
+        TaskConfig(name=name, group="dogs")
+    assert TaskConfig(name=100 * "a", group="dogs").name
+
+
 def test_a_segmentation_refuses_classes() -> None:
     with pytest.raises(ValidationError, match="takes `labels` only"):
         TaskConfig(name="road", kind="segmentation", classes=("a", "b"))

@@ -132,6 +132,29 @@ def test_a_mistake_is_named_with_its_key_and_remedy(
         load_settings(config, [override])
 
 
+def test_more_tasks_than_a_stream_can_name_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "many.yaml"
+    for count in (256, 300):
+        tasks = ", ".join(f"{{name: t{k}, classes_from: shapes}}" for k in range(count))
+        path.write_text(f"data: {{sources: [{{kind: shapes}}]}}\ntasks: [{tasks}]\n")
+        if count == 256:
+            assert len(load_settings(path).tasks) == 256
+            continue
+        with pytest.raises(
+            SettingsError, match=r"^tasks: there are 300, and a stream can name 256"
+        ):
+            load_settings(path)
+
+
+def test_the_order_of_logits_belongs_to_a_file_of_weights(config: Path) -> None:
+    given = ["teacher.weights=t.pth", "teacher.classes=names.txt"]
+    assert Path(str(load_settings(config, given).teacher.classes)).is_absolute()
+    given = ["teacher.weights=t.pth", "teacher.classes=sorted"]
+    assert load_settings(config, given).teacher.classes == "sorted"
+    with pytest.raises(SettingsError, match=r"orders the logits of a file, and teacher.weights is"):
+        load_settings(config, ["teacher.classes=sorted"])
+
+
 def test_a_missing_section_is_named(tmp_path: Path) -> None:
     path = tmp_path / "empty.yaml"
     path.write_text("seed: 1")
