@@ -62,18 +62,19 @@ class ClientCodec:
     def encode(
         self,
         images: Tensor,
-        tasks: Sequence[str] | Tensor | None = None,
+        tasks: str | Sequence[str] | Tensor | None = None,
         *,
         exit_confidence: float | None = None,
     ) -> list[bytes]:
         """uint8 images (B, 3, H, W) to one stream each.
 
-        With `tasks` None they are detected. Names ask for these tasks alone, of every image; a bool
-        tensor (B, K) asks image by image. `exit_confidence` is a probability: where the detector
-        gives an image's class at least that much, the client answers itself, and the stream holds
-        the answer and no latent (early exit, after Teerapittayanon et al., ICPR 2016). It has no
-        effect where tasks are asked for. Raises ModelError for an unknown name, for images of
-        another kind, and for an `exit_confidence` where the detector names no classes.
+        With `tasks` None they are detected. A name or several ask for these tasks alone, of every
+        image; a bool tensor (B, K) asks image by image, and one of (1, K) the same of all.
+        `exit_confidence` is a probability: where the detector gives an image's class at least that
+        much, the client answers itself, and the stream holds the answer and no latent (early exit,
+        after Teerapittayanon et al., ICPR 2016). It has no effect where tasks are asked for. Raises
+        ModelError for an unknown name, for images or tasks of another kind, and for an
+        `exit_confidence` where the detector names no classes.
         """
         seen = self.encode_in_detail(images, tasks, exit_confidence=exit_confidence)
         return [encoded.data for encoded in seen]
@@ -81,7 +82,7 @@ class ClientCodec:
     def encode_in_detail(
         self,
         images: Tensor,
-        tasks: Sequence[str] | Tensor | None = None,
+        tasks: str | Sequence[str] | Tensor | None = None,
         *,
         exit_confidence: float | None = None,
     ) -> list[Encoded]:
@@ -119,7 +120,7 @@ class ClientCodec:
     def look(
         self,
         images: Tensor,
-        tasks: Sequence[str] | Tensor | None = None,
+        tasks: str | Sequence[str] | Tensor | None = None,
         *,
         exit_confidence: float | None = None,
     ) -> Iterator[Seen]:
@@ -129,10 +130,7 @@ class ClientCodec:
         for other batch sizes and numbers of threads, but the symbols of an image must not depend on
         the images beside it or on the machine's cores.
         """
-        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
-            raise ModelError(
-                f"images are {images.dtype} {tuple(images.shape)}; allowed: uint8 (B, 3, H, W)"
-            )
+        _check_images(images)
         asked = self._asked(tasks, len(images), images.device)
         self._check_exit(exit_confidence)
         if images.device.type != "cpu":
@@ -257,23 +255,30 @@ class ClientCodec:
             yield CodedImage(field, maps[i]), bits[i]
 
     def _asked(
-        self, tasks: Sequence[str] | Tensor | None, count: int, device: torch.device
+        self, tasks: str | Sequence[str] | Tensor | None, count: int, device: torch.device
     ) -> Tensor | None:
         if tasks is None:
             return None
+        names = self.spec.task_names
         if isinstance(tasks, Tensor):
+            allowed = ((count, len(names)), (1, len(names)))
+            if tasks.dtype != torch.bool or tuple(tasks.shape) not in allowed:
+                raise ModelError(
+                    f"tasks are {tasks.dtype} {tuple(tasks.shape)}; allowed for {count} images: "
+                    f"bool {allowed[0]}, or {allowed[1]} for all of them; or names of tasks"
+                )
             empty = (~tasks.any(dim=1)).nonzero()
             if len(empty):
                 raise ModelError(f"image {int(empty[0])} is asked about no task; name at least one")
-            return tasks.to(device)
-        names = self.spec.task_names
-        unknown = [name for name in tasks if name not in names]
-        if unknown or not tasks:
+            return tasks.to(device).expand(count, -1)
+        wanted = [tasks] if isinstance(tasks, str) else _listed(tasks)
+        unknown = [name for name in wanted if name not in names]
+        if unknown or not wanted:
             raise ModelError(
                 f"tasks {unknown or 'none'} asked for; this model has {', '.join(names)}"
             )
-        wanted = torch.tensor([name in tasks for name in names], device=device)
-        return wanted.expand(count, -1)
+        mask = torch.tensor([name in wanted for name in names], device=device)
+        return mask.expand(count, -1)
 
     def _check_exit(self, confidence: float | None) -> None:
         if confidence is None:
@@ -283,5 +288,30 @@ class ClientCodec:
                 "exit_confidence needs a detector that names classes, and this model's names tasks "
                 "alone: train it with model.detector.classes=true, or leave exit_confidence out"
             )
-        if not 0 <= confidence <= 1:
-            raise ModelError(f"exit_confidence is {confidence}: give a probability, 0 to 1")
+        if not isinstance(confidence, int | float) or not 0 <= confidence <= 1:
+            raise ModelError(f"exit_confidence is {confidence!r}: give a probability, 0 to 1")
+
+
+def _check_images(images: Tensor) -> None:
+    if not isinstance(images, Tensor):
+        raise ModelError(
+            f"images are a {type(images).__name__}; allowed: a uint8 tensor (B, 3, H, W)"
+        )
+    whole = images.ndim == 4 and images.shape[1] == 3 and min(images.shape[2:]) > 0
+    if images.dtype != torch.uint8 or not whole:
+        raise ModelError(
+            f"images are {images.dtype} {tuple(images.shape)}; allowed: uint8 (B, 3, H, W)"
+        )
+
+
+def _listed(tasks: Sequence[str]) -> list[str]:
+    """The names of tasks; ModelError for what holds others than names."""
+    try:
+        names = list(tasks)
+    except TypeError:
+        names = [tasks]  # type: ignore[list-item]
+    if not all(isinstance(name, str) for name in names):
+        raise ModelError(
+            f"tasks are {type(tasks).__name__}; allowed: names of tasks, or a bool tensor (B, K)"
+        )
+    return names

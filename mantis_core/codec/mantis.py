@@ -132,7 +132,7 @@ class Mantis(nn.Module):
     def encode(
         self,
         images: Tensor,
-        tasks: Sequence[str] | Tensor | None = None,
+        tasks: str | Sequence[str] | Tensor | None = None,
         *,
         exit_confidence: float | None = None,
     ) -> list[bytes]:
@@ -142,7 +142,7 @@ class Mantis(nn.Module):
     def encode_in_detail(
         self,
         images: Tensor,
-        tasks: Sequence[str] | Tensor | None = None,
+        tasks: str | Sequence[str] | Tensor | None = None,
         *,
         exit_confidence: float | None = None,
     ) -> list[Encoded]:

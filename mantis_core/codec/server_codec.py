@@ -18,6 +18,7 @@ from mantis_core.bitstream.task_field import TaskField, dequantise_level
 from mantis_core.bitstream.wire import CodedImage, read_stream
 from mantis_core.codec.answer import Answer
 from mantis_core.codec.spec import ModelSpec
+from mantis_core.errors import ModelError
 from mantis_core.networks.client import latent_size
 from mantis_core.networks.inference import still
 from mantis_core.networks.server import JointDecision, Server
@@ -44,8 +45,13 @@ class ServerCodec:
         """Streams to one answer per image, in order; only each image's active tasks are decoded.
 
         A stream of several images shares its bytes equally among their answers. Raises
-        BitstreamError for the first stream that this model did not make.
+        BitstreamError for the first stream that this model did not make, ModelError for what is no
+        list of byte strings.
         """
+        streams = [streams] if isinstance(streams, bytes | str) else list(streams)
+        bytelike = bytes | bytearray | memoryview
+        if wrong := {type(data).__name__ for data in streams if not isinstance(data, bytelike)}:
+            raise ModelError(f"streams are {', '.join(sorted(wrong))}; allowed: a list of bytes")
         images: list[CodedImage] = []
         shapes: list[tuple[int, int]] = []
         sizes: list[tuple[float, float]] = []
