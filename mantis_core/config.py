@@ -102,8 +102,9 @@ class TeacherConfig(Section):
     """The frozen uncompressed network that stages 1 and 2 distil."""
 
     name: str = "resnet50"
-    """The name of a torchvision classification network. It must be a row of blocks, a mean over
-    space and one linear layer, as a ResNet is."""
+    """The name of a torchvision classification network that is a row of blocks, a mean over space
+    and one linear layer: a ResNet, ResNeXt, Wide ResNet, RegNet, ShuffleNetV2, MobileNetV2 or
+    EfficientNet (V1 or V2)."""
     weights: str = "pretrained"
     """Where the weights come from: `train` trains them on the data, `pretrained` lets
     torchvision download them, else the path of a .safetensors or .pth file."""

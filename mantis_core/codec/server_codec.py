@@ -177,6 +177,8 @@ def new_server(spec: ModelSpec, trunk: nn.Module | None = None) -> Server:
         latent_size=latent_size(spec.image_size, spec.model.encoder.stride),
         split_shape=spec.split_shape,
         last_shape=spec.last_shape,
+        split_signed=spec.split_signed,
+        last_signed=spec.last_signed,
         trunk=Backbone(spec.teacher).tail_after(spec.split) if trunk is None else trunk,
     )
 

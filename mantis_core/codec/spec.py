@@ -23,7 +23,11 @@ _MAX_AREA_RATIO = 16
 
 
 class ModelSpec(BaseModel):
-    """All it takes to build a model's modules and to read its answers: a checkpoint's config."""
+    """All it takes to build a model's modules and to read its answers: a checkpoint's config.
+
+    The shapes are those of the teacher's features, at its split and of its last block;
+    `split_signed` and `last_signed` say whether these have negative values.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -38,6 +42,8 @@ class ModelSpec(BaseModel):
     split: str
     split_shape: tuple[int, int, int]
     last_shape: tuple[int, int, int]
+    split_signed: bool = False
+    last_signed: bool = False
 
     @property
     def task_names(self) -> tuple[str, ...]:
@@ -96,6 +102,7 @@ class ModelSpec(BaseModel):
 def model_spec(model: ModelConfig, teacher: Teacher, problem: Problem) -> ModelSpec:
     """The spec of the codec for these sections."""
     split_shape, last_shape = teacher.feature_shapes(problem.image_size)
+    split_signed, last_signed = teacher.signed_features(problem.image_size)
     return ModelSpec(
         model=model,
         tasks=problem.tasks,
@@ -108,4 +115,6 @@ def model_spec(model: ModelConfig, teacher: Teacher, problem: Problem) -> ModelS
         split=teacher.split,
         split_shape=split_shape,
         last_shape=last_shape,
+        split_signed=split_signed,
+        last_signed=last_signed,
     )

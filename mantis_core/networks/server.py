@@ -20,6 +20,9 @@ class FeatureDecoder(nn.Module):
     """The received latent back to the teacher's feature at its split; serves every task.
 
     y_hat (B, C, h, w) ─ conv3x3 ─ residual blocks ─ [up or down by 2] ─ conv1x1 ─▶ (B, C', h', w')
+
+    Where the sides do not divide, the rebuilt map is larger than the feature; of an input of the
+    model's own size it is cut to the feature's.
     """
 
     def __init__(
@@ -30,13 +33,19 @@ class FeatureDecoder(nn.Module):
         *,
         channels: int,
         blocks: int,
+        signed: bool = False,
     ) -> None:
+        """Takes the feature's shape `target` and the latent's (h, w) for the model's own size.
+
+        `signed`: whether the feature has negative values, as behind a linear layer.
+        """
         super().__init__()
+        self.target, self.latent_size, self.signed = target, latent_size, signed
         self.first = nn.Sequential(
             nn.Conv2d(latent_channels, channels, 3, 1, 1), group_norm(channels)
         )
         self.blocks = nn.Sequential(*(ResidualBlock(channels, channels) for _ in range(blocks)))
-        steps = round(math.log2(target[1] / latent_size[0]))
+        steps = _doublings(latent_size, target[1:])
         scale: list[nn.Module] = []
         for _ in range(abs(steps)):
             if steps > 0:
@@ -51,20 +60,26 @@ class FeatureDecoder(nn.Module):
         self.last = nn.Conv2d(channels, target[0], 1)
 
     def forward(self, latent: Tensor) -> Tensor:
-        """(B, C, h, w) to the non-negative feature (B, C', h', w') at the teacher's split."""
-        x = torch.relu(self.first(latent))
-        return torch.relu(self.last(self.scale(self.blocks(x))))
+        """(B, C, h, w) to the feature (B, C', h', w') at the teacher's split."""
+        x = self.scale(self.blocks(torch.relu(self.first(latent))))
+        if latent.shape[2:] == self.latent_size:
+            x = x[..., : self.target[1], : self.target[2]]
+        feature = self.last(x)
+        return feature if self.signed else torch.relu(feature)
 
 
 class TaskDecoder(nn.Module):
     """One task's own reconstruction of the deep feature from the shared one.
 
-    deep ─┬─ scale and shift a channel ──────────────┬─ ReLU ─▶ (B, C, h, w)
+    deep ─┬─ scale and shift a channel ──────────────┬─ [ReLU] ─▶ (B, C, h, w)
           └─ conv1x1 ─ norm ─ ReLU ─ conv1x1 (0) ────┘       the identity at init
+
+    There is no ReLU at the end where the deep feature has negative values (`signed`).
     """
 
-    def __init__(self, channels: int, hidden: int) -> None:
+    def __init__(self, channels: int, hidden: int, *, signed: bool = False) -> None:
         super().__init__()
+        self.signed = signed
         self.scale = nn.Parameter(torch.ones(1, channels, 1, 1))
         self.shift = nn.Parameter(torch.zeros(1, channels, 1, 1))
         self.first = nn.Conv2d(channels, hidden, 1, bias=False)
@@ -76,7 +91,8 @@ class TaskDecoder(nn.Module):
     def forward(self, deep: Tensor) -> Tensor:
         """(B, C, h, w) to (B, C, h, w)."""
         own = self.last(torch.relu(self.norm(self.first(deep))))
-        return torch.relu(deep * self.scale + self.shift + own)
+        rebuilt = deep * self.scale + self.shift + own
+        return rebuilt if self.signed else torch.relu(rebuilt)
 
 
 class ClassificationTail(nn.Module):
@@ -112,7 +128,13 @@ class Server(nn.Module):
         split_shape: tuple[int, int, int],
         last_shape: tuple[int, int, int],
         trunk: nn.Module,
+        split_signed: bool = False,
+        last_signed: bool = False,
     ) -> None:
+        """The last two say whether the feature at the split and the deep one have negative values.
+
+        Sizes are those of the model's own input.
+        """
         super().__init__()
         self.tasks = tuple(tasks)
         self.decoder = FeatureDecoder(
@@ -121,12 +143,15 @@ class Server(nn.Module):
             latent_size,
             channels=config.channels,
             blocks=config.blocks,
+            signed=split_signed,
         )
         self.trunk = trunk
         self.task_decoders = TaskModules()
         self.tails = TaskModules()
         for task in tasks:
-            self.task_decoders[task.name] = TaskDecoder(last_shape[0], config.task_channels)
+            self.task_decoders[task.name] = TaskDecoder(
+                last_shape[0], config.task_channels, signed=last_signed
+            )
             self.tails[task.name] = (
                 ClassificationTail(last_shape[0], task.num_classes)
                 if task.is_classification
@@ -187,6 +212,24 @@ class JointDecision(nn.Module):
         floor = parts[0].new_full((parts[0].shape[0], 1), -math.inf)
         scores = torch.cat([*parts, floor], dim=1)[:, self.slots]  # (B, classes, M)
         return scores[..., 0] if scores.shape[-1] == 1 else scores.logsumexp(dim=-1)
+
+
+def _doublings(latent_size: tuple[int, int], target: tuple[int, int]) -> int:
+    """How often the latent's sides are doubled, or halved if negative, to cover the target's.
+
+    The fewest doublings, or the most halvings (rounded up), after which no side is too short.
+    """
+    (height, width), steps = latent_size, 0
+    while height < target[0] or width < target[1]:
+        height, width, steps = 2 * height, 2 * width, steps + 1
+    if steps:
+        return steps
+    while max(height, width) > 1:
+        height, width = -(-height // 2), -(-width // 2)
+        if height < target[0] or width < target[1]:
+            break
+        steps -= 1
+    return steps
 
 
 def still_batch_norms(module: nn.Module) -> None:

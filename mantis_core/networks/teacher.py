@@ -19,6 +19,7 @@ from mantis_core.networks.blocks import SegmentationHead, TaskModules
 from mantis_core.networks.weights import head_rows, read_order, read_weights
 from mantis_core.tasks import TaskSpec
 
+_STAGES = "trunk_output"  # of torchvision's RegNets
 _HEADS = ("fc", "classifier.1", "classifier")  # of torchvision's networks
 
 
@@ -60,7 +61,14 @@ class Backbone(nn.Module):
             )
         tail = nn.Sequential()
         for name in self.names[self.names.index(split) + 1 :]:
-            tail.add_module(name.replace(".", "_"), copy.deepcopy(self.net.get_submodule(name)))
+            block = copy.deepcopy(self.net.get_submodule(name))
+            stages, _, own = name.rpartition(".")
+            if stages == _STAGES:  # nested as in the network, for weights saved under these names
+                if stages not in dict(tail.named_children()):
+                    tail.add_module(stages, nn.Sequential())
+                tail.get_submodule(stages).add_module(own, block)
+            else:
+                tail.add_module(name.replace(".", "_"), block)
         return tail
 
 
@@ -102,15 +110,28 @@ class Teacher(nn.Module):
         self, image_size: tuple[int, int]
     ) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
         """(C, h, w) of the split feature and of the last feature for one input size (H, W)."""
+        found = self._features_of(torch.zeros(1, 3, *image_size))
+        split, last = found[self.split].shape[1:], found["last"].shape[1:]
+        return (split[0], split[1], split[2]), (last[0], last[1], last[2])
+
+    def signed_features(self, image_size: tuple[int, int]) -> tuple[bool, bool]:
+        """Whether the split feature and the last one have negative values, seen on noise (H, W).
+
+        Behind a ReLU there are none; behind a linear layer or another activation there are.
+        """
+        noise = torch.randn(1, 3, *image_size, generator=torch.Generator().manual_seed(0))
+        found = self._features_of(noise)
+        return bool((found[self.split] < 0).any()), bool((found["last"] < 0).any())
+
+    def _features_of(self, image: Tensor) -> dict[str, Tensor]:
+        """The split feature and the last one of a probe (1, 3, H, W), in eval mode."""
         was_training = self.backbone.training
         self.backbone.eval()
         with torch.no_grad():
-            parameter = next(self.backbone.parameters())
-            image = torch.zeros(1, 3, *image_size, device=parameter.device)
-            found = self.backbone.features(image, [self.split])
+            device = next(self.backbone.parameters()).device
+            found = self.backbone.features(image.to(device), [self.split])
         self.backbone.train(was_training)
-        split, last = found[self.split].shape[1:], found["last"].shape[1:]
-        return (split[0], split[1], split[2]), (last[0], last[1], last[2])
+        return found
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """Normalised images (B, 3, H, W) to what is distilled.
@@ -279,14 +300,17 @@ def _build_net(name: str, *, pretrained: bool) -> tuple[nn.Module, tuple[str, ..
         names = [f"features.{index}" for index in range(len(features))]
     else:
         names = [name for name in children if name not in ("avgpool", "fc", "classifier")]
+        if isinstance(stages := children.get(_STAGES), nn.Sequential):
+            names.remove(_STAGES)
+            names += [f"{_STAGES}.{name}" for name, _ in stages.named_children()]
     linear = [module for module in head.modules() if isinstance(module, nn.Linear)]
-    if len(linear) == 1 and _is_row_of_blocks(net, names, linear[0]):
+    if len(linear) == 1 and len(names) > 1 and _is_row_of_blocks(net, names, linear[0]):
         for name in {"avgpool", "fc", "classifier"} & children.keys():
             setattr(net, name, nn.Identity())
         return net, tuple(names), linear[0].in_features
     raise ModelError(
         f"teacher.name: {name} is not built as blocks, mean pooling and one linear layer; "
-        "take a ResNet, ResNeXt, Wide ResNet, RegNet, ShuffleNet, MobileNetV2 or EfficientNet"
+        "take a ResNet, ResNeXt, Wide ResNet, RegNet, ShuffleNetV2, MobileNetV2 or EfficientNet"
     )
 
 

@@ -30,6 +30,7 @@ def stage1_recipe(
 ) -> Recipe:
     """A student with random weights, to be distilled from `teacher`."""
     split_shape, _ = teacher.feature_shapes(problem.image_size)
+    split_signed, _ = teacher.signed_features(problem.image_size)
     members = class_members(problem.tasks, len(problem.classes)) if problem.single_class else None
     torch.manual_seed(seed)
     student = Stage1Student(
@@ -37,6 +38,7 @@ def stage1_recipe(
         len(problem.tasks),
         image_size=problem.image_size,
         split_shape=split_shape,
+        split_signed=split_signed,
         tail=teacher.backbone.tail_after(teacher.split),
         members=members,
     )
@@ -73,6 +75,7 @@ class Stage1Student(nn.Module):
         image_size: tuple[int, int],
         split_shape: tuple[int, int, int],
         tail: nn.Module,
+        split_signed: bool = False,
         members: Tensor | None = None,
     ) -> None:
         """Sizes as `stage1_recipe` finds them; `members` (K, classes) bool as Client takes them."""
@@ -95,6 +98,7 @@ class Stage1Student(nn.Module):
             latent_size(image_size, config.encoder.stride),
             channels=config.decoder.channels,
             blocks=config.decoder.blocks,
+            signed=split_signed,
         )
         self.tail = freeze(tail)
 

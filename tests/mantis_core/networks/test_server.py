@@ -10,14 +10,18 @@ from torch import Tensor, nn
 
 from mantis_core.config import DecoderConfig
 from mantis_core.networks.blocks import SegmentationHead
+from mantis_core.networks.client import latent_size
 from mantis_core.networks.server import (
     ClassificationTail,
     FeatureDecoder,
     JointDecision,
     Server,
     TaskDecoder,
+    _doublings,
 )
+from mantis_core.networks.teacher import Backbone
 from mantis_core.tasks import TaskSpec
+from mantis_core.training.losses import RelativeMSE
 
 
 def log_probabilities(*rows: list[float]) -> Tensor:
@@ -33,9 +37,78 @@ def test_the_decoder_reaches_a_split_smaller_or_larger_than_the_latent(side: int
     assert (feature >= 0).all()
 
 
+@pytest.fixture(scope="module")
+def features() -> dict[tuple[int, int], dict[str, tuple[int, ...]]]:
+    """The shapes of a ResNet-18's features for inputs of many sizes."""
+    backbone = Backbone("resnet18").to("meta").eval()
+    sides = [(s, s) for s in (12, 20, 32, 36, 40, 48, 50, 56, 64, 72, 96, 100, 128, 200, 224)]
+    sizes = [*sides, (100, 150), (96, 40), (20, 200)]
+    return {
+        size: {
+            split: tuple(feature.shape[1:])
+            for split, feature in backbone.features(
+                torch.zeros(1, 3, *size, device="meta"), ["layer1", "layer2", "layer3"]
+            ).items()
+        }
+        for size in sizes
+    }
+
+
+@pytest.mark.parametrize("stride", [8, 16])
+@pytest.mark.parametrize("split", ["layer1", "layer2", "layer3"])
+def test_the_decoder_rebuilds_a_feature_of_any_input_size(
+    split: str, stride: int, features: dict[tuple[int, int], dict[str, tuple[int, int, int]]]
+) -> None:
+    assert 2 * 3 * len(features) == 108
+    for size, shapes in features.items():
+        latent = latent_size(size, stride)
+        with torch.device("meta"):
+            decoder = FeatureDecoder(4, shapes[split], latent, channels=8, blocks=0)
+            rebuilt = decoder(torch.zeros(1, 4, *latent))
+            assert rebuilt.shape[1:] == shapes[split], size
+            other = decoder(torch.zeros(1, 4, latent[0] + 1, latent[1] + 2))
+        assert other.shape[2] >= rebuilt.shape[2]
+        assert other.shape[3] >= rebuilt.shape[3]
+
+
+def test_where_sides_divide_the_decoder_has_the_layers_it_always_had() -> None:
+    for latent in range(1, 33):
+        for target in range(1, 65):
+            steps = round(math.log2(target / latent))
+            side = latent
+            for _ in range(abs(steps)):
+                side = 2 * side if steps > 0 else -(-side // 2)
+            if side == target:
+                assert _doublings((latent, latent), (target, target)) == steps
+
+
+def relative_error(decoder: FeatureDecoder, feature: Tensor, steps: int = 200) -> float:
+    """What is left of a feature (1, C, 4, 4) after learning it by heart."""
+    latent = torch.randn(1, 8, 4, 4, generator=torch.Generator().manual_seed(1))
+    optimiser = torch.optim.Adam(decoder.parameters(), lr=1e-2)
+    for _ in range(steps):
+        loss = RelativeMSE()(decoder(latent), feature)
+        optimiser.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimiser.step()
+    return float(loss.detach())
+
+
+def test_a_decoder_reaches_a_feature_with_negative_values_if_it_is_signed() -> None:
+    torch.manual_seed(0)
+    feature = torch.randn(1, 6, 4, 4)
+    signed = FeatureDecoder(8, (6, 4, 4), (4, 4), channels=16, blocks=0, signed=True)
+    assert relative_error(signed, feature) < 0.01
+    plain = FeatureDecoder(8, (6, 4, 4), (4, 4), channels=16, blocks=0)
+    negative = float(feature.clamp_max(0).square().sum() / feature.square().sum())
+    assert relative_error(plain, feature, steps=2) >= negative > 0.3
+
+
 def test_a_task_decoder_is_identity_at_init() -> None:
     deep = torch.rand(2, 16, 3, 3)  # behind a ReLU, as the trunk's output is
     assert torch.equal(TaskDecoder(16, 8)(deep), deep)
+    deep = torch.randn(2, 16, 3, 3)
+    assert torch.equal(TaskDecoder(16, 8, signed=True)(deep), deep)
 
 
 def test_a_classification_tail_gives_probabilities_of_labels_and_of_not_mine() -> None:

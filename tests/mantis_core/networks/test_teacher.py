@@ -141,8 +141,9 @@ def test_an_unknown_name_gets_did_you_mean() -> None:
 
 
 def test_a_network_of_another_build_is_refused_with_those_that_work() -> None:
-    with pytest.raises(ModelError, match="take a ResNet"):
-        Backbone("squeezenet1_1")
+    for name in ("squeezenet1_1", "mnasnet0_5"):
+        with pytest.raises(ModelError, match="take a ResNet"):
+            Backbone(name)
 
 
 def test_an_unknown_split_is_refused_with_the_ones_there_are() -> None:
@@ -177,6 +178,34 @@ def test_feature_shapes_leaves_the_teacher_as_it_was(teacher: Teacher) -> None:
     assert teacher.feature_shapes((64, 32)) == ((128, 8, 4), (512, 2, 1))
     assert teacher.backbone.training
     assert all(torch.equal(v, before[k]) for k, v in teacher.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("name", "split", "signed"),
+    [
+        ("resnet18", "layer2", (False, False)),
+        ("shufflenet_v2_x0_5", "stage2", (False, False)),
+        ("mobilenet_v2", "features.6", (True, False)),
+    ],
+)
+def test_a_feature_is_signed_where_its_block_ends_in_no_relu(
+    name: str, split: str, signed: tuple[bool, bool]
+) -> None:
+    teacher = Teacher(name, split=split, flat_classes=2, image_size=(32, 32)).train()
+    assert teacher.signed_features((32, 32)) == signed
+    assert teacher.backbone.training
+
+
+def test_a_regnet_is_cut_between_its_stages_and_keeps_the_names_of_its_weights() -> None:
+    backbone = Backbone("regnet_x_400mf").eval()
+    assert backbone.names == ("stem", *(f"trunk_output.block{i}" for i in range(1, 5)))
+    images = torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        found = backbone.features(images, ["trunk_output.block2"])
+        tail = backbone.tail_after("trunk_output.block2").eval()
+        torch.testing.assert_close(tail(found["trunk_output.block2"]), found["last"])
+    names = {f"trunk_output.{n}" for n in backbone.net.trunk_output.state_dict()}  # type: ignore[union-attr]
+    assert set(backbone.tail_after("stem").state_dict()) == names
 
 
 def test_a_teacher_without_a_flat_head_answers_each_task(mixed_problem: Problem) -> None:

@@ -355,6 +355,21 @@ def test_the_file_a_teacher_begins_with_counts_by_its_content(config: Path, tmp_
         planned(load_settings(config, ["teacher.start=nowhere.pth"]))
 
 
+def test_the_order_of_a_teachers_logits_counts_by_its_content(config: Path, tmp_path: Path) -> None:
+    (tmp_path / "t.pth").write_bytes(b"weights")
+    given = [f"teacher.weights={tmp_path / 't.pth'}"]
+    keys = [planned(load_settings(config, given))["stage1"].key]
+    for name, content in (("a.txt", "one"), ("b.txt", "one"), ("b.txt", "two")):
+        (tmp_path / name).write_text(content)
+        order = f"teacher.classes={tmp_path / name}"
+        keys.append(planned(load_settings(config, [*given, order]))["stage1"].key)
+    keys.append(planned(load_settings(config, [*given, "teacher.classes=sorted"]))["stage1"].key)
+    assert keys[1] == keys[2]
+    assert len(set(keys)) == 4
+    with pytest.raises(SettingsError, match=r"teacher\.classes: there is no file .* or `sorted`"):
+        planned(load_settings(config, [*given, "teacher.classes=nowhere.txt"]))
+
+
 def test_an_arm_that_cannot_be_measured_is_refused_before_anything_is_trained(
     config: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
