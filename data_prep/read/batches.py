@@ -97,13 +97,13 @@ def local_batches(
 ) -> Iterator[Batch]:
     """Yields the batches of train_batches, or those of an evaluation, without Ray.
 
-    With `epoch` None it reads all rows of the split once, in order, cut to their centre; the last
-    batch may be short. `threads` decode ahead of the consumer, two parts each at most; with 0 this
-    thread decodes.
+    With `epoch` None it reads the rank's rows of the split once, in order, cut to their centre; the
+    last batch may be short, and a rank may have no rows. `threads` decode ahead of the consumer,
+    two parts each at most; with 0 this thread decodes.
     """
     info = manifest.split(split)
     if epoch is None:
-        windows, augment = plan_in_order(info), None
+        windows, augment = plan_in_order(info, rank=rank, world_size=world_size), None
     else:
         augment = (seed, epoch)
         windows = plan_epoch(

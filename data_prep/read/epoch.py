@@ -82,9 +82,20 @@ def plan_epoch(
     ]
 
 
-def plan_in_order(split: SplitInfo) -> list[Window]:
-    """Plans all rows of a split once, in order, a window for each row group."""
-    return [Window((group,), np.arange(group.rows)) for group in _row_groups(split)]
+def plan_in_order(split: SplitInfo, *, rank: int = 0, world_size: int = 1) -> list[Window]:
+    """Plans one rank's rows of a split once, in order, a window for each row group it needs.
+
+    The ranks' shares lie one behind the other and differ by one row at most; with fewer rows than
+    ranks some are empty.
+    """
+    start, stop = (split.rows * each // world_size for each in (rank, rank + 1))
+    windows, first = [], 0
+    for group in _row_groups(split):
+        picks = np.arange(max(start - first, 0), min(stop - first, group.rows))
+        if len(picks):
+            windows.append(Window((group,), picks))
+        first += group.rows
+    return windows
 
 
 def _row_groups(split: SplitInfo) -> list[RowGroup]:

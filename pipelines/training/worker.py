@@ -6,7 +6,6 @@ reports its figures. Its drivers are `pipelines/stages/train.py` and `pipelines/
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import os
@@ -198,13 +197,17 @@ def epoch_record(
 
 
 def holdout_batches(training: Training, manifest: Manifest, place: Place) -> Iterator[Batch]:
-    """Yields this worker's share of the holdout. Every worker gets a batch and no row repeats."""
-    rows = manifest.split("holdout").rows
-    size = max(1, min(training.section.batch_size, math.ceil(rows / place.world)))
-    reading = training.settings.data.reading
-    arrays = local_batches(training.prepared, manifest, reading, split="holdout", global_batch=size)
-    for each in itertools.islice(arrays, place.rank, None, place.world):
-        yield Batch.from_arrays(each, place.device)
+    """Yields this worker's rows of the holdout, if it has any. Each row is one worker's."""
+    arrays = local_batches(
+        training.prepared,
+        manifest,
+        training.settings.data.reading,
+        split="holdout",
+        global_batch=training.section.batch_size,
+        rank=place.rank,
+        world_size=place.world,
+    )
+    return (Batch.from_arrays(each, place.device) for each in arrays)
 
 
 def report_checkpoint(

@@ -146,3 +146,23 @@ def test_a_plan_in_order_has_every_row_once() -> None:
         for pick in window.picks.tolist()
     ]
     assert rows == list(range(103))
+
+
+@pytest.mark.parametrize("world_size", range(1, 9))
+def test_shares_in_order_are_disjoint_and_together_all_rows_though_some_are_empty(
+    world_size: int,
+) -> None:
+    for rows in range(1, 61):
+        groups = tuple(min(7, rows - start) for start in range(0, rows, 7))
+        shard = ShardInfo(path="0", rows=rows, bytes=0, sha256="", row_group_rows=groups)
+        split = SplitInfo(rows=rows, bytes=0, shards=(shard,))
+        shares = []
+        for rank in range(world_size):
+            windows = plan_in_order(split, rank=rank, world_size=world_size)
+            assert all(len(window.picks) for window in windows)
+            shares.append(
+                [7 * group.index + pick for w in windows for group in w.groups for pick in w.picks]
+            )
+        assert [row for share in shares for row in share] == list(range(rows))
+        sizes = [len(share) for share in shares]
+        assert max(sizes) - min(sizes) <= 1
