@@ -6,6 +6,7 @@ Shapes: B batch, K tasks.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -21,7 +22,8 @@ from mantis_core.networks.blocks import TaskModules
 from mantis_core.networks.teacher import Teacher, freeze, narrowed
 from mantis_core.tasks import Batch, Problem, TaskSpec, of_task
 from mantis_core.training.losses import DETECTION
-from mantis_core.training.recipe import Recipe, StepOutput
+from mantis_core.training.means import Mean, Objective
+from mantis_core.training.recipe import Measured, Recipe
 from mantis_core.training.stage2 import Stage2Recipe, started_codec
 
 
@@ -90,22 +92,24 @@ class PerTaskRecipe(Recipe):
         super().train(mode)
         return self
 
-    def forward(self, batch: Batch, progress: float) -> StepOutput:
-        losses: list[Tensor] = []
+    def measure(self, batch: Batch, progress: float) -> Measured:
+        objectives: list[Objective] = []
         sums: dict[str, Tensor] = {}
         for k, task in enumerate(self.tasks):
-            part = self.parts[task.name]
+            part: Any = self.parts[task.name]
             part.student = self.student[task.name]
             # A task that no image carries is in the graph all the same, or other workers wait.
             carried = batch.task_mask[:, k].nonzero()[:, 0]
             rows = carried if len(carried) else carried.new_zeros(1)
-            output: StepOutput = part(_own_rows(batch, rows, k, task), progress)
-            counts = len(carried) > 0
-            losses.append(output.loss * (len(carried) / len(batch)))
-            for name, value in output.sums.items():
+            (objective,), own = part.measure(_own_rows(batch, rows, k, task), progress)
+            share = batch.task_mask[:, k].float().mean()
+            carries = int(len(carried) > 0)
+            counted = objective.mapped(lambda mean, n=carries: Mean(mean.value, n * mean.count))
+            objectives.append(replace(counted, share=Mean(share, len(batch)), name=task.name))
+            for name, value in own.items():
                 if not name.startswith("detection/"):
-                    sums[name] = sums.get(name, torch.zeros_like(value)) + value * counts
-        return StepOutput(torch.stack(losses).sum(), sums, len(batch))
+                    sums[name] = sums.get(name, torch.zeros_like(value)) + value * carries
+        return Measured(tuple(objectives), sums)
 
     def save(
         self, student: nn.Module, folder: str | Path, kind: str, meta: Mapping[str, Any]

@@ -21,7 +21,7 @@ from mantis_core.networks.server import still_batch_norms
 from mantis_core.networks.teacher import Teacher
 from mantis_core.tasks import Batch, Problem, TaskSpec
 from mantis_core.training.hits import label_hits
-from mantis_core.training.recipe import Recipe, StepOutput
+from mantis_core.training.recipe import Measured, Recipe
 
 
 class CodecTeacherRecipe(Recipe):
@@ -33,9 +33,9 @@ class CodecTeacherRecipe(Recipe):
         self.codec, self.qualities = IMAGE_CODECS[config.codec], config.qualities
         self.set_teacher(None)
 
-    def forward(self, batch: Batch, progress: float) -> StepOutput:
-        count, known = len(batch), len(self.qualities)
-        drawn = torch.randint(known, (count,)) if self.training else torch.arange(count) % known
+    def measure(self, batch: Batch, progress: float) -> Measured:
+        known = len(self.qualities)
+        drawn = torch.randint(known, (len(batch),)) if self.training else batch.row_id % known
         pixels = batch.image.permute(0, 2, 3, 1).cpu().numpy()
         decoded = [
             self.codec.decode(self.codec.encode(image, self.qualities[i]))
@@ -43,9 +43,8 @@ class CodecTeacherRecipe(Recipe):
         ]
         images = torch.from_numpy(np.stack(decoded)).permute(0, 3, 1, 2).to(batch.image.device)
         student = {"outputs": self.student(normalise(images))}
-        loss, sums = self.total(student, {"outputs": {}}, batch)
-        sums |= label_hits(student["outputs"], self.tasks, batch)
-        return StepOutput(loss, sums, count)
+        objective = self.objective(student, {"outputs": {}}, batch)
+        return Measured((objective,), label_hits(student["outputs"], self.tasks, batch))
 
 
 class IndividualRecipe(Recipe):
@@ -66,7 +65,7 @@ class IndividualRecipe(Recipe):
         still_batch_norms(self.student)
         return self
 
-    def forward(self, batch: Batch, progress: float) -> StepOutput:
+    def measure(self, batch: Batch, progress: float) -> Measured:
         images = normalise(batch.image)
         outputs: dict[str, Tensor] = {}
         for k, task in enumerate(self.tasks):
@@ -77,9 +76,8 @@ class IndividualRecipe(Recipe):
             own = self.student[task.name](images[rows])[key]  # type: ignore[index]
             full = own.new_zeros(len(batch), *own.shape[1:])
             outputs[key] = full.index_copy(0, rows, own)
-        loss, sums = self.total({"outputs": outputs}, {"outputs": {}}, batch)
-        sums |= label_hits(outputs, self.tasks, batch)
-        return StepOutput(loss, sums, len(batch))
+        objective = self.objective({"outputs": outputs}, {"outputs": {}}, batch)
+        return Measured((objective,), label_hits(outputs, self.tasks, batch))
 
 
 def individual_models(teacher: Teacher, image_size: tuple[int, int]) -> TaskModules:

@@ -17,13 +17,7 @@ from torch import Tensor, nn
 
 from mantis_core.config import TrainingConfig
 from mantis_core.tasks import Batch
-from mantis_core.training.meter import (
-    Meter,
-    average_buffers,
-    consumed_rows,
-    gather_rows,
-    hash_of_rows,
-)
+from mantis_core.training.meter import Meter, consumed_rows, hash_of_rows
 from mantis_core.training.optim import (
     build_optimizer,
     lr_factor,
@@ -32,6 +26,7 @@ from mantis_core.training.optim import (
     set_lr,
 )
 from mantis_core.training.recipe import Recipe, StepOutput
+from mantis_core.training.workers import average_buffers, gather_rows
 
 OnStep = Callable[[int, int, dict[str, float]], None]
 
@@ -98,7 +93,10 @@ class Session:
         self.module = wrap(self.recipe)
 
     def step(self, batch: Batch) -> StepOutput:
-        """Forward, loss, backward, clip, update. TrainingError on a loss that is not finite."""
+        """Forward, loss, backward, clip, update. TrainingError on a loss that is not finite.
+
+        All workers get that error at the same step, whichever worker's loss it was.
+        """
         progress = self.step_index / self.total_steps
         set_lr(self.optimizer, lr_factor(self.step_index, self.total_steps, self.config.optim))
         torch.manual_seed(step_seed(self.seed, self.step_index, self.rank))
@@ -127,7 +125,7 @@ class Session:
         `rows_sha256` identifies them.
         """
         self.recipe.train()
-        meter, recent = Meter(), Meter()
+        meter, recent = Meter(self.device), Meter()
         consumed: list[Tensor] = []
         goal = (self.epoch + 1) * self.steps_per_epoch
         for batch in batches:
@@ -161,13 +159,15 @@ class Session:
     def evaluate(self, holdout: Callable[[], Iterable[Batch]]) -> dict[str, float]:
         """Figures on held-back rows, in eval mode, of the weights that would be shipped.
 
-        Keeps a copy of these weights if their loss is the lowest so far.
+        `holdout` gives this worker's share of the rows, which may be none; the figures are those of
+        all rows, whatever the shares and batches. Keeps a copy of the weights if their loss is
+        finite and the lowest so far. TrainingError if no row is held back.
         """
         student, self.recipe.student = self.recipe.student, self.shipped
         try:
             self.recipe.eval()
             self.recipe.calibrate(self.recipe.student, holdout(), gather_rows)
-            meter = Meter()
+            meter = Meter(self.device)
             with torch.no_grad(), self._autocast():
                 for batch in holdout():
                     meter.add(self.recipe(batch, 1.0), batch.image.shape[2] * batch.image.shape[3])
@@ -176,8 +176,14 @@ class Session:
             self.recipe.student = student
         copy_buffers(self.shipped, student)
         meter.reduce()
+        if meter.count == 0:
+            raise TrainingError(
+                "no row is held back, so no epoch can be chosen: raise data.holdout_fraction or "
+                "add images"
+            )
         figures = meter.figures("holdout")
-        if not self.best or figures["holdout/loss"] < self.best["holdout/loss"]:
+        lowest = self.best.get("holdout/loss", math.inf)
+        if figures["holdout/loss"] < lowest:  # never true of nan
             self.best = {**figures, "epoch": float(self.epoch)}
             self.best_weights = {k: v.detach().cpu().clone() for k, v in shipped.items()}
         return figures
@@ -253,11 +259,19 @@ def fit(
     *,
     on_step: OnStep | None = None,
 ) -> Iterator[dict[str, float]]:
-    """Trains the epochs that are left; yields the figures of each when it is over."""
+    """Trains the epochs that are left; yields the figures of each when it is over.
+
+    Raises TrainingError at the end if no epoch is worth shipping.
+    """
     while session.epoch < session.config.epochs:
         figures = session.train_epoch(train_batches(session.epoch), on_step)
         figures |= session.evaluate(holdout)
         yield {**figures, "epoch": float(session.epoch), "step": float(session.step_index)}
+    if not session.best:
+        raise TrainingError(
+            "no epoch had a finite loss on the held-back rows, so there is nothing to ship: lower "
+            "the learning rate or the loss weights"
+        )
 
 
 def _laid_out(value: Tensor, parameter: Tensor) -> Tensor:

@@ -2,12 +2,13 @@
 
 A criterion is called with (student io, teacher io, batch). An io dict maps a module path to
 {"output": tensor}, as torchdistill's ForwardHookManager gives it, and holds what the recipe itself
-computed under "outputs". Shapes: B batch, K tasks, n labels of a task.
+computed under "outputs". Each criterion tells means and how many entries are behind each, so that
+its value over all workers' rows can be told too. Shapes: B batch, K tasks, n labels of a task.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,20 +29,39 @@ from torchdistill.losses.registry import LOSS_DICT
 from mantis_core.config import LossTerm
 from mantis_core.errors import ModelError
 from mantis_core.tasks import IGNORE, Batch, TaskSpec
+from mantis_core.training.means import Mean
 
 Io = Mapping[str, Any]
+
+
+class Criterion(nn.Module):
+    """A loss term of what a recipe computed: the sum of means, each over entries of its own."""
+
+    def means(self, student: Io, teacher: Io, batch: Batch) -> list[Mean]:
+        """The means on these rows; as many for every batch, at the same places."""
+        raise NotImplementedError
+
+    def forward(self, student: Io, teacher: Io, batch: Batch) -> Tensor:
+        """Their sum (), the term's value on these rows alone; 0 where nothing is compared."""
+        values = [mean.value for mean in self.means(student, teacher, batch)]
+        return torch.stack(values).sum() if values else torch.zeros((), device=batch.image.device)
 
 
 class RelativeMSE(nn.Module):
     """Mean squared error over the mean square of the target: layers of any scale compare."""
 
     def forward(self, value: Tensor, target: Tensor) -> Tensor:
-        """Two tensors of one shape to a scalar; no gradient to the target."""
+        """Two tensors of one shape (B, ...) to a scalar; no gradient to the target."""
+        return self.mean(value, target).value
+
+    def mean(self, value: Tensor, target: Tensor) -> Mean:
+        """The quotient with its divisor, summed over images: both are means over all images."""
         target = target.detach().float()
-        return (value.float() - target).square().mean() / target.square().mean().clamp_min(1e-6)
+        scale = target.square().mean().clamp_min(1e-6)
+        return Mean((value.float() - target).square().mean() / scale, scale * len(target))
 
 
-class TeacherLogits(nn.Module):
+class TeacherLogits(Criterion):
     """KL from the teacher's distributions to the student's, flat or summed over tasks' heads.
 
     Hinton et al. 2014, with temperature squared in front. For heads a task, over its own images;
@@ -52,21 +72,20 @@ class TeacherLogits(nn.Module):
         super().__init__()
         self.tasks, self.temperature = tasks, temperature
 
-    def forward(self, student: Io, teacher: Io, batch: Batch) -> Tensor:
+    def means(self, student: Io, teacher: Io, batch: Batch) -> list[Mean]:
         ours, theirs = student["outputs"], teacher["outputs"]
         if "logits" in theirs:
             everyone = torch.ones(len(batch), dtype=torch.bool, device=batch.image.device)
-            return _divergence(ours["logits"], theirs["logits"], everyone, self.temperature)
-        total = batch.labels.new_zeros((), dtype=torch.float32)
-        for k, task in enumerate(self.tasks):
-            key = f"logits/{task.name}"
-            if key in theirs:
-                active = batch.task_mask[:, k]
-                total = total + _divergence(ours[key], theirs[key], active, self.temperature)
-        return total
+            return [_divergence(ours["logits"], theirs["logits"], everyone, self.temperature)]
+        keys = {f"logits/{task.name}": k for k, task in enumerate(self.tasks)}
+        return [
+            _divergence(ours[key], theirs[key], batch.task_mask[:, k], self.temperature)
+            for key, k in keys.items()
+            if key in theirs
+        ]
 
 
-class TaskDetection(nn.Module):
+class TaskDetection(Criterion):
     """Binary cross-entropy of the task logits, summed over tasks, mean over images.
 
     `distill` > 0 mixes that share of the teacher's probability of each task into the target: the
@@ -77,7 +96,7 @@ class TaskDetection(nn.Module):
         super().__init__()
         self.tasks, self.distill = tasks, distill
 
-    def forward(self, student: Io, teacher: Io, batch: Batch) -> Tensor:
+    def means(self, student: Io, teacher: Io, batch: Batch) -> list[Mean]:
         logits = student["outputs"]["task_logits"].float()
         target = batch.task_mask.float()
         if self.distill and "logits" in teacher["outputs"]:
@@ -91,10 +110,10 @@ class TaskDetection(nn.Module):
             )
             target = (1 - self.distill) * target + self.distill * posterior.clamp(0, 1)
         loss = binary_cross_entropy_with_logits(logits, target, reduction="none")
-        return loss.sum(dim=1).mean()
+        return [Mean(loss.sum(dim=1).mean(), len(batch))]
 
 
-class ClassDetection(nn.Module):
+class ClassDetection(Criterion):
     """Cross-entropy of the detector's class logits with the image's class or "none of them".
 
     `distill` > 0 mixes in that share of the KL from the teacher's flat distribution. For detectors
@@ -105,19 +124,19 @@ class ClassDetection(nn.Module):
         super().__init__()
         self.distill = distill
 
-    def forward(self, student: Io, teacher: Io, batch: Batch) -> Tensor:
+    def means(self, student: Io, teacher: Io, batch: Batch) -> list[Mean]:
         logits = student["outputs"]["class_logits"]
         known = batch.class_label >= 0
         target = torch.where(known, batch.class_label, logits.shape[1] - 1)
-        loss = cross_entropy(logits.float(), target)
+        loss = Mean(cross_entropy(logits.float(), target), len(batch))
         if "logits" not in teacher["outputs"]:
-            return loss
+            return [loss]
         theirs = teacher["outputs"]["logits"]
         kl = _divergence(logits[:, : theirs.shape[1]], theirs, known, 1.0)
-        return (1 - self.distill) * loss + self.distill * kl
+        return [loss.times(1 - self.distill), kl.times(self.distill)]
 
 
-class TaskLosses(nn.Module):
+class TaskLosses(Criterion):
     """Sum over tasks of the mean cross-entropy over the task's own images (0 where it has none).
 
     A classification tail also learns to say "not mine" on the others' images, with the weight
@@ -128,66 +147,68 @@ class TaskLosses(nn.Module):
         super().__init__()
         self.tasks, self.not_mine = tasks, not_mine
 
-    def forward(self, student: Io, teacher: Io, batch: Batch) -> Tensor:
-        ours = student["outputs"]
-        total = batch.labels.new_zeros((), dtype=torch.float32)
+    def means(self, student: Io, teacher: Io, batch: Batch) -> list[Mean]:
+        ours, means = student["outputs"], []
         for k, task in enumerate(self.tasks):
             output = ours["tasks"][task.name].float()
             active = ours["loss_mask"][:, k]
             if task.is_classification:
-                total = total + _mean_over(
-                    nll_loss(output, batch.labels[:, k].clamp_min(0), reduction="none"), active
-                )
+                loss = nll_loss(output, batch.labels[:, k].clamp_min(0), reduction="none")
+                means.append(_mean_over(loss, active))
                 others = ~batch.task_mask[:, k]
-                total = total + self.not_mine * _mean_over(-output[:, -1], others)
+                means.append(_mean_over(-output[:, -1], others).times(self.not_mine))
             else:
-                total = total + _pixel_loss(output, batch.segmentation[task.name], active)
-        return total
+                means.append(_pixel_loss(output, batch.segmentation[task.name], active))
+        return means
 
 
-class JointDecision(nn.Module):
+class JointDecision(Criterion):
     """Cross-entropy of the joint decision over all classes, on images of one class.
 
     0 for data whose images have no single class: there is no joint decision.
     """
 
-    def forward(self, student: Io, teacher: Io, batch: Batch) -> Tensor:
+    def means(self, student: Io, teacher: Io, batch: Batch) -> list[Mean]:
         if "joint" not in student["outputs"]:
-            return torch.zeros((), device=batch.image.device)
+            return []
         scores = student["outputs"]["joint"].float()
         known = batch.class_label >= 0
         loss = cross_entropy(scores, batch.class_label.clamp_min(0), reduction="none")
-        return _mean_over(loss, known)
+        return [_mean_over(loss, known)]
 
 
-class TeacherDecision(nn.Module):
-    """KL from the teacher's flat distribution to the joint decision, or head by head.
+class TeacherDecision(Criterion):
+    """KL from the teacher's flat distribution to the joint decision, or task by task.
 
-    A segmentation's is the mean over all pixels of its images.
+    Without a joint decision a task is compared with the teacher's head of that task, or with the
+    flat logits of its classes, as they compare among themselves. A segmentation's is the mean over
+    all pixels of its images. A task that the teacher does not know costs nothing.
     """
 
     def __init__(self, tasks: tuple[TaskSpec, ...], temperature: float = 1.0) -> None:
         super().__init__()
         self.tasks, self.temperature = tasks, temperature
 
-    def forward(self, student: Io, teacher: Io, batch: Batch) -> Tensor:
+    def means(self, student: Io, teacher: Io, batch: Batch) -> list[Mean]:
         ours, theirs = student["outputs"], teacher["outputs"]
         if "logits" in theirs and "joint" in ours:
             everyone = torch.ones(len(batch), dtype=torch.bool, device=batch.image.device)
-            return _divergence(ours["joint"], theirs["logits"], everyone, self.temperature)
-        total = batch.labels.new_zeros((), dtype=torch.float32)
+            return [_divergence(ours["joint"], theirs["logits"], everyone, self.temperature)]
+        means = []
         for k, task in enumerate(self.tasks):
-            key = f"logits/{task.name}"
-            if key in theirs:
+            target = theirs.get(f"logits/{task.name}")
+            if target is None and "logits" in theirs and task.is_classification:
+                target = theirs["logits"][:, list(task.classes)]
+            if target is not None:
                 mine = ours["tasks"][task.name]
                 if task.is_classification:
                     mine = mine[:, :-1]
                 active = ours["loss_mask"][:, k]
-                total = total + _divergence(mine, theirs[key], active, self.temperature)
-        return total
+                means.append(_divergence(mine, target, active, self.temperature))
+        return means
 
 
-class FlatLabels(nn.Module):
+class FlatLabels(Criterion):
     """Cross-entropy of flat logits with the image's class, or of each head with its task's labels.
 
     What a teacher and the individual models are trained with.
@@ -197,8 +218,8 @@ class FlatLabels(nn.Module):
         super().__init__()
         self.tasks, self.label_smoothing = tasks, label_smoothing
 
-    def forward(self, student: Io, teacher: Io, batch: Batch) -> Tensor:
-        ours = student["outputs"]
+    def means(self, student: Io, teacher: Io, batch: Batch) -> list[Mean]:
+        ours, means = student["outputs"], []
         if "logits" in ours:
             known = batch.class_label >= 0
             loss = cross_entropy(
@@ -207,8 +228,7 @@ class FlatLabels(nn.Module):
                 reduction="none",
                 label_smoothing=self.label_smoothing,
             )
-            return _mean_over(loss, known)
-        total = batch.labels.new_zeros((), dtype=torch.float32)
+            return [_mean_over(loss, known)]
         for k, task in enumerate(self.tasks):
             output, active = ours[f"logits/{task.name}"].float(), batch.task_mask[:, k]
             if task.is_classification:
@@ -218,10 +238,10 @@ class FlatLabels(nn.Module):
                     reduction="none",
                     label_smoothing=self.label_smoothing,
                 )
-                total = total + _mean_over(loss, active)
+                means.append(_mean_over(loss, active))
             else:
-                total = total + _pixel_loss(output, batch.segmentation[task.name], active)
-        return total
+                means.append(_pixel_loss(output, batch.segmentation[task.name], active))
+        return means
 
 
 def build_criterion(
@@ -268,21 +288,39 @@ def hooked_paths(
     return sorted(set(student)), sorted(set(teacher))
 
 
-def weighted_terms(
+def measured_terms(
     criterion: WeightedSumLoss, student: Io, teacher: Io, batch: Batch
-) -> dict[str, Tensor]:
-    """Each term times its weight; their sum is torchdistill's own forward."""
+) -> dict[str, tuple[float, Sequence[Mean]]]:
+    """Each term's weight and means; torchdistill's own forward is the sum of them all, weighted."""
+    nothing = [Mean(torch.zeros((), device=batch.image.device), 0)]
     return {
-        name: weight * term(student, teacher, batch)
+        name: (weight, _means_of(term, student, teacher, batch) or nothing)
         for name, (term, weight) in criterion.term_dict.items()
     }
+
+
+def _means_of(term: Any, student: Io, teacher: Io, batch: Batch) -> list[Mean]:
+    if isinstance(term, Criterion):
+        return term.means(student, teacher, batch)
+    # What SimpleLossWrapper does, with the count beside it.
+    value = term.extract_value(student, term.input_module_path, term.input_key)
+    target = term.extract_value(teacher, term.target_module_path, term.target_key)
+    if isinstance(term.low_level_loss, RelativeMSE):
+        return [term.low_level_loss.mean(value, target)]
+    return [Mean(term.low_level_loss(value, target), len(batch))]
 
 
 def _low_level(name: str, term: LossTerm) -> nn.Module:
     if term.criterion in LOW_LEVEL:
         return _construct(name, term, LOW_LEVEL[term.criterion])
     if term.criterion in LOSS_DICT and term.criterion.endswith("Loss"):
-        return _construct(name, term, LOSS_DICT[term.criterion])
+        loss = _construct(name, term, LOSS_DICT[term.criterion])
+        if getattr(loss, "reduction", "mean") in ("sum", "none"):
+            raise ModelError(
+                f"losses.{name}.kwargs: reduction {loss.reduction!r} is no mean over images, so it "
+                "would depend on the batch and the workers: leave it out, and set `weight`"
+            )
+        return loss
     raise ModelError(
         f"losses.{name}.criterion: {term.criterion!r} compares no two tensors; allowed with "
         f"`student`: {', '.join(LOW_LEVEL)} or a loss of torch.nn"
@@ -313,20 +351,21 @@ def _teacher_path(path: str | None, split: str, last: str) -> str:
     return {"@split": split, "@last": last}.get(path or "", path or "")
 
 
-def _pixel_loss(logits: Tensor, truth: Tensor, active: Tensor) -> Tensor:
+def _pixel_loss(logits: Tensor, truth: Tensor, active: Tensor) -> Mean:
     """Mean cross-entropy (B, n, H, W) over labelled pixels (B, H, W) of active images (B,)."""
     valid = (truth != IGNORE) & active[:, None, None]
     target = truth.long().masked_fill(~valid, 0)
     return _mean_over(cross_entropy(logits, target, reduction="none"), valid)
 
 
-def _mean_over(values: Tensor, keep: Tensor) -> Tensor:
+def _mean_over(values: Tensor, keep: Tensor) -> Mean:
     """Sum over the kept entries / their count; 0, in the graph, where there is none."""
     weight = keep.to(values.dtype)
-    return (values * weight).sum() / weight.sum().clamp_min(1)
+    count = weight.sum()
+    return Mean((values * weight).sum() / count.clamp_min(1), count)
 
 
-def _divergence(ours: Tensor, theirs: Tensor, keep: Tensor, temperature: float) -> Tensor:
+def _divergence(ours: Tensor, theirs: Tensor, keep: Tensor, temperature: float) -> Mean:
     """Mean over kept images, and pixels, of logits (B, n) or (B, n, H, W); `keep` is (B,)."""
     divergence = kl_div(
         log_softmax(ours.float() / temperature, dim=1),
@@ -335,7 +374,7 @@ def _divergence(ours: Tensor, theirs: Tensor, keep: Tensor, temperature: float) 
         log_target=True,
     ).sum(dim=1)
     everywhere = keep.reshape(-1, *[1] * (divergence.dim() - 1)).expand_as(divergence)
-    return temperature**2 * _mean_over(divergence, everywhere)
+    return _mean_over(divergence, everywhere).times(temperature**2)
 
 
 CRITERIA: dict[str, Callable[..., nn.Module]] = {

@@ -7,18 +7,24 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from mantis_core.tasks import Batch
+from mantis_core.training.means import Name, Pool, add_up
 from mantis_core.training.recipe import StepOutput
+from mantis_core.training.workers import num_workers
 
 
 @dataclass
 class Meter:
-    """Sums and counts over batches; `figures` divides once, at the end."""
+    """Sums and counts over batches; `figures` divides once, at the end.
 
+    `device` is where the workers' process group works.
+    """
+
+    device: torch.device | str = "cpu"
     sums: dict[str, Tensor] = field(default_factory=dict)
+    pool: Pool = field(default_factory=Pool)
     count: int = 0
     pixels: int = 1
 
@@ -29,25 +35,37 @@ class Meter:
         sums = {"loss": output.loss.detach() * output.count, **output.sums}
         for name, value in sums.items():
             self.sums[name] = self.sums.get(name, torch.zeros_like(value)) + value
+        self.pool.add(output.objectives)
 
     def reduce(self) -> None:
-        """Adds up the workers' sums and counts, where there are several."""
-        if not (dist.is_available() and dist.is_initialized()):
+        """Adds up the workers' sums and counts, where there are several.
+
+        Every worker must call it, also one that had no batch: all end with the same figures.
+        """
+        if num_workers() == 1:
             return
-        names = sorted(self.sums)
-        device = next(iter(self.sums.values())).device if names else torch.device("cpu")
-        values = [self.sums[name].double().reshape(()) for name in names]
-        packed = torch.stack([*values, torch.tensor(float(self.count), device=device).double()])
-        dist.all_reduce(packed)
-        self.sums = {name: packed[i] for i, name in enumerate(names)}
-        self.count = round(float(packed[-1]))
+        own: dict[Name, Tensor] = {
+            ("sum", name): value.reshape(1) for name, value in self.sums.items()
+        }
+        for name, number in (("images", self.count), ("pixels", self.count * self.pixels)):
+            own[name,] = torch.tensor([number], dtype=torch.float64, device=self.device)
+        totals = add_up(own, 1, self.device)
+        self.count = round(float(totals.pop(("images",))))
+        self.pixels = round(float(totals.pop(("pixels",)))) // max(1, self.count)
+        self.sums = {name: total[0] for (_, name), total in totals.items()}
+        self.pool.reduce(self.device)
 
     def figures(self, prefix: str) -> dict[str, float]:
-        """Means by name: `<prefix>/loss`, `/bits`, `/bpp`, `/top1` and the rest, as floats."""
+        """Means by name: `<prefix>/loss`, `/bits`, `/bpp`, `/top1` and the rest, as floats.
+
+        The loss and its terms are those of the step outputs, each over its images; of objectives
+        where outputs have them, over all rows.
+        """
         values = {name: float(value) for name, value in self.sums.items()}
         asked = values.pop("top1/asked", None)
         hits = values.pop("top1/hits", None)
         out = {f"{prefix}/{name}": value / max(1, self.count) for name, value in values.items()}
+        out |= {f"{prefix}/{name}": value for name, value in self.pool.figures().items()}
         if asked:
             out[f"{prefix}/top1"] = (hits or 0.0) / asked
         if f"{prefix}/bits" in out:
@@ -68,31 +86,3 @@ def hash_of_rows(rows: Tensor) -> str:
     pairs = rows.cpu().numpy().astype("<i8")
     ordered = pairs[np.lexsort((pairs[:, 1], pairs[:, 0]))]
     return hashlib.sha256(ordered.tobytes()).hexdigest()
-
-
-def gather_rows(rows: Tensor) -> Tensor:
-    """All workers' (N, ...) tensors joined along the first dimension; as given without workers."""
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return rows
-    sizes = [torch.zeros(1, dtype=torch.long, device=rows.device) for _ in range(_world())]
-    dist.all_gather(sizes, torch.tensor([len(rows)], device=rows.device))
-    longest = max(int(size) for size in sizes)
-    padded = rows.new_zeros(longest, *rows.shape[1:])
-    padded[: len(rows)] = rows
-    parts = [torch.zeros_like(padded) for _ in sizes]
-    dist.all_gather(parts, padded)
-    return torch.cat([part[: int(size)] for part, size in zip(parts, sizes, strict=True)])
-
-
-def average_buffers(module: nn.Module) -> None:
-    """Averages floating-point buffers (batch norm statistics) over workers."""
-    if not (dist.is_available() and dist.is_initialized()) or _world() == 1:
-        return
-    for buffer in module.buffers():
-        if buffer.is_floating_point() and buffer.numel():
-            dist.all_reduce(buffer)
-            buffer.div_(_world())
-
-
-def _world() -> int:
-    return int(dist.get_world_size())

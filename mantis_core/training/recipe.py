@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,8 @@ from mantis_core.errors import ModelError
 from mantis_core.folders import save_folder
 from mantis_core.networks.teacher import Teacher, freeze
 from mantis_core.tasks import Batch, TaskSpec
-from mantis_core.training.losses import build_criterion, hooked_paths, weighted_terms
+from mantis_core.training.losses import build_criterion, hooked_paths, measured_terms
+from mantis_core.training.means import Mean, Objective, loss_of, loss_over_workers
 
 Gather = Callable[[Tensor], Tensor]
 """Joins the (N, ...) tensors of all workers along their first dimension."""
@@ -28,11 +29,23 @@ Gather = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class StepOutput:
-    """Loss to minimise, and figures as sums over `count` images (reduced by sum and count)."""
+    """Loss to minimise, and figures as sums over `count` images (reduced by sum and count).
+
+    `objectives` are what the loss was made of, in eval mode alone: the loss of many batches is
+    joined from them.
+    """
 
     loss: Tensor
     sums: dict[str, Tensor]
     count: int
+    objectives: tuple[Objective, ...] = ()
+
+
+class Measured(NamedTuple):
+    """What a recipe computed of a batch: its objectives, and figures as sums over the images."""
+
+    objectives: tuple[Objective, ...]
+    sums: dict[str, Tensor]
 
 
 class Recipe(nn.Module):
@@ -68,7 +81,19 @@ class Recipe(nn.Module):
         return self
 
     def forward(self, batch: Batch, progress: float) -> StepOutput:
-        """One batch at `progress` (0 to 1 through training) to its loss and figures."""
+        """One batch at `progress` (0 to 1 through training) to its loss and figures.
+
+        In training mode the loss is this worker's part of that of all workers' rows, see
+        `loss_over_workers`; in eval mode that of the batch.
+        """
+        objectives, sums = self.measure(batch, progress)
+        loss, terms = loss_over_workers(objectives) if self.training else loss_of(objectives)
+        figures = {f"loss/{name}": value.detach() * len(batch) for name, value in terms.items()}
+        kept = () if self.training else objectives
+        return StepOutput(loss, {**figures, **sums}, len(batch), kept)
+
+    def measure(self, batch: Batch, progress: float) -> Measured:
+        """What `forward` makes the loss of, on the rows of this batch alone."""
         raise NotImplementedError
 
     def calibrate(self, student: nn.Module, holdout: Iterable[Batch], gather: Gather) -> None:
@@ -102,13 +127,16 @@ class Recipe(nn.Module):
         """
         return _watched(self.student, self.paths[0], device)
 
-    def total(
-        self, student: dict[str, Any], teacher: dict[str, Any], batch: Batch
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Sum of the weighted terms, and each as a figure named loss/<term>."""
-        terms = weighted_terms(self.criterion, student, teacher, batch)
-        loss = torch.stack([value.float() for value in terms.values()]).sum()
-        return loss, {f"loss/{name}": value.detach() * len(batch) for name, value in terms.items()}
+    def objective(
+        self,
+        student: dict[str, Any],
+        teacher: dict[str, Any],
+        batch: Batch,
+        rate: Tensor | None = None,
+    ) -> Objective:
+        """The configured terms on io dicts, and the weighted mean `rate` () of the images' bits."""
+        terms = measured_terms(self.criterion, student, teacher, batch)
+        return Objective(terms, None if rate is None else Mean(rate, len(batch)))
 
 
 def rate_weight(config: Stage1Config | Stage2Config, progress: float, *, training: bool) -> float:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mantis_core.config import ModelConfig, Stage1Config
+from mantis_core.errors import ModelError
 from mantis_core.folders import save_folder
 from mantis_core.networks.bottleneck import Bottleneck
 from mantis_core.networks.client import Client, latent_size
@@ -22,7 +23,7 @@ from mantis_core.networks.teacher import Teacher, freeze
 from mantis_core.tasks import Batch, Problem, class_members
 from mantis_core.training.hits import label_hits
 from mantis_core.training.losses import DETECTION, check_detection
-from mantis_core.training.recipe import Recipe, StepOutput, rate_weight
+from mantis_core.training.recipe import Measured, Recipe, rate_weight
 
 
 def stage1_recipe(
@@ -135,13 +136,19 @@ class Stage1Recipe(Recipe):
         super().__init__(teacher.tasks, config.losses)
         self.student: Stage1Student = student
         self.config = config
-        detector = student.client.detector
+        detector, criteria = student.client.detector, {t.criterion for t in config.losses.values()}
         check_detection(config.losses, names_classes=detector.members is not None)
-        if not any(term.criterion in DETECTION for term in config.losses.values()):
+        if not criteria.intersection(DETECTION):
             freeze(detector)  # it would get no gradient
+        paths = [term.student or "" for term in config.losses.values()]
+        if not (criteria & {"TeacherLogits", "FlatLabels"} or any(map(_is_rebuilt, paths))):
+            raise ModelError(
+                f"stage1.losses: none of {', '.join(config.losses)} trains the decoder: keep "
+                "TeacherLogits, or a term with student: decoder or tail"
+            )
         self.set_teacher(teacher, split=teacher.split, last=teacher.backbone.names[-1])
 
-    def forward(self, batch: Batch, progress: float) -> StepOutput:
+    def measure(self, batch: Batch, progress: float) -> Measured:
         images = normalise(batch.image)
         teacher_io = self.teach(images)
         with self.watch_student(images.device) as student_io:
@@ -149,12 +156,10 @@ class Stage1Recipe(Recipe):
         assert self.teacher is not None
         logits = self.teacher.decide(output.split, output.last, (images.shape[2], images.shape[3]))
         student_io["outputs"] = {**output._asdict(), **logits}
-        loss, sums = self.total(student_io, teacher_io, batch)
-        rate = rate_weight(self.config, progress, training=self.training)
-        loss = loss + rate * output.bits.mean()
-        sums |= label_hits(logits, self.tasks, batch)
-        sums["bits"] = output.bits.detach().sum()
-        return StepOutput(loss, sums, len(batch))
+        rate = rate_weight(self.config, progress, training=self.training) * output.bits.mean()
+        objective = self.objective(student_io, teacher_io, batch, rate)
+        sums = {**label_hits(logits, self.tasks, batch), "bits": output.bits.detach().sum()}
+        return Measured((objective,), sums)
 
     def save(
         self, student: nn.Module, folder: str | Path, kind: str, meta: Mapping[str, Any]
@@ -162,3 +167,8 @@ class Stage1Recipe(Recipe):
         """Writes what stage 2 starts from, see Stage1Student.shipped."""
         assert isinstance(student, Stage1Student)
         save_folder(folder, student.shipped(), {"kind": kind}, meta)
+
+
+def _is_rebuilt(path: str) -> bool:
+    """Whether a student's module works on what the decoder rebuilds."""
+    return path.split(".")[0] in ("decoder", "tail")

@@ -18,14 +18,15 @@ from mantis_core.codec.mantis import Mantis, MantisOutput
 from mantis_core.codec.mask import coverage_threshold
 from mantis_core.codec.spec import model_spec
 from mantis_core.config import ModelConfig, Stage2Config
+from mantis_core.errors import ModelError
 from mantis_core.networks.inference import still
 from mantis_core.networks.preprocessing import normalise
 from mantis_core.networks.server import ClassificationTail
 from mantis_core.networks.teacher import Teacher, freeze
-from mantis_core.tasks import Batch, Problem, one_task
+from mantis_core.tasks import Batch, Problem, TaskSpec, one_task
 from mantis_core.training.hits import decision_hits
-from mantis_core.training.losses import check_detection
-from mantis_core.training.recipe import Gather, Recipe, StepOutput, rate_weight
+from mantis_core.training.losses import DETECTION, check_detection
+from mantis_core.training.recipe import Gather, Measured, Recipe, rate_weight
 
 logger = logging.getLogger(__name__)
 
@@ -149,9 +150,45 @@ class Stage2Recipe(Recipe):
         freeze(student.client.stem)
         names_classes = student.client.detector.members is not None
         check_detection(config.losses, names_classes=names_classes)
-        if student.joint is None and "JointDecision" in {t.criterion for t in self.losses.values()}:
-            logger.warning("JointDecision has no effect: images of this data have no single class")
+        self._check_reach(teacher)
         self.set_teacher(teacher, split=teacher.split, last=teacher.backbone.names[-1])
+
+    def _check_reach(self, teacher: Teacher) -> None:
+        """Freezes the detector if no term reaches it; ModelError if none reaches a task's answer.
+
+        A trained parameter must get a gradient, or workers would wait for it. Warns of a term that
+        has no effect.
+        """
+        criteria = {term.criterion for term in self.losses.values()}
+        silent = [task.name for task in self.tasks if not _knows(teacher, task)]
+        joint = self.student.joint is not None
+        if "JointDecision" in criteria and not joint:
+            logger.warning("JointDecision has no effect: images of this data have no single class")
+        if "TeacherDecision" in criteria and silent and not (joint and teacher.flat_classes):
+            logger.warning(
+                "TeacherDecision has no effect on %s: the teacher has no head for it",
+                ", ".join(silent),
+            )
+        decides = joint and (
+            "JointDecision" in criteria
+            or ("TeacherDecision" in criteria and teacher.flat_classes > 0)
+        )
+        if not (decides or criteria.intersection(DETECTION)):
+            freeze(self.student.client.detector)
+        untrained = [
+            task.name
+            for task in self.tasks
+            if not (
+                "TaskLosses" in criteria
+                or ("TeacherDecision" in criteria and task.name not in silent)
+                or (decides and task.is_classification)
+            )
+        ]
+        if untrained:
+            raise ModelError(
+                f"stage2.losses: none of {', '.join(self.losses)} trains the answer of "
+                f"{', '.join(untrained)}: add a term with criterion TaskLosses"
+            )
 
     def train(self, mode: bool = True) -> Self:
         """Switches the mode; stem and teacher stay in eval mode."""
@@ -159,7 +196,7 @@ class Stage2Recipe(Recipe):
         self.student.client.stem.eval()
         return self
 
-    def forward(self, batch: Batch, progress: float) -> StepOutput:
+    def measure(self, batch: Batch, progress: float) -> Measured:
         batch = self._own(batch)
         images, student = normalise(batch.image), self.student
         teacher_io = self.teach(images)
@@ -170,17 +207,16 @@ class Stage2Recipe(Recipe):
             output: MantisOutput = student(images, condition, mask, view=view)
         computed = {name: value for name, value in output._asdict().items() if value is not None}
         student_io["outputs"] = {**computed, "loss_mask": loss_mask}
-        loss, sums = self.total(student_io, teacher_io, batch)
-        rate = rate_weight(self.config, progress, training=self.training)
-        loss = loss + rate * output.bits.mean()
-        sums |= decision_hits(computed, self.tasks, batch)
-        sums["bits"] = output.bits.detach().sum()
-        return StepOutput(loss, sums, len(batch))
+        rate = rate_weight(self.config, progress, training=self.training) * output.bits.mean()
+        objective = self.objective(student_io, teacher_io, batch, rate)
+        sums = decision_hits(computed, self.tasks, batch)
+        return Measured((objective,), {**sums, "bits": output.bits.detach().sum()})
 
     def calibrate(self, student: nn.Module, holdout: Iterable[Batch], gather: Gather) -> None:
         """Sets the mask threshold at which `model.coverage` of the true tasks are kept."""
         assert isinstance(student, Mantis)
-        found, truth = [], []
+        nobody = student.mask_threshold.new_zeros(0, len(student.spec.tasks))
+        found, truth = [nobody], [nobody.bool()]  # a worker may have no rows
         with torch.no_grad(), still(student):
             for batch in holdout:
                 view = student.client(normalise(batch.image))
@@ -235,3 +271,8 @@ class Stage2Recipe(Recipe):
             torch.where(forced, wanted, mask),
             torch.where(forced, wanted, truth),
         )
+
+
+def _knows(teacher: Teacher, task: TaskSpec) -> bool:
+    """Whether the teacher has logits of a task's labels."""
+    return task.is_classification if teacher.flat_classes else task.name in teacher.heads

@@ -17,7 +17,7 @@ from mantis_core.networks.teacher import Teacher, flat_teacher, load_backbone
 from mantis_core.networks.weights import read_order, read_weights
 from mantis_core.tasks import Batch, Problem
 from mantis_core.training.hits import label_hits
-from mantis_core.training.recipe import Recipe, StepOutput
+from mantis_core.training.recipe import Measured, Recipe
 
 _FEW = 3  # images of a class from which on its most frequent answer counts
 _MANY = 50  # images from which on the share of right ones counts
@@ -172,8 +172,7 @@ class TeacherRecipe(Recipe):
         self.student = teacher
         self.set_teacher(None)
 
-    def forward(self, batch: Batch, progress: float) -> StepOutput:
+    def measure(self, batch: Batch, progress: float) -> Measured:
         student = {"outputs": self.student(normalise(batch.image))}
-        loss, sums = self.total(student, {"outputs": {}}, batch)
-        sums |= label_hits(student["outputs"], self.tasks, batch)
-        return StepOutput(loss, sums, len(batch))
+        objective = self.objective(student, {"outputs": {}}, batch)
+        return Measured((objective,), label_hits(student["outputs"], self.tasks, batch))

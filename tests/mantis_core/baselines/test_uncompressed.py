@@ -74,6 +74,27 @@ def test_a_tuned_teacher_sees_what_its_codec_leaves(
     assert "backbone.net.conv1.weight" in changed(recipe.student, before)
 
 
+def test_a_tuned_teachers_eval_qualities_go_with_the_rows_and_not_with_their_places(
+    problem: Problem, teacher: Teacher, batch: Batch
+) -> None:
+    config = CodecTeacherConfig(codec="jpeg", qualities=(5, 90))
+    recipe = codec_teacher_recipe(config, copy.deepcopy(teacher)).eval()
+    seen: list[Tensor] = []
+    recipe.student.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    last = Batch(
+        batch.image[3:],
+        batch.class_label[3:],
+        batch.labels[3:],
+        batch.task_mask[3:],
+        {},
+        batch.row_id[3:],
+    )
+    with torch.no_grad():
+        recipe(batch, 1.0)
+        recipe(last, 1.0)
+    assert torch.equal(seen[1], seen[0][3:])
+
+
 def test_an_individual_model_answers_its_one_image_wherever_it_stands_in_the_batch(
     problem: Problem, teacher: Teacher, batch_of: Callable[..., Batch]
 ) -> None:

@@ -7,6 +7,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from mantis_core.config import OptimConfig, TrainingConfig
 from mantis_core.folders import load_training_state, save_training_state
-from mantis_core.tasks import Batch, Problem
+from mantis_core.tasks import IGNORE, Batch, Problem
 from mantis_core.training.loop import Session, TrainingError, fit, step_seed, steps_per_epoch
 from mantis_core.training.meter import Meter, hash_of_rows
 from mantis_core.training.recipe import Recipe, StepOutput
@@ -134,6 +135,78 @@ class Ramp(Recipe):
         value = self.student.weight.sum()
         loss = -value if self.training else (value - 0.2).square()
         return StepOutput(loss, {}, len(batch))
+
+
+class Told(Ramp):
+    """A recipe whose holdout losses are told to it, one an epoch."""
+
+    def __init__(self, losses: list[float]) -> None:
+        super().__init__()
+        self.losses = iter(losses)
+
+    def forward(self, batch: Batch, progress: float) -> StepOutput:
+        if self.training:
+            return super().forward(batch, progress)
+        return StepOutput(torch.tensor(next(self.losses)), {}, len(batch))
+
+
+def told_session(*losses: float) -> Session:
+    config = TrainingConfig(epochs=len(losses), batch_size=4, ema_decay=0)
+    return Session(Told(list(losses)), config, steps_per_epoch=1, seed=0)
+
+
+def test_an_epoch_whose_holdout_loss_is_not_finite_is_never_the_best(world: World) -> None:
+    session = told_session(math.nan, 1.0, math.nan, 0.5, math.inf)
+    figures = list(fit(session, world.train, world.holdout))
+    assert math.isnan(figures[0]["holdout/loss"])
+    assert (session.best["epoch"], session.best["holdout/loss"]) == (4, 0.5)
+
+
+def test_a_training_without_a_finite_holdout_loss_ends_with_an_error(world: World) -> None:
+    epochs = fit(told_session(math.nan, math.nan), world.train, world.holdout)
+    assert [next(epochs)["epoch"], next(epochs)["epoch"]] == [1, 2]
+    with pytest.raises(TrainingError, match="no epoch had a finite loss on the held-back rows"):
+        next(epochs)
+
+
+def test_a_holdout_without_rows_is_refused(world: World, stage2_of: Callable[..., Any]) -> None:
+    session = session_of(stage2_of(world.problem))
+    with pytest.raises(TrainingError, match=r"raise data\.holdout_fraction or add images"):
+        session.evaluate(list)
+
+
+@pytest.mark.parametrize("stage", ["stage1_of", "stage2_of"])
+def test_holdout_figures_do_not_depend_on_how_rows_are_batched(
+    stage: str,
+    mixed_problem: Problem,
+    batch_of: Callable[..., Batch],
+    request: pytest.FixtureRequest,
+) -> None:
+    whole = batch_of(mixed_problem, 7, seed=3)
+    for row, truth in enumerate(whole.segmentation["ground"]):
+        truth[: 4 * row] = IGNORE
+        whole.image[row] //= row + 1
+    recipe = request.getfixturevalue(stage)(mixed_problem)
+    session = session_of(recipe)
+    found = []
+    for cuts in ((0, 7), (0, 4, 7), (0, 1, 2, 7), range(8)):
+        parts = [rows_of(whole, start, stop) for start, stop in pairwise(cuts)]
+        found.append(session.evaluate(lambda parts=parts: parts))  # type: ignore[misc]
+    assert "holdout/loss/distillation" in found[0] or "holdout/loss/split" in found[0]
+    for figures in found[1:]:
+        assert figures == pytest.approx(found[0], rel=2e-5, abs=1e-7)
+
+
+def rows_of(batch: Batch, start: int, stop: int) -> Batch:
+    own = slice(start, stop)
+    return Batch(
+        batch.image[own],
+        batch.class_label[own],
+        batch.labels[own],
+        batch.task_mask[own],
+        {name: truth[own] for name, truth in batch.segmentation.items()},
+        batch.row_id[own],
+    )
 
 
 def ramp_session(ema_decay: float = 0.0, epochs: int = 4, lr: float = 0.1) -> Session:

@@ -25,8 +25,9 @@ from mantis_core.training.losses import (
     TeacherLogits,
     build_criterion,
     hooked_paths,
-    weighted_terms,
+    measured_terms,
 )
+from mantis_core.training.means import Objective, loss_of
 
 NOTHING: dict[str, Any] = {"outputs": {}}
 
@@ -213,6 +214,27 @@ def test_teacher_decision_is_zero_where_the_decision_is_the_teachers(batch: Batc
     assert float(value) == pytest.approx(0, abs=1e-5)
 
 
+def test_tails_are_compared_with_a_flat_teachers_rows_where_there_is_no_joint_decision(
+    mixed_problem: Problem, batch_of: Any
+) -> None:
+    batch = batch_of(mixed_problem)
+    logits = torch.randn(len(batch), 6)
+    tasks = {k: v.requires_grad_() for k, v in task_outputs(mixed_problem, len(batch)).items()}
+    student = io(tasks=tasks, loss_mask=batch.task_mask)
+    loss = TeacherDecision(mixed_problem.tasks)(student, io(logits=logits), batch)
+    by_hand = 0
+    for k, task in enumerate(mixed_problem.tasks[:3]):
+        active = batch.task_mask[:, k]
+        ours = log_softmax(tasks[task.name][active, :-1], 1)
+        theirs = log_softmax(logits[active][:, list(task.classes)], 1)
+        by_hand += (theirs.exp() * (theirs - ours)).sum(1).mean()
+    assert float(loss.detach()) > 0
+    torch.testing.assert_close(loss, by_hand)
+    loss.backward()
+    assert all(tasks[task.name].grad.abs().sum() > 0 for task in mixed_problem.tasks[:3])
+    assert tasks["ground"].grad is None  # a flat teacher knows no pixels
+
+
 def test_a_segmentation_is_distilled_pixel_by_pixel_on_its_own_images(
     mixed_problem: Problem, batch_of: Any
 ) -> None:
@@ -254,9 +276,10 @@ def test_the_terms_sum_to_torchdistills_own_forward(batch: Batch) -> None:
         "layer2": {"output": torch.randn(2, 3)},
         "layer4": {"output": torch.randn(2, 3)},
     }
-    terms = weighted_terms(criterion, student, teacher, batch)
+    measured = measured_terms(criterion, student, teacher, batch)
+    loss, terms = loss_of([Objective(measured)])
     whole = criterion({"student": student, "teacher": teacher}, {}, batch)
-    torch.testing.assert_close(sum(terms.values()), whole)
+    torch.testing.assert_close(loss, whole)
     near = nn.functional.mse_loss(student["a"]["output"], teacher["layer2"]["output"])
     torch.testing.assert_close(terms["near"], 2 * near)
 
@@ -281,6 +304,10 @@ def test_the_hooked_paths_are_those_the_terms_name() -> None:
             r"losses\.mine\.kwargs do not fit TaskLosses: .*not_mein",
         ),
         (LossTerm(criterion="MSELoss", student="a"), "`student` is set, `teacher` is not"),
+        (
+            LossTerm(criterion="MSELoss", student="a", teacher="b", kwargs={"reduction": "sum"}),
+            r"losses\.mine\.kwargs: reduction 'sum' .* leave it out",
+        ),
     ],
 )
 def test_a_wrong_term_is_refused_by_its_key_and_with_what_is_allowed(

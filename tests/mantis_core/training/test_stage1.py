@@ -42,6 +42,20 @@ def test_every_parameter_has_a_gradient_in_stage_1_with_or_without_a_detection_t
     assert without_gradient(recipe) == []
 
 
+@pytest.mark.parametrize(
+    "term",
+    [
+        LossTerm(criterion="TaskDetection"),
+        LossTerm(criterion="MSELoss", student="client.stem", teacher="layer1"),
+    ],
+)
+def test_a_stage_1_that_would_not_train_its_decoder_is_refused(
+    term: LossTerm, problem: Problem, stage1_of: Callable[..., Any]
+) -> None:
+    with pytest.raises(ModelError, match=r"none of x trains the decoder: keep TeacherLogits"):
+        stage1_of(problem, losses={"x": term})
+
+
 def test_class_detection_asks_for_a_detector_of_classes(
     problem: Problem, stage1_of: Callable[..., Any]
 ) -> None:

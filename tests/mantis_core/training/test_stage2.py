@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from mantis_core.training.loop import Session
 from mantis_core.training.optim import parameter_groups
 from mantis_core.training.stage1 import stage1_recipe
 from mantis_core.training.stage2 import stage2_recipe
+from tests.mantis_core.conftest import make_problem, make_teacher
 from tests.mantis_core.recipe_checks import changed, snapshot, train, without_gradient
 
 
@@ -131,6 +133,89 @@ def test_every_parameter_has_a_gradient_with_segmentation_too(
     batch.task_mask[:, -1] = False
     recipe(batch, 0.5).loss.backward()
     assert without_gradient(recipe) == []
+
+
+TERMS = ("TaskDetection", "TaskLosses", "JointDecision", "TeacherDecision")
+
+
+@pytest.mark.parametrize("kind", ["film", "features"])
+@pytest.mark.parametrize(("single_class", "flat"), [(True, True), (False, False), (False, True)])
+def test_every_combination_of_terms_reaches_all_that_is_trained_or_is_refused(
+    kind: str,
+    single_class: bool,
+    flat: bool,
+    small_config: Callable[..., ModelConfig],
+    batch_of: Callable[..., Batch],
+) -> None:
+    problem = make_problem(single_class=single_class)
+    model = small_config(conditioning=ConditioningConfig(kind=kind, hidden=8))  # type: ignore[arg-type]
+    teacher = make_teacher(make_problem(single_class=flat))
+    teacher.tasks = problem.tasks
+    stage1 = stage1_recipe(Stage1Config(), model, teacher, problem, seed=0).student.shipped()
+    refused: dict[tuple[str, ...], str] = {}
+    for chosen in product((False, True), repeat=len(TERMS)):
+        names = tuple(name for name, used in zip(TERMS, chosen, strict=True) if used)
+        if not names:
+            continue
+        config = Stage2Config(losses={name: LossTerm(criterion=name) for name in names})
+        try:
+            recipe = stage2_recipe(config, model, teacher, problem, stage1, seed=0).train()
+        except ModelError as error:
+            refused[names] = str(error)
+            continue
+        recipe(batch_of(problem, 4), 0.5).loss.backward()
+        assert without_gradient(recipe) == [], names
+    assert ("TaskDetection",) in refused
+    assert all("add a term with criterion TaskLosses" in told for told in refused.values())
+    assert not any("TaskLosses" in names for names in refused)
+    taught = ("TeacherDecision",) in refused
+    assert taught == (flat and not single_class)  # a flat teacher knows nothing of the segmentation
+
+
+def test_a_detector_that_no_term_reaches_is_frozen(
+    mixed_problem: Problem, stage2_of: Callable[..., Any]
+) -> None:
+    losses = {"tasks": LossTerm(criterion="TaskLosses")}
+    client = stage2_of(mixed_problem, losses=losses).student.client
+    assert not any(p.requires_grad for p in client.detector.parameters())
+    assert all(p.requires_grad for p in client.encoder.parameters())
+
+
+def test_a_task_that_the_teacher_does_not_know_is_warned_of(
+    mixed_problem: Problem,
+    small_config: Callable[..., ModelConfig],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    teacher = make_teacher(make_problem())
+    teacher.tasks = mixed_problem.tasks
+    shipped = stage1_recipe(Stage1Config(), small_config(), teacher, mixed_problem, seed=0)
+    stage2_recipe(
+        Stage2Config(),
+        small_config(),
+        teacher,
+        mixed_problem,
+        shipped.student.shipped(),  # type: ignore[operator]
+        seed=0,
+    )
+    assert "TeacherDecision has no effect on ground: the teacher has no head for it" in caplog.text
+
+
+def test_a_worker_without_rows_takes_part_in_calibrating(
+    problem: Problem, stage2_of: Callable[..., Any], batch: Batch
+) -> None:
+    recipe = stage2_of(problem)
+    gathered: list[Tensor] = []
+
+    def gather(rows: Tensor) -> Tensor:
+        gathered.append(rows)
+        return torch.rand(5, 3) if rows.is_floating_point() else torch.ones(5, 3, dtype=torch.bool)
+
+    recipe.calibrate(recipe.student, [], gather)
+    assert [(tuple(rows.shape), rows.dtype) for rows in gathered] == [
+        ((0, 3), torch.float32),
+        ((0, 3), torch.bool),
+    ]
+    assert float(recipe.student.mask_threshold) < 0.5
 
 
 def test_images_of_no_task_train_the_detector_and_give_a_finite_loss(
