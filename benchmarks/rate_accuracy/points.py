@@ -40,10 +40,18 @@ FIGURES = {
     "first_task": "val/detection/first",
 }
 
-COLUMNS = ("point", "config", "protocol", "kind", "seed", "rate_weight", "quality")
-
-
-COLUMNS += ("exit_confidence", "commit", "key")
+COLUMNS = (
+    "point",
+    "config",
+    "protocol",
+    "kind",
+    "seed",
+    "rate_weight",
+    "quality",
+    "exit_confidence",
+    "commit",
+    "key",
+)
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

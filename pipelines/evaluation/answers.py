@@ -59,8 +59,8 @@ class ArmEvaluator:
         self.device = torch.device(device)
         with full_float32(device):
             self.computed_on = computed_on(self.device, bf16=False, workers=workers)
-        self.arms: list[tuple[ArmSource, nn.Module]] = []
-        loaded: dict[str, nn.Module] = {}
+        self.arms: list[tuple[ArmSource, Any]] = []  # what `load` of the arm's kind returns
+        loaded: dict[str, Any] = {}
         for entry in sources:
             source = ArmSource(**entry)
             # Arms that share weights share one loaded model.
@@ -177,7 +177,8 @@ def run_per_task(codecs: PerTaskCodecs, images: Tensor, batch: Arrays, problem: 
     carried = batch["task_mask"]
     rows["decoded"][: len(carried)] = carried
     for k, task in enumerate(problem.tasks):
-        codec, own = codecs[task.name], np.flatnonzero(carried[:, k])
+        codec: Any = codecs[task.name]
+        own = np.flatnonzero(carried[:, k])
         if not len(own):
             continue
         encoded = codec.encode_in_detail(images[torch.from_numpy(own)])
