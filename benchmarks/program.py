@@ -56,11 +56,12 @@ def one_message(main: Callable[[], T]) -> Callable[[], T]:
             say("interrupted. The same command keeps what is finished and does the rest.")
             sys.exit(INTERRUPTED)
         except Exception as error:
-            from pipelines.training.causes import MISTAKE, is_mistake
+            from pipelines.training.causes import MISTAKE, first_cause, is_mistake
 
-            if not is_mistake(error):
+            cause = first_cause(error)
+            if not is_mistake(cause):
                 raise
-            say(f"error: {error}")
+            say(f"error: {cause}")
             sys.exit(MISTAKE)
 
     return wrapped

@@ -12,13 +12,14 @@ import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from data_prep.manifest import TaskTable
-from mantis_core.config import TrainingConfig
+from mantis_core.config import TeacherConfig, TrainingConfig
 from mantis_core.errors import ModelError
 from mantis_core.networks.bottleneck import Bottleneck, BottleneckOutput
 from mantis_core.networks.teacher import Backbone, Teacher, freeze
@@ -31,6 +32,7 @@ from pipelines.stages.order import STAGES
 from pipelines.stages.spec import StageSpec
 from pipelines.training.problem import problem_of_table
 
+_Built = dict[str, Any]
 IMAGES = 2  # batch norm needs two
 IMAGENET_CLASSES = 1000
 SHAPELESS = {*TrainingConfig.model_fields, "rate_weight", "rate_ramp_fraction", "teacher_forcing"}
@@ -44,21 +46,23 @@ def check_networks(trainings: Sequence[StageSpec], table: TaskTable, *, single_c
     exactly one class. Reads the files in `teacher.weights` and `teacher.start`. Downloads nothing.
     """
     seen: set[str] = set()
+    built: _Built = {}
     for spec in trainings:
         shaping = _shaping(spec)
         if shaping not in seen:
             seen.add(shaping)
-            _compute_a_loss(spec, problem_of_table(table, spec.settings.data, single_class))
+            problem = problem_of_table(table, spec.settings.data, single_class)
+            _compute_a_loss(spec, problem, built)
 
 
-def _compute_a_loss(spec: StageSpec, problem: Problem) -> None:
+def _compute_a_loss(spec: StageSpec, problem: Problem, built: _Built) -> None:
     """Builds the recipe of a training and runs one batch through its loss. Raises ModelError."""
     require_row_of_blocks(spec.settings.teacher.name)
     with _without_values():
-        recipe = _recipe(spec.kind, spec.settings, problem)
+        recipe = _recipe(spec.kind, spec.settings, problem, built)
         try:
             recipe.train()(_batch(problem), 0.0)
-        except (RuntimeError, NotImplementedError) as error:
+        except RuntimeError as error:  # also NotImplementedError
             if _needs_values(error):
                 return  # the loss counts rows: its shapes are those of the other stages
             height, width = problem.image_size
@@ -79,46 +83,60 @@ def require_row_of_blocks(name: str) -> None:
 
 @dataclass(frozen=True)
 class _NoWeights:
-    """Stands for the weights of stages that have not run: tensors of the right shapes."""
+    """Stands for the weights of stages that have not run: tensors of the right shapes.
+
+    `built` keeps teachers and tensors for the other trainings of the same problem.
+    """
 
     settings: Settings
     problem: Problem
-    built: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    built: _Built
 
     def check(self, teacher: Teacher, settings: Settings, problem: Problem) -> None:
         """Does nothing: a teacher without values knows no image."""
 
     def teacher(self, settings: Settings, problem: Problem) -> Teacher:
         """Returns a teacher without values. Raises ModelError if a given file does not fit."""
-        weights = settings.teacher.weights
-        if weights not in ("train", "pretrained"):
-            return _frozen(ready_teacher(settings.teacher, problem, None))
-        if weights == "train":
-            return _frozen(new_teacher(settings.teacher, problem))
-        classes = len(problem.classes)
-        if classes and problem.imagenet_indices is None and classes != IMAGENET_CLASSES:
-            raise ModelError(
-                f"teacher.weights: pretrained has {IMAGENET_CLASSES} logits, the data has "
-                f"{classes} classes. They are reduced to the data's where every class is a WordNet "
-                "id of ImageNet-1k. Else set teacher.weights=train, or give a file with these"
-            )
-        own = settings.teacher
-        teacher = Teacher(
-            own.name, split=own.split, flat_classes=classes, image_size=problem.image_size
-        )
-        teacher.tasks = problem.tasks
-        return _frozen(teacher)
+        key = settings.teacher.model_dump_json()
+        if key not in self.built:
+            self.built[key] = _teacher(settings.teacher, problem)
+        teacher: Teacher = self.built[key]
+        freeze(teacher)
+        return teacher
 
     def tensors(self, kind: str) -> dict[str, Tensor]:
         """Returns the tensors that the stage of this kind would ship."""
-        student = _recipe(kind, self.settings, self.problem).student
-        return student.shipped() if isinstance(student, Stage1Student) else student.state_dict()
+        key = kind + self.settings.model.model_dump_json()
+        if key not in self.built:
+            student = _recipe(kind, self.settings, self.problem, self.built).student
+            shipped = isinstance(student, Stage1Student)
+            self.built[key] = student.shipped() if shipped else student.state_dict()
+        tensors: dict[str, Tensor] = self.built[key]
+        return tensors
 
 
-def _recipe(kind: str, settings: Settings, problem: Problem) -> Recipe:
+def _teacher(config: TeacherConfig, problem: Problem) -> Teacher:
+    if config.weights == "train":
+        return new_teacher(config, problem)
+    if config.weights != "pretrained":
+        return ready_teacher(config, problem, None)
+    classes = len(problem.classes)
+    if classes and problem.imagenet_indices is None and classes != IMAGENET_CLASSES:
+        raise ModelError(
+            f"teacher.weights: pretrained has {IMAGENET_CLASSES} logits, the data has {classes} "
+            "classes. They are reduced to the data's where every class is a WordNet id of "
+            "ImageNet-1k. Else set teacher.weights=train, or give a file with these classes"
+        )
+    size = problem.image_size
+    teacher = Teacher(config.name, split=config.split, flat_classes=classes, image_size=size)
+    teacher.tasks = problem.tasks
+    return teacher
+
+
+def _recipe(kind: str, settings: Settings, problem: Problem, built: _Built) -> Recipe:
     build = STAGES[kind].recipe
     assert build is not None
-    recipe = build(settings, problem, _NoWeights(settings, problem))
+    recipe = build(settings, problem, _NoWeights(settings, problem, built))
     for module in recipe.modules():
         if isinstance(module, Bottleneck):
             module.forward = _as_sent  # type: ignore[method-assign]
@@ -158,13 +176,8 @@ def _shaping(spec: StageSpec) -> str:
     return "\n".join((spec.kind, *parts))
 
 
-def _frozen(teacher: Teacher) -> Teacher:
-    freeze(teacher)
-    return teacher
-
-
-def _needs_values(error: Exception) -> bool:
-    return isinstance(error, NotImplementedError) or "meta tensor" in str(error)
+def _needs_values(error: RuntimeError) -> bool:
+    return isinstance(error, NotImplementedError) or "meta" in str(error)
 
 
 @contextmanager
