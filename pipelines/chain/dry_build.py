@@ -109,8 +109,9 @@ class _NoWeights:
         key = kind + self.settings.model.model_dump_json()
         if key not in self.built:
             student = _recipe(kind, self.settings, self.problem, self.built).student
-            shipped = isinstance(student, Stage1Student)
-            self.built[key] = student.shipped() if shipped else student.state_dict()
+            self.built[key] = (
+                student.shipped() if isinstance(student, Stage1Student) else student.state_dict()
+            )
         tensors: dict[str, Tensor] = self.built[key]
         return tensors
 
