@@ -1,12 +1,14 @@
-"""Renames points in results/ whose names come from recipes with fields at their default value.
+"""Renames points in results/ whose names come from recipes of earlier code.
 
     python -m benchmarks.rate_accuracy.digests --config configs/tiny_imagenet.yaml \
+        --fingerprint 7fac9c9ffa1fa87b21b4478b2c1f54d9e42e952c8e54acd7b1a2891d7d6fed91 \
         data.root=FOLDER teacher.weights=FILE
 
-A point is named by the recipe of the weights it measures. Until 2026-11-28 a recipe held every
-field of the config, and four of these fields have since been removed. The old and the new recipe
-follow from the same config, so rows are renamed and nothing is trained. A second run changes
-nothing.
+A point is named by the recipe of the weights it measures. Recipes changed twice on 2026-11-28. They
+held every field of the config, and now leave out fields at their default; four fields have since
+been removed. The fingerprint of the data knew Parquet files by name and size, and now by their
+labels too. Old and new recipe follow from the same config and data, so rows are renamed and nothing
+is trained. A second run changes nothing.
 """
 
 from __future__ import annotations
@@ -21,14 +23,20 @@ from benchmarks.program import one_message, say
 from benchmarks.rate_accuracy.points import RESULTS
 from benchmarks.rate_accuracy.protocols import PROTOCOLS, Step, named, steps
 from pipelines.chain.earlier import recipes_before
+from pipelines.chain.plan import plan_stages
 
 
-def renamed(step: Step) -> Iterator[tuple[str, str]]:
-    """Yields the old and the new name of each point of a step."""
-    before = recipes_before(step.plan.specs)
-    for arm in step.arms:
-        old = before[arm.stage] if arm.stage else ""
-        yield named(step.name, arm, old), step.point_of(arm)
+def renamed(step: Step, fingerprint: str | None = None) -> Iterator[tuple[str, str]]:
+    """Yields each old name of each point of a step with the new one.
+
+    `fingerprint` is what earlier code made of the same data; None if it was the one of today.
+    """
+    earlier = step.plan.specs
+    if fingerprint is not None:
+        earlier = plan_stages(step.plan.settings, step.plan.table, fingerprint)
+    for recipes in (recipes_before(earlier), {spec.name: spec.recipe for spec in earlier}):
+        for arm in step.arms:
+            yield named(step.name, arm, recipes[arm.stage] if arm.stage else ""), step.point_of(arm)
 
 
 def rename(results: Path, names: dict[str, str]) -> int:
@@ -55,13 +63,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", required=True)
     parser.add_argument(
+        "--fingerprint", help="of the data by earlier code: data_fingerprint in STARTED of prepare"
+    )
+    parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="values that replace the config's"
     )
     arguments = parser.parse_intermixed_args()
     names: dict[str, str] = {}
     for protocol in PROTOCOLS.values():
         for step in steps(protocol, arguments.config, arguments.overrides):
-            names |= dict(renamed(step))
+            names |= dict(renamed(step, arguments.fingerprint))
     say(f"{rename(RESULTS, names)} rows renamed")
     return 0
 

@@ -1,7 +1,8 @@
 """The rows of results/ are found by their recipes; names of points, as they were and as they are.
 
-points.csv holds every point's name before and after recipes left out fields at their default.
-study_data.json holds what the study's data gives to a plan: tasks and a hash of the images.
+points.csv holds every point's names: the first, the one since recipes leave out fields at their
+default, and today's, since labels enter the fingerprint of the data. study_data.json holds what the
+study's data gives to a plan: the tasks, and its fingerprint as it was and as it is.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ def read(path: Path) -> list[dict[str, str]]:
 
 
 DATA: dict[str, Any] = json.loads((HERE / "study_data.json").read_text())
-POINTS = {row["before"]: row["point"] for row in read(HERE / "points.csv")}
+POINTS = {
+    row[name]: row["point"] for row in read(HERE / "points.csv") for name in ("first", "second")
+}
 ROWS = read(ROOT / "results" / "rate_accuracy.csv")
 
 
@@ -75,9 +78,9 @@ def test_each_point_had_the_name_of_the_table_and_has_that_of_its_row(
     study: dict[str, list[Step]],
 ) -> None:
     names: dict[str, str] = {}
-    for own in study.values():
+    for config, own in study.items():
         for step in own:
-            names |= dict(digests.renamed(step))
+            names |= dict(digests.renamed(step, DATA[config]["earlier_fingerprint"]))
     assert {before: names.get(before) for before in POINTS} == POINTS
 
 
