@@ -92,6 +92,9 @@ def test_it_finishes_the_stages_that_the_chain_would(tmp_path):
     assert (written.parent / "report/report.html").is_file()
     evaluation = json.loads(written.read_text())
     assert evaluation["rows"] == VAL_ROWS * len(CLASSES)
+    trained_on = json.loads(Path(specs["stage2"].folder, "result.json").read_text())["computed_on"]
+    assert [each["workers"] for each in trained_on] == [1]
+    assert evaluation["computed_on"] == [{**trained_on[0], "precision": "float32", "tf32": False}]
     by_kind = {arm["kind"]: arm["metrics"] for arm in evaluation["arms"]}
     assert by_kind.keys() == {"mantis", "oracle", "teacher", "webp", "webp_tuned"}
     assert by_kind["mantis"]["val/wire_bytes"] > by_kind["mantis"]["val/payload_bytes"] > 0
