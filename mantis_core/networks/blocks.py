@@ -6,6 +6,7 @@ Shapes: B batch, C channels, h w of a feature map, H W of the input, n labels.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +48,14 @@ class TaskModules(nn.Module):
     def items(self) -> Iterator[tuple[str, nn.Module]]:
         """Name and module of each task, in the order in which they were set."""
         return ((name, self[name]) for name in self)
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[object]:
+    """Computes in float32 on the device of `x`, whatever the caller's autocast is.
+
+    The meta device has no autocast to switch off.
+    """
+    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
 def modulate(x: Tensor, gamma_beta: tuple[Tensor, Tensor] | None) -> Tensor:

@@ -17,6 +17,7 @@ from compressai.ops import LowerBound
 from torch import Tensor, nn
 from torch.nn import functional
 
+from mantis_core.networks.blocks import without_autocast
 from mantis_core.symbols import CONTEXTS, MAX_SYMBOL, REACH, Prior, contexts, pass_of
 
 Quantizer: TypeAlias = Literal["noise", "ste"]
@@ -92,7 +93,7 @@ class Bottleneck(nn.Module):
         each is read only by the prior that needs it. ValueError if an image has no row. In training
         mode every parameter gets a gradient (zero for the rows of tasks that are absent).
         """
-        with torch.autocast(device_type=latent.device.type, enabled=False):
+        with without_autocast(latent):
             y = latent.float()
             if self.training:
                 noisy = y + torch.rand_like(y) - 0.5

@@ -13,7 +13,13 @@ from torch.nn.functional import interpolate
 
 from mantis_core.config import ModelConfig
 from mantis_core.errors import ModelError
-from mantis_core.networks.blocks import ResidualBlock, group_norm, modulate, pool
+from mantis_core.networks.blocks import (
+    ResidualBlock,
+    group_norm,
+    modulate,
+    pool,
+    without_autocast,
+)
 from mantis_core.networks.conditioning import CONDITIONING, Layers, Modulation
 
 
@@ -97,7 +103,7 @@ class TaskDetector(nn.Module):
         if self.deep is not None:
             deep = interpolate(self.deep(detected), size=detected.shape[2:])
             detected = torch.cat([detected, deep], dim=1)
-        with torch.autocast(stem.device.type, enabled=False):
+        with without_autocast(stem):
             logits = self.mlp(pool(detected.float()))
         if self.members is None:
             return View(stem, detected, logits)
@@ -155,7 +161,7 @@ class FiLMedEncoder(nn.Module):
         x = stem
         for block, gamma_beta in zip(self.blocks, layers, strict=False):
             x = block(x, gamma_beta)
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             latent = self.to_latent(x.float())
         return modulate(latent, layers[-1])
 

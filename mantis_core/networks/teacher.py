@@ -117,11 +117,14 @@ class Teacher(nn.Module):
     def signed_features(self, image_size: tuple[int, int]) -> tuple[bool, bool]:
         """Whether the split feature and the last one have negative values, seen on noise (H, W).
 
-        Behind a ReLU there are none; behind a linear layer or another activation there are.
+        Behind a ReLU there are none; behind a linear layer or another activation there are. Both
+        are False on the meta device, which has no values; signs change no shape.
         """
         noise = torch.randn(1, 3, *image_size, generator=torch.Generator().manual_seed(0))
         found = self._features_of(noise)
-        return bool((found[self.split] < 0).any()), bool((found["last"] < 0).any())
+        pair = found[self.split], found["last"]
+        split, last = (not feature.is_meta and bool((feature < 0).any()) for feature in pair)
+        return split, last
 
     def _features_of(self, image: Tensor) -> dict[str, Tensor]:
         """The split feature and the last one of a probe (1, 3, H, W), in eval mode."""

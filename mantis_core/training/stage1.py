@@ -140,13 +140,13 @@ class Stage1Recipe(Recipe):
         check_detection(config.losses, names_classes=detector.members is not None)
         if not criteria.intersection(DETECTION):
             freeze(detector)  # it would get no gradient
+        self.set_teacher(teacher, split=teacher.split, last=teacher.backbone.names[-1])
         paths = [term.student or "" for term in config.losses.values()]
         if not (criteria & {"TeacherLogits", "FlatLabels"} or any(map(_is_rebuilt, paths))):
             raise ModelError(
                 f"stage1.losses: none of {', '.join(config.losses)} trains the decoder: keep "
                 "TeacherLogits, or a term with student: decoder or tail"
             )
-        self.set_teacher(teacher, split=teacher.split, last=teacher.backbone.names[-1])
 
     def measure(self, batch: Batch, progress: float) -> Measured:
         images = normalise(batch.image)
