@@ -13,7 +13,17 @@ STUDENT = tuple(
 NEVER = {
     **{
         f"mantis_core.training.{name}": AT_WORK
-        for name in ("stage1", "loop", "recipe", "losses", "meter", "optim", "hits")
+        for name in (
+            "stage1",
+            "loop",
+            "recipe",
+            "losses",
+            "means",
+            "meter",
+            "optim",
+            "hits",
+            "workers",
+        )
     },
     "mantis_core.training.teacher": AT_WORK + STUDENT,
 }

@@ -4,8 +4,10 @@ test_end_to_end.py."""
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -17,7 +19,7 @@ from pipelines.settings.sections import Settings
 from pipelines.storage import Store
 from pipelines.training import worker
 from pipelines.training.job import Training
-from pipelines.training.worker import Place
+from pipelines.training.worker import Place, holdout_batches
 from tests.mantis_core.conftest import make_batch, make_problem, make_stage1
 
 
@@ -90,3 +92,29 @@ def test_a_trained_model_records_what_it_was_computed_on(
     assert recorded["precision"] == precision
     assert recorded["workers"] == 3
     assert Store(str(tmp_path)).exists("best.json")
+
+
+def test_a_worker_reads_the_holdout_rows_of_its_rank_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {}
+
+    def local_batches(*_: Any, **wanted: Any) -> Any:
+        asked.update(wanted)
+        rows = np.arange(2)
+        yield {
+            "image": np.zeros((2, 3, 4, 4), np.uint8),
+            "class_label": rows,
+            "labels": rows[:, None],
+            "task_mask": rows[:, None] >= 0,
+            "row_id": rows,
+        }
+
+    monkeypatch.setattr(worker, "local_batches", local_batches)
+    training: Any = SimpleNamespace(
+        prepared="nowhere",
+        section=SimpleNamespace(batch_size=8),
+        settings=SimpleNamespace(data=SimpleNamespace(reading=None)),
+    )
+    place = Place(torch.device("cpu"), rank=1, world=4)
+    (batch,) = holdout_batches(training, None, place)  # type: ignore[arg-type]
+    assert batch.row_id.tolist() == [0, 1]
+    assert asked == {"split": "holdout", "global_batch": 8, "rank": 1, "world_size": 4}
