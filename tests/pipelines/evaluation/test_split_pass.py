@@ -66,6 +66,7 @@ def prepared(root: Path, **how: Any) -> tuple[Settings, Manifest]:
     return settings, prepare(settings.data, table, seed=0, output=str(root / "shards"), **how)
 
 
+@pytest.mark.faults
 @pytest.mark.usefixtures("ray_session")
 def test_a_dead_actor_loses_and_doubles_no_row(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -78,6 +78,7 @@ def misbehave(config: dict[str, Any], task: Any, concurrent: int) -> dict[str, s
     return {OUTCOME: outcome(params, 3).to_json()}
 
 
+@pytest.mark.faults
 @pytest.mark.timeout(240)
 def test_real_tune_goes_on_past_trials_that_raise_die_or_fail(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ray_session: Any

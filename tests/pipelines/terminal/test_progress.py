@@ -35,6 +35,7 @@ cluster.shutdown()
 """
 
 
+@pytest.mark.faults
 @pytest.mark.timeout(300)
 def test_the_board_is_not_lost_with_another_node() -> None:
     done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True)
