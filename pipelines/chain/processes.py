@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -21,7 +23,7 @@ def pool_of(jobs: int) -> Iterator[ProcessPoolExecutor]:
     with ProcessPoolExecutor(jobs, mp_context=context, initializer=_end_with_parent) as pool:
         try:
             yield pool
-        except KeyboardInterrupt:  # of SIGTERM, which does not reach the workers
+        except KeyboardInterrupt:  # which the workers ignore, or SIGTERM, which does not reach them
             for worker in active_children():
                 worker.terminate()
             raise
@@ -30,9 +32,11 @@ def pool_of(jobs: int) -> Iterator[ProcessPoolExecutor]:
 def _end_with_parent() -> None:
     """Ends this process when its parent ends: its results would be lost.
 
-    Ctrl-C reaches both processes; only the parent prints a message.
+    Ctrl-C reaches both processes. Only the parent heeds it: it prints a message and ends this one.
     """
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if not sys.warnoptions:  # deprecations inside libraries, as in the command itself
+        warnings.simplefilter("ignore", FutureWarning)
     parent = parent_process()
     assert parent is not None
 
