@@ -59,12 +59,12 @@ def _compute_a_loss(spec: StageSpec, problem: Problem, built: _Built) -> None:
     """Builds the recipe of a training and runs one batch through its loss. Raises ModelError."""
     require_row_of_blocks(spec.settings.teacher.name)
     with _without_values():
-        recipe = _recipe(spec.kind, spec.settings, problem, built)
         try:
+            recipe = _recipe(spec.kind, spec.settings, problem, built)
             recipe.train()(_batch(problem), 0.0)
         except RuntimeError as error:  # also NotImplementedError
             if _needs_values(error):
-                return  # the loss counts rows: its shapes are those of the other stages
+                return  # it counts rows: its shapes are those of the other stages
             height, width = problem.image_size
             raise ModelError(
                 f"{spec.name}: its networks do not fit each other at data.image_size {height} x "
