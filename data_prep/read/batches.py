@@ -9,6 +9,7 @@ Ray.
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.fs as fs
 import pyarrow.parquet as pq
 
 from data_prep.errors import DataError
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 
 DECODE_ROWS = 64  # rows decoded at once
 PREFETCH_BATCHES = 4
+REMOTE_WAITS_S = (1.0, 5.0)  # before a row group of a remote store is read again
 
 
 def train_batches(
@@ -205,20 +208,28 @@ def _taken(groups: list[pa.Table], starts: Indices, picks: Indices) -> pa.Table:
 
 
 def _row_group(folder: str, group: RowGroup, columns: list[str]) -> pa.Table:
-    """Reads a row group. Raises DataError where the shard is not as it was written."""
+    """Reads a row group. Raises DataError where the shard is not as it was written.
+
+    A remote store is asked again: it may not answer for a moment, and a DataError ends a training.
+    """
     path = join(folder, group.shard)
     store, inner = filesystem(path)
-    try:
-        with pq.ParquetFile(inner, filesystem=store, page_checksum_verification=True) as file:
-            rows = _with_long_offsets(file.read_row_group(group.index, columns=columns))
-        if rows.num_rows != group.rows:
-            raise OSError(f"{rows.num_rows} rows in row group {group.index}, not {group.rows}")
-    except (OSError, pa.ArrowException) as error:
-        raise DataError(
-            f"shard {path} is missing or damaged ({error}): delete {folder} and run again "
-            "to prepare it anew"
-        ) from None
-    return rows
+    waits = () if isinstance(store, fs.LocalFileSystem) else REMOTE_WAITS_S
+    for wait_s in (*waits, None):
+        try:
+            with pq.ParquetFile(inner, filesystem=store, page_checksum_verification=True) as file:
+                rows = _with_long_offsets(file.read_row_group(group.index, columns=columns))
+            if rows.num_rows != group.rows:
+                raise OSError(f"{rows.num_rows} rows in row group {group.index}, not {group.rows}")
+            return rows
+        except (OSError, pa.ArrowException) as error:
+            if wait_s is None:
+                raise DataError(
+                    f"shard {path} is missing or damaged ({error}): delete {folder} and run again "
+                    "to prepare it anew"
+                ) from None
+            time.sleep(wait_s)
+    raise AssertionError("the last try returns or raises")
 
 
 def _with_long_offsets(rows: pa.Table) -> pa.Table:

@@ -196,3 +196,24 @@ def test_a_damaged_shard_is_named_with_what_to_do(shapes: Any, tmp_path: Path, h
                 str(folder), shapes.manifest, shapes.data.reading, split="train", global_batch=8
             )
         )
+
+
+def test_a_remote_store_is_asked_again_before_a_shard_is_called_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pq.write_table(pa.table({"row_id": [4, 5]}), tmp_path / "shard")
+    group = RowGroup("shard", 0, 2)
+    failures = iter([OSError("slow down"), OSError("slow down"), None, *[OSError("gone")] * 3])
+    whole = pq.ParquetFile
+
+    def file(path: str, **options: Any) -> Any:
+        if (failure := next(failures)) is not None:
+            raise failure
+        return whole(path, **{**options, "filesystem": None})
+
+    monkeypatch.setattr(batches.pq, "ParquetFile", file)
+    monkeypatch.setattr(batches, "filesystem", lambda path: ("a remote store", path))
+    monkeypatch.setattr(batches, "REMOTE_WAITS_S", (0.0, 0.0))
+    assert batches._row_group(str(tmp_path), group, ["row_id"])["row_id"].to_pylist() == [4, 5]
+    with pytest.raises(DataError, match=r"missing or damaged .gone."):
+        batches._row_group(str(tmp_path), group, ["row_id"])
