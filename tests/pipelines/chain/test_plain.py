@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import yaml
 
 from data_prep.errors import DataError
 from data_prep.manifest import Manifest, SourceInfo, write_manifest
@@ -198,69 +197,3 @@ def test_a_study_may_share_one_seeds_folder_and_nothing_else(tmp_path: Path) -> 
     larger = shapes_plan(tmp_path, size=48)
     with pytest.raises(DataError, match=r"config: data.image_size is \(48, 48\)"):
         check_prepared(plan, prepared_for(larger), str(tmp_path), any_seed=True)
-
-
-SHAPES = {
-    "one task": [{"name": "outline", "classes_from": "shapes"}],
-    "a segmentation alone": [
-        {"name": "regions", "kind": "segmentation", "labels": ["background", "r", "g", "b"]}
-    ],
-    "several classes an image": [
-        {"name": "outline", "classes_from": "shapes"},
-        {"name": "texture", "classes_from": "shapes"},
-    ],
-}
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-@pytest.mark.parametrize("tasks", SHAPES)
-def test_every_set_of_tasks_goes_from_images_to_a_report(tmp_path: Path, tasks: str) -> None:
-    source = {"kind": "shapes", "train_rows": 240, "val_rows": 60, "size": 32}
-    small, stage = {"channels": 8, "blocks": 0}, {"epochs": 1, "batch_size": 16}
-    config = {
-        "data": {
-            "sources": [{**source, "multi_task_fraction": 0.5 if "several" in tasks else 0.0}],
-            "image_size": 32,
-            "holdout_fraction": 0.2,
-        },
-        "tasks": SHAPES[tasks],
-        "teacher": {
-            "name": "shufflenet_v2_x0_5",
-            "weights": "train",
-            "split": "stage2",
-            "training": stage,
-        },
-        "model": {
-            "stem": {"channels": [8, 8]},
-            "detector": {**small, "hidden": 8},
-            "encoder": {**small, "latent_channels": 4},
-            "decoder": {**small, "task_channels": 8},
-        },
-        "stage1": stage,
-        "stage2": stage,
-        "individual": stage,
-        "evaluate": {
-            "baselines": ["oracle", "per_task", "individual", "teacher"],
-            "codecs": {"webp": [5]},
-            "batch_size": 16,
-        },
-        "storage": {"root": str(tmp_path / "runs")},
-    }
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
-    done = mantis("run", "--plain", "--config", "config.yaml", "--json", folder=tmp_path)
-    metrics = json.loads(done.stdout.splitlines()[-1], parse_constant=pytest.fail)["metrics"]
-    headline = "val/miou" if tasks == "a segmentation alone" else "val/top1"
-    assert 0 <= metrics[headline] <= 1
-    assert metrics["val/wire_bytes"] > metrics["val/payload_bytes"] > 0
-    (written,) = tmp_path.glob("runs/stages/evaluate-*/evaluation.json")
-    arms = json.loads(written.read_text(), parse_constant=pytest.fail)["arms"]
-    assert {arm["kind"] for arm in arms if headline in arm["metrics"]} == {
-        "mantis",
-        "oracle",
-        "per_task",
-        "individual",
-        "teacher",
-        "webp",
-    }
-    assert (written.parent / "report/report.html").is_file()

@@ -47,7 +47,12 @@ def config_of(folder: Path, tasks: list[dict[str, Any]], **changes: Any) -> dict
         },
         "stage1": stage,
         "stage2": stage,
-        "evaluate": {"baselines": ["oracle", "teacher"], "batch_size": 16},
+        "individual": stage,
+        "evaluate": {
+            "baselines": ["oracle", "per_task", "individual", "teacher"],
+            "codecs": {"webp": [5]},
+            "batch_size": 16,
+        },
         "storage": {"root": str(folder / "runs")},
     }
     for section, values in changes.items():
@@ -64,7 +69,7 @@ def evaluated(folder: Path, config: dict[str, Any]) -> dict[str, dict[str, float
     written = next((folder / "runs/stages").glob("evaluate-*/evaluation.json"))
     result = json.loads(written.read_text(), parse_constant=lambda text: pytest.fail(text))
     figures = {arm["kind"]: arm["metrics"] for arm in result["arms"]}
-    assert figures.keys() == {"mantis", "oracle", "teacher"}
+    assert figures.keys() == {"mantis", "oracle", "per_task", "individual", "webp", "teacher"}
     assert figures["mantis"]["val/wire_bytes"] > 0
     for each in figures.values():
         assert all(math.isfinite(value) for value in each.values() if value is not None)
