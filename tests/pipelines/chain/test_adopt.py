@@ -112,7 +112,7 @@ def test_histories_of_finished_trainings_are_given_without_training(plan: Plan) 
 
 
 BUSY = """
-import os, time
+import os, signal, time
 from pipelines.chain.processes import pool_of
 from benchmarks.program import one_message
 
@@ -123,6 +123,7 @@ def main():
         pool.submit(time.sleep, 600).result()
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs ignore it
     main()
 """
 
