@@ -66,7 +66,7 @@ def plain_chain(plan: Plan, *, shards: str | None, jobs: int, console: Console) 
     note_all(preflight.check(shards), console)
     prepared = shards or prepare_plain(plan, jobs=jobs, say=console.note)
     if shards is None and before["prepare"] != "done":
-        note_all(preflight.check(), console)
+        note_all(preflight.check(remarked=True), console)
     run_plain([plan], prepared=prepared, jobs=jobs, say=console.note)
     outcomes = {}
     for spec in specs:

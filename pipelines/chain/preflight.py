@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -34,9 +34,6 @@ FEWEST_STEPS = 100
 FINE_TUNED = ("individual", "codec_teacher")
 """Stages that begin with the weights of the teacher. A few steps may be enough for them."""
 FEWEST_HELD_BACK = 8
-COUNTED_ROWS = 200_000
-"""The labels of larger splits are not read: it would take long, and they have every class."""
-SHOWN = 5  # labels in a note
 
 
 @dataclass
@@ -44,18 +41,21 @@ class Preflight:
     """The checks of one command, over the stages that it is to run.
 
     `networks` remembers which networks fit: for data of one class an image (True), and for other
-    data (False). The data says which it is once it is prepared.
+    data (False). The data says which it is once it is prepared. `saw_rows` is whether there were
+    rows to check.
     """
 
     plan: Plan
     specs: Sequence[StageSpec]
     networks: Fits = field(default_factory=dict)
+    saw_rows: bool = False
 
-    def check(self, prepared: str | None = None) -> list[str]:
+    def check(self, prepared: str | None = None, *, remarked: bool = False) -> list[str]:
         """Checks the unfinished trainings. Returns notes for the user.
 
         `prepared` is a folder of shards. None takes that of the stage `prepare`, and before that
-        has finished checks what needs no rows. Raises SettingsError, DataError or ModelError.
+        has finished checks what needs no rows. What `prepare` remarked on the data is among the
+        notes, unless it was `remarked` a moment ago. Raises SettingsError, DataError or ModelError.
         """
         from data_prep.manifest import read_manifest
 
@@ -74,10 +74,11 @@ class Preflight:
         notes: list[str] = []
         manifest = None if prepared is None else read_manifest(prepared)
         if prepared is not None and manifest is not None:
+            self.saw_rows = True
             check_rows(waiting, manifest)
             notes += few_steps(waiting, manifest)
             notes += few_held_back(manifest)
-            notes += absent_classes(prepared, manifest)
+            notes += () if remarked else manifest.remarks
         self._check_networks(waiting, None if manifest is None else manifest.single_class)
         return notes
 
@@ -141,27 +142,6 @@ def few_held_back(manifest: Manifest) -> list[str]:
     ]
 
 
-def absent_classes(prepared: str, manifest: Manifest) -> list[str]:
-    """Returns a note for each split without an image of some class or task."""
-    from data_prep.read.labels import absent_labels
-
-    notes = []
-    for split, (images, so) in {
-        "train": ("training", "the codec will not learn them"),
-        "holdout": (
-            "held-back",
-            "the best epoch and the threshold of the mask are chosen without them; a larger "
-            "data.holdout_fraction may help",
-        ),
-        "val": ("val", "they are not measured"),
-    }.items():
-        if split in manifest.splits and manifest.split(split).rows <= COUNTED_ROWS:
-            absent = absent_labels(prepared, manifest, split)
-            if absent:
-                notes.append(f"no {images} image shows {_listed(absent)}: {so}")
-    return notes
-
-
 def tried_networks(
     trainings: Sequence[StageSpec], table: TaskTable, possible: Sequence[bool]
 ) -> Fits:
@@ -190,17 +170,3 @@ def _tried(trainings: list[StageSpec], table: TaskTable, possible: list[bool]) -
         except ModelError as error:
             found[single_class] = error
     return found
-
-
-def _listed(absent: Mapping[str, Sequence[str]]) -> str:
-    """Returns the first labels by task, and how many more there are."""
-    labels = [(task, label) for task, names in absent.items() for label in names]
-
-    def parts() -> Iterator[str]:
-        for task in absent:
-            own = [label for other, label in labels[:SHOWN] if other == task]
-            if own:
-                yield f"{', '.join(own)} (task {task})"
-
-    more = len(labels) - SHOWN
-    return "; ".join(parts()) + (f" and {more} more" if more > 0 else "")

@@ -144,8 +144,8 @@ def run_stages(
                 outcomes[spec.name] = _skip(spec, store, console)
             else:
                 outcomes[spec.name] = _run_stage(spec, context, resumed=state == "started")
-        if spec.kind == "prepare" and preflight is not None:
-            note_all(preflight.check(), console)
+        if spec.kind == "prepare" and preflight is not None and not preflight.saw_rows:
+            note_all(preflight.check(remarked=outcomes[spec.name].status == "ran"), console)
     return outcomes
 
 

@@ -26,7 +26,7 @@ def fake_stages(monkeypatch: pytest.MonkeyPatch, runner: Runner) -> None:
         yield
 
     monkeypatch.setattr("pipelines.chain.run.ray_session", session)
-    monkeypatch.setattr("pipelines.chain.preflight.Preflight.check", lambda *_: [])
+    monkeypatch.setattr("pipelines.chain.preflight.Preflight.check", lambda *_, **__: [])
     same_code(monkeypatch)
     for name, stage in list(STAGES.items()):
         monkeypatch.setitem(STAGES, name, replace(stage, run=runner))

@@ -6,8 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from data_prep.errors import DataError
@@ -29,7 +27,6 @@ teacher: {weights: train}
 evaluate: {baselines: [none]}
 tracking: {enabled: false}
 """
-LABELS = {"train": [0, 1, 2], "holdout": [0, 1, 2], "val": [0, 1, 2]}
 
 
 class Bench:
@@ -54,24 +51,16 @@ class Bench:
         plan: Plan,
         *,
         rows: Mapping[str, int] | None = None,
-        labels: Mapping[str, Sequence[int]] | None = None,
+        remarks: tuple[str, ...] = (),
         single_class: bool = True,
     ) -> str:
-        """Finishes `prepare`. The images of a split take the split's labels in turn."""
+        """Finishes `prepare`, with a manifest alone."""
         counts = {"train": 20_000, "holdout": 100, "val": 50, **(rows or {})}
-        numbers = {**LABELS, **(labels or {})}
         spec, table = plan.specs[0], plan.table
         store = Store(plan.settings.storage.root)
-        (Path(spec.folder) / "shards").mkdir(parents=True)
         splits = {}
         for split, count in counts.items():
-            own = [numbers[split][i % len(numbers[split])] for i in range(count)]
             path = f"shards/{split}.parquet"
-            columns = {
-                "labels": pa.array([[label] for label in own], pa.list_(pa.int16(), 1)),
-                "task_mask": pa.array([[True]] * count, pa.list_(pa.bool_(), 1)),
-            }
-            pq.write_table(pa.table(columns), Path(spec.folder) / path)
             shard = ShardInfo(path=path, rows=count, bytes=1, sha256="", row_group_rows=(count,))
             splits[split] = SplitInfo(rows=count, bytes=1, shards=(shard,) if count else ())
         manifest = Manifest(
@@ -86,6 +75,7 @@ class Bench:
             rejected=0,
             fingerprint="",
             sources=(),
+            remarks=remarks,
         )
         write_manifest(spec.folder, manifest)
         mark_started(store, spec)
@@ -100,10 +90,6 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
     (tmp_path / "tiny.yaml").write_text(CONFIG)
     bench = Bench(tmp_path)
     monkeypatch.setattr(module, "tried_networks", bench.networks)
-    classes = bench.plan().table.classes
-    monkeypatch.setitem(LABELS, "train", range(len(classes)))
-    monkeypatch.setitem(LABELS, "holdout", range(len(classes)))
-    monkeypatch.setitem(LABELS, "val", range(len(classes)))
     return bench
 
 
@@ -157,25 +143,19 @@ def test_few_steps_are_noted_once_for_each_section(bench: Bench) -> None:
     assert notes[1].endswith("lower stage2.batch_size (128) or raise stage2.epochs (4)")
 
 
-def test_few_held_back_images_and_absent_classes_are_noted(bench: Bench) -> None:
+def test_few_held_back_images_and_remarks_on_the_data_are_noted(bench: Bench) -> None:
     plan = bench.plan()
-    names = plan.table.tasks[0].labels
-    bench.prepare(plan, rows={"holdout": 3}, labels={"val": [*range(1, len(names))]})
-    few, held_back, val = check(plan)
+    remark = "no val image of task outline: no figure covers them"
+    bench.prepare(plan, rows={"holdout": 3}, remarks=(remark,))
+    few, val = check(plan)
     assert few.startswith("only 3 of the training images are held back")
-    assert held_back.startswith(f"no held-back image shows {names[3]}")
-    assert "data.holdout_fraction may help" in held_back
-    assert val == f"no val image shows {names[0]} (task outline): they are not measured"
+    assert val == remark
 
 
-def test_a_task_that_no_image_has_lacks_all_its_labels(bench: Bench, tmp_path: Path) -> None:
-    from data_prep.manifest import read_manifest
-    from data_prep.read.labels import absent_labels
-
+def test_what_prepare_has_just_remarked_is_not_said_again(bench: Bench) -> None:
     plan = bench.plan()
-    folder = bench.prepare(plan, rows={"val": 0})
-    found = absent_labels(folder, read_manifest(folder), "val")
-    assert found == {"outline": plan.table.tasks[0].labels}
+    bench.prepare(plan, remarks=("a remark",))
+    assert Preflight(plan, plan.specs).check(remarked=True) == []
 
 
 def test_finished_trainings_are_not_checked(bench: Bench) -> None:

@@ -296,7 +296,8 @@ def test_rows_are_checked_as_soon_as_there_are_some(
 ) -> None:
     asked: list[list[str]] = []
 
-    def check(preflight: Preflight) -> list[str]:
+    def check(preflight: Preflight, *, remarked: bool = False) -> list[str]:
+        assert remarked == bool(bench.ran)  # prepare says its remarks itself
         asked.append(list(bench.ran))
         if bench.ran:
             raise SettingsError("stage1.batch_size is 128, and there are 58 training images")
@@ -308,6 +309,20 @@ def test_rows_are_checked_as_soon_as_there_are_some(
     assert asked == [[], ["prepare"]]
     assert "note: the networks fit" in bench.text
     assert ("closed", "FAILED") in bench.tracker.calls
+
+
+def test_notes_on_the_rows_of_a_finished_prepare_are_printed_once(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench.run(until="prepare")
+
+    def check(preflight: Preflight, *, remarked: bool = False) -> list[str]:
+        preflight.saw_rows = True
+        return ["few steps"]
+
+    monkeypatch.setattr(Preflight, "check", check)
+    bench.run()
+    assert bench.text.count("note: few steps") == 1
 
 
 def test_nothing_is_left_half_said_when_preflight_refuses(bench: Bench) -> None:
