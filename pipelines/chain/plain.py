@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from data_prep.errors import DataError
@@ -24,17 +24,23 @@ from pipelines.chain.earlier import recipes_before
 from pipelines.chain.plan import Plan
 from pipelines.chain.preflight import Preflight
 from pipelines.chain.processes import pool_of
+from pipelines.chain.reasons import differences, made_with
 from pipelines.chain.result import ChainResult, note_adopted, note_all
 from pipelines.evaluation.arms import Arm, ArmSource
 from pipelines.evaluation.split_pass import (
     Evaluated,
     arm_figures,
     evaluate_locally,
-    hardware_of,
 )
 from pipelines.settings.sections import Settings
 from pipelines.stages import prepare
-from pipelines.stages.evaluate import arm_sources, write_evaluation
+from pipelines.stages.evaluate import (
+    arm_sources,
+    joined_answers,
+    kept_answers,
+    write_evaluation,
+)
+from pipelines.stages.measured import keep_measured, measured_file
 from pipelines.stages.record import claim, mark_done, mark_started, read_result, stage_state
 from pipelines.stages.spec import StageFailed, StageOutcome, StageSpec, with_upstream
 from pipelines.stages.train import result_of, training_of
@@ -107,6 +113,10 @@ def run_plain(
             arms.sort(key=lambda arm: arm.rate_weight or math.inf)  # a rate's arms side by side
             todo += [(number, arm) for arm in arms]
     measured: list[dict[str, Evaluated]] = [{} for _ in plans]
+    keeps = on_measured is None and not any_seed  # another seed's folder is not the plan's data
+    if keeps:
+        measured = [_kept(plan, manifest) for plan in plans]
+        todo = [(number, arm) for number, arm in todo if arm.name not in measured[number]]
     work = _Work(plans, prepared, jobs, say, any_seed)
     with pool_of(jobs) as pool:
 
@@ -121,6 +131,8 @@ def run_plain(
             shown = ("val/top1", "val/miou", "val/wire_bytes")
             figures = {n: round(v, 4) for n, v in figures.items() if n in shown}
             say(f"{arm.name}: {figures}")
+            if keeps:
+                _keep(plans[number], arm, found)
             if on_measured is not None:
                 on_measured(number, arm, found)
     for plan, parts in zip(plans, measured, strict=True):
@@ -160,7 +172,7 @@ def prepare_plain(plan: Plan, *, jobs: int, say: Say) -> str:
         return spec.folder
     began = time.monotonic()
     with claim(store, spec), pool_of(jobs) as pool:
-        mark_started(store, spec)
+        mark_started(store, spec, made_with(spec))
         manifest = make_shards(
             spec.settings.data,
             plan.table,
@@ -203,7 +215,7 @@ def check_prepared(
     if not differing and store.exists("STARTED"):
         begun = store.read_json("STARTED")
         if begun["recipe"] not in (spec.recipe, recipes_before([spec])[spec.name]):
-            differing = _differing(begun["config"], json.loads(json.dumps(spec.config)))
+            differing = differences(begun["config"], json.loads(json.dumps(spec.config)))
     if any_seed:
         differing = [name for name in differing if name != "seed"]
     if differing:
@@ -218,18 +230,6 @@ def check_prepared(
             f"{prepared} was prepared by another config: {', '.join(words)}. "
             "Give the folder that `mantis prepare` made with this config and these overrides."
         )
-
-
-def _differing(one: Mapping[str, Any], other: Mapping[str, Any], place: str = "") -> list[str]:
-    """Returns the dotted fields in which two nested configs differ."""
-    found: list[str] = []
-    for name in sorted(one.keys() | other.keys()):
-        ours, theirs = one.get(name), other.get(name)
-        if isinstance(ours, dict) and isinstance(theirs, dict):
-            found += _differing(ours, theirs, f"{place}{name}.")
-        elif ours != theirs:
-            found.append(f"{place}{name}")
-    return found
 
 
 @dataclass(frozen=True)
@@ -325,7 +325,7 @@ def train_stage(spec: StageSpec, training: Training, threads: int) -> str:
         print(line, file=sys.stderr, flush=True)
 
     with claim(store, spec):
-        mark_started(store, spec)
+        mark_started(store, spec, made_with(spec))
         try:
             train_plainly(training, threads=threads, on_epoch=on_epoch)
         except Exception as error:
@@ -343,13 +343,8 @@ def _evaluate(plan: Plan, prepared: str, parts: dict[str, Evaluated]) -> str:
     """Writes the files of a plan's stage `evaluate` from its measured arms. Returns a line."""
     spec, store = plan.by_name["evaluate"], Store(plan.settings.storage.root)
     with claim(store, spec):
-        mark_started(store, spec)
-        first = next(iter(parts.values()))
-        done = replace(
-            first,
-            answers={name: part.answers[name] for name, part in parts.items()},
-            computed_on=hardware_of(parts.values()),
-        )
+        mark_started(store, spec, made_with(spec))
+        done = joined_answers(plan.arms, parts)
         result = write_evaluation(spec, plan.by_name, store, prepared, done)
         mark_done(store, spec, result, plan.settings.tracking.uri)
     return f"evaluate seed {plan.settings.seed}: {result['summary']}"
@@ -366,6 +361,19 @@ def _measure(
         settings=settings,
         threads=threads,
     )
+
+
+def _kept(plan: Plan, manifest: Manifest) -> dict[str, Evaluated]:
+    """Returns the arms that an earlier, unfinished or smaller evaluation has measured."""
+    if _is_evaluated(plan):
+        return {}
+    store = Store(plan.settings.storage.root)
+    return kept_answers(plan.by_name["evaluate"], plan.by_name, store, manifest)
+
+
+def _keep(plan: Plan, arm: Arm, found: Evaluated) -> None:
+    path = measured_file(plan.by_name["evaluate"], arm, plan.by_name)
+    keep_measured(Store(plan.settings.storage.root), path, found, arm.name)
 
 
 def _is_done(spec: StageSpec, settings: Settings) -> bool:

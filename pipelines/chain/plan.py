@@ -88,14 +88,9 @@ def plan_stages(
             upstream = _upstream(stage, planned)
             known = stage.identities(own, inputs) if stage.identities else {}
             made = {"kind": stage.name, "config": {**slim_slice(own, stage), **known}}
-            key = digest(
-                {
-                    **made,
-                    "upstream": {each: planned[each].key for each in upstream},
-                    "versions": installed(),
-                    "code": source_hash(*stage.code),
-                }
-            )
+            code = {"versions": installed(), "code": source_hash(*stage.code)}
+            above = {"upstream": {each: planned[each].key for each in upstream}}
+            key = digest({**made, **above, **code})
             recipe = digest({**made, "upstream": {s: planned[s].recipe for s in upstream}})
             planned[name] = StageSpec(
                 stage=stage,
@@ -108,6 +103,7 @@ def plan_stages(
                 folder=f"{settings.storage.root}/stages/{name}-{key[:12]}",
                 settings=own,
                 arms=inputs.arms if stage.name == "evaluate" else (),
+                code_key=digest(code),
             )
     return tuple(planned.values())
 

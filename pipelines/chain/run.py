@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from pipelines.chain.plan import Plan
 from pipelines.chain.preflight import Preflight
+from pipelines.chain.reasons import made_with
 from pipelines.chain.result import ChainResult, hardware_tags, note_adopted, note_all
 from pipelines.cluster.connect import connect
 from pipelines.cluster.preflight import check_machine
@@ -143,7 +144,9 @@ def run_stages(
                 _open_stage_run(spec, context.specs, tracker, run_id, finished=True)
                 outcomes[spec.name] = _skip(spec, store, console)
             else:
-                outcomes[spec.name] = _run_stage(spec, context, resumed=state == "started")
+                outcomes[spec.name] = _run_stage(
+                    spec, context, resumed=state == "started" and spec.stage.trains
+                )
         if spec.kind == "prepare" and preflight is not None and not preflight.saw_rows:
             note_all(preflight.check(remarked=outcomes[spec.name].status == "ran"), console)
     return outcomes
@@ -178,7 +181,7 @@ def _run_stage(spec: StageSpec, context: StageContext, *, resumed: bool) -> Stag
         spec, context.specs, context.tracker, context.run_id, finished=False
     )
     interrupt = signal.getsignal(signal.SIGINT)
-    mark_started(store, spec)
+    mark_started(store, spec, made_with(spec))
     try:
         result = spec.stage.run(spec, replace(context, stage_run_id=stage_run_id))
         result = mark_done(store, spec, result, uri)

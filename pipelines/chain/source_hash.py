@@ -33,6 +33,14 @@ def source_hash(*entries: str, repository: Path = REPOSITORY) -> str:
     return digest.hexdigest()
 
 
+def module_hashes(*entries: str, repository: Path = REPOSITORY) -> dict[str, str]:
+    """Returns 12 hex digits for the syntax tree of each module that `source_hash` covers."""
+    return {
+        module: hashlib.sha256(_parsed(_text(module, repository))[1].encode()).hexdigest()[:12]
+        for module in sorted(reached_modules(entries, repository))
+    }
+
+
 def reached_modules(entries: Iterable[str], repository: Path = REPOSITORY) -> set[str]:
     """Returns the entries and all counted modules that they import, directly or indirectly."""
     reached: set[str] = set()

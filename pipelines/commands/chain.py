@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -85,7 +85,7 @@ def run(
         )
     plan = _plan(config, joined(overrides, address), adopt=adopt)
     if dry_run:
-        _print_plan(plan, plan.specs, as_json)
+        print_plan(plan, plan.specs, as_json)
         return
     options = [
         *(["--adopt"] if adopt else []),
@@ -117,7 +117,7 @@ def _stage_command(name: str, text: str) -> Callable[..., None]:
                 MISTAKE,
             )
         if dry_run:
-            _print_plan(plan, with_upstream(plan.specs, name), as_json)
+            print_plan(plan, with_upstream(plan.specs, name), as_json)
             return
         options = ["--adopt"] if adopt else []
         resume = _command(name, config, [*options, *(overrides or ())], address)
@@ -199,9 +199,18 @@ def _console(settings: Settings, as_json: bool, resume: str) -> Iterator[Console
         yield console
 
 
-def _print_plan(plan: Plan, specs: Sequence[Any], as_json: bool) -> None:
+def print_plan(
+    plan: Plan, specs: Sequence[Any], as_json: bool, *, space: Mapping[str, str] | None = None
+) -> None:
+    """Prints what a run of these stages would do, with the reason for each that would run.
+
+    `space` are the searched fields and their domains, as text.
+    """
+    import yaml
+
+    from pipelines.chain.keys import without_defaults
     from pipelines.chain.preflight import Preflight
-    from pipelines.settings.reading import to_yaml
+    from pipelines.chain.reasons import why_new
     from pipelines.stages.record import read_result, stage_state
     from pipelines.stages.schedule import schedule
     from pipelines.storage import Store
@@ -216,27 +225,38 @@ def _print_plan(plan: Plan, specs: Sequence[Any], as_json: bool) -> None:
     prepared = actions["prepare"] in ("skip", "adopt")
     rows = read_result(store, specs[0])["rows"]["train"] if prepared else None
     planned = [(spec, schedule(spec, rows)) for spec in specs]
+    reasons = {
+        spec.name: why_new(store, spec) if actions[spec.name] == "run" else "" for spec in specs
+    }
     if as_json:
         stages = [
             {
                 "stage": spec.name,
                 "key": spec.key,
                 "action": actions[spec.name],
+                "reason": reasons[spec.name],
                 "epochs": training and training.epochs,
                 "training": training and asdict(training),
             }
             for spec, training in planned
         ]
         config = plan.settings.model_dump(mode="json")
-        print_json({"config": config, "stages": stages, "notes": notes})
+        searched = {} if space is None else {"space": dict(space)}
+        print_json({"config": config, "stages": stages, "notes": notes, **searched})
         return
-    typer.echo(to_yaml(plan.settings))
+    typer.echo("# The fields that differ from their defaults; --json prints all of them.")
+    chosen = without_defaults(plan.settings)
+    typer.echo(yaml.safe_dump(chosen, sort_keys=False, allow_unicode=True))
     width = max(map(len, actions))
     for spec, training in planned:
         epochs = f"  {training.epochs} epochs" if training else ""
         typer.echo(f"{spec.name:{width}}  {spec.key[:12]}  {actions[spec.name]}{epochs}")
+        if reasons[spec.name]:
+            typer.echo(f"{'':{width}}  {reasons[spec.name]}")
         if training:
             typer.echo(f"{'':{width}}  {training}")
+    for name, domain in (space or {}).items():
+        typer.echo(f"searched: {name} in {domain}")
     for text in notes:
         typer.echo(f"note: {text}")
 

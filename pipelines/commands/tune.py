@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from pipelines.commands.chain import print_plan
 from pipelines.commands.errors import (
     FAILURE,
     SOME_FAILED,
@@ -16,12 +17,13 @@ from pipelines.commands.errors import (
     print_json,
     terminal,
 )
-from pipelines.commands.options import Address, AsJson, Config, Overrides, joined
+from pipelines.commands.options import Address, AsJson, Config, DryRun, Overrides, joined
 
 if TYPE_CHECKING:
     from typing import TextIO
 
     from pipelines.search.result import SearchResult
+    from pipelines.settings.sections import Settings
 
 Search = Literal["optuna", "random"]
 
@@ -77,6 +79,7 @@ def tune(
             help="Measure the front with real streams and register at most 5 of its models.",
         ),
     ] = False,
+    dry_run: DryRun = False,
     as_json: AsJson = False,
     address: Address = None,
 ) -> None:
@@ -91,6 +94,9 @@ def tune(
 
     words = joined(overrides, address)
     settings = load_settings(config, words)
+    if dry_run:
+        _show_plan(settings, space, include_stage1, as_json)
+        return
     options = SearchOptions(
         space=space,
         trials=trials,
@@ -122,6 +128,17 @@ def tune(
 
 
 COMMANDS = (tune,)
+
+
+def _show_plan(settings: Settings, space: str, include_stage1: bool, as_json: bool) -> None:
+    """Prints the stages of a trial with the values of the config, and the searched fields."""
+    from pipelines.chain.plan import make_plan
+    from pipelines.search.space import describe, load_space
+    from pipelines.stages.spec import with_upstream
+
+    searched = describe(load_space(space, include_stage1=include_stage1))
+    plan = make_plan(settings)
+    print_plan(plan, with_upstream(plan.specs, "stage2"), as_json, space=searched)
 
 
 def _show(result: SearchResult, stream: TextIO) -> None:

@@ -11,7 +11,7 @@ import io
 import json
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ import numpy as np
 
 from pipelines.evaluation.arms import EXAMPLES, SPLIT, Arm, ArmSource
 from pipelines.settings.arms import ARM_KINDS
+from pipelines.stages.measured import keep_measured, measured_file, read_measured
 from pipelines.stages.spec import Inputs, Stage, StageContext, StageSpec
 from pipelines.training.files import COMPUTED_ON
 
@@ -36,21 +37,55 @@ def identities(settings: Settings, inputs: Inputs) -> dict[str, Any]:
 
 
 def run(spec: StageSpec, context: StageContext) -> dict[str, Any]:
-    """Measures every planned arm with Ray Data. Returns the figures of the main arm."""
+    """Measures every planned arm that has no kept answers. Returns the figures of the main arm."""
     from data_prep.manifest import read_manifest
     from pipelines.evaluation.split_pass import evaluate_split
 
-    done = evaluate_split(
-        context.manifest_folder,
-        read_manifest(context.manifest_folder),
-        spec.settings.data.reading,
-        arm_sources(spec.arms, context.specs),
-        settings=spec.settings,
-        on_rows=lambda rows, total: context.console.progress(
-            spec.name, {"step": rows, "steps": total}
-        ),
-    )
-    return write_evaluation(spec, context.specs, context.store, context.manifest_folder, done)
+    manifest, store = read_manifest(context.manifest_folder), context.store
+    found = kept_answers(spec, context.specs, store, manifest)
+    missing = [arm for arm in spec.arms if arm.name not in found]
+    if found:
+        context.console.note(f"{spec.name}: {len(found)} of {len(spec.arms)} arms are known")
+    if missing:
+        done = evaluate_split(
+            context.manifest_folder,
+            manifest,
+            spec.settings.data.reading,
+            arm_sources(missing, context.specs),
+            settings=spec.settings,
+            on_rows=lambda rows, total: context.console.progress(
+                spec.name, {"step": rows, "steps": total}
+            ),
+        )
+        for arm in missing:
+            keep_measured(store, measured_file(spec, arm, context.specs), done, arm.name)
+            found[arm.name] = done
+    together = joined_answers(spec.arms, found)
+    return write_evaluation(spec, context.specs, store, context.manifest_folder, together)
+
+
+def kept_answers(
+    spec: StageSpec, specs: Mapping[str, StageSpec], store: Store, manifest: Manifest
+) -> dict[str, Evaluated]:
+    """Returns the arms, by name, whose answers an earlier evaluation has kept."""
+    from pipelines.evaluation.split_pass import Evaluated
+    from pipelines.training.problem import tasks_of
+
+    around = Evaluated({}, tasks_of(manifest), manifest.single_class, manifest.image_size)
+    found = {
+        arm.name: read_measured(store, measured_file(spec, arm, specs), arm.name, around)
+        for arm in spec.arms
+    }
+    return {name: kept for name, kept in found.items() if kept is not None}
+
+
+def joined_answers(arms: Sequence[Arm], found: Mapping[str, Evaluated]) -> Evaluated:
+    """Returns the answers of all arms, in order, as those of one pass."""
+    from pipelines.evaluation.split_pass import hardware_of
+
+    parts = [found[arm.name] for arm in arms]
+    answers = {arm.name: found[arm.name].answers[arm.name] for arm in arms}
+    return replace(parts[0], answers=answers, computed_on=hardware_of(parts))
 
 
 def arm_sources(arms: Sequence[Arm], specs: Mapping[str, StageSpec]) -> list[ArmSource]:

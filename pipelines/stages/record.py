@@ -71,10 +71,13 @@ def stage_state(store: Store, spec: StageSpec, tracking_uri: str | None) -> Stag
     return "started" if spec.kind == "register" and elsewhere else "done"
 
 
-def mark_started(store: Store, spec: StageSpec) -> None:
-    """Records the key, the config and the code of a stage that is about to run."""
+def mark_started(store: Store, spec: StageSpec, made_with: Mapping[str, Any] | None = None) -> None:
+    """Records the key, the config and the code of a stage that is about to run.
+
+    `made_with` holds further entries on packages and code.
+    """
     store.delete(f"{spec.folder}/DONE")
-    code = {"commit": commit(), "source_sha256": source_sha256()}
+    code = {"commit": commit(), "source_sha256": source_sha256(), **(made_with or {})}
     begun = {"key": spec.key, "recipe": spec.recipe, **code, "config": spec.config}
     store.write_json(f"{spec.folder}/STARTED", begun)
 

@@ -83,7 +83,8 @@ class StageSpec:
 
     `name` is the kind, or `kind/arm`. `config` is the part of the config that decides its result.
     `key` identifies the result; `recipe` is the same without code and package versions. `settings`
-    is the whole config with the arm's overrides applied. `upstream` names the planned stages that
+    is the whole config with the arm's overrides applied. `code_key` identifies the packages and the
+    code of the stage alone. `upstream` names the planned stages that
     it builds on. `folder` is a full address. `arms` are the arms that `evaluate` measures. If the
     stage has adopted the result of another run, `folder` and `key` are those of that result, and
     `adopted_for` is the stage's own folder.
@@ -100,6 +101,7 @@ class StageSpec:
     settings: Settings
     arms: tuple[Arm, ...] = ()
     adopted_for: str = ""
+    code_key: str = ""
 
     @property
     def kind(self) -> str:

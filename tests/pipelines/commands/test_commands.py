@@ -113,8 +113,9 @@ def test_a_dry_run_tells_what_would_run_and_writes_nothing(config: Path) -> None
     assert not (config.parent / "runs").exists()
     mantis("stage1", "--config", config)
     text = mantis("run", "--config", config, "--dry-run").stdout
-    assert "rate_weight: 0.001" in text
     lines = text.splitlines()
+    assert "  weights: train" in lines
+    assert "rate_weight" not in text  # it has its default
     stage1 = next(number for number, line in enumerate(lines) if line.startswith("stage1  "))
     assert " skip" in lines[stage1]
     assert " run  4 epochs" in lines[stage1 + 2]
@@ -122,6 +123,12 @@ def test_a_dry_run_tells_what_would_run_and_writes_nothing(config: Path) -> None
         "256 of 300 rows per epoch (44 left out, others in the next), 2 steps" in lines[stage1 + 3]
     )
     assert "batch 128 = 1 x 128; learning rate" in lines[stage1 + 3]
+    text = mantis("run", "--config", config, "--dry-run", "stage1.epochs=9").stdout
+    assert "stage1.epochs 4 -> 9 since" in text
+    plan = mantis("run", "--config", config, "--dry-run", "--json", "stage1.epochs=9").stdout
+    reasons = {stage["stage"]: stage["reason"] for stage in json.loads(plan)["stages"]}
+    assert reasons["prepare"] == ""
+    assert reasons["stage1"].startswith("stage1.epochs 4 -> 9 since")
 
 
 @pytest.mark.parametrize(

@@ -193,3 +193,19 @@ def test_a_search_trains_its_main_arm_alone(config: Path) -> None:
     plan_ = small_task(settings).plan({"stage2.rate_weight": 0.01})
     names = [spec.name for spec in plan_.specs]
     assert names == ["prepare", "teacher", "stage1", "stage2", "evaluate", "register"]
+
+
+def test_a_dry_run_shows_the_shared_stages_and_the_searched_fields(
+    config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = answer(monkeypatch, result())
+    monkeypatch.setattr("pipelines.chain.preflight.Preflight.check", lambda *_, **__: ["a note"])
+    command = ("tune", "--config", config, "--space", "rate", "--trials", 3, "--dry-run")
+    done = mantis(*command)
+    assert done.exit_code == 0, done.output
+    assert "searched: stage2.rate_weight in LogUniform(low=0.0003, high=0.03)" in done.stdout
+    assert "note: a note" in done.stdout
+    plan = json.loads(mantis(*command, "--json").stdout)
+    assert [stage["stage"] for stage in plan["stages"]][-1] == "stage2"
+    assert plan["space"]["stage1.rate_weight"] == "Choice(values=(0.001, 0.002, 0.004))"
+    assert not asked
