@@ -16,6 +16,7 @@ from pydantic import BaseModel, Field, field_validator, model_validator
 from data_prep.checks import IGNORE, StoredFormat
 from data_prep.manifest import TaskKind
 from data_prep.reading import Augmentation, Fraction, ReadingConfig, reading_field
+from data_prep.sources.base import class_id_of
 from data_prep.sources.kinds import AnySource
 from mantis_core.pixels import MAX_PIXELS
 
@@ -35,14 +36,15 @@ class TaskConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstring
     group: str | None = None
     """Classification: a group of ImageNet-1k classes that ships in
     `data_prep/imagenet_groups.yaml`, such as `dogs`."""
-    classes: tuple[str, ...] = ()
-    """Classification: class ids, in the order of the labels."""
+    classes: tuple[str, ...] | Literal["all"] = ()
+    """Classification: class ids, in the order of the labels. `all` takes every class id that the
+    sources hold, sorted; another class folder is then another set of classes."""
     indices: tuple[int | str, ...] = ()
     """Classification: ImageNet-1k indices from 0 to 999, as numbers (`151`) or ranges that
     include both ends (`"151-268"`)."""
     classes_from: str | None = None
-    """Classification: name of a source that declares the classes of a task of this name, such
-    as `shapes`."""
+    """Classification: name of a source. It gives the classes that it declares for a task of this
+    name, as `shapes` does, or else every class id that it holds."""
     exclude: tuple[str, ...] = ()
     """Classification: class ids to take out of those named."""
     mask: str | None = None
@@ -60,6 +62,16 @@ class TaskConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstring
             return (value,)
         # Strict JSON takes a list for a tuple, but not from here on.
         return tuple(value) if isinstance(value, list) else value
+
+    @field_validator("classes", mode="before")
+    @classmethod
+    def _numbers_are_class_ids(cls, value: Any) -> Any:
+        if value == "all":
+            return value
+        labels = tuple(value) if isinstance(value, list | tuple) else (value, None)
+        if not all(isinstance(each, str | bool | int | float) for each in labels):
+            raise ValueError(f"got {value!r}; give a list of class ids, or `all`")
+        return tuple(class_id_of(each) for each in labels)
 
     @model_validator(mode="after")
     def _one_way_to_name_the_labels(self) -> TaskConfig:
@@ -119,8 +131,9 @@ class DataConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstring
     """JPEG quality of the stored images where `stored_format` is `jpeg`. A quality of 95 or more
     keeps the difference to the client's pixels small."""
     max_bad_fraction: Fraction = 0.01
-    """Share of unreadable images up to which preparing goes on. The default forgives the few
-    damaged files of large public sets and stops at a wrong path or format."""
+    """Share of unreadable images up to which preparing goes on; a single one never ends it, unless
+    this is 0. The default forgives the few damaged files of large public sets and stops at a wrong
+    path or format."""
     unassigned: Literal["drop", "keep"] = "drop"
     """What becomes of images of no task. They are counted either way; the default saves their
     bytes."""
@@ -129,6 +142,11 @@ class DataConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstring
     tasks, a detector that names classes, a teacher with one head and the baseline `student` need
     it. `auto` means yes if every image carries exactly one class of the tasks. `true` means yes
     also if some carry none or several; those have no part in that decision. `false` means no."""
+    val_fraction: float | None = Field(default=None, gt=0, lt=1)
+    """Share of the images that becomes the val split where no source has one: this share of each
+    class, and at least one image of a class that has two. A hash of each image's content chooses,
+    so equal images stand on one side, and a copy of the data is split alike. Left out, the sources
+    need a val split of their own."""
     holdout_fraction: Fraction = 0.02
     """Share of the training rows that is never trained on, to choose checkpoints and calibrate
     on. More than 0, because both need some rows. The default leaves nearly all to training."""

@@ -10,11 +10,20 @@ from data_prep.config import DataConfig
 from data_prep.errors import DataError
 from data_prep.manifest import TaskTable
 from data_prep.sources.base import SourceConfig, digest
-from data_prep.sources.folder import ImageFolder
+from data_prep.sources.folder import ImageFolder, is_image
 from data_prep.sources.kinds import Auto
-from data_prep.sources.parquet import ParquetFiles, matching_files, parquet_columns
-from data_prep.storage import absolute, filesystem, join
+from data_prep.sources.parquet import ParquetFiles, parquet_columns
+from data_prep.sources.webdataset import WebDataset
+from data_prep.storage import (
+    absolute,
+    files_below,
+    folders_in,
+    join,
+    kind_of,
+    matching_files,
+)
 
+PATTERNS = ("*.parquet", "*.tar")
 CLASS_COLUMNS = ("wnid", "label", "class", "class_id", "label_name")
 
 
@@ -36,28 +45,55 @@ def source_fingerprint(data: DataConfig, table: TaskTable) -> str:
     return digest(lines())
 
 
-def source_for_path(path: str, like: DataConfig) -> SourceConfig:
+def source_for_path(path: str, like: DataConfig, *, labels: str | None = None) -> SourceConfig:
     """Returns a source with one split, `val`, for images to be scored.
 
-    `path` is a Parquet file, a folder or pattern of them, or a folder of images by class (its `val`
-    folder if it has one). Column names are those of `like`'s Parquet source where the file has
-    them, else `image` and the first of CLASS_COLUMNS. Raises DataError where there is nothing to
-    score.
+    `path` is a Parquet or tar file, a folder or pattern of them, or a folder of images (its `val`
+    folder if it has one): by class, or with the label file `labels`. Settings of columns and labels
+    are those of `like`'s source of the same kind where they fit. Raises DataError where there is
+    nothing to score, and where images have no class.
     """
     where = absolute(path)
     folder, _, last = where.rpartition("/")
-    store, inner = filesystem(where)
-    if store.get_file_info(inner).type == fs.FileType.Directory:
-        parquet = matching_files(where, "*.parquet")
-        if not parquet:
-            has_val = store.get_file_info(f"{inner}/val").type == fs.FileType.Directory
-            return ImageFolder(name="scored", path=where, train=None, val="val" if has_val else ".")
-        folder, last = where, "*.parquet"
-    else:
-        parquet = matching_files(folder, last)
-    if not parquet:
-        raise DataError(f"nothing to score at {where}: give Parquet files or a folder of images")
-    return _parquet_like(folder, last, parquet_columns(join(folder, min(parquet))), like)
+    if kind_of(where) == fs.FileType.Directory:
+        folder = where
+        last = next((each for each in PATTERNS if matching_files(where, each)), "")
+        if not last or labels is not None:
+            return _folder(where, labels)
+    elif labels is not None:
+        raise DataError(f"{where} is no folder: a label file names the images of a folder")
+    found = matching_files(folder, last)
+    if not found:
+        raise DataError(
+            f"nothing to score at {where}: give Parquet or tar files, or a folder of images"
+        )
+    if last.endswith(".tar"):
+        model = next((s for s in like.sources if isinstance(s, WebDataset)), WebDataset())
+        settings = {"name": "scored", "path": folder, "train": None, "val": last}
+        return model.model_copy(update=settings)
+    return _parquet_like(folder, last, parquet_columns(join(folder, min(found))), like)
+
+
+def _has_images(folder: str) -> bool:
+    return any(is_image(found.path) for found in files_below(folder, recursive=False))
+
+
+def _folder(where: str, labels: str | None) -> ImageFolder:
+    """Returns a source for a folder of images: by class, or with a label file."""
+    has_val = kind_of(join(where, "val")) == fs.FileType.Directory
+    images = join(where, "val") if has_val else where
+    if labels is None and not folders_in(images) and _has_images(images):
+        raise DataError(
+            f"{images} has images and no class folders: give a label file with lines of the form "
+            "'file class' (--labels)"
+        )
+    return ImageFolder(
+        name="scored",
+        path=where,
+        train=None,
+        val="val" if has_val else ".",
+        val_labels=None if labels is None else absolute(labels),
+    )
 
 
 def _parquet_like(folder: str, pattern: str, columns: list[str], like: DataConfig) -> ParquetFiles:

@@ -2,11 +2,29 @@
 
 from __future__ import annotations
 
+import fnmatch
 import os
 import posixpath
+import stat
 import uuid
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
+import pyarrow as pa
 from pyarrow import fs
+
+from data_prep.errors import DataError
+
+THREADS = 16  # that wait for the disk or the network
+
+
+class Found(NamedTuple):
+    """A file below a folder. If its name is not UTF-8, `named` is false and `path` has escapes."""
+
+    path: str
+    size: int
+    named: bool = True
 
 
 def is_uri(path: str) -> bool:
@@ -29,11 +47,101 @@ def absolute(path: str) -> str:
 
 
 def filesystem(path: str) -> tuple[fs.FileSystem, str]:
-    """Returns the file system of a path and the path inside it."""
+    """Returns the file system of a path and the path inside it.
+
+    Raises DataError for a URI of a kind that cannot be read here.
+    """
     if is_uri(path):
-        found: tuple[fs.FileSystem, str] = fs.FileSystem.from_uri(path)
+        try:
+            found: tuple[fs.FileSystem, str] = fs.FileSystem.from_uri(path)
+        except (pa.ArrowInvalid, ImportError, NotImplementedError) as error:
+            raise DataError(
+                f"{path} cannot be opened ({str(error).strip()}): give a local path or a URI of "
+                "s3, gs, abfs, hdfs or file; hf needs `pip install huggingface_hub`"
+            ) from error
         return found
     return fs.LocalFileSystem(), absolute(path)
+
+
+def kind_of(path: str) -> fs.FileType:
+    """Returns what a path is: a file, a folder or nothing. Raises DataError if it cannot be told.
+
+    That is so if a bucket refuses or does not answer.
+    """
+    store, inner = filesystem(path)
+    try:
+        kind: fs.FileType = store.get_file_info(inner).type
+    except OSError as error:
+        raise unreadable(path, error) from error
+    return kind
+
+
+def unreadable(path: str, error: OSError) -> DataError:
+    """Returns the error for a file or folder that is there and cannot be read."""
+    reason = error.strerror or str(error)
+    return DataError(
+        f"{_escaped(path)} cannot be read ({reason}): check its permissions and the network"
+    )
+
+
+def files_below(folder: str, *, recursive: bool = True) -> list[Found]:
+    """Returns the files in a folder or URI, with those below its folders if `recursive`, sorted.
+
+    Leaves out names that begin with a dot and all below them: systems and editors keep their own
+    files there. Links are followed, and a broken one is a file of 0 bytes. A folder that is missing
+    has none. Raises DataError if a folder may not be read or has a name that is not UTF-8.
+    """
+    store, inner = filesystem(folder)
+    try:
+        if isinstance(store, fs.LocalFileSystem):
+            found = list(_local(inner, "", recursive, frozenset())) if os.path.isdir(inner) else []
+        else:
+            found = _remote(store, inner, recursive)
+    except OSError as error:
+        raise unreadable(getattr(error, "filename", None) or folder, error) from error
+    return sorted(found)
+
+
+def matching_files(home: str, pattern: str) -> dict[str, int]:
+    """Returns the bytes of the files below `home` that match the pattern, by their path.
+
+    Names that begin with a dot match none. Raises DataError if a folder may not be read.
+    """
+    fixed = posixpath.dirname(pattern.split("*")[0].split("?")[0].split("[")[0])
+    deep = "/" in pattern[len(fixed) :].lstrip("/")
+    prefix = f"{fixed}/" if fixed else ""
+    return {
+        f"{prefix}{found.path}": found.size
+        for found in files_below(join(home, fixed), recursive=deep)
+        if found.named and fnmatch.fnmatchcase(f"{prefix}{found.path}", pattern)
+    }
+
+
+def folders_in(folder: str) -> list[str]:
+    """Returns the names of the folders in a folder or URI, sorted, without those with a first dot.
+
+    Raises DataError if it may not be read or a name is not UTF-8.
+    """
+    store, inner = filesystem(folder)
+    try:
+        if isinstance(store, fs.LocalFileSystem):
+            with os.scandir(inner) as entries:
+                names = [_folder_name(inner, each.name) for each in entries if _is_folder(each)]
+        else:
+            names = [
+                posixpath.basename(each.path)
+                for each in store.get_file_info(fs.FileSelector(inner))
+                if each.type == fs.FileType.Directory
+            ]
+    except OSError as error:
+        raise unreadable(getattr(error, "filename", None) or folder, error) from error
+    return sorted(name for name in names if not name.startswith("."))
+
+
+def files_of_each(folder: str, names: list[str]) -> Iterator[list[Found]]:
+    """Yields the files below each of the folders of these names in a folder."""
+    with ThreadPoolExecutor(THREADS) as pool:
+        yield from pool.map(lambda name: files_below(join(folder, name)), names)
 
 
 def read_bytes(path: str) -> bytes:
@@ -75,3 +183,60 @@ def delete_folder(path: str) -> None:
     store, inner = filesystem(path)
     if store.get_file_info(inner).type != fs.FileType.NotFound:
         store.delete_dir(inner)
+
+
+def _local(
+    folder: str, prefix: str, recursive: bool, above: frozenset[tuple[int, int]]
+) -> Iterator[Found]:
+    """Yields the files of a local folder. Python keeps bytes of names that pyarrow refuses."""
+    about = os.stat(folder)
+    own = (about.st_dev, about.st_ino)
+    if own in above:  # a link to a folder that holds it
+        return
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if _is_folder(entry):
+                if recursive:
+                    name = _folder_name(folder, entry.name)
+                    yield from _local(entry.path, f"{prefix}{name}/", True, above | {own})
+                continue
+            try:
+                info = entry.stat()
+            except OSError:  # a broken link: whoever reads it says so
+                yield Found(prefix + _escaped(entry.name), 0, _is_utf8(entry.name))
+                continue
+            if stat.S_ISREG(info.st_mode):
+                yield Found(prefix + _escaped(entry.name), info.st_size, _is_utf8(entry.name))
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads nowhere
+        return False
+
+
+def _remote(store: fs.FileSystem, folder: str, recursive: bool) -> list[Found]:
+    selector = fs.FileSelector(folder, recursive=recursive, allow_not_found=True)
+    files = (each for each in store.get_file_info(selector) if each.type == fs.FileType.File)
+    found = [Found(each.path[len(folder) :].lstrip("/"), each.size) for each in files]
+    return [each for each in found if not any(p.startswith(".") for p in each.path.split("/"))]
+
+
+def _folder_name(folder: str, name: str) -> str:
+    if not _is_utf8(name):
+        raise DataError(
+            f"{folder} has a folder whose name is not UTF-8: {_escaped(name)}. Rename it"
+        )
+    return name
+
+
+def _is_utf8(name: str) -> bool:
+    return name.isascii() or _escaped(name) == name
+
+
+def _escaped(name: str) -> str:
+    """Returns a local name as text that can be printed and stored."""
+    return name if name.isascii() else os.fsencode(name).decode("utf-8", "backslashreplace")

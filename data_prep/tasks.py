@@ -14,11 +14,15 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import pyarrow.compute as pc
+
 from data_prep.config import DataConfig, TaskConfig
 from data_prep.errors import DataError
 from data_prep.imagenet import imagenet_groups, imagenet_names, imagenet_wnids
 from data_prep.manifest import Task, TaskTable
+from data_prep.storage import absolute
 
+SPLITS = ("train", "val")
 WORDNET_ID = re.compile(r"n\d{8}")
 
 
@@ -26,14 +30,17 @@ def resolve_tasks(tasks: Sequence[TaskConfig], data: DataConfig) -> TaskTable:
     """Resolves all tasks to one table, in the order given.
 
     Raises DataError where there is no task, where two have one name, where a group, class id,
-    index, source or mask is unknown, where a task names a class twice, and where it has fewer than
-    two classes.
+    index, source or mask is unknown, where a task names a class twice, where it has fewer than two
+    classes, and where two tasks take the same classes by `all`. Only tasks that take all classes of
+    a source list it.
     """
     if not tasks:
         raise DataError("no tasks: name at least one under `tasks`")
     names = [task.name for task in tasks]
     _refuse_repeats(names, "tasks")
-    members = [_class_ids(task, data) for task in tasks]
+    held = HeldClasses(data)
+    members = [_class_ids(task, data, held) for task in tasks]
+    _refuse_equal(tasks, members)
     classes = tuple(dict.fromkeys(class_id for ids in members for class_id in ids))
     position = {class_id: index for index, class_id in enumerate(classes)}
     resolved = []
@@ -49,6 +56,29 @@ def resolve_tasks(tasks: Sequence[TaskConfig], data: DataConfig) -> TaskTable:
         masks=tuple(t.mask_name if m else "" for t, m in zip(tasks, is_mask, strict=True)),
         ignored=tuple(t.ignore for t in tasks),
     )
+
+
+class HeldClasses:
+    """The class ids that the sources of a config hold, listed once when they are asked for."""
+
+    def __init__(self, data: DataConfig) -> None:
+        self._root = absolute(data.root)
+        self._sources = {source.source_name: source for source in data.sources}
+        self._found: dict[str, set[str]] = {}
+
+    def of(self, *names: str) -> tuple[str, ...]:
+        """Returns the sorted class ids of these sources, of all without names."""
+        wanted = names or tuple(self._sources)
+        return tuple(sorted(set().union(*map(self._of_one, wanted))))
+
+    def _of_one(self, name: str) -> set[str]:
+        if name not in self._found:
+            listings = [self._sources[name].listing(self._root, split) for split in SPLITS]
+            lists = [table["class_ids"].combine_chunks() for table in listings]
+            self._found[name] = {
+                class_id for ids in lists for class_id in pc.unique(ids.flatten()).to_pylist()
+            }
+        return self._found[name]
 
 
 def class_name(class_id: str) -> str:
@@ -82,7 +112,7 @@ def members_below(node: str, edges: Iterable[tuple[str, str]]) -> tuple[str, ...
     return found
 
 
-def _class_ids(task: TaskConfig, data: DataConfig) -> tuple[str, ...]:
+def _class_ids(task: TaskConfig, data: DataConfig, held: HeldClasses) -> tuple[str, ...]:
     """Returns the class ids of one task in the order of its labels, () for a segmentation."""
     if task.kind == "segmentation":
         _check_mask(task, data)
@@ -99,10 +129,12 @@ def _class_ids(task: TaskConfig, data: DataConfig) -> tuple[str, ...]:
         wnids = imagenet_wnids()
         ids = tuple(wnids[index] for index in _indices(task))
     elif task.classes_from is not None:
-        ids = _declared(task, data)
+        ids = _of_source(task, data, held)
+    elif task.classes == "all":
+        ids = held.of()
     else:
         ids = task.classes
-        _check_known(task, data)
+        _check_known(task, task.classes, data, held)
     _refuse_repeats(ids, f"task '{task.name}'")
     for class_id in task.exclude:
         if class_id not in ids:
@@ -110,7 +142,10 @@ def _class_ids(task: TaskConfig, data: DataConfig) -> tuple[str, ...]:
             raise DataError(f"task '{task.name}': exclude {class_id} is not among its ids{hint}")
     left = tuple(class_id for class_id in ids if class_id not in task.exclude)
     if len(left) < 2:
-        raise DataError(f"task '{task.name}' has {len(left)} class(es); give it at least two")
+        found = f" ({', '.join(left)})" if left else ""
+        raise DataError(
+            f"task '{task.name}' has {len(left)} class(es){found}; give it at least two"
+        )
     return left
 
 
@@ -128,14 +163,31 @@ def _indices(task: TaskConfig) -> list[int]:
     return found
 
 
-def _declared(task: TaskConfig, data: DataConfig) -> tuple[str, ...]:
+def _refuse_equal(tasks: Sequence[TaskConfig], members: Sequence[tuple[str, ...]]) -> None:
+    """Refuses two tasks that are one: both have `classes: all` and exclude the same."""
+    known: dict[tuple[str, ...], str] = {}
+    for task, ids in zip(tasks, members, strict=True):
+        if task.classes != "all":
+            continue
+        other = known.setdefault(ids, task.name)
+        if other != task.name:
+            raise DataError(
+                f"tasks '{other}' and '{task.name}' both have `classes: all`, so they ask the same "
+                "question: keep one, or name a source each with classes_from"
+            )
+
+
+def _of_source(task: TaskConfig, data: DataConfig, held: HeldClasses) -> tuple[str, ...]:
     sources = {source.source_name: source for source in data.sources}
     if task.classes_from not in sources:
         raise DataError(
             f"task '{task.name}': classes_from names no source '{task.classes_from}' "
             f"(sources: {', '.join(sources)})"
         )
-    ids = sources[task.classes_from].declared_classes(task.name)
+    source = sources[task.classes_from]
+    if not source.declares_classes:
+        return held.of(source.source_name)
+    ids = source.declared_classes(task.name)
     if not ids:
         raise DataError(
             f"source '{task.classes_from}' declares no classes for a task '{task.name}'; "
@@ -144,20 +196,25 @@ def _declared(task: TaskConfig, data: DataConfig) -> tuple[str, ...]:
     return ids
 
 
-def _check_known(task: TaskConfig, data: DataConfig) -> None:
+def _check_known(
+    task: TaskConfig, classes: Sequence[str], data: DataConfig, held: HeldClasses
+) -> None:
     """Refuses a class id that is wrong whatever the data holds.
 
-    Wrong is an id in WordNet's form that ImageNet-1k lacks, and, where a source declares classes
-    for this task, one that no source declares. Other ids are checked once the sources are listed
-    (prepare/listing.py).
+    Wrong is an id in WordNet's form that neither ImageNet-1k nor a source has, and, where a source
+    declares classes for this task, one that no source declares. Other ids are checked once the
+    sources are listed (prepare/listing.py).
     """
     declared = {
         class_id for source in data.sources for class_id in source.declared_classes(task.name)
     }
-    for class_id in task.classes:
-        if WORDNET_ID.fullmatch(class_id) and class_id not in imagenet_names():
-            hint = did_you_mean(class_id, imagenet_wnids())
-            raise DataError(f"task '{task.name}': {class_id} is not in ImageNet-1k{hint}")
+    for class_id in classes:
+        stray = WORDNET_ID.fullmatch(class_id) and class_id not in imagenet_names()
+        if stray and class_id not in held.of():
+            hint = did_you_mean(class_id, {*imagenet_wnids(), *held.of()})
+            raise DataError(
+                f"task '{task.name}': neither the sources nor ImageNet-1k have {class_id}{hint}"
+            )
         if declared and class_id not in declared:
             hint = did_you_mean(class_id, declared)
             raise DataError(f"task '{task.name}': no source has class {class_id}{hint}")
@@ -168,7 +225,8 @@ def _check_mask(task: TaskConfig, data: DataConfig) -> None:
     if task.mask_name not in offered:
         raise DataError(
             f"task '{task.name}': no source has a mask '{task.mask_name}'"
-            f"{did_you_mean(task.mask_name, offered)}; masks: {sorted(offered)}"
+            f"{did_you_mean(task.mask_name, offered)}; they have {sorted(offered)}. Masks are "
+            "columns of Parquet files, which the source names in mask_columns"
         )
 
 

@@ -6,7 +6,9 @@ Reads names and label columns, no images.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -15,7 +17,11 @@ import pyarrow.compute as pc
 from data_prep.errors import DataError
 from data_prep.manifest import SourceInfo, TaskTable
 from data_prep.prepare.staging import Job
+from data_prep.sources.base import counted, notes_of
 from data_prep.tasks import did_you_mean
+
+SHOWN = 5  # names in a sentence
+NO_CLASS = "no class"
 
 
 @dataclass(frozen=True)
@@ -23,13 +29,17 @@ class Listing:
     """What the sources hold.
 
     `references` have columns `source` and `split` beside their own. `unassigned` are the rows of no
-    task by split, `seen` all class ids of the sources.
+    task by split, `seen` all class ids of the sources. `divides` says that no source has a val
+    split, and that `val_fraction` of the rows is to become one. `notes` are sentences on what the
+    sources leave out.
     """
 
     references: pa.Table
     sources: tuple[SourceInfo, ...]
     unassigned: dict[str, int]
     seen: frozenset[str]
+    divides: bool = False
+    notes: tuple[str, ...] = ()
 
 
 def list_sources(job: Job, splits: Sequence[str]) -> Listing:
@@ -43,17 +53,21 @@ def list_sources(job: Job, splits: Sequence[str]) -> Listing:
     kept: dict[str, list[pa.Table]] = {split: [] for split in splits}
     unassigned = dict.fromkeys(splits, 0)
     seen: dict[str, set[str]] = {split: set() for split in splits}
-    sources = []
+    sources: list[SourceInfo] = []
+    notes: list[str] = []
     for source in data.sources:
         rows = {}
         for split in splits:
             listed = source.listing(job.root, split)
             rows[split] = listed.num_rows
+            place = split if len(data.sources) == 1 else f"{split} of '{source.source_name}'"
+            notes += [f"{place}: {note}" for note in notes_of(listed)]
             if data.unassigned == "drop" and not wanted_masks & set(source.mask_names):
                 ids = listed["class_ids"].to_pylist()
                 assigned = pa.array([not known.isdisjoint(row) for row in ids], pa.bool_())
                 seen[split].update(class_id for row in ids for class_id in row)
                 unassigned[split] += listed.num_rows - (pc.sum(assigned).as_py() or 0)
+                notes += _left_out(listed.filter(pc.invert(assigned)), place)
                 listed = listed.filter(assigned)
             else:
                 lists = listed["class_ids"].combine_chunks()
@@ -66,21 +80,32 @@ def list_sources(job: Job, splits: Sequence[str]) -> Listing:
             )
         sources.append(SourceInfo(name=source.source_name, kind=source.kind, rows=rows))
     if "train" in splits:
-        _need_every_task(seen["train"], job.table)
+        _need_every_task(seen["train"], job.table, notes)
+    listed_val = sum(source.rows.get("val", 0) for source in sources)
+    divides = data.val_fraction is not None and set(splits) == {"train", "val"} and not listed_val
     caps = {"train": data.train_rows, "val": data.val_rows}
+    if divides and data.train_rows is not None and data.val_fraction is not None:
+        caps["train"] = math.ceil(data.train_rows / (1 - data.val_fraction))
     capped = [_capped(pa.concat_tables(kept[split]), caps[split], job.seed) for split in splits]
     for split, part in zip(splits, capped, strict=True):
-        if not part.num_rows:
+        if not part.num_rows and not (divides and split == "val"):
+            none_listed = split == "val" and not listed_val
+            hint = ", or set data.val_fraction to take a share of the others" if none_listed else ""
             raise DataError(
                 f"no {split} image of any task: check the sources' {split} setting and the tasks' "
-                f"class ids; the {split} images carry {_some(seen[split])}"
+                f"class ids{hint}; the {split} images carry {_some(seen[split])}"
             )
     return Listing(
-        pa.concat_tables(capped), tuple(sources), unassigned, frozenset().union(*seen.values())
+        pa.concat_tables(capped),
+        tuple(sources),
+        unassigned,
+        frozenset().union(*seen.values()),
+        divides,
+        tuple(notes),
     )
 
 
-def _need_every_task(seen: set[str], table: TaskTable) -> None:
+def _need_every_task(seen: set[str], table: TaskTable, notes: Sequence[str]) -> None:
     """Refuses a classification task without training images."""
     for task in table.tasks:
         ids = [table.classes[index] for index in task.class_indices]
@@ -88,12 +113,28 @@ def _need_every_task(seen: set[str], table: TaskTable) -> None:
             raise DataError(
                 f"task '{task.name}' has no training image: none carries {_some(set(ids))}; "
                 f"the sources have {_some(seen)}{did_you_mean(ids[0], seen)}"
+                f"{'. ' if notes else ''}{'. '.join(notes)}"
             )
 
 
+def _left_out(rows: pa.Table, place: str) -> Iterator[str]:
+    """Yields a sentence on rows of no task, with the classes that they carry."""
+    if not rows.num_rows:
+        return
+    counts = Counter(each for ids in rows["class_ids"].to_pylist() for each in ids or [NO_CLASS])
+    most = counts.most_common()
+    shown = [f"{name} ({count})" for name, count in most[:SHOWN]]
+    more = f" and {len(most) - SHOWN} more" if len(most) > SHOWN else ""
+    yield (
+        f"{place}: left out {counted(rows.num_rows, 'image')} of no task, with the classes "
+        f"{', '.join(shown)}{more}"
+    )
+
+
 def _some(names: set[str]) -> str:
-    shown = sorted(names)[:5]
-    return ", ".join(shown) + (f" and {len(names) - 5} more" if len(names) > 5 else "") or "none"
+    shown = sorted(names)[:SHOWN]
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(shown) + more or "none"
 
 
 def _capped(listing: pa.Table, cap: int | None, seed: int) -> pa.Table:

@@ -1,24 +1,31 @@
 """What a prepared set lacks or holds twice, as sentences for the person who prepares it.
 
-Looks at the index of the final rows alone. Refuses nothing.
+Looks at the listing of the sources and at the index of the final rows. Reads no images.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from data_prep.config import DataConfig
 from data_prep.errors import DataError
 from data_prep.manifest import Task, TaskTable
+from data_prep.prepare.listing import list_sources
+from data_prep.prepare.staging import Job
+from data_prep.sources.base import counted
+from data_prep.storage import absolute
 from data_prep.tasks import did_you_mean
 
 FEW = 0.05  # share of the images up to which they are worth a word
 SHOWN = 5  # names in a sentence
+LISTED = 12  # classes of which each has its number
 
 KINDS = {"train": "training", "holdout": "held-back", "val": "val"}
 EFFECTS = {
@@ -31,12 +38,53 @@ SingleClass = Literal["auto"] | bool
 Parts = Mapping[str, pa.Table]  # the final index of each split
 
 
+@dataclass(frozen=True)
+class Held:
+    """The classes of which a split has images, and for each task whether it has any."""
+
+    classes: set[int]
+    active: list[bool]
+
+
 def remarks(parts: Parts, table: TaskTable, seen: Collection[str]) -> list[str]:
     """Returns sentences on tasks and classes without images, and on repeated images.
 
     `seen` are the class ids that the sources have.
     """
-    return [*_absences(parts, table, seen), *_repetitions(parts, table)]
+    held = {
+        split: Held(
+            set(pc.unique(pc.list_flatten(part["class_indices"])).to_pylist()),
+            _matrix(part["task_mask"], len(table.tasks)).any(axis=0).tolist(),
+        )
+        for split, part in parts.items()
+    }
+    return [*_absences(held, table, seen), *_repetitions(parts, table)]
+
+
+def listing_remarks(data: DataConfig, table: TaskTable) -> list[str]:
+    """Returns sentences on what the sources hold, before any image is read.
+
+    They say how many images each split has by class, what is left out, and which tasks and classes
+    have no image. Raises DataError as `list_sources` does.
+    """
+    listing = list_sources(Job(data, table, 0, absolute(data.root), ""), ("train", "val"))
+    position = {class_id: index for index, class_id in enumerate(table.classes)}
+    masks = {mask for source in data.sources for mask in source.mask_names}
+    found, held = [], {}
+    for split in ("train", "val"):
+        rows = listing.references.filter(pc.equal(listing.references["split"], split))
+        counts = Counter(each for ids in rows["class_ids"].to_pylist() for each in ids)
+        own = {position[class_id] for class_id in counts if class_id in position}
+        if split == "train" or not listing.divides:
+            active = [
+                mask in masks if mask else not own.isdisjoint(task.class_indices)
+                for task, mask in zip(table.tasks, table.masks, strict=True)
+            ]
+            held[split] = Held(own, active)
+            found.append(f"{split}: {counted(rows.num_rows, 'image')}{_by_class(counts, table)}")
+    if listing.divides:
+        found.append(f"val: about {data.val_fraction:.0%} of them (data.val_fraction)")
+    return [*found, *listing.notes, *_absences(held, table, listing.seen)]
 
 
 def decide_single_class(parts: Parts, setting: SingleClass) -> tuple[bool, list[str]]:
@@ -67,15 +115,25 @@ def decide_single_class(parts: Parts, setting: SingleClass) -> tuple[bool, list[
     ]
 
 
-def _absences(parts: Parts, table: TaskTable, seen: Collection[str]) -> Iterable[str]:
+def _by_class(counts: Counter[str], table: TaskTable) -> str:
+    """Returns how many images there are of each class, or of the fewest and the most."""
+    own = {class_id: counts[class_id] for class_id in table.classes if counts[class_id]}
+    if not own:
+        return ""
+    if len(own) > LISTED:
+        return f" of {len(own)} classes, {min(own.values())} to {max(own.values())} each"
+    return f" ({', '.join(f'{class_id} {count}' for class_id, count in own.items())})"
+
+
+def _absences(held: Mapping[str, Held], table: TaskTable, seen: Collection[str]) -> Iterable[str]:
     """Yields a sentence for each split that lacks tasks, and for each that lacks classes."""
     without_train: set[str] = set()
-    for split, part in parts.items():
-        active = _matrix(part["task_mask"], len(table.tasks)).any(axis=0)
-        empty = [task.name for task, there in zip(table.tasks, active, strict=True) if not there]
+    for split, part in held.items():
+        pairs = zip(table.tasks, part.active, strict=True)
+        empty = [task.name for task, there in pairs if not there]
         if empty:
             yield f"no {KINDS[split]} image of task {_some(empty)}: {EFFECTS[split]}"
-        present = set(pc.unique(pc.list_flatten(part["class_indices"])).to_pylist())
+        present = part.classes
         others = [task for task in table.tasks if task.name not in empty]
         wanted = _classes(others)
         absent = [table.classes[index] for index in wanted if index not in present]

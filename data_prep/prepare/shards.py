@@ -15,7 +15,6 @@ import hashlib
 import io
 import json
 import logging
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from itertools import pairwise
@@ -29,7 +28,6 @@ from data_prep.config import DataConfig
 from data_prep.errors import DataError
 from data_prep.manifest import (
     MANIFEST_NAME,
-    SPLITS,
     Manifest,
     ShardInfo,
     SplitInfo,
@@ -38,7 +36,9 @@ from data_prep.manifest import (
 )
 from data_prep.prepare.listing import list_sources
 from data_prep.prepare.remarks import decide_single_class, remarks
+from data_prep.prepare.splitting import ordered_splits, with_val
 from data_prep.prepare.staging import STAGING, Job, pieces, segmentation_tasks, stage_piece
+from data_prep.sources.base import counted
 from data_prep.storage import (
     absolute,
     delete_file,
@@ -88,12 +88,16 @@ def prepare(
         delete_folder(join(job.folder, part))
     listing = list_sources(job, splits)
     index = _staged(listing.references, job, report, run)
-    rejected = _reject(index, job)
+    rejected, unreadable = _reject(index, job)
     index = index.filter(pc.is_null(index["reason"]))
     index, late = _without_unassigned(index, data)
-    parts = _ordered_splits(index, data, seed, splits)
+    if listing.divides:
+        index = with_val(index, data)
+    parts = ordered_splits(index, data, seed, splits)
     single_class, exceptions = decide_single_class(parts, data.single_class)
-    found = [*remarks(parts, table, listing.seen), *exceptions]
+    found = [*listing.notes, *unreadable, *remarks(parts, table, listing.seen), *exceptions]
+    if data.val_fraction is not None and "train" in splits and not listing.divides:
+        found.append("data.val_fraction has no effect, because the sources have a val split")
     for remark in found:
         logger.warning("%s", remark)
     shards = _written(parts, job, report, run)
@@ -206,25 +210,33 @@ def _staged(listing: pa.Table, job: Job, report: Progress, run: Run) -> pa.Table
     return pa.concat_tables(found)
 
 
-def _reject(index: pa.Table, job: Job) -> int:
-    """Writes rejected.parquet; returns the number of rejects. Raises DataError where too many."""
+def _reject(index: pa.Table, job: Job) -> tuple[int, list[str]]:
+    """Writes rejected.parquet; returns the number of rejects and a sentence on them.
+
+    Raises DataError where there are too many. One image is not, unless none may be.
+    """
     rejects = index.filter(pc.is_valid(index["reason"]))
     rejects = rejects.select(["source", "source_id", "reason"]).rename_columns(
         ["source", "id", "reason"]
     )
     where = join(job.folder, REJECTED_NAME)
     stream = io.BytesIO()
-    pq.write_table(rejects.sort_by([("source", "ascending"), ("id", "ascending")]), stream)
+    rejects = rejects.sort_by([("source", "ascending"), ("id", "ascending")])
+    pq.write_table(rejects, stream)
     write_bytes(where, stream.getvalue())
-    limit = job.data.max_bad_fraction
-    if rejects.num_rows > limit * index.num_rows:
+    count, share = int(rejects.num_rows), job.data.max_bad_fraction
+    if not count:
+        return 0, []
+    first = rejects.slice(0, 1).to_pylist()[0]
+    example = f"such as {first['id']} ({first['reason']})"
+    if count > (max(1, share * index.num_rows) if share else 0):
         raise DataError(
-            f"{rejects.num_rows} of {index.num_rows} images are unreadable, more than "
-            f"data.max_bad_fraction {limit:g}; {where} lists them: repair them or raise the key"
+            f"{count} of {index.num_rows} images are unreadable, {example}: more than "
+            f"data.max_bad_fraction {share:g}. Repair them or raise that field; {where} lists all"
         )
-    if rejects.num_rows:
-        logger.warning("%d unreadable images left out, see %s", rejects.num_rows, where)
-    return int(rejects.num_rows)
+    return count, [
+        f"left out {counted(count, 'unreadable image')}, {example}: {REJECTED_NAME} lists all"
+    ]
 
 
 def _without_unassigned(index: pa.Table, data: DataConfig) -> tuple[pa.Table, dict[str, int]]:
@@ -233,42 +245,6 @@ def _without_unassigned(index: pa.Table, data: DataConfig) -> tuple[pa.Table, di
     splits = np.array(index["split"].to_pylist())
     counts = {str(split): int((~active & (splits == split)).sum()) for split in np.unique(splits)}
     return (index.filter(pa.array(active)) if data.unassigned == "drop" else index), counts
-
-
-def _ordered_splits(
-    index: pa.Table, data: DataConfig, seed: int, splits: Sequence[str]
-) -> dict[str, pa.Table]:
-    """Returns train, holdout and val in their final order, with `split` and unique `row_id`."""
-    index = index.sort_by([("key", "ascending")])
-    parts = {split: index.filter(pc.equal(index["split"], split)) for split in splits}
-    if "train" in parts:
-        held = pa.array(_held_out(parts["train"]["content"].to_pylist(), data, seed), pa.bool_())
-        train = parts["train"]
-        parts |= {"train": train.filter(pc.invert(held)), "holdout": train.filter(held)}
-    ordered, first_id = {}, 0
-    for split in (name for name in SPLITS if name in parts):
-        part = parts[split]
-        if not part.num_rows and split != "holdout":
-            raise DataError(
-                f"no readable {split} image of any task is left; check {REJECTED_NAME}, "
-                "data.unassigned and data.holdout_fraction"
-            )
-        ids = pa.array(range(first_id, first_id + part.num_rows), pa.int64())
-        names = pa.array([split] * part.num_rows, pa.string())
-        ordered[split] = part.drop_columns(["split"]).append_column("split", names)
-        ordered[split] = ordered[split].append_column("row_id", ids)
-        first_id += part.num_rows
-    return ordered
-
-
-def _held_out(contents: list[bytes], data: DataConfig, seed: int) -> list[bool]:
-    """Chooses the rows kept out of training by content hash: equal images go together."""
-    wanted = math.ceil(data.holdout_fraction * len(contents))
-    keys = [hashlib.sha256(b"holdout\0%d\0" % seed + content).digest() for content in contents]
-    if not wanted:
-        return [False] * len(keys)
-    limit = sorted(keys)[wanted - 1]
-    return [key <= limit for key in keys]
 
 
 def _written(

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import math
+import posixpath
+import unicodedata
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pyarrow as pa
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
 
 from data_prep.errors import DataError
+from data_prep.storage import is_uri, join, matching_files
 
+NOTES = b"notes"  # key in the metadata of a listing's schema
 # A listing refers to images without reading them. `path` is relative to the source's own folder;
 # `position` is what the source needs beside it: the row group of a Parquet file, the index of a
 # generated image, 0 for an image file. `row` is the row within a row group.
@@ -53,6 +60,26 @@ class SourceConfig(BaseModel, ABC):
     """Name of the source in tasks and messages. Left out, it is the kind; two sources of one
     kind need names."""
 
+    @model_validator(mode="after")
+    def _splits_are_two_places_below_the_source(self) -> SourceConfig:
+        for names in (("train", "val"), ("train_folder", "val_folder")):
+            train, val = (getattr(self, name, None) for name in names)
+            if train and train == val:
+                raise ValueError(
+                    f"{names[0]} and {names[1]} are both {train!r}, so the figures would come from "
+                    f"the training images: give {names[1]} another place, or set it to null and "
+                    "data.val_fraction to a share of the images, such as 0.2"
+                )
+            for name, value in zip(names, (train, val), strict=True):
+                for each in (value,) if isinstance(value, str) else value or ():
+                    if is_uri(each) or posixpath.isabs(each):
+                        folder, _, last = each.rpartition("/")
+                        raise ValueError(
+                            f"{name} is {each!r}, and it starts from the source's `path`: set "
+                            f"path to {folder or '/'!r} and {name} to {last!r}"
+                        )
+        return self
+
     @property
     def source_name(self) -> str:
         """Name of the source, or its kind where it has none."""
@@ -63,6 +90,11 @@ class SourceConfig(BaseModel, ABC):
         """Names of the masks that a row of this source may carry."""
         return ()
 
+    @property
+    def declares_classes(self) -> bool:
+        """Whether `declared_classes` knows the classes of tasks before anything is listed."""
+        return False
+
     def declared_classes(self, task: str) -> tuple[str, ...]:
         """Returns the class ids the source declares for the task of that name, () if none."""
         return ()
@@ -71,8 +103,8 @@ class SourceConfig(BaseModel, ABC):
     def listing(self, root: str, split: str) -> pa.Table:
         """Returns references to all rows of the split (schema REFERENCES), in a fixed order.
 
-        Opens no image. The table is empty where the source has no such split. Raises DataError
-        where files are missing.
+        Opens no image. The table is empty where the source has no such split. What it leaves out
+        is said in sentences (`with_notes`). Raises DataError where files are missing.
         """
 
     @abstractmethod
@@ -88,12 +120,67 @@ class SourceConfig(BaseModel, ABC):
         """
 
 
-def missing(source: SourceConfig, what: str, where: str) -> DataError:
-    """Returns the error for files that are not where the settings say."""
+def missing(source: SourceConfig, what: str, where: str, *, split: str = "") -> DataError:
+    """Returns the error for files, of a split or of no particular one, that are not there."""
+    other = (
+        ". Without a val split, set the source's val to null and data.val_fraction to a share of "
+        "the images, such as 0.2"
+    )
     return DataError(
         f"source '{source.source_name}' ({source.kind}): no {what} at {where}; "
         "set data.root, or the source's path, to where the images are"
+        f"{other if split == 'val' else ''}"
     )
+
+
+def files_of_split(
+    source: SourceConfig, home: str, patterns: str | tuple[str, ...] | None, split: str
+) -> list[tuple[str, int]]:
+    """Returns (path below `home`, bytes) of the files that match the patterns, sorted.
+
+    Raises DataError where a pattern matches none.
+    """
+    found: dict[str, int] = {}
+    for pattern in (patterns,) if isinstance(patterns, str) else patterns or ():
+        matches = matching_files(home, pattern)
+        if not matches:
+            raise missing(source, f"{split} file", join(home, pattern), split=split)
+        found.update(matches)
+    return sorted(found.items())
+
+
+def class_id_of(label: Any) -> str | None:
+    """Returns a label as the text that is its class id, None where it is missing.
+
+    A whole number has no decimals: pandas turns a column of integers with a gap into floats. True
+    and false are written as in YAML. Accents are composed, as in the class ids of tasks.
+    """
+    if label is None or (isinstance(label, float) and math.isnan(label)):
+        return None
+    if isinstance(label, bool):
+        return str(label).lower()
+    if isinstance(label, float) and label.is_integer():
+        return str(int(label))
+    text = label.decode("utf-8", "replace") if isinstance(label, bytes) else str(label)
+    return unicodedata.normalize("NFC", text)
+
+
+def counted(number: int, noun: str) -> str:
+    """Returns a number with its noun: `1 image`, `2 images`."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def with_notes(listing: pa.Table, notes: Iterable[str]) -> pa.Table:
+    """Returns a listing that carries sentences on what it leaves out. Empty ones are dropped."""
+    kept = [note for note in notes if note]
+    return listing.replace_schema_metadata({NOTES: json.dumps(kept)} if kept else None)
+
+
+def notes_of(listing: pa.Table) -> list[str]:
+    """Returns the sentences that a listing carries."""
+    metadata = listing.schema.metadata or {}
+    found: list[str] = json.loads(metadata.get(NOTES, b"[]"))
+    return found
 
 
 def references(

@@ -8,24 +8,54 @@ from __future__ import annotations
 
 import hashlib
 import posixpath
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import pyarrow as pa
 from pyarrow import fs
 
 from data_prep.errors import DataError
-from data_prep.sources.base import RawRow, SourceConfig, missing, references
+from data_prep.sources.base import (
+    RawRow,
+    SourceConfig,
+    class_id_of,
+    counted,
+    missing,
+    references,
+    with_notes,
+)
 from data_prep.sources.labels import read_labels
-from data_prep.storage import filesystem, join
+from data_prep.storage import (
+    THREADS,
+    Found,
+    files_below,
+    files_of_each,
+    filesystem,
+    folders_in,
+    join,
+    kind_of,
+    read_bytes,
+    unreadable,
+)
 
 IMAGE_SUFFIXES = (".jpeg", ".jpg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 TINY_IMAGENET_LABELS = "val_annotations.txt"
-THREADS = 16  # listing and reading wait for the disk or the network
 READ_AHEAD = 64  # files
 HASHED_BYTES = 256 * 2**20  # of a split whose content enters its state: a second of reading
 HASHED_FILES = 10_000
+SHOWN = 6  # suffixes in a sentence
+UNNAMED = 1  # position of an image whose name is not UTF-8: it cannot be opened by its path
+
+
+class Image(NamedTuple):
+    """A listed image: its path below the source's `path`, its class id, its bytes."""
+
+    path: str
+    class_id: str
+    size: int
+    named: bool = True
 
 
 class ImageFolder(SourceConfig):
@@ -48,13 +78,15 @@ class ImageFolder(SourceConfig):
     folder has one."""
 
     def listing(self, root: str, split: str) -> pa.Table:
-        listed = self._listed(root, split)
-        paths = [path for path, _, _ in listed]
-        zeros = [0] * len(listed)
-        return references(paths, [[name] for _, name, _ in listed], paths, zeros, zeros)
+        listed, notes = self._listed(root, split)
+        paths = [image.path for image in listed]
+        positions = [0 if image.named else UNNAMED for image in listed]
+        classes = [[image.class_id] for image in listed]
+        return with_notes(references(paths, classes, paths, positions, [0] * len(listed)), notes)
 
     def read(self, root: str, references: pa.Table) -> Iterator[RawRow]:
-        yield from self._files(root, references["path"].to_pylist())
+        unnamed = [position == UNNAMED for position in references["position"].to_pylist()]
+        yield from self._files(root, references["path"].to_pylist(), unnamed)
 
     def state(self, root: str, split: str) -> Iterator[str]:
         """Yields a line for each image: path, class id, size.
@@ -62,21 +94,24 @@ class ImageFolder(SourceConfig):
         A split of up to HASHED_FILES images and HASHED_BYTES adds a hash of each image. Reading
         more would delay every plan. Dates do not count, because copies have others.
         """
-        listed = self._listed(root, split)
-        lines = ("\t".join(map(str, each)) for each in listed)
-        if len(listed) > HASHED_FILES or sum(size for _, _, size in listed) > HASHED_BYTES:
+        listed, _ = self._listed(root, split)
+        lines = (f"{image.path}\t{image.class_id}\t{image.size}" for image in listed)
+        if len(listed) > HASHED_FILES or sum(image.size for image in listed) > HASHED_BYTES:
             yield from lines
             return
-        rows = self._files(root, [path for path, _, _ in listed])
+        paths, unnamed = [image.path for image in listed], [not image.named for image in listed]
+        rows = self._files(root, paths, unnamed)
         for line, row in zip(lines, rows, strict=True):
             content = "unreadable" if row.error else hashlib.sha256(row.image).hexdigest()
             yield f"{line}\t{content}"
 
-    def _files(self, root: str, paths: list[str]) -> Iterator[RawRow]:
+    def _files(self, root: str, paths: list[str], unnamed: list[bool]) -> Iterator[RawRow]:
         """Yields the files at these paths below `path`, in order."""
         store, base = filesystem(join(root, self.path))
 
-        def read_one(path: str) -> RawRow:
+        def read_one(path: str, without_name: bool) -> RawRow:
+            if without_name:
+                return RawRow(b"", {}, error="its name is not UTF-8; rename it")
             try:
                 with store.open_input_stream(f"{base}/{path}", compression=None) as stream:
                     return RawRow(stream.read(), {})
@@ -87,76 +122,103 @@ class ImageFolder(SourceConfig):
 
         with ThreadPoolExecutor(THREADS) as pool:
             for start in range(0, len(paths), READ_AHEAD):
-                yield from pool.map(read_one, paths[start : start + READ_AHEAD])
+                end = start + READ_AHEAD
+                yield from pool.map(read_one, paths[start:end], unnamed[start:end])
 
-    def _listed(self, root: str, split: str) -> list[tuple[str, str, int]]:
-        """Returns (path below self.path, class id, bytes) of each image, sorted by path."""
+    def _listed(self, root: str, split: str) -> tuple[list[Image], list[str]]:
+        """Returns the images sorted by path, and sentences on the files that are no such images."""
         folder = self.train if split == "train" else self.val
         if folder is None:
-            return []
+            return [], []
         home = join(root, self.path)
         where = join(home, folder)
-        store, inner = filesystem(where)
-        if store.get_file_info(inner).type != fs.FileType.Directory:
-            raise missing(self, f"{split} folder", where)
-        labels = self._label_file(store, home, inner) if split == "val" else None
-        if labels is not None:
-            found = _labelled(_images(store, inner), *labels, folder)
-        else:
-            found = _by_folder(store, inner)
-        if not found:
-            raise missing(self, f"images in folders named by class ({split})", where)
+        if kind_of(where) != fs.FileType.Directory:
+            raise missing(self, f"{split} folder", where, split=split)
         prefix = "" if folder == "." else f"{folder.strip('/')}/"
-        return sorted((f"{prefix}{path}", class_id, size) for path, class_id, size in found)
+        labels = self._label_file(home, where) if split == "val" else None
+        if labels is None:
+            listed, notes = _by_folder(where, prefix)
+        else:
+            images, others = _divided(files_below(where))
+            listed = _labelled(images, *labels, folder, prefix)
+            others = [each for each in others if join(where, each.path) != labels[1]]
+            notes = [_other_kinds(others)]
+        if not listed:
+            error = missing(self, f"images in folders named by class ({split})", where)
+            raise DataError(". ".join([str(error), *filter(None, notes)]))
+        return sorted(listed), notes
 
-    def _label_file(
-        self, store: fs.FileSystem, home: str, val_folder: str
-    ) -> tuple[bytes, str] | None:
-        """Returns (content, name) of a flat val folder's label file, None for class folders."""
+    def _label_file(self, home: str, val_folder: str) -> tuple[bytes, str] | None:
+        """Returns (content, path) of a flat val folder's label file, None for class folders."""
         if self.val_labels is not None:
-            where = filesystem(join(home, self.val_labels))[1]
-            if store.get_file_info(where).type != fs.FileType.File:
+            where = join(home, self.val_labels)
+            if kind_of(where) != fs.FileType.File:
                 raise missing(self, "label file (val_labels)", where)
         else:
-            where = posixpath.join(val_folder, TINY_IMAGENET_LABELS)
-            if store.get_file_info(where).type != fs.FileType.File:
+            where = join(val_folder, TINY_IMAGENET_LABELS)
+            if kind_of(where) != fs.FileType.File:
                 return None
-        with store.open_input_stream(where, compression=None) as stream:
-            return stream.read(), where
+        try:
+            return read_bytes(where), where
+        except OSError as error:
+            raise unreadable(where, error) from error
 
 
-def _images(store: fs.FileSystem, folder: str) -> list[tuple[str, int]]:
-    """Returns (path below folder, bytes) of every image file below it."""
-    found = store.get_file_info(fs.FileSelector(folder, recursive=True))
-    return [
-        (entry.path[len(folder) :].lstrip("/"), entry.size)
-        for entry in found
-        if entry.type == fs.FileType.File and entry.path.lower().endswith(IMAGE_SUFFIXES)
-    ]
+def is_image(path: str) -> bool:
+    """Returns whether a file has the suffix of an image that is read."""
+    return path.lower().endswith(IMAGE_SUFFIXES)
 
 
-def _by_folder(store: fs.FileSystem, folder: str) -> list[tuple[str, str, int]]:
-    """Returns (path, class id, bytes) of each image; its first folder names its class."""
-    entries = store.get_file_info(fs.FileSelector(folder))
-    classes = [entry.path for entry in entries if entry.type == fs.FileType.Directory]
-    with ThreadPoolExecutor(THREADS) as pool:
-        listings = list(pool.map(lambda path: _images(store, path), classes))
-    found = []
-    for path, images in zip(classes, listings, strict=True):
-        class_id = posixpath.basename(path)
-        found += [(f"{class_id}/{name}", class_id, size) for name, size in images]
-    return found
+def _by_folder(where: str, prefix: str) -> tuple[list[Image], list[str]]:
+    """Returns the images whose first folder names their class, and sentences on other files."""
+    names, listed, others = folders_in(where), [], []
+    for name, below in zip(names, files_of_each(where, names), strict=True):
+        images, rest = _divided(below)
+        class_id, start = str(class_id_of(name)), f"{prefix}{name}/"
+        listed += [Image(start + path, class_id, size, named) for path, size, named in images]
+        others += rest
+    loose, _ = _divided(files_below(where, recursive=False))
+    return listed, [_other_kinds(others), _in_no_folder(loose)]
+
+
+def _divided(files: Iterable[Found]) -> tuple[list[Found], list[Found]]:
+    """Returns the image files and the others."""
+    images: list[Found] = []
+    others: list[Found] = []
+    for each in files:
+        (images if is_image(each.path) else others).append(each)
+    return images, others
+
+
+def _other_kinds(files: Sequence[Found]) -> str:
+    """Returns a sentence on the files that are left out, "" if there are none."""
+    if not files:
+        return ""
+    kinds = Counter(posixpath.splitext(each.path)[1].lower() or "none" for each in files)
+    shown = ", ".join(f"{suffix} {count}" for suffix, count in kinds.most_common(SHOWN))
+    more = f" and {len(kinds) - SHOWN} more suffixes" if len(kinds) > SHOWN else ""
+    return f"left out {counted(len(files), 'file')} of other kinds: {shown}{more}"
+
+
+def _in_no_folder(images: Sequence[Found]) -> str:
+    """Returns a sentence on the images beside the class folders, "" if there are none."""
+    if not images:
+        return ""
+    return f"left out {counted(len(images), 'image')} in no class folder, such as {images[0].path}"
 
 
 def _labelled(
-    images: list[tuple[str, int]], content: bytes, label_file: str, folder: str
-) -> list[tuple[str, str, int]]:
-    """Returns (path, class id, bytes) of each image with the class that the label file gives it."""
-    labels = read_labels(content, label_file, [path for path, _ in images], folder=folder)
-    unlabelled = sorted(path for path, _ in images if path not in labels)
+    images: list[Found], content: bytes, label_file: str, folder: str, prefix: str
+) -> list[Image]:
+    """Returns the images with the class that the label file gives each."""
+    labels = read_labels(content, label_file, [each.path for each in images], folder=folder)
+    unlabelled = sorted(each.path for each in images if each.path not in labels)
     if unlabelled:
         raise DataError(
             f"{label_file} has no line for {len(unlabelled)} of {len(images)} images, the first is "
             f"{unlabelled[0]}; add lines of the form 'file class'"
         )
-    return [(path, labels[path], size) for path, size in images]
+    return [
+        Image(prefix + path, str(class_id_of(labels[path])), size, named)
+        for path, size, named in images
+    ]

@@ -13,10 +13,12 @@ from pyarrow import fs
 from pydantic import Field
 
 from data_prep.sources.base import RawRow, SourceConfig, missing
+from data_prep.sources.class_ids import ClassIds
 from data_prep.sources.folder import ImageFolder
-from data_prep.sources.parquet import ParquetFiles, matching_files
+from data_prep.sources.parquet import ParquetFiles
 from data_prep.sources.shapes import Shapes
-from data_prep.storage import filesystem, join
+from data_prep.sources.webdataset import WebDataset
+from data_prep.storage import join, kind_of, matching_files
 
 
 class Auto(SourceConfig):
@@ -38,9 +40,9 @@ class Auto(SourceConfig):
     class_column: str | None = "wnid"
     """Parquet: column of labels; null where there are only masks. The default is for files
     labelled by WordNet id."""
-    class_ids: Literal["imagenet"] | dict[str, str] | None = None
-    """Parquet: class id of each label; `imagenet` maps 0 to 999 to WordNet ids. Left out, a
-    label is its own class id."""
+    class_ids: ClassIds = None
+    """Parquet: class id of each label; `imagenet` maps 0 to 999 to WordNet ids. Left out, the
+    names of a Hugging Face `ClassLabel` count, or a label is its own class id."""
     mask_columns: dict[str, str] = Field(default={})
     """Parquet: column of encoded masks by the name of the mask."""
     train_folder: str | None = "train"
@@ -77,8 +79,7 @@ class Auto(SourceConfig):
         if any(matching_files(home, pattern) for pattern in patterns):
             return self.parquet()
         for folder in (self.train_folder, self.val_folder):
-            store, inner = filesystem(join(home, folder or "."))
-            if folder and store.get_file_info(inner).type == fs.FileType.Directory:
+            if folder and kind_of(join(home, folder)) == fs.FileType.Directory:
                 return ImageFolder(
                     name=self.source_name,
                     path=self.path,
@@ -95,5 +96,8 @@ SOURCES: dict[str, type[SourceConfig]] = {
     "parquet": ParquetFiles,
     "auto": Auto,
     "shapes": Shapes,
+    "webdataset": WebDataset,
 }
-AnySource = Annotated[ImageFolder | ParquetFiles | Auto | Shapes, Field(discriminator="kind")]
+AnySource = Annotated[
+    ImageFolder | ParquetFiles | Auto | Shapes | WebDataset, Field(discriminator="kind")
+]

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-import fnmatch
 import hashlib
 import json
-import posixpath
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pyarrow import fs
 from pydantic import BaseModel, Field, model_validator
 
 from data_prep.checks import Rejection, mask_values
 from data_prep.errors import DataError
-from data_prep.imagenet import imagenet_wnids
-from data_prep.sources.base import RawRow, SourceConfig, digest, missing, references
-from data_prep.storage import filesystem, join
+from data_prep.sources.base import (
+    RawRow,
+    SourceConfig,
+    class_id_of,
+    digest,
+    files_of_split,
+    references,
+    with_notes,
+)
+from data_prep.sources.class_ids import ClassIds, Labels
+from data_prep.storage import filesystem, join, unreadable
 
 READ_ROWS = 64
 LABEL_ROWS = 65_536  # read at once where there are no masks
@@ -55,9 +61,10 @@ class ParquetFiles(SourceConfig):
     class_column: str | None = "wnid"
     """Column of labels, one for each image or a list of them; null where there are only masks.
     The default is for files labelled by WordNet id."""
-    class_ids: Literal["imagenet"] | dict[str, str] | None = None
-    """Class id of each label. `imagenet` maps 0 to 999 to WordNet ids. Left out, a label is its
-    own class id."""
+    class_ids: ClassIds = None
+    """Class id of each label. `imagenet` maps 0 to 999 to WordNet ids. Left out, a whole number
+    has the name that Hugging Face's `ClassLabel` in the file gives it, and any other label is its
+    own class id. Images of other labels are counted as images of no task."""
     mask_columns: dict[str, str] = Field(default={})
     """Column of encoded masks by the name of the mask."""
     presence: dict[str, Presence] = Field(default={})
@@ -79,10 +86,10 @@ class ParquetFiles(SourceConfig):
         return tuple(self.mask_columns)
 
     def listing(self, root: str, split: str) -> pa.Table:
-        return pa.concat_tables(
-            [references([], [], [], [], [])]
-            + [self._file_listing(root, path) for path, _ in self.files(root, split)]
-        )
+        labels = Labels(self.class_ids)
+        parts = [self._file_listing(root, path, labels) for path, _ in self.files(root, split)]
+        table = pa.concat_tables([references([], [], [], [], []), *parts])
+        return with_notes(table, [labels.note()])
 
     def read(self, root: str, references: pa.Table) -> Iterator[RawRow]:
         groups: dict[tuple[str, int], list[int]] = {}  # rows come in listing order: by group
@@ -111,7 +118,9 @@ class ParquetFiles(SourceConfig):
                     for index in range(footer.num_row_groups)
                 ]
                 labels = self._labels_hash(file)
-            yield f"{path}\t{size}\t{groups}\t{labels}"
+                names = self._class_label_names(file.schema_arrow)
+            declared = f"\t{json.dumps(names)}" if names else ""
+            yield f"{path}\t{size}\t{groups}\t{labels}{declared}"
         presence = {name: found.model_dump() for name, found in self.presence.items()}
         read = [self.image, self.class_column, self.class_ids, self.mask_columns]
         yield json.dumps([*read, presence] if presence else read)
@@ -122,18 +131,9 @@ class ParquetFiles(SourceConfig):
         Raises DataError where a pattern matches none.
         """
         patterns = self.train if split == "train" else self.val
-        if patterns is None:
-            return []
-        home = join(root, self.path)
-        found: dict[str, int] = {}
-        for pattern in (patterns,) if isinstance(patterns, str) else patterns:
-            matches = matching_files(home, pattern)
-            if not matches:
-                raise missing(self, f"{split} file", join(home, pattern))
-            found.update(matches)
-        return sorted(found.items())
+        return files_of_split(self, join(root, self.path), patterns, split)
 
-    def _file_listing(self, root: str, path: str) -> pa.Table:
+    def _file_listing(self, root: str, path: str, known: Labels) -> pa.Table:
         where = join(join(root, self.path), path)
         with _open(where) as file:
             _need_columns(self, where, file.schema_arrow)
@@ -146,12 +146,15 @@ class ParquetFiles(SourceConfig):
             else:
                 labels = file.read([self.class_column])[self.class_column].to_pylist()
             seen = self._presence(file)
+            names = self._class_label_names(file.schema_arrow)
+        by_label = {str(n): str(class_id_of(name)) for n, name in enumerate(names)} or None
+        column = f"{where}, column '{self.class_column}'"
         positions = [index for index, size in enumerate(sizes) for _ in range(size)]
         rows = [row for size in sizes for row in range(size)]
         return references(
             [f"{path}:{number}" for number in range(len(labels))],
             [
-                self._class_ids(label, where) + present
+                known.class_ids(label, column, by_label) + present
                 for label, present in zip(labels, seen or [[]] * len(labels), strict=True)
             ],
             [path] * len(labels),
@@ -197,27 +200,17 @@ class ParquetFiles(SourceConfig):
                 )
         return rows
 
-    def _class_ids(self, label: Any, where: str) -> list[str]:
-        if label is None:
+    def _class_label_names(self, schema: pa.Schema) -> list[str]:
+        """Returns the class names that Hugging Face's metadata declares, [] if they do not count.
+
+        They count where the file has whole numbers and the source no `class_ids`.
+        """
+        if self.class_column is None or self.class_ids is not None:
             return []
-        if isinstance(label, list):
-            return [class_id for one in label for class_id in self._class_ids(one, where)]
-        if self.class_ids is None:
-            return [str(label)]
-        if self.class_ids == "imagenet":
-            wnids = imagenet_wnids()
-            if isinstance(label, int) and 0 <= label < len(wnids):
-                return [wnids[label]]
-            raise DataError(
-                f"{where}: label {label!r} in column '{self.class_column}' is no ImageNet-1k index "
-                "(0-999); give class_ids a mapping or leave it out"
-            )
-        if str(label) not in self.class_ids:
-            raise DataError(
-                f"{where}: label {label!r} in column '{self.class_column}' is not in class_ids "
-                f"({', '.join(sorted(self.class_ids)[:5])}, ...)"
-            )
-        return [self.class_ids[str(label)]]
+        kind = schema.field(self.class_column).type
+        while pa.types.is_list(kind) or pa.types.is_large_list(kind):
+            kind = kind.value_type
+        return class_label_names(schema, self.class_column) if pa.types.is_integer(kind) else []
 
     def _read_rows(self, where: str, group: int, rows: list[int]) -> Iterator[RawRow]:
         wanted, start = set(rows), 0
@@ -241,18 +234,20 @@ class ParquetFiles(SourceConfig):
         return RawRow(image or b"", masks, error="" if image is not None else "no image in the row")
 
 
-def matching_files(home: str, pattern: str) -> dict[str, int]:
-    """Returns the bytes of the files below `home` that match the pattern, by their path."""
-    store, inner = filesystem(home)
-    fixed = pattern.split("*")[0].split("?")[0].split("[")[0]
-    start = posixpath.join(inner, posixpath.dirname(fixed)).rstrip("/")
-    selector = fs.FileSelector(start, recursive="/" in pattern[len(fixed) :], allow_not_found=True)
-    found = {}
-    for entry in store.get_file_info(selector):
-        path = entry.path[len(inner) :].lstrip("/")
-        if entry.type == fs.FileType.File and fnmatch.fnmatchcase(path, pattern):
-            found[path] = entry.size
-    return found
+def class_label_names(schema: pa.Schema, column: str) -> list[str]:
+    """Returns the names of a column's `ClassLabel` in Hugging Face's metadata, [] if it has none.
+
+    The position of a name is its label.
+    """
+    try:
+        about = json.loads((schema.metadata or {})[b"huggingface"])
+        feature = about["info"]["features"][column]
+        while isinstance(feature, list) or "feature" in feature:  # a sequence of labels
+            feature = feature[0] if isinstance(feature, list) else feature["feature"]
+        names = feature["names"] if feature["_type"] == "ClassLabel" else []
+    except (KeyError, IndexError, TypeError, ValueError):
+        return []
+    return [str(name) for name in names]
 
 
 def parquet_columns(path: str) -> list[str]:
@@ -262,12 +257,17 @@ def parquet_columns(path: str) -> list[str]:
     return names
 
 
-def _open(path: str) -> pq.ParquetFile:
+@contextmanager
+def _open(path: str) -> Iterator[pq.ParquetFile]:
+    """Opens a Parquet file. Raises DataError where it is none, is damaged or may not be read."""
     store, inner = filesystem(path)
     try:
-        return pq.ParquetFile(inner, filesystem=store)
-    except pa.ArrowInvalid as error:
+        with pq.ParquetFile(inner, filesystem=store) as file:
+            yield file
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
         raise DataError(f"{path} is no readable Parquet file: {error}") from error
+    except OSError as error:
+        raise unreadable(path, error) from error
 
 
 def _need_columns(source: ParquetFiles, where: str, schema: pa.Schema) -> None:

@@ -55,6 +55,10 @@ class Shapes(SourceConfig):
     def mask_names(self) -> tuple[str, ...]:
         return (REGIONS,)
 
+    @property
+    def declares_classes(self) -> bool:
+        return True
+
     def declared_classes(self, task: str) -> tuple[str, ...]:
         return tuple(f"{task}/{label}" for label in CLASSES.get(task, ()))
 

@@ -19,7 +19,12 @@ RETIRED: dict[str, dict[str, Any]] = {
 }
 """Fields that recipes held and that are gone, with the value every config had there."""
 ADDED: dict[str, dict[str, Any]] = {
-    "data": {"revision": "", "single_class": "auto", "stored_format": "webp"},
+    "data": {
+        "revision": "",
+        "single_class": "auto",
+        "stored_format": "webp",
+        "val_fraction": None,
+    },
 }
 """Fields that recipes did not hold yet, with their default. Another value has no old recipe."""
 

@@ -58,6 +58,8 @@ def _dotted(location: Sequence[int | str], raw: Any) -> str:
     parts: list[str] = []
     node = raw
     for depth, step in enumerate(location):
+        if isinstance(node, dict) and node.get("kind") == step and step not in node:
+            continue  # the tag of a union
         in_list = isinstance(node, list) and isinstance(step, int) and step < len(node)
         if in_list or (isinstance(node, dict) and step in node):
             node = node[step]

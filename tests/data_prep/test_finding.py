@@ -16,6 +16,7 @@ from data_prep.finding import source_fingerprint, source_for_path
 from data_prep.sources import folder
 from data_prep.tasks import resolve_tasks
 from tests.data_prep.rows import listed, write_parquet
+from tests.data_prep.sources.test_webdataset import write_tar
 
 
 def test_the_fingerprint_follows_content_not_place_or_date(
@@ -104,3 +105,24 @@ def test_a_bare_path_is_scored_as_val(image_folder: Path, tmp_path: Path) -> Non
     assert next(named.read(str(tmp_path), named.listing(str(tmp_path), "val"))).image == b"x"
     with pytest.raises(DataError, match="nothing to score"):
         source_for_path(str(tmp_path / "absent"), like)
+
+
+def test_a_flat_folder_is_scored_with_a_label_file(image_folder: Path, tmp_path: Path) -> None:
+    like, flat = DataConfig(sources=({"kind": "shapes"},)), image_folder / "val/n02085620"
+    with pytest.raises(DataError, match=r"n02085620 has images and no class folders: .* --labels"):
+        source_for_path(str(flat), like)
+    (tmp_path / "labels.csv").write_text("".join(f"{n}.JPEG,dog\n" for n in range(4)))
+    scored = source_for_path(str(flat), like, labels=str(tmp_path / "labels.csv"))
+    assert listed(scored, tmp_path, "val") == [(f"{n}.JPEG", ["dog"]) for n in range(4)]
+    write_parquet(tmp_path / "a.parquet", image=[b"x"], label=[3])
+    with pytest.raises(DataError, match="is no folder: a label file names the images of a folder"):
+        source_for_path(str(tmp_path / "a.parquet"), like, labels="labels.csv")
+
+
+def test_a_tar_is_scored_with_the_labels_of_the_training_data(tmp_path: Path) -> None:
+    write_tar(tmp_path / "t/x.tar", {"1.jpg": b"x", "1.txt": b"0"})
+    trained = {"kind": "webdataset", "train": "a.tar", "label": "txt", "class_ids": {"0": "cat"}}
+    like = DataConfig(sources=(trained,))
+    for path in ("t", "t/x.tar", "t/*.tar"):
+        scored = source_for_path(str(tmp_path / path), like)
+        assert listed(scored, tmp_path, "val") == [("x.tar:1", ["cat"])]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import combinations
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +11,7 @@ from data_prep.config import DataConfig, TaskConfig
 from data_prep.errors import DataError
 from data_prep.imagenet import imagenet_groups, imagenet_names, imagenet_wnids
 from data_prep.tasks import members_below, resolve_tasks
+from tests.data_prep.rows import write_parquet
 
 DATA = DataConfig(sources=({"kind": "shapes"},))
 
@@ -71,6 +73,80 @@ def test_a_class_of_two_tasks_has_one_global_index() -> None:
 def test_a_mistake_in_a_task_is_named(task: TaskConfig, message: str) -> None:
     with pytest.raises(DataError, match=message):
         resolve_tasks((task,), DATA)
+
+
+def held(root: Path) -> DataConfig:
+    """Two sources of class folders: `photos` has cat and dog, `cars` has car and bus."""
+    for place in ("photos/cat", "photos/dog", "cars/car", "cars/bus"):
+        (root / place).mkdir(parents=True, exist_ok=True)
+        (root / place / "1.png").touch()
+    return DataConfig(
+        root=str(root),
+        sources=tuple(
+            {"kind": "image_folder", "name": name, "path": name, "train": ".", "val": None}
+            for name in ("photos", "cars")
+        ),
+    )
+
+
+def test_all_classes_are_those_that_the_sources_hold_sorted(tmp_path: Path) -> None:
+    data = held(tmp_path)
+    every = TaskConfig(name="every", classes="all")
+    table = resolve_tasks((every,), data)
+    assert table.classes == ("bus", "car", "cat", "dog")
+    (tmp_path / "photos/bird").mkdir()
+    (tmp_path / "photos/bird/1.png").touch()
+    assert resolve_tasks((every,), data).classes == ("bird", *table.classes)
+    less = every.model_copy(update={"exclude": ("bird", "bus")})
+    assert resolve_tasks((less,), data).classes == ("car", "cat", "dog")
+
+
+def test_a_task_may_take_all_classes_of_one_source(tmp_path: Path) -> None:
+    tasks = [TaskConfig(name=name, classes_from=name) for name in ("photos", "cars")]
+    table = resolve_tasks(tasks, held(tmp_path))
+    assert [task.labels for task in table.tasks] == [("cat", "dog"), ("bus", "car")]
+
+
+def test_two_tasks_of_all_classes_are_refused_as_one(tmp_path: Path) -> None:
+    one, two = (TaskConfig(name=name, classes="all") for name in ("one", "two"))
+    with pytest.raises(DataError, match="'one' and 'two' both have `classes: all`"):
+        resolve_tasks((one, two), held(tmp_path))
+    fewer = two.model_copy(update={"exclude": ("cat",)})
+    assert len(resolve_tasks((one, fewer), held(tmp_path)).tasks) == 2
+
+
+def test_all_classes_of_a_source_without_any_are_refused(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "a.parquet", image=[b"x"], wnid=["cat"])
+    data = DataConfig(root=str(tmp_path), sources=({"kind": "parquet", "train": "a.parquet"},))
+    with pytest.raises(DataError, match=r"'pets' has 1 class\(es\) \(cat\); give it at least two"):
+        resolve_tasks((TaskConfig(name="pets", classes="all"),), data)
+
+
+def test_a_wordnet_id_outside_imagenet_is_a_class_if_a_source_holds_it(tmp_path: Path) -> None:
+    for name in ("n00007846", "n00015388"):
+        (tmp_path / f"train/{name}").mkdir(parents=True)
+        (tmp_path / f"train/{name}/1.png").touch()
+    data = DataConfig(root=str(tmp_path), sources=({"kind": "image_folder", "val": None},))
+    beings = TaskConfig(name="beings", classes=("n00007846", "n00015388"))
+    assert resolve_tasks((beings,), data).classes == ("n00007846", "n00015388")
+    wrong = TaskConfig(name="beings", classes=("n00007846", "n00015389"))
+    with pytest.raises(DataError, match="nor ImageNet-1k have n00015389; did you mean 'n00015388'"):
+        resolve_tasks((wrong,), data)
+
+
+def test_accents_are_equal_composed_or_not(tmp_path: Path) -> None:
+    for name in ("cafe\u0301", "bar"):
+        (tmp_path / f"train/{name}").mkdir(parents=True)
+        (tmp_path / f"train/{name}/1.png").touch()
+    data = DataConfig(root=str(tmp_path), sources=({"kind": "image_folder", "val": None},))
+    (every,) = resolve_tasks((TaskConfig(name="a", classes="all"),), data).tasks
+    assert every.labels == ("bar", "caf\u00e9")
+    assert TaskConfig(name="a", classes=("cafe\u0301", "b")).classes[0] == "caf\u00e9"
+
+
+def test_numbers_name_classes_as_their_text() -> None:
+    assert TaskConfig(name="a", classes=[0, 1, "2", 3.0]).classes == ("0", "1", "2", "3")
+    assert TaskConfig(name="a", classes=[True, False]).classes == ("true", "false")
 
 
 def test_members_below_a_node_are_found_through_two_parents() -> None:

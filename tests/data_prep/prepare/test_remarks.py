@@ -11,6 +11,7 @@ import pytest
 from data_prep.config import DataConfig, TaskConfig
 from data_prep.errors import DataError
 from data_prep.manifest import Manifest, read_manifest
+from data_prep.prepare.remarks import listing_remarks
 from data_prep.prepare.shards import prepare
 from data_prep.tasks import resolve_tasks
 from tests.data_prep.conftest import encode, picture
@@ -65,6 +66,7 @@ def test_classes_without_images_are_named_by_split_with_a_hint(tmp_path: Path) -
     data = folders(tmp_path, train_cat=9, train_dgo=9, val_cat=2)
     manifest = prepared(data, PETS, output=tmp_path / "out")
     assert manifest.remarks == (
+        "train: left out 9 images of no task, with the classes dgo (9)",
         "no training image of 1 of 2 classes (dog): nothing is learned about them; "
         "did you mean 'dgo'?",
         "no val image of 1 of 2 classes (dog): no figure covers them; did you mean 'dgo'?",
@@ -83,6 +85,50 @@ def test_a_task_without_held_back_or_val_image_is_named(tmp_path: Path) -> None:
         "no val image of task vehicles: no figure covers them",
         "no val image of 1 of 2 classes (dog): no figure covers them",
     )
+
+
+@pytest.mark.parametrize("share", [0.01, 0.0])
+def test_one_unreadable_image_of_a_small_set_is_named_and_left_out(
+    tmp_path: Path, share: float
+) -> None:
+    data = folders(tmp_path, train_cat=9, train_dog=9, val_cat=2, val_dog=2)
+    data = data.model_copy(update={"max_bad_fraction": share})
+    (tmp_path / "train/cat/0.png").write_bytes(b"")
+    if share:
+        assert prepared(data, PETS, output=tmp_path / "out").remarks == (
+            "left out 1 unreadable image, such as train/cat/0.png (empty file): "
+            "rejected.parquet lists all",
+        )
+    else:
+        with pytest.raises(DataError, match=r"1 of 22 images .*fraction 0\."):
+            prepared(data, PETS, output=tmp_path / "out")
+
+
+def test_a_listing_says_what_there_is_and_what_is_missing(tmp_path: Path) -> None:
+    data = folders(tmp_path, train_cat=9, train_dgo=2, train_car=3, val_cat=2)
+    (tmp_path / "train/cat/more.jfif").write_bytes(b"")
+    (tmp_path / "train/loose.png").write_bytes(b"")
+    assert listing_remarks(data, resolve_tasks((PETS, VEHICLES), data)) == [
+        "train: 12 images (cat 9, car 3)",
+        "val: 2 images (cat 2)",
+        "train: left out 1 file of other kinds: .jfif 1",
+        "train: left out 1 image in no class folder, such as loose.png",
+        "train: left out 2 images of no task, with the classes dgo (2)",
+        "no training image of 2 of 4 classes (dog, bus): nothing is learned about them; "
+        "did you mean 'dgo'?",
+        "no val image of task vehicles: no figure covers them",
+        "no val image of 1 of 2 classes (dog): no figure covers them; did you mean 'dgo'?",
+    ]
+
+
+def test_a_listing_without_val_says_which_share_becomes_it(tmp_path: Path) -> None:
+    data = folders(tmp_path, cat=4, dog=4)
+    source = ({"kind": "image_folder", "train": ".", "val": None},)
+    data = DataConfig(root=data.root, sources=source, val_fraction=0.2)
+    assert listing_remarks(data, resolve_tasks((PETS,), data)) == [
+        "train: 8 images (cat 4, dog 4)",
+        "val: about 20% of them (data.val_fraction)",
+    ]
 
 
 def test_one_picture_in_two_classes_and_in_train_and_val_is_counted(tmp_path: Path) -> None:

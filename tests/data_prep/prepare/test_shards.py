@@ -81,11 +81,16 @@ def test_bad_images_are_listed_and_every_other_one_is_used(
 def test_too_many_bad_images_stop_the_run(
     image_folder: Path, folder_data: DataConfig, animals: tuple[TaskConfig, ...], tmp_path: Path
 ) -> None:
-    (image_folder / "val/n02085620/0.JPEG").write_bytes(b"")
+    for number in (1, 0):
+        (image_folder / f"val/n02085620/{number}.JPEG").write_bytes(b"")
     data = folder_data.model_copy(update={"max_bad_fraction": 0.01})
-    with pytest.raises(DataError, match=r"1 of 48 images .*data\.max_bad_fraction 0\.01"):
+    message = (
+        r"2 of 48 images are unreadable, such as val/n02085620/0\.JPEG \(empty file\): more than "
+        r"data\.max_bad_fraction 0\.01"
+    )
+    with pytest.raises(DataError, match=message):
         prepare(data, resolve_tasks(animals, data), seed=0, output=str(tmp_path / "out"))
-    assert pq.read_table(tmp_path / "out/rejected.parquet").num_rows == 1
+    assert pq.read_table(tmp_path / "out/rejected.parquet").num_rows == 2
     with pytest.raises(DataError, match="prepare the data again"):
         read_manifest(str(tmp_path / "out"))
 

@@ -15,6 +15,7 @@ from data_prep.sources.folder import ImageFolder
 from data_prep.sources.kinds import SOURCES, Auto
 from data_prep.sources.parquet import ParquetFiles
 from tests.data_prep.rows import listed, write_parquet
+from tests.data_prep.sources.test_webdataset import write_tar
 
 Make = Callable[..., Image.Image]
 
@@ -29,7 +30,11 @@ def test_every_kind_lists_and_reads_the_same_rows(
     if kind == "parquet":
         images = [to_bytes(make_picture(n)) for n in range(8)]
         write_parquet(image_folder / "train-0.parquet", image=images, wnid=["n1"] * 8)
-    settings: dict[str, Any] = {"train": "train-*.parquet"} if kind == "parquet" else {}
+    if kind == "webdataset":
+        members = {f"{n}.png": to_bytes(make_picture(n), "PNG") for n in range(8)}
+        write_tar(image_folder / "train-0.tar", members | {f"{n}.cls": b"0" for n in range(8)})
+    patterns = {"parquet": "train-*.parquet", "webdataset": "train-*.tar"}
+    settings: dict[str, Any] = {"train": patterns[kind]} if kind in patterns else {}
     source = SOURCES[kind](kind=kind, **settings)
     root = str(image_folder)
     table = source.listing(root, "train")
@@ -46,6 +51,24 @@ def test_a_missing_folder_names_the_path_and_the_key(tmp_path: Path) -> None:
     for source in (ImageFolder(), Auto(), ParquetFiles(train="*.parquet")):
         with pytest.raises(DataError, match=rf"{tmp_path}.*set data\.root"):
             source.listing(str(tmp_path), "train")
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "message"),
+    [
+        ("image_folder", {"train": "all", "val": "all"}, "train and val are both 'all'"),
+        ("parquet", {"train": "a.parquet", "val": "a.parquet"}, "train and val are both"),
+        ("auto", {"train_folder": "x", "val_folder": "x"}, "train_folder and val_folder are both"),
+        ("image_folder", {"train": "/data/photos"}, "set path to '/data' and train to 'photos'"),
+        ("parquet", {"val": "/a/b/*.parquet"}, r"set path to '/a/b' and val to '\*.parquet'"),
+        ("webdataset", {"train": "s3://b/x-*.tar"}, "set path to 's3://b' and train to"),
+    ],
+)
+def test_splits_are_two_places_below_the_source(
+    kind: str, settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        SOURCES[kind](kind=kind, **settings)
 
 
 def test_auto_prefers_parquet_over_folders(image_folder: Path) -> None:
