@@ -42,13 +42,14 @@ class Preflight:
 
     `networks` remembers which networks fit: for data of one class an image (True), and for other
     data (False). The data says which it is once it is prepared. `saw_rows` is whether there were
-    rows to check.
+    rows to check. With `dry`, where nothing follows, the notes say what the sources hold.
     """
 
     plan: Plan
     specs: Sequence[StageSpec]
     networks: Fits = field(default_factory=dict)
     saw_rows: bool = False
+    dry: bool = False
 
     def check(self, prepared: str | None = None, *, remarked: bool = False) -> list[str]:
         """Checks the unfinished trainings. Returns notes for the user.
@@ -60,18 +61,18 @@ class Preflight:
         from data_prep.manifest import read_manifest
 
         store, uri = Store(self.plan.settings.storage.root), self.plan.settings.tracking.uri
+        first = self.plan.specs[0]
+        if prepared is None and stage_state(store, first, uri) == "done":
+            prepared = first.folder
+        notes: list[str] = self._listed() if prepared is None else []
         waiting = [
             spec
             for spec in self.specs
             if spec.stage.trains and stage_state(store, spec, uri) != "done"
         ]
         if not waiting:
-            return []
+            return notes
         check_batches(waiting)
-        first = self.plan.specs[0]
-        if prepared is None and stage_state(store, first, uri) == "done":
-            prepared = first.folder
-        notes: list[str] = []
         manifest = None if prepared is None else read_manifest(prepared)
         if prepared is not None and manifest is not None:
             self.saw_rows = True
@@ -81,6 +82,13 @@ class Preflight:
             notes += () if remarked else manifest.remarks
         self._check_networks(waiting, None if manifest is None else manifest.single_class)
         return notes
+
+    def _listed(self) -> list[str]:
+        """Returns what the sources hold, for a dry run. Raises DataError if that will not do."""
+        from data_prep.prepare.remarks import listing_remarks
+
+        found = listing_remarks(self.plan.settings.data, self.plan.table)
+        return found if self.dry else []
 
     def _check_networks(self, trainings: Sequence[StageSpec], single_class: bool | None) -> None:
         """Raises ModelError if networks do not fit, whatever the data may turn out to be."""

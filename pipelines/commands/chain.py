@@ -217,7 +217,7 @@ def print_plan(
 
     store, uri = Store(plan.settings.storage.root), plan.settings.tracking.uri
     names = {"done": "skip", "started": "resume", "new": "run"}
-    notes = Preflight(plan, specs).check()
+    notes = Preflight(plan, specs, dry=True).check()
     actions = {
         spec.name: "adopt" if spec.adopted_for else names[stage_state(store, spec, uri)]
         for spec in specs

@@ -42,6 +42,8 @@ def first_cause(error: BaseException) -> BaseException:
         causes = [first_cause(each) for each in failures.values()]
         return next(filter(ends_training, causes), causes[0])
     inner = getattr(error, "cause", None) or getattr(error, "controller_failure", None)
+    if inner is None and type(error).__module__.partition(".")[0] == "ray":
+        inner = error.__cause__  # Ray Data says only that a block failed
     return first_cause(inner) if isinstance(inner, BaseException) else _without_advice(error)
 
 

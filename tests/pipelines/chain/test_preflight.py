@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,27 @@ def test_a_plan_that_fits_gets_no_note(bench: Bench) -> None:
     assert check(plan) == []
     bench.prepare(plan)
     assert check(plan) == []
+
+
+def test_a_dry_run_says_what_the_sources_hold_until_it_is_prepared(bench: Bench) -> None:
+    plan = bench.plan()
+    preflight = Preflight(plan, plan.specs[:1], dry=True)
+    train, val, *others = preflight.check()
+    assert train.startswith("train: ")
+    assert "outline/triangle" in train
+    assert val.startswith("val: ")
+    assert all("of no task, with the classes" in note for note in others)
+    bench.prepare(plan)
+    assert preflight.check() == []
+
+
+def test_a_task_without_images_is_refused_before_prepare(bench: Bench) -> None:
+    plan = bench.plan("tasks.0.classes_from=null", "tasks.0.classes=[outline/star, outline/circle]")
+    plan = dataclasses.replace(
+        plan, table=dataclasses.replace(plan.table, classes=("nothing", "none"))
+    )
+    with pytest.raises(DataError, match="task 'outline' has no training image"):
+        check(plan)
 
 
 @pytest.mark.parametrize(

@@ -59,6 +59,16 @@ def test_the_cause_is_not_the_lost_connection_that_it_made() -> None:
     assert first_cause(WorkerGroupError({0: LOST})) is LOST
 
 
+def test_what_ray_only_wraps_is_the_cause_and_what_we_wrap_is_not() -> None:
+    class BlockError(RuntimeError):
+        __module__ = "ray.exceptions"
+
+    block, ours = BlockError("UDF failed to process a data block."), DataError("b.jpg is damaged")
+    ours.__cause__ = OSError("EIO")
+    block.__cause__ = ours
+    assert first_cause(RayTaskError(block)) is ours
+
+
 class Writer:
     uri, run_id, spool = "", None, ""
 
