@@ -21,14 +21,22 @@ def score(
         str,
         typer.Argument(
             metavar="DATA",
-            help="Parquet files (a file, a folder or a pattern), or a folder with one folder of "
-            "images for each class.",
+            help="Parquet or tar files (a file, a folder or a pattern), or a folder with one "
+            "folder of images for each class.",
         ),
     ],
     overrides: Overrides = None,
     root: Annotated[
         str | None,
         typer.Option("--root", help="Storage root in which `models:/...` is looked up."),
+    ] = None,
+    labels: Annotated[
+        str | None,
+        typer.Option(
+            "--labels",
+            metavar="FILE",
+            help="Label file of a folder without class folders: CSV, or lines `file class`.",
+        ),
     ] = None,
     as_json: AsJson = False,
     address: Address = None,
@@ -52,11 +60,19 @@ def score(
         # Imports ray, so it stands after connect, which sets what ray reads at import.
         from pipelines.evaluation.score import evaluate_model
 
-        measured = evaluate_model(folder, absolute_root(data), settings)
+        measured = evaluate_model(
+            folder,
+            absolute_root(data),
+            settings,
+            labels=None if labels is None else absolute_root(labels),
+        )
     if as_json:
         print_json(measured)
         return
-    typer.echo(f"{measured['rows']} images, {measured['rejected']} rejected")
+    counts = f"{measured['rows']} images, {measured['rejected']} rejected"
+    typer.echo(f"{counts}, {measured['unassigned']} without a class of the model")
+    for remark in measured["remarks"]:
+        typer.echo(f"note: {remark}")
     for name, value in measured["metrics"].items():
         typer.echo(f"{name}  {value:.6g}")
 

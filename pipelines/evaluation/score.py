@@ -16,12 +16,14 @@ if TYPE_CHECKING:
     from pipelines.settings.sections import Settings
 
 
-def evaluate_model(model_folder: Path, data_path: str, settings: Settings) -> dict[str, Any]:
+def evaluate_model(
+    model_folder: Path, data_path: str, settings: Settings, *, labels: str | None = None
+) -> dict[str, Any]:
     """Measures a model on other images, prepared in the same way as its training images.
 
-    `data_path` is a Parquet file, or a folder with one folder of images for each class. Returns
-    {"rows", "rejected", "unassigned", "metrics", "computed_on"}. Raises DataError if the data has
-    none of the model's classes.
+    `data_path` is a Parquet or tar file, or a folder with one folder of images for each class, or a
+    flat one with the label file `labels`. Returns {"rows", "rejected", "unassigned", "remarks",
+    "metrics", "computed_on"}. Raises DataError if the data has none of the model's classes.
     """
     from data_prep.finding import source_for_path
     from data_prep.manifest import Task, TaskTable
@@ -40,7 +42,8 @@ def evaluate_model(model_folder: Path, data_path: str, settings: Settings) -> di
         masks=tuple(preparation["masks"]),
         ignored=tuple(tuple(values) for values in preparation["ignored"]),
     )
-    source = source_for_path(data_path, DataConfig.model_validate(preparation["data"]))
+    like = DataConfig.model_validate(preparation["data"])
+    source = source_for_path(data_path, like, labels=labels)
     whole = {"sources": [source.model_dump()], "val_rows": None}
     data = DataConfig.model_validate({**preparation["data"], **whole})
     with tempfile.TemporaryDirectory(prefix="mantis-score-") as folder:
@@ -64,6 +67,7 @@ def evaluate_model(model_folder: Path, data_path: str, settings: Settings) -> di
             "rows": manifest.splits[SPLIT].rows,
             "rejected": manifest.rejected,
             "unassigned": manifest.unassigned.get(SPLIT, 0),
+            "remarks": list(manifest.remarks),
             "metrics": arm_figures(done, "model")["metrics"],
             COMPUTED_ON: list(done.computed_on),
         }
