@@ -32,6 +32,7 @@ Folder = Annotated[
     ),
 ]
 
+# Not below XDG_RUNTIME_DIR, which a logout removes while the cluster runs on.
 DEFAULT_FOLDER = Path(f"/tmp/mantis-cluster-{os.getuid()}")
 MLFLOW_PORT = 5000
 RUN = "python -m pipelines run --config configs/quickstart.yaml"
