@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import sys
 import tempfile
 import traceback
 from dataclasses import dataclass
@@ -121,7 +120,7 @@ def _of_missing_package(error: ModuleNotFoundError, command: str, plain: bool) -
     what = f"`mantis {command}`" if command else "this command"
     return Told(
         f"{what} needs the package {package}, which is not installed: "
-        f"{sys.executable} -m pip install 'mantis-codec[{extra}]'",
+        f"pip install 'mantis-codec[{extra}]'",
         MISTAKE,
     )
 

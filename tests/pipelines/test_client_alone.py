@@ -71,4 +71,4 @@ def test_a_client_needs_none_of_the_extras_and_other_commands_name_theirs(tmp_pa
     for (code, out, err), extra in zip(others, extras, strict=True):
         assert (code, out) == (2, ""), err
         assert "which is not installed" in err
-        assert err.endswith(f"-m pip install 'mantis-codec[{extra}]'\n"), err
+        assert err.endswith(f"installed: pip install 'mantis-codec[{extra}]'\n"), err

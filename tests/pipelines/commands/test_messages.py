@@ -118,7 +118,7 @@ def test_a_missing_package_is_named_with_the_extra_that_brings_it(
     assert known is not None
     assert known.code == 2
     assert f"needs the package {package.partition('.')[0]}, which is not installed" in known.text
-    assert known.text.endswith(f"-m pip install 'mantis-codec[{extra}]'")
+    assert known.text.endswith(f"installed: pip install 'mantis-codec[{extra}]'")
 
 
 def test_a_missing_module_of_our_own_is_a_fault() -> None:
