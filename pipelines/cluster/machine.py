@@ -68,18 +68,23 @@ def _quotas(mounted: Path, own: Path) -> Iterator[float]:
 
 
 def ensure_home() -> None:
-    """Sets HOME to a private temporary folder if this user has no home folder at all.
+    """Gives libraries a private temporary folder where this user's home folder cannot serve.
 
     A container may run under a user id without an entry in /etc/passwd and without HOME. MLflow and
     torch ask for the home folder when they are imported, and end with an error if there is none.
+    One that cannot be written is enough for them; matplotlib would complain about it.
     """
     try:
-        Path.home()
+        if os.access(Path.home(), os.W_OK):
+            return
+        variable = "MPLCONFIGDIR"
     except RuntimeError:
-        try:
-            os.environ["HOME"] = str(private_folder())
-        except MachineError:  # a command that needs Ray says so itself
-            os.environ["HOME"] = tempfile.gettempdir()
+        variable = "HOME"
+    try:
+        folder = str(private_folder())
+    except MachineError:  # a command that needs Ray says so itself
+        folder = tempfile.gettempdir()
+    os.environ.setdefault(variable, folder)
 
 
 @functools.cache

@@ -100,13 +100,22 @@ def test_a_system_without_affinity_and_control_groups_has_a_count(
 
 
 @pytest.mark.usefixtures("fresh")
-def test_a_user_without_any_home_gets_a_private_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_user_without_a_home_of_use_gets_a_private_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def none() -> Path:
         raise RuntimeError("Could not determine home directory.")
 
+    monkeypatch.setenv("MPLCONFIGDIR", "")
+    monkeypatch.delenv("MPLCONFIGDIR")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    ensure_home()
+    assert "MPLCONFIGDIR" not in os.environ
     monkeypatch.setenv("HOME", "/nonexistent")
     ensure_home()
-    assert os.environ["HOME"] == "/nonexistent"  # MLflow and Ray need it to be known, not to exist
+    assert os.environ["HOME"] == "/nonexistent"  # MLflow needs it to be known, not to exist
+    assert os.environ["MPLCONFIGDIR"] == str(private_folder())
+    monkeypatch.delenv("HOME")
     monkeypatch.setattr(machine.Path, "home", none)
     ensure_home()
     assert os.environ["HOME"] == str(private_folder())
