@@ -5,23 +5,38 @@ PYTHON ?= $(shell for p in python3.12 python3.11 python3; do \
 	then echo $$p; break; fi; done)
 BIN := .venv/bin
 STAMP := .venv/.mantis-setup
+CPU_MARK := .venv/.mantis-cpu
+CPU ?= $(if $(wildcard $(CPU_MARK)),1)
 
 .PHONY: help setup quickstart cluster-local cluster-local-down test test-slow faults fuzz check docs format lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
 
-setup: $(STAMP) ## make .venv with everything pinned in requirements.lock
+setup: $(STAMP) ## make .venv with everything in requirements.lock; CPU=1 without CUDA
 
 $(STAMP): requirements.lock pyproject.toml
 	@if [ -z "$(PYTHON)" ]; then echo "MANTiS needs Python 3.11 or 3.12, and none was found on PATH." \
 		"Install one (Debian/Ubuntu: apt-get install python3 python3-venv) or pass PYTHON=/path/to/python." >&2; exit 2; fi
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "$(PYTHON) has no venv module." \
 		"Install it (Debian/Ubuntu: apt-get install python3-venv)." >&2; exit 2; }
-	@echo "setting up .venv with $$($(PYTHON) --version) (about 6 GB, a minute or two)"
+	@echo "1/4 .venv with $$($(PYTHON) --version)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check "uv>=0.5"
-	@$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python -r requirements.lock
+	@echo "2/4 uv, which installs the packages"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check "uv>=0.6"
+ifeq ($(CPU),1)
+	@echo "3/4 the packages of requirements.lock without CUDA: 2 to 3 GB"
+	@grep -vE '^(nvidia-|cuda-|triton==)' requirements.lock > .venv/cpu.lock
+	@$(BIN)/uv pip install --compile-bytecode --python $(BIN)/python --torch-backend cpu -r .venv/cpu.lock || { echo \
+		"CPU=1 takes torch from PyTorch's own package index, and this machine could not get it there." \
+		"Where only another index is reached, use \`make setup\` (about 6.5 GB, works without a GPU too)" \
+		"or install a CPU build of torch that your index has: docs/guide/install.md." >&2; exit 1; }
+	@touch $(CPU_MARK)
+else
+	@echo "3/4 the packages of requirements.lock: about 6.5 GB, a minute or two"
+	@$(BIN)/uv pip install --compile-bytecode --python $(BIN)/python -r requirements.lock
+endif
+	@echo "4/4 MANTiS itself, from this folder"
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
 	@touch $(STAMP)
 

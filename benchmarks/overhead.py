@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import tempfile
 import time
@@ -40,6 +39,7 @@ from mantis_core.training.loop import Session
 from pipelines.chain.plain import train_stage
 from pipelines.chain.plan import Plan, make_plan
 from pipelines.chain.run import run_chain
+from pipelines.cluster.machine import usable_cpus
 from pipelines.settings.reading import load_settings
 from pipelines.stages import train as driver
 from pipelines.stages.record import read_result
@@ -132,7 +132,7 @@ def train_plainly(plan: Plan, stage: str) -> tuple[Clock, list[str]]:
     prepared = plan.by_name["prepare"].folder
     training = training_of(spec, plan.by_name, prepared, plan.table, store)
     with clocked() as epochs:
-        train_stage(spec, training, len(os.sched_getaffinity(0)))
+        train_stage(spec, training, usable_cpus())
     return epochs, read_result(store, spec)["rows"]["sha256"]
 
 
@@ -150,7 +150,7 @@ def main() -> int:
     own = (
         "cluster.workers=1",
         f"cluster.gpus_per_worker={int(torch.cuda.is_available())}",
-        f"cluster.threads_per_worker={len(os.sched_getaffinity(0))}",
+        f"cluster.threads_per_worker={usable_cpus()}",
         "tracking.enabled=false",
     )
     with tempfile.TemporaryDirectory(prefix="mantis-overhead-") as folder:

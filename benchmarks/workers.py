@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -27,6 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.program import count, listed, one_message
+from pipelines.cluster.machine import usable_cpus
 
 MAIN_ARM_ALONE = (
     "evaluate.baselines=[]",
@@ -72,7 +72,7 @@ def run(config: str, root: str, workers: int, seed: int, overrides: Sequence[str
     own = (
         f"seed={seed}",
         f"cluster.workers={workers}",
-        f"cluster.cpus_per_worker={min(1.0, len(os.sched_getaffinity(0)) / workers)}",
+        f"cluster.cpus_per_worker={min(1.0, usable_cpus() / workers)}",
         f"storage.root={root}/workers-{workers}",
     )
     command = [sys.executable, "-m", "pipelines", "evaluate", "--config", config, "--json"]

@@ -1,5 +1,6 @@
 """The command line: `mantis`, or `python -m pipelines`. The commands are in `commands/`."""
 
+import io
 import signal
 import sys
 import warnings
@@ -7,6 +8,7 @@ from types import FrameType
 
 import typer
 
+from pipelines.cluster.machine import ensure_home
 from pipelines.commands import chain, local_cluster, models, score, streams, tune
 
 app = typer.Typer(
@@ -24,6 +26,10 @@ app.add_typer(local_cluster.app, name="cluster")
 def main() -> None:
     """Runs one command. SIGTERM, from `ray job stop` or a preempted machine, acts as Ctrl-C."""
     signal.signal(signal.SIGTERM, _interrupt)
+    ensure_home()
+    for stream in (sys.stdout, sys.stderr):  # a file's name may hold bytes that are not UTF-8
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     if not sys.warnoptions:  # deprecations inside libraries; -W shows them
         warnings.simplefilter("ignore", FutureWarning)
     app(prog_name="mantis")

@@ -1,8 +1,10 @@
 """Files under the storage root, on a local disk or behind a URI. Knows neither stages nor Ray."""
 
 import contextlib
+import errno
 import json
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -12,6 +14,9 @@ from typing import Any
 from pyarrow import fs
 
 PROBE = ".writable"
+SCRATCH = "scratch"
+"""The folder below a local root for temporary files. What a killed process left there may go."""
+FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class StorageError(ValueError):
@@ -146,23 +151,65 @@ def writing(address: str) -> Iterator[None]:
         ) from error
 
 
-class local_copy:
-    """Context manager that yields a folder on the local disk, downloaded first if it is remote."""
+@contextlib.contextmanager
+def scratch(root: str, purpose: str) -> Iterator[Path]:
+    """Yields a new folder for large temporary files on this machine, and removes it at the end.
 
-    def __init__(self, folder: str) -> None:
-        self.store = Store(folder)
-        self.temporary: tempfile.TemporaryDirectory[str] | None = None
+    Below a local root it is `scratch/<purpose>-...`, because the disk of TMPDIR is often small. For
+    a root behind a URI it lies in TMPDIR. Raises StorageError if its disk is full.
+    """
+    local = "://" not in root
+    above = Path(absolute_root(root), SCRATCH) if local else Path(tempfile.gettempdir())
+    remedy = "" if local else ", or set TMPDIR to a folder on a larger disk"
+    try:
+        above.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f"{purpose}-", dir=above))
+    except OSError as error:
+        raise StorageError(
+            f"{above} cannot be written ({error.strerror or error}): free space there or make it "
+            f"writable{remedy}, then run again"
+        ) from error
+    try:
+        yield folder
+    except Exception as error:
+        if isinstance(error, StorageError) or not is_of_full_disk(error):
+            raise
+        raise StorageError(
+            f"the disk of {above} is full: free some space{remedy}, then run again"
+        ) from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
-    def __enter__(self) -> Path:
-        path = self.store.local_path()
-        if path is not None:
-            return path
-        self.temporary = tempfile.TemporaryDirectory(prefix="mantis-")
-        return self.store.download_folder("", self.temporary.name)
 
-    def __exit__(self, *error: object) -> None:
-        if self.temporary is not None:
-            self.temporary.cleanup()
+@contextlib.contextmanager
+def shared_scratch(root: str, purpose: str) -> Iterator[str]:
+    """Yields the address of a new folder below `root` for files that other nodes read as well.
+
+    Removes it at the end.
+    """
+    store, name = Store(root), f"{SCRATCH}/{purpose}-{secrets.token_hex(4)}"
+    try:
+        yield store.join(name)
+    finally:
+        store.delete(name)
+
+
+def is_of_full_disk(error: BaseException) -> bool:
+    """Returns whether an error means that a disk is full. safetensors and Arrow have their own."""
+    number = getattr(error, "errno", None)
+    return number in FULL or (number is None and os.strerror(errno.ENOSPC) in str(error))
+
+
+@contextlib.contextmanager
+def local_copy(folder: str) -> Iterator[Path]:
+    """Yields a folder on the local disk, downloaded into TMPDIR for the block if it is remote."""
+    store = Store(folder)
+    path = store.local_path()
+    if path is not None:
+        yield path
+        return
+    with scratch(folder, "mantis-copy") as made:
+        yield store.download_folder("", made)
 
 
 def absolute_root(root: str, folder: str | os.PathLike[str] | None = None) -> str:

@@ -32,8 +32,20 @@ COMMIT_VARIABLE = "MANTIS_COMMIT"
 
 
 def installed() -> dict[str, str]:
-    """Returns the installed version of each deciding package."""
+    """Returns the installed version of each deciding package, with its local part.
+
+    That part names a build, such as `+cpu` or `+cu132`. MLflow records it.
+    """
     return {package: metadata.version(package) for package in DECIDING_PACKAGES}
+
+
+def deciding() -> dict[str, str]:
+    """Returns the same versions without their local parts, as they enter every stage's key.
+
+    A colleague with a CPU build of torch shares results with one who has a CUDA build. What a
+    training ran on is recorded with its result.
+    """
+    return {package: version.partition("+")[0] for package, version in installed().items()}
 
 
 def commit() -> str:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,6 +25,7 @@ from pipelines.chain.preflight import Preflight
 from pipelines.chain.processes import pool_of
 from pipelines.chain.reasons import differences, made_with
 from pipelines.chain.result import ChainResult, note_adopted, note_all
+from pipelines.cluster.machine import usable_cpus
 from pipelines.evaluation.arms import Arm, ArmSource
 from pipelines.evaluation.split_pass import (
     Evaluated,
@@ -385,4 +385,4 @@ def _is_evaluated(plan: Plan) -> bool:
 
 
 def _threads(jobs: int) -> int:
-    return max(1, len(os.sched_getaffinity(0)) // jobs)
+    return max(1, usable_cpus() // jobs)

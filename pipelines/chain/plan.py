@@ -21,7 +21,7 @@ from pipelines.stages.order import STAGES
 from pipelines.stages.record import find_same_recipe, read_adopted, stage_state
 from pipelines.stages.spec import Inputs, Stage, StageSpec
 from pipelines.storage import Store
-from pipelines.versions import installed
+from pipelines.versions import deciding
 
 if TYPE_CHECKING:
     from data_prep.manifest import TaskTable
@@ -88,7 +88,7 @@ def plan_stages(
             upstream = _upstream(stage, planned)
             known = stage.identities(own, inputs) if stage.identities else {}
             made = {"kind": stage.name, "config": {**slim_slice(own, stage), **known}}
-            code = {"versions": installed(), "code": source_hash(*stage.code)}
+            code = {"versions": deciding(), "code": source_hash(*stage.code)}
             above = {"upstream": {each: planned[each].key for each in upstream}}
             key = digest({**made, **above, **code})
             recipe = digest({**made, "upstream": {s: planned[s].recipe for s in upstream}})

@@ -13,14 +13,14 @@ from typing import Any
 from pipelines.chain.source_hash import module_hashes
 from pipelines.stages.spec import StageSpec
 from pipelines.storage import Store
-from pipelines.versions import installed
+from pipelines.versions import deciding
 
 SHOWN = 3  # names in a sentence
 
 
 def made_with(spec: StageSpec) -> dict[str, Any]:
     """Returns the package versions and a hash of each module that enter the stage's key."""
-    return {"versions": installed(), "modules": module_hashes(*spec.stage.code)}
+    return {"versions": deciding(), "modules": module_hashes(*spec.stage.code)}
 
 
 def why_new(store: Store, spec: StageSpec) -> str:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from pipelines.cluster.machine import ray_temp_folder, token_file, usable_cpus
 from pipelines.cluster.preflight import (
     Available,
     PreflightError,
@@ -117,9 +118,11 @@ def _start(arguments: dict[str, Any]) -> None:
 def _init_arguments(cluster: ClusterConfig, address: str) -> dict[str, Any]:
     if address != "local":
         return {"address": address, "log_to_driver": True}
+    folder = ray_temp_folder()
     return {
         "address": "local",
-        "num_cpus": local_cpus(cluster, len(os.sched_getaffinity(0))),
+        **({"_temp_dir": folder} if folder else {}),
+        "num_cpus": local_cpus(cluster, usable_cpus()),
         "object_store_memory": cluster.object_store_mb * 10**6,
         "include_dashboard": False,
         "log_to_driver": True,
@@ -152,6 +155,7 @@ def _ray_environment(cluster: ClusterConfig) -> dict[str, str]:
     if cluster_address(cluster) == "local":
         wanted |= {
             "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(token_file()),
             "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
             "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",
             # Despite its name it works on Linux: 0 keeps Ray on the loopback interface.

@@ -20,12 +20,12 @@ import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import psutil
+from pipelines.cluster.machine import MAX_FOLDER
 
-MAX_FOLDER = 36
-"""Characters. Ray appends up to 70, and the path of a Unix socket has at most 107."""
+if TYPE_CHECKING:
+    import psutil  # inside functions below: `mantis encode` on a device needs none
 
 START_TIMEOUT_S = 120.0
 END_TIMEOUT_S = 15.0
@@ -53,6 +53,8 @@ class Started:
 
     def process(self) -> psutil.Process | None:
         """Returns the process, or None if it has ended."""
+        import psutil
+
         with contextlib.suppress(psutil.NoSuchProcess):
             process = psutil.Process(self.pid)
             if process.create_time() == self.began and process.status() != psutil.STATUS_ZOMBIE:
@@ -61,7 +63,7 @@ class Started:
 
 
 class LocalCluster:
-    """The cluster in a folder. It may have been started by another process."""
+    """The cluster in a folder. It may have been started by another process of this user."""
 
     def __init__(self, folder: Path) -> None:
         folder = folder.absolute()
@@ -71,6 +73,7 @@ class LocalCluster:
                 "leave room for the paths of Ray's sockets: give a shorter path"
             )
         self.folder = folder
+        self._check_owner()
         self._children: list[subprocess.Popen[bytes]] = []
 
     @property
@@ -166,8 +169,6 @@ class LocalCluster:
             )
         if not self.folder.exists():
             return
-        if self.folder.stat().st_uid != os.getuid():
-            raise LocalClusterError(f"{self.folder} belongs to another user: give another folder")
         if any(self.folder.iterdir()) and not self._record.exists():
             raise LocalClusterError(f"{self.folder} holds other files: give an empty or new folder")
 
@@ -190,6 +191,8 @@ class LocalCluster:
         Its output goes to `<name>.log`. Raises LocalClusterError with the end of that log if the
         process ends or is not ready in START_TIMEOUT_S.
         """
+        import psutil
+
         log = self.folder / f"{name}.log"
         with log.open("wb") as output:
             child = subprocess.Popen(
@@ -247,6 +250,18 @@ class LocalCluster:
     def _record(self) -> Path:
         return self.folder / "started.json"
 
+    def _check_owner(self) -> None:
+        """Raises LocalClusterError if another user made the folder or the link to it.
+
+        Its files name the processes to end and hold the token, so they must be this user's own.
+        """
+        for status in (self.folder.lstat, self.folder.stat):
+            with contextlib.suppress(FileNotFoundError):
+                if status().st_uid != os.getuid():
+                    raise LocalClusterError(
+                        f"{self.folder} belongs to another user: give another --folder"
+                    )
+
     def _file(self, name: str) -> Path:
         """Returns the file that a process writes when it is ready."""
         return self.folder / f"{name}.json"
@@ -300,6 +315,8 @@ def local_cluster(*, workers: int = 1, cpus: int = 2) -> Iterator[LocalCluster]:
 
 def _end(started: Started) -> None:
     """Terminates a process, and kills it and its descendants after END_TIMEOUT_S seconds."""
+    import psutil
+
     process = started.process()
     if process is None:
         return

@@ -6,10 +6,12 @@ import math
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipelines.cluster.machine import usable_cpus
 from pipelines.settings.sections import ClusterConfig, Settings
 from pipelines.storage import Store, is_shared
 
@@ -44,11 +46,9 @@ def check_machine(settings: Settings) -> None:
     """
     root = settings.storage.root
     if cluster_address(settings.cluster) == "local":
-        cpus = len(os.sched_getaffinity(0))
-        check_resources(settings.cluster, root, Available(cpus, math.inf), data_cpus=0)
-    folder = Store(root).local_path()
-    if folder is not None:
-        check_disk(folder)
+        available = Available(usable_cpus(), math.inf)
+        check_resources(settings.cluster, root, available, data_cpus=0)
+    check_room(root)
     uri = settings.tracking.uri if settings.tracking.enabled else None
     if uri and re.split(r"[:+]", uri)[0] not in TRACKING_SCHEMES:
         raise PreflightError(
@@ -76,6 +76,12 @@ def check_resources(
             f"cluster.workers {cluster.min_workers} x cluster.gpus_per_worker "
             f"{cluster.gpus_per_worker:g} asks for {asked_gpus:g} GPUs, and {where} "
             f"{available.gpus:g}: lower them (0 trains on CPUs), or join a cluster that has them"
+        )
+    if 0 < cluster.gpus_per_worker < 1 and cluster.max_workers > 1:
+        raise PreflightError(
+            f"cluster.gpus_per_worker {cluster.gpus_per_worker:g} puts several of the "
+            f"{cluster.max_workers} workers on one GPU, and NCCL refuses that: set "
+            "cluster.workers to 1, or cluster.gpus_per_worker to 1"
         )
     several = available.nodes > 1 or cluster.autoscaling
     if several and not is_shared(root):
@@ -111,23 +117,38 @@ def check_room_for_data(
         )
 
 
-def check_disk(folder: Path) -> None:
-    """Raises PreflightError if the folder cannot be written or its disk is nearly full."""
+def check_room(root: str) -> None:
+    """Raises PreflightError if a command has no room for its files on this machine.
+
+    A local `root` takes all of them. With a remote one the large temporary files lie in TMPDIR.
+    """
+    folder = Store(root).local_path()
+    if folder is not None:
+        check_disk(folder)
+    else:
+        check_disk(Path(tempfile.gettempdir()), "TMPDIR")
+
+
+def check_disk(folder: Path, setting: str = "storage.root") -> None:
+    """Raises PreflightError if the folder cannot be written or its disk is nearly full.
+
+    `setting` is the name of what sets the folder.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(folder).free
     except OSError as error:
         raise PreflightError(
-            f"storage.root {folder} cannot be used: {error.strerror}; set storage.root to a "
+            f"{setting} {folder} cannot be used: {error.strerror}; set {setting} to a "
             "folder that can be written"
         ) from error
     if not os.access(folder, os.W_OK):
         raise PreflightError(
-            f"storage.root {folder} is not writable; set storage.root to a folder that is"
+            f"{setting} {folder} is not writable; set {setting} to a folder that is"
         )
     if free < MIN_FREE_BYTES:
         raise PreflightError(
-            f"the disk of storage.root {folder} has {free / 2**20:.0f} MiB free, "
-            f"{MIN_FREE_BYTES / 2**20:.0f} are needed: free some space, or set storage.root to "
+            f"the disk of {setting} {folder} has {free / 2**20:.0f} MiB free, "
+            f"{MIN_FREE_BYTES / 2**20:.0f} are needed: free some space, or set {setting} to "
             "another disk"
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -20,6 +19,7 @@ from pipelines.commands.errors import (
     terminal,
 )
 from pipelines.commands.options import Address, AsJson, Config, DryRun, Overrides, joined
+from pipelines.commands.resume import command_line
 from pipelines.stages.order import STAGES
 from pipelines.stages.spec import with_upstream
 
@@ -147,7 +147,7 @@ def _plan(config: Path, overrides: Sequence[str], *, adopt: bool) -> Plan:
 def _command(name: str, config: Path, words: Sequence[str], address: str | None) -> str:
     """Returns the command line that repeats the command."""
     own = [] if address is None else ["--address", address]
-    return shlex.join(["mantis", name, "--config", str(config), *own, *words])
+    return command_line([name, "--config", str(config), *own, *words])
 
 
 def _run(plan: Plan, until: str | None, name: str, as_json: bool, resume: str) -> None:
@@ -169,13 +169,10 @@ def _run_plain(plan: Plan, shards: str | None, jobs: int, as_json: bool, resume:
     import sys
 
     from pipelines.chain.plain import plain_chain
-    from pipelines.cluster.preflight import check_disk
-    from pipelines.storage import Store
+    from pipelines.cluster.preflight import check_room
     from pipelines.terminal.console import Console
 
-    root = Store(plan.settings.storage.root).local_path()
-    if root is not None:
-        check_disk(root)
+    check_room(plan.settings.storage.root)
     with (
         resumable(resume),
         Console(sys.stderr if as_json else sys.stdout, live=False) as console,

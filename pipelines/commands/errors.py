@@ -12,6 +12,9 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import typer
 
+from pipelines.commands.messages import FAILURE as FAILURE
+from pipelines.commands.messages import Told, is_fault, of_fault, told
+from pipelines.commands.resume import resuming
 from pipelines.training.causes import MISTAKE as MISTAKE
 from pipelines.training.causes import is_mistake
 
@@ -20,7 +23,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-FAILURE, SOME_FAILED, INTERRUPTED = 1, 3, 130  # exit codes, beside MISTAKE
+SOME_FAILED, INTERRUPTED = 3, 130  # exit codes, beside FAILURE and MISTAKE
 
 
 class Stopped(Exception):
@@ -44,11 +47,13 @@ def ending_well(command: Callable[..., None]) -> Callable[..., None]:
         except KeyboardInterrupt:
             typer.echo("interrupted", err=True)
             raise typer.Exit(INTERRUPTED) from None
+        except (typer.Exit, typer.Abort, BrokenPipeError):  # typer ends these itself
+            raise
         except Exception as error:
-            if not is_mistake(error):
-                raise
-            typer.echo(f"error: {error}", err=True)
-            raise typer.Exit(MISTAKE) from None
+            plain = bool(kwargs.get("plain"))
+            known = told(error, command.__name__, plain=plain) or Told(of_fault(error), FAILURE)
+            typer.echo(f"error: {known.text}", err=True)
+            raise typer.Exit(known.code) from None
 
     return wrapped
 
@@ -67,25 +72,26 @@ def terminal(settings: Settings, as_json: bool, resume: str) -> Iterator[TextIO]
 
     Handles errors as `resumable` does.
     """
-    from pipelines.cluster.preflight import check_disk
+    from pipelines.cluster.preflight import check_room
     from pipelines.storage import Store
     from pipelines.terminal.last_words import last_words
     from pipelines.terminal.logs import captured_output
 
+    check_room(settings.storage.root)
     root = Store(settings.storage.root).local_path()
-    if root is not None:
-        check_disk(root)
     log = Path("runs/logs") if root is None else root / "logs"
-    killed = f"the command or its Ray was killed. Details are in {log}. Resume with:\n  {resume}"
-    with resumable(resume) as details, last_words(killed):
-        details.append(str(log))
-        with captured_output(log) as (stdout, stderr, file):
-            details[:] = [str(file)]
-            try:
-                yield stderr if as_json else stdout
-            except Exception:
-                logger.exception("the command failed")
-                raise
+    killed = f"the command or its Ray was killed. Details are in {log}. {resuming(resume)}"
+    with (
+        resumable(resume) as details,
+        last_words(killed),
+        captured_output(log) as (stdout, stderr, file),
+    ):
+        details.append(str(file))
+        try:
+            yield stderr if as_json else stdout
+        except Exception:
+            logger.exception("the command failed")
+            raise
 
 
 @contextmanager
@@ -98,16 +104,25 @@ def resumable(resume: str) -> Iterator[list[str]]:
     from pipelines.stages.spec import StageFailed
 
     details: list[str] = []
-    resuming = f"Resume with:\n  {resume}"
+    again = resuming(resume)
     try:
         yield details
     except KeyboardInterrupt:
-        raise Stopped(f"interrupted. {resuming}", INTERRUPTED) from None
+        raise Stopped(f"interrupted. {again}", INTERRUPTED) from None
     except Exception as error:
         cause = error.cause if isinstance(error, StageFailed) else error
         if is_mistake(cause):
             where = f"{error.stage}: " if isinstance(error, StageFailed) else ""
             raise Stopped(f"error: {where}{cause}", MISTAKE) from None
-        shown = str(error) if error is not cause else f"{type(error).__name__}: {error}"
-        where = f"Details are in {details[0]}. " if details else ""
-        raise Stopped(f"{shown}\n{where}{resuming}", FAILURE) from None
+        where = f"{error.stage} failed: " if isinstance(error, StageFailed) else ""
+        log = details[0] if details else None
+        known = told(cause)
+        if known is not None:
+            shown = f"{where}{known.text}"
+        elif is_fault(cause) or log is None:
+            shown = f"{where}{of_fault(cause, log)}"
+            log = None
+        else:
+            shown = str(error) if where else f"{type(error).__name__}: {error}"
+        details_in = f"Details are in {log}. " if log else ""
+        raise Stopped(f"{shown}\n{details_in}{again}", FAILURE) from None

@@ -14,6 +14,7 @@ import typer
 
 from pipelines.cluster.local_cluster import MLFLOW, LocalCluster, LocalClusterError
 from pipelines.cluster.local_node import LOOPBACK
+from pipelines.cluster.machine import usable_cpus
 from pipelines.commands.errors import FAILURE, Stopped, ending_well, print_json
 from pipelines.commands.options import AsJson
 
@@ -31,6 +32,7 @@ Folder = Annotated[
     ),
 ]
 
+# Not below XDG_RUNTIME_DIR, which a logout removes while the cluster runs on.
 DEFAULT_FOLDER = Path(f"/tmp/mantis-cluster-{os.getuid()}")
 MLFLOW_PORT = 5000
 RUN = "python -m pipelines run --config configs/quickstart.yaml"
@@ -49,7 +51,7 @@ def up(
             min=1,
             help="CPUs that a worker node offers. The sum may exceed those of the machine.",
         ),
-    ] = max(2, os.cpu_count() or 2),
+    ] = max(2, usable_cpus()),
     port: Annotated[
         int, typer.Option("--port", help="Port of the head. 0 takes any free port.")
     ] = 0,

@@ -48,6 +48,7 @@ def score(
     Example: mantis score models:/mantis@champion photos/
     """
     from pipelines.cluster.connect import connect
+    from pipelines.cluster.preflight import check_room
     from pipelines.settings.reading import with_overrides
     from pipelines.storage import absolute_root
     from pipelines.terminal.logs import captured_output
@@ -55,6 +56,7 @@ def score(
     folder = model_folder(model, root)
     settings = with_overrides(_settings_around(folder), joined(overrides, address))
     runs = absolute_root(root or settings.storage.root)
+    check_room(runs)
     logs = Path("runs/logs") if "://" in runs else Path(runs) / "logs"
     with captured_output(logs), connect(settings.cluster, runs):
         # Imports ray, so it stands after connect, which sets what ray reads at import.
@@ -64,6 +66,7 @@ def score(
             folder,
             absolute_root(data),
             settings,
+            runs,
             labels=None if labels is None else absolute_root(labels),
         )
     if as_json:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -18,6 +17,7 @@ from pipelines.commands.errors import (
     terminal,
 )
 from pipelines.commands.options import Address, AsJson, Config, DryRun, Overrides, joined
+from pipelines.commands.resume import command_line
 
 if TYPE_CHECKING:
     from typing import TextIO
@@ -107,12 +107,12 @@ def tune(
         register=register,
         seed=settings.seed if seed is None else seed,
     )
-    command = ["mantis", "tune", "--config", str(config), "--space", space]
+    command = ["tune", "--config", str(config), "--space", space]
     command += ["--trials", str(trials), "--search", search, "--objective", objective]
     command += ["--include-stage1"] if include_stage1 else []
     command += [] if seed is None else ["--seed", str(seed)]
     command += ["--register"] if register else []
-    with terminal(settings, as_json, shlex.join([*command, "--resume", *words])) as stream:
+    with terminal(settings, as_json, command_line([*command, "--resume", *words])) as stream:
         from pipelines.search.run import run_search
 
         result = run_search(settings, options, stream=stream, config_name=config.stem)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +9,7 @@ from data_prep.config import DataConfig
 from data_prep.errors import DataError
 from pipelines.evaluation.arms import SPLIT, ArmSource
 from pipelines.evaluation.split_pass import arm_figures, evaluate_split
+from pipelines.storage import Store, is_shared, shared_scratch
 from pipelines.training.files import COMPUTED_ON
 
 if TYPE_CHECKING:
@@ -17,13 +17,15 @@ if TYPE_CHECKING:
 
 
 def evaluate_model(
-    model_folder: Path, data_path: str, settings: Settings, *, labels: str | None = None
+    model_folder: Path, data_path: str, settings: Settings, root: str, *, labels: str | None = None
 ) -> dict[str, Any]:
     """Measures a model on other images, prepared in the same way as its training images.
 
     `data_path` is a Parquet or tar file, or a folder with one folder of images for each class, or a
-    flat one with the label file `labels`. Returns {"rows", "rejected", "unassigned", "remarks",
-    "metrics", "computed_on"}. Raises DataError if the data has none of the model's classes.
+    flat one with the label file `labels`. The prepared images lie below the storage root `root` for
+    the time of the measurement. If that is a URI, a copy of the model lies beside them, because
+    other nodes measure too. Returns {"rows", "rejected", "unassigned", "remarks", "metrics",
+    "computed_on"}. Raises DataError if the data has none of the model's classes.
     """
     from data_prep.finding import source_for_path
     from data_prep.manifest import Task, TaskTable
@@ -46,7 +48,7 @@ def evaluate_model(
     source = source_for_path(data_path, like, labels=labels)
     whole = {"sources": [source.model_dump()], "val_rows": None}
     data = DataConfig.model_validate({**preparation["data"], **whole})
-    with tempfile.TemporaryDirectory(prefix="mantis-score-") as folder:
+    with shared_scratch(root, "mantis-score") as folder:
         manifest = prepare(
             data, table, seed=preparation["seed"], output=folder, splits=(SPLIT,), progress=None
         )
@@ -55,7 +57,11 @@ def evaluate_model(
                 f"{data_path} has no image of this model's classes "
                 f"({', '.join(model.spec.classes[:3])}, ...): give images of the same classes"
             )
-        sources = [ArmSource("model", "mantis", str(model_folder))]
+        weights = str(model_folder)
+        if is_shared(root):
+            weights = f"{folder}/model"
+            Store(weights).upload_folder(model_folder, "")
+        sources = [ArmSource("model", "mantis", weights)]
         done = evaluate_split(
             folder,
             manifest,

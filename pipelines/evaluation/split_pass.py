@@ -7,8 +7,8 @@ the rows, checks their number and computes figures. It writes no file.
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from data_prep.read.batches import eval_rows, local_batches
 from data_prep.reading import ReadingConfig
 from mantis_core.measure.metrics import ImageRecords, detection_curve, detector_confusion, figures
 from mantis_core.tasks import TaskSpec
+from pipelines.cluster.machine import usable_cpus
 from pipelines.evaluation.arms import SPLIT, ArmSource, Arrays
 from pipelines.training.files import COMPUTED_ON
 from pipelines.training.problem import tasks_of
@@ -34,9 +35,15 @@ class EvaluationError(RuntimeError):
 class ArmActor:
     """The Ray Data actor around an `ArmEvaluator`. Only the actor imports its libraries."""
 
-    def __init__(self, **arguments: Any) -> None:
+    def __init__(self, *, actors: Mapping[str, int] | None = None, **arguments: Any) -> None:
+        """`actors` is the number of actors on each node, which share the CPUs of theirs."""
         from pipelines.evaluation.answers import ArmEvaluator
 
+        if actors is not None:
+            import ray
+
+            here = actors.get(ray.get_runtime_context().get_node_id(), 1)
+            arguments["threads"] = max(1, usable_cpus() // here)
         self.evaluator = ArmEvaluator(**arguments)
 
     def __call__(self, batch: Arrays) -> Arrays:
@@ -86,7 +93,7 @@ def evaluate_split(
         ArmActor,
         fn_constructor_kwargs={
             **_actor_arguments(manifest, sources, settings),
-            "threads": max(1, len(os.sched_getaffinity(0)) // actors),
+            "actors": actors_on_nodes(ray.nodes(), "GPU" if gpus else "CPU", actors),
             "device": "cuda" if gpus else "cpu",
             "workers": actors,
         },
@@ -104,6 +111,16 @@ def evaluate_split(
         if on_rows is not None:
             on_rows(seen // max(1, len(sources)), rows)
     return collected(parts, sources, manifest)
+
+
+def actors_on_nodes(nodes: Iterable[Mapping[str, Any]], kind: str, actors: int) -> dict[str, int]:
+    """Returns how many of `actors` each node is expected to hold, by the node's id.
+
+    Ray spreads actors by what nodes have of `kind`, "CPU" or "GPU". `nodes` is as `ray.nodes()`.
+    """
+    own = {n["NodeID"]: n["Resources"].get(kind, 0.0) for n in nodes if n["Alive"]}
+    total = sum(own.values()) or 1.0
+    return {node: math.ceil(actors * amount / total) for node, amount in own.items() if amount}
 
 
 def evaluate_locally(

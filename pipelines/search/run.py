@@ -8,11 +8,9 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from pipelines.chain.plan import Plan
@@ -32,7 +30,7 @@ from pipelines.settings.sections import Settings
 from pipelines.stages.record import stage_state
 from pipelines.stages.schedule import check_batches
 from pipelines.stages.spec import with_upstream
-from pipelines.storage import Store
+from pipelines.storage import Store, scratch
 from pipelines.terminal.console import Console
 
 if TYPE_CHECKING:
@@ -290,8 +288,7 @@ class _Session:
         from pipelines.search.report import write_search_report
 
         halving_epoch = min(self.task.settings.tune.first_epochs, self.task.settings.stage2.epochs)
-        with tempfile.TemporaryDirectory(prefix="mantis-search-") as scratch:
-            folder = Path(scratch)
+        with scratch(self.store.root, "mantis-search") as folder:
             write_search_report(
                 folder,
                 result,

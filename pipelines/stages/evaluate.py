@@ -9,10 +9,8 @@ from __future__ import annotations
 import base64
 import io
 import json
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -161,9 +159,10 @@ def write_evaluation(
 def add_report(folder: str, store: Store) -> None:
     """Writes the report beside evaluation.json."""
     from pipelines.report.report import write_report
+    from pipelines.storage import scratch
 
-    with tempfile.TemporaryDirectory() as made:
-        write_report(store.read_json(f"{folder}/evaluation.json"), Path(made))
+    with scratch(store.root, "mantis-report") as made:
+        write_report(store.read_json(f"{folder}/evaluation.json"), made)
         store.upload_folder(made, f"{folder}/report")
 
 

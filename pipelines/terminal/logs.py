@@ -60,7 +60,8 @@ def _own_stream(stream: TextIO, descriptor: int) -> TextIO:
             return stream
     except (io.UnsupportedOperation, AttributeError):
         return stream
-    return os.fdopen(os.dup(descriptor), "w", encoding=stream.encoding, buffering=1)
+    copy = os.dup(descriptor)
+    return os.fdopen(copy, "w", encoding=stream.encoding, errors=stream.errors, buffering=1)
 
 
 def _release_log(log: TextIO) -> None:

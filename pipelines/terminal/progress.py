@@ -112,12 +112,14 @@ def watch_progress(console: Console) -> Iterator[None]:
 
 
 def _send(method: str, *news: Any) -> None:
+    """Sends news to the board. Raises nothing: a training must not end because of its display."""
     import ray
 
     if not ray.is_initialized():
         return
     try:
-        board = ray.get_actor(BOARD_NAME)
+        getattr(ray.get_actor(BOARD_NAME), method).remote(*news)
     except ValueError:  # there is no board: this is a test, or the driver has ended
         return
-    getattr(board, method).remote(*news)
+    except Exception:  # whatever Ray raises where its head or the board is being lost
+        logger.info("the progress of a worker could not be shown", exc_info=True)

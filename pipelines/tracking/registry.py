@@ -9,7 +9,6 @@ same tag `mantis.stage_key`.
 from __future__ import annotations
 
 import re
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -22,7 +21,7 @@ from mlflow.entities import LoggedModelOutput
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
-from pipelines.storage import Store
+from pipelines.storage import Store, scratch
 from pipelines.tracking import lookup
 from pipelines.tracking.lookup import StageRun
 from pipelines.tracking.metric_writer import bounded_client, failure_text, finite
@@ -154,14 +153,15 @@ def register_stages(tracker: Tracker, stages: Mapping[str, StageRun], config_nam
         known = _versions_with(client, main.key)
         missing = [part for part, name in NAMES.items() if name not in known]
         if missing:
-            with tempfile.TemporaryDirectory(prefix="mantis-register-") as scratch:
-                folder = Path(scratch) / "checkpoint"
+            root = main.folder.rpartition("/stages/")[0] or main.folder
+            with scratch(root, "mantis-register") as made:
+                folder = made / "checkpoint"
                 folder.mkdir()
                 for name in CHECKPOINT_FILES:  # leaves out the training state beside them
                     (folder / name).write_bytes(store.read_bytes(f"{checkpoint}/{name}"))
                 for part in missing:
                     own = _part_folder(folder, part)
-                    target = Path(scratch) / f"model-{part}"
+                    target = made / f"model-{part}"
                     known[NAMES[part]] = _write_version(tracker, part, own, main, target, tags)
         for name, version in known.items():
             for key, value in tags.items():
@@ -212,7 +212,7 @@ def _write_version(
     part: str,
     checkpoint: Path,
     stage: StageRun,
-    scratch: Path,
+    package: Path,
     tags: Mapping[str, str],
 ) -> str:
     from pipelines.tracking.package import write_package  # imports mlflow.pyfunc: takes seconds
@@ -222,8 +222,8 @@ def _write_version(
     logged = client.create_logged_model(
         tracker.experiment_id, name=name, source_run_id=run_id, model_type="codec", tags=dict(tags)
     )
-    write_package(scratch, checkpoint, part=part, run_id=run_id, model_id=logged.model_id)
-    client.log_model_artifacts(logged.model_id, str(scratch))
+    write_package(package, checkpoint, part=part, run_id=run_id, model_id=logged.model_id)
+    client.log_model_artifacts(logged.model_id, str(package))
     client.finalize_logged_model(logged.model_id, "READY")
     if run_id is not None:
         client.log_outputs(run_id, models=[LoggedModelOutput(logged.model_id, step=0)])

@@ -8,9 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -23,8 +20,9 @@ from data_prep.read.batches import local_batches, train_batches
 from mantis_core.folders import save_training_state
 from mantis_core.tasks import Batch
 from mantis_core.training.loop import Session, TrainingError, fit, steps_per_epoch
+from pipelines.cluster.machine import usable_cpus
 from pipelines.settings.sections import ClusterConfig
-from pipelines.storage import Store, writing
+from pipelines.storage import Store, scratch, writing
 from pipelines.training.checkpoints import Checkpoint, newest_intact, read_checkpoint
 from pipelines.training.files import (
     BEST,
@@ -226,15 +224,12 @@ def report_checkpoint(
     if place.rank != 0:
         ray_train.report(metrics)
         return
-    folder = tempfile.mkdtemp(prefix="mantis-epoch-")
-    try:
+    with scratch(training.settings.storage.root, "mantis-epoch") as folder:
         tensors, record = session.state()
         record = {**record, "key": training.key, "history": list(history)}
         save_training_state(folder, tensors, record)
         with writing(training.checkpoints):
             ray_train.report(metrics, checkpoint=ray_train.Checkpoint.from_directory(folder))
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
     shown = {name: value for name, value in history[-1].items() if not name.startswith(ROWS)}
     report_epoch(training.name, {"epochs": session.config.epochs, **shown})
 
@@ -250,7 +245,7 @@ def ship(
         "preparation": dict(training.preparation),
         COMPUTED_ON: computed_on(place.device, bf16=session.in_bf16, workers=place.world),
     }
-    with tempfile.TemporaryDirectory(prefix="mantis-ship-") as folder:
+    with scratch(training.settings.storage.root, "mantis-ship") as folder:
         session.recipe.save(session.best_student(), folder, training.kind, meta)
         store = Store(training.folder)
         store.upload_folder(folder, CHECKPOINT)
@@ -271,5 +266,4 @@ def _reporter(name: str) -> Callable[[Session, int, int, dict[str, float]], None
 
 def _set_threads(cluster: ClusterConfig, local_workers: int) -> None:
     wanted = cluster.threads_per_worker
-    cores = len(os.sched_getaffinity(0))
-    torch.set_num_threads(wanted or max(1, cores // max(1, local_workers)))
+    torch.set_num_threads(wanted or max(1, usable_cpus() // max(1, local_workers)))

@@ -17,7 +17,7 @@ from pipelines.settings.reading import load_settings
 from tests.docs.pages import NAMES, ROOT, blocks, inline_code, pages_with, write_configs
 
 TARGETS = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
-OTHER_PROGRAMS = {".", "export", "kubectl", "mlflow", "ray"}
+OTHER_PROGRAMS = {".", "export", "kubectl", "mlflow", "ray", "uv"}
 
 
 def command_lines(page: str) -> Iterator[list[str]]:

@@ -1,5 +1,6 @@
 """Storage: the same behaviour on a local folder and behind a URI, and atomic writes."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -8,7 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.storage import StorageError, Store, absolute_root, is_shared
+from pipelines.storage import (
+    StorageError,
+    Store,
+    absolute_root,
+    is_shared,
+    scratch,
+    shared_scratch,
+)
 
 
 @pytest.fixture(params=["local", "file-uri", "fsspec-uri"])
@@ -135,3 +143,56 @@ def test_a_root_below_a_file_cannot_be_written_and_says_so(tmp_path: Path) -> No
     (tmp_path / "runs").write_text("no folder")
     with pytest.raises(StorageError, match=r"runs/a/b cannot be written .* free space there"):
         Store(tmp_path / "runs").write_bytes("a/b", b"")
+
+
+def test_large_temporary_files_lie_below_a_local_root_and_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
+    root = tmp_path / "root"
+    with scratch(str(root), "epoch") as folder:
+        (folder / "weights").write_bytes(b"w")
+        assert folder.parent == root / "scratch"
+    assert not folder.exists()
+    (tmp_path / "tmp").mkdir()
+    with scratch("memory://bucket/root", "epoch") as folder:
+        assert folder.parent == tmp_path / "tmp"
+    assert list((tmp_path / "tmp").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        RuntimeError('IoError(Os { code: 28, message: "No space left on device" })'),
+    ],
+)
+def test_a_full_disk_of_temporary_files_is_named_with_what_sets_it(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    remote = rf"{tmp_path} is full: .* set TMPDIR to a folder"
+    with pytest.raises(StorageError, match=remote), scratch("memory://bucket/root", "epoch"):
+        raise error
+    own, local = str(tmp_path / "root"), "root/scratch is full: free some space, then run"
+    with pytest.raises(StorageError, match=local), scratch(own, "epoch"):
+        raise error
+    with pytest.raises(StorageError, match=r"^the results"), scratch(str(tmp_path), "epoch"):
+        raise StorageError("the results have no room: No space left on device")
+
+
+def test_a_place_for_temporary_files_that_cannot_be_written_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    why = r"file/scratch cannot be written \(Not a directory\)"
+    with pytest.raises(StorageError, match=why), scratch(str(tmp_path / "file"), "epoch"):
+        pass
+
+
+def test_files_for_all_nodes_lie_below_the_root_for_a_while(store: Store) -> None:
+    with shared_scratch(store.root, "score") as folder:
+        Store(folder).write_bytes("a/b", b"x")
+        assert folder.startswith(f"{store.root}/scratch/score-")
+        assert store.read_bytes(f"{folder}/a/b") == b"x"
+    assert not store.exists(folder)

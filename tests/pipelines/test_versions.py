@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 from pathlib import Path
@@ -108,3 +109,17 @@ def test_the_hash_of_the_source_changes_with_any_file_and_not_with_its_place(
         (tmp_path / f"{number}/pipelines/stages/new.py").write_text(text)
     first, same, other = (source_sha256(tmp_path / str(number)) for number in range(3))
     assert first == same != other
+
+
+def test_the_build_of_a_package_is_recorded_and_does_not_change_a_key(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    builds = {"torch": "2.15.0", "numpy": "1.26.4"}
+    monkeypatch.setattr(versions, "DECIDING_PACKAGES", tuple(builds))
+    monkeypatch.setattr(versions.metadata, "version", lambda name: builds.get(name, "1"))
+    plain = versions.deciding()
+    assert plain == builds  # what the registry gives: keys made before stay valid
+    for build in ("2.15.0+cpu", "2.15.0+cu132"):
+        builds["torch"] = build
+        assert versions.deciding() == plain
+        assert json.loads(provenance()["mantis.versions"])["torch"] == build

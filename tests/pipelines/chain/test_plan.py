@@ -314,7 +314,7 @@ def test_what_is_not_in_the_config_enters_the_keys_too(
     settings = load_settings(config)
     before = planned(settings)
     if changed == "packages":
-        monkeypatch.setattr("pipelines.chain.plan.installed", lambda: {"torch": "other"})
+        monkeypatch.setattr("pipelines.chain.plan.deciding", lambda: {"torch": "other"})
     if changed == "code":
         monkeypatch.setattr(plan, "source_hash", lambda *entries: "other code")
     if changed == "labels":

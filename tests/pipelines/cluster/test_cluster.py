@@ -13,12 +13,14 @@ import pytest
 from pipelines.cluster import connect as cluster
 from pipelines.cluster import preflight
 from pipelines.cluster.connect import local_cpus
+from pipelines.cluster.machine import usable_cpus
 from pipelines.cluster.preflight import (
     Available,
     PreflightError,
     check_disk,
     check_machine,
     check_resources,
+    check_room,
     check_room_for_data,
     cluster_address,
 )
@@ -36,6 +38,12 @@ tasks: [{name: outline, classes_from: shapes}]
     [
         ({"workers": 4}, Available(2, 0), 0, r"4 x .* asks for 4 CPUs, and this machine has 2"),
         ({"workers": 2}, Available(2, 0), 1, r"and 1 for data \(cluster\.data_cpus\)"),
+        (
+            {"gpus_per_worker": 0.5, "workers": 2},
+            Available(8, 4),
+            0,
+            "NCCL refuses that: set cluster.workers to 1",
+        ),
         ({"gpus_per_worker": 1}, Available(8, 0), 0, "asks for 1 GPUs, and this machine has 0"),
         ({"workers": 9}, Available(8, 0, 4), 0, "the 4 nodes have 8"),
         ({}, Available(8, 0, 2), 0, r"storage\.root /here is a folder of one machine"),
@@ -108,6 +116,11 @@ def test_a_root_that_cannot_be_written_or_is_full_is_refused(
     monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _: usage(5 * 2**20))
     with pytest.raises(PreflightError, match="5 MiB free, 1024 are needed"):
         check_disk(tmp_path)
+    with pytest.raises(PreflightError, match=f"disk of storage.root {tmp_path}"):
+        check_room(str(tmp_path))
+    monkeypatch.setattr(preflight.tempfile, "tempdir", str(tmp_path))
+    with pytest.raises(PreflightError, match=f"disk of TMPDIR {tmp_path} .*set TMPDIR to"):
+        check_room("memory://bucket/runs")
 
 
 def test_an_address_is_taken_from_the_config_then_the_environment(
@@ -188,5 +201,5 @@ print(json.dumps({"cpus": cpus, "sockets": sorted(sockets), "handler_kept": hand
     )
     found = json.loads(done.stdout.splitlines()[-1])
     assert set(found.pop("sockets")) <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
-    expected = max(len(os.sched_getaffinity(0)), 2)
+    expected = max(usable_cpus(), 2)
     assert found == {"cpus": expected, "handler_kept": True, "nested_kept": True, "alive": 0}

@@ -22,12 +22,12 @@ from typer.testing import CliRunner
 from pipelines.__main__ import app
 from pipelines.cluster import local_cluster as module
 from pipelines.cluster.local_cluster import (
-    MAX_FOLDER,
     LocalCluster,
     LocalClusterError,
     Started,
     local_cluster,
 )
+from pipelines.cluster.machine import MAX_FOLDER
 from pipelines.commands import local_cluster as cli_local_cluster
 from pipelines.commands.local_cluster import DEFAULT_FOLDER, free_port, how_to_submit, start_mlflow
 from tests.pipelines.processes import alive, family, listening
@@ -58,6 +58,29 @@ def mantis_cluster(command: str, folder: Path, *options: str) -> Any:
 def test_a_folder_too_long_for_sockets_is_refused() -> None:
     with pytest.raises(LocalClusterError, match=f"at most {MAX_FOLDER}"):
         LocalCluster(Path("/tmp") / ("x" * MAX_FOLDER))
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can give a folder away")
+@pytest.mark.parametrize("command", ["up", "status", "down"])
+def test_the_files_of_another_user_are_not_believed(command: str, folder: Path) -> None:
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as bystander:
+        began = psutil.Process(bystander.pid).create_time()
+        record = [{"name": "head", "pid": bystander.pid, "began": began}]
+        (folder / "started.json").write_text(json.dumps(record))
+        os.chown(folder, 12345, 12345)
+        done = mantis_cluster(command, folder)
+        assert done.exit_code == 2
+        assert done.stderr == f"error: {folder} belongs to another user: give another --folder\n"
+        assert bystander.poll() is None
+        assert (folder / "started.json").exists()
+        bystander.communicate(b"\n")
+    with tempfile.TemporaryDirectory(prefix="m-", dir="/tmp") as own:
+        link = Path(own) / "link"
+        link.symlink_to(own)
+        LocalCluster(link)
+        os.lchown(link, 12345, 12345)
+        with pytest.raises(LocalClusterError, match="belongs to another user"):
+            LocalCluster(link)
 
 
 def test_a_pid_that_was_given_to_another_process_is_not_taken_for_it() -> None:

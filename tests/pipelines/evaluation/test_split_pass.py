@@ -23,6 +23,7 @@ from pipelines.evaluation import split_pass
 from pipelines.evaluation.arms import SPLIT, ArmSource, Arrays
 from pipelines.evaluation.split_pass import (
     EvaluationError,
+    actors_on_nodes,
     collected,
     evaluate_locally,
     evaluate_split,
@@ -165,3 +166,41 @@ def test_a_pass_says_what_it_was_computed_on_and_computes_without_tf32(
     assert "computed_on" not in done.answers["one"]
     assert set(tf32) == {False}
     assert hardware_of([done, done]) == done.computed_on
+
+
+def test_actors_share_the_cpus_of_their_own_node() -> None:
+    def node(name: str, cpus: float, gpus: float = 0.0, *, alive: bool = True) -> dict[str, Any]:
+        return {"NodeID": name, "Alive": alive, "Resources": {"CPU": cpus, "GPU": gpus}}
+
+    assert actors_on_nodes([node("one", 4)], "CPU", 3) == {"one": 3}
+    small_head = [
+        node("head", 4),
+        node("a", 16, 1),
+        node("b", 16, 1),
+        node("lost", 16, alive=False),
+    ]
+    assert actors_on_nodes(small_head, "GPU", 2) == {"a": 1, "b": 1}
+    assert actors_on_nodes(small_head, "CPU", 9) == {"head": 1, "a": 4, "b": 4}
+
+
+def test_an_actor_takes_its_threads_from_the_node_it_is_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import ray
+
+    from pipelines.evaluation import answers
+
+    class Here:
+        def get_node_id(self) -> str:
+            return "b"
+
+    given: dict[str, Any] = {}
+    monkeypatch.setattr(ray, "get_runtime_context", Here)
+    monkeypatch.setattr(split_pass, "usable_cpus", lambda: 16)
+    monkeypatch.setattr(answers, "ArmEvaluator", lambda **arguments: given.update(arguments))
+    split_pass.ArmActor(actors={"a": 8, "b": 3}, device="cpu")
+    assert given == {"threads": 5, "device": "cpu"}
+    split_pass.ArmActor(actors={"a": 8, "b": 99})
+    assert given["threads"] == 1
+    split_pass.ArmActor(threads=7)
+    assert given["threads"] == 7

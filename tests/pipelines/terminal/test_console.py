@@ -141,3 +141,42 @@ def test_progress_of_a_ray_worker_reaches_the_console(local_ray: None, stream: i
             time.sleep(0.05)
     ray.get(work.remote())  # nobody watches any more: still no error
     assert stream.getvalue() == "stage1: epoch 1/2, val/top1 0.75\n"
+
+
+@pytest.mark.parametrize("error", [ValueError("no actor"), RuntimeError("the GCS is gone")])
+def test_progress_that_cannot_be_sent_does_not_end_a_training(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+
+    from pipelines.terminal import progress
+
+    asked = []
+
+    def lost(name: str) -> None:
+        asked.append(name)
+        raise error
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(ray, "get_actor", lost)
+    progress.report_epoch("stage1", {"train/loss": 1.0})
+    progress.report_note("a file is unreadable")
+    assert asked == [progress.BOARD_NAME] * 2
+
+
+def test_a_name_that_is_no_text_reaches_the_terminal_as_its_stream_writes_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = (tmp_path / "terminal").open("w", encoding="utf-8", errors="backslashreplace")
+    saved = os.dup(1)
+    os.dup2(target.fileno(), 1)
+    try:
+        with open(1, "w", encoding="utf-8", errors="backslashreplace", closefd=False) as stdout:
+            monkeypatch.setattr(sys, "stdout", stdout)
+            with captured_output(tmp_path / "logs") as (stream, _, _):
+                stream.write("caf\udce9.jpg\n")
+    finally:
+        os.dup2(saved, 1)
+        os.close(saved)
+        target.close()
+    assert (tmp_path / "terminal").read_text() == "caf\\udce9.jpg\n"
