@@ -8,6 +8,8 @@ import uuid
 
 from pyarrow import fs
 
+from data_prep.errors import DataError
+
 
 def is_uri(path: str) -> bool:
     """Returns whether a path names its file system, as `s3://bucket/images` does."""
@@ -29,9 +31,18 @@ def absolute(path: str) -> str:
 
 
 def filesystem(path: str) -> tuple[fs.FileSystem, str]:
-    """Returns the file system of a path and the path inside it."""
+    """Returns the file system of a path and the path inside it.
+
+    Raises DataError for a URI that this machine cannot open, and OSError if a store is away.
+    """
     if is_uri(path):
-        found: tuple[fs.FileSystem, str] = fs.FileSystem.from_uri(path)
+        try:
+            found: tuple[fs.FileSystem, str] = fs.FileSystem.from_uri(path)
+        except (ValueError, NotImplementedError, ImportError) as error:
+            raise DataError(
+                f"{path} cannot be opened: {error}. Give a folder, or a URI such as "
+                "s3://bucket/folder, gs://bucket/folder or file:///folder"
+            ) from error
         return found
     return fs.LocalFileSystem(), absolute(path)
 
