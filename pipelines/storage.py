@@ -2,14 +2,17 @@
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 from pyarrow import fs
 
@@ -17,6 +20,7 @@ PROBE = ".writable"
 SCRATCH = "scratch"
 """The folder below a local root for temporary files. What a killed process left there may go."""
 FULL = (errno.ENOSPC, errno.EDQUOT)
+SCHEMES = ("s3", "gs", "gcs", "file", "hdfs", "az", "abfs", "abfss", "http", "https", "memory")
 
 
 class StorageError(ValueError):
@@ -28,9 +32,9 @@ class StorageError(ValueError):
 class Store:
     """Reads and writes under one root.
 
-    The root is a local folder or a URI that pyarrow or fsspec can open (s3://, gs://, file://,
-    ...). A relative root becomes absolute against the current folder. A path is relative to the
-    root, or a full address as `join` returns it.
+    The root is a local folder or a URI that pyarrow can open (s3://, gs://, file://, ...). A
+    relative root becomes absolute against the current folder. A path is relative to the root, or a
+    full address as `join` returns it.
     """
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
@@ -158,8 +162,8 @@ def scratch(root: str, purpose: str) -> Iterator[Path]:
     Below a local root it is `scratch/<purpose>-...`, because the disk of TMPDIR is often small. For
     a root behind a URI it lies in TMPDIR. Raises StorageError if its disk is full.
     """
-    local = "://" not in root
-    above = Path(absolute_root(root), SCRATCH) if local else Path(tempfile.gettempdir())
+    local = local_root(root)
+    above = Path(tempfile.gettempdir()) if local is None else local / SCRATCH
     remedy = "" if local else ", or set TMPDIR to a folder on a larger disk"
     try:
         above.mkdir(parents=True, exist_ok=True)
@@ -213,10 +217,80 @@ def local_copy(folder: str) -> Iterator[Path]:
 
 
 def absolute_root(root: str, folder: str | os.PathLike[str] | None = None) -> str:
-    """Returns a URI unchanged, and a local path absolute against `folder` or the current folder."""
+    """Returns a URI unchanged, and a local path absolute against `folder` or the current folder.
+
+    Raises StorageError for a URI that cannot be a root.
+    """
     if "://" in root:
+        _check_uri(root)
         return root.rstrip("/")
+    if found := re.match(rf"({'|'.join(SCHEMES)}):", root):
+        scheme, rest = found[1], root[found.end() :]
+        slashes = "///" if scheme == "file" else "//"
+        raise StorageError(
+            f"{root!r} is no URI: did you mean {scheme}:{slashes}{rest.strip('/')}? A folder of "
+            f"that name would be ./{root}"
+        )
     return os.path.abspath(os.path.join(folder or os.getcwd(), os.path.expanduser(root)))
+
+
+def local_root(root: str) -> Path | None:
+    """Returns the folder of a root on this machine's disk, or None if it is remote.
+
+    Opens nothing: to open a bucket takes a network.
+    """
+    root = absolute_root(root)
+    if "://" not in root:
+        return Path(root)
+    return Path(unquote(urlsplit(root).path)) if root.startswith("file://") else None
+
+
+def spool_folder(root: str) -> Path:
+    """Returns the folder in which figures of runs below `root` wait while MLflow is away.
+
+    That is `spool` below a local root. A remote root has one in the user's cache on this machine.
+    """
+    local = local_root(root)
+    if local is not None:
+        return local / "spool"
+    return cache_folder() / "spool" / hashlib.sha256(root.encode()).hexdigest()[:12]
+
+
+def figures_wait(root: str) -> bool:
+    """Returns whether figures of runs below `root` wait for MLflow on this machine."""
+    return any(spool_folder(root).glob("*.jsonl"))
+
+
+def cache_folder() -> Path:
+    """Returns the folder for files of this user that can be made again. It may not exist yet.
+
+    That is `mantis` below XDG_CACHE_HOME or ~/.cache. A user without a home has it in the
+    folder for temporary files.
+    """
+    given = os.environ.get("XDG_CACHE_HOME")
+    with contextlib.suppress(RuntimeError):  # there is no HOME
+        base = Path(given) if given else Path.home() / ".cache"
+        above = next((each for each in (base, *base.parents) if each.is_dir()), Path("/"))
+        if os.access(above, os.W_OK):
+            return base / "mantis"
+    return Path(tempfile.gettempdir()) / f"mantis-{os.getuid()}"
+
+
+def private_folder(folder: Path) -> Path:
+    """Makes a folder that only this user can enter, with those of the cache above it.
+
+    Raises PermissionError if one of them belongs to another user.
+    """
+    if folder.parent.is_relative_to(cache_folder()):
+        private_folder(folder.parent)
+    else:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if {folder.lstat().st_uid, folder.stat().st_uid} != {os.getuid()}:
+        raise PermissionError(f"{folder} belongs to another user")
+    if folder.stat().st_mode & 0o077:
+        folder.chmod(0o700)
+    return folder
 
 
 def is_shared(root: str) -> bool:
@@ -231,22 +305,34 @@ def _open_root(root: str) -> tuple[str, fs.FileSystem, str]:
         return root, fs.LocalFileSystem(), root
     try:
         filesystem, base = fs.FileSystem.from_uri(root)
-    except (ValueError, NotImplementedError):
-        filesystem, base = _open_fsspec(root)
+    except (ValueError, NotImplementedError, OSError) as error:
+        raise StorageError(
+            f"{root} cannot be opened: {error}. Give a local folder or a URI such as "
+            "s3://bucket/folder, gs://bucket/folder or file:///shared/folder"
+        ) from error
     return root, filesystem, base.rstrip("/")
 
 
-def _open_fsspec(root: str) -> tuple[fs.FileSystem, str]:
-    import fsspec
-
-    try:
-        filesystem, base = fsspec.core.url_to_fs(root)
-    except (ValueError, ImportError) as error:
+def _check_uri(uri: str) -> None:
+    """Raises StorageError for a URI to which no path can be appended. Shows no secret."""
+    parts = urlsplit(uri)
+    user, _, host = parts.netloc.rpartition("@")
+    bare = f"{parts.scheme}://{host}{parts.path}"
+    if not host and not parts.path.strip("/"):
+        raise StorageError(f"{uri!r} names no bucket or folder: give s3://bucket/folder")
+    if parts.scheme == "file" and ("?" in uri or "#" in uri):
+        raise StorageError(f"{bare} is given with `?` or `#`: write them as %3F and %23")
+    if user and not parts.scheme.startswith("abfs"):  # abfs://container@account
         raise StorageError(
-            f"storage root {root!r} cannot be opened: {error}. "
-            "Use a local folder or a URI such as s3://bucket/folder or file:///shared/folder."
-        ) from error
-    return fs.PyFileSystem(fs.FSSpecHandler(filesystem)), base
+            f"{bare} is given with a user or a key, which would be written into logs: leave it "
+            "out, and set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
+        )
+    if "?" in uri or "#" in uri:
+        raise StorageError(
+            f"{bare} is given with options behind `?` or `#`, where names of files would be "
+            "appended: leave them out, and set AWS_ENDPOINT_URL (such as http://localhost:9000) "
+            "and AWS_REGION"
+        )
 
 
 def write_file(target: Path, data: bytes) -> None:

@@ -21,6 +21,9 @@ os.environ.update(
     }
 )
 
+for name in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME"):
+    os.environ.pop(name, None)  # a developer's own store
+
 
 def pytest_configure(config: pytest.Config) -> None:
     """Warnings are errors, but for those Ray Data raises about its own settings on copying them."""

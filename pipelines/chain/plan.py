@@ -58,13 +58,22 @@ def make_plan(settings: Settings, *, adopt: bool = False) -> Plan:
     finished ones of the same recipe made by other code or packages. Raises DataError or
     SettingsError.
     """
+    table, fingerprint = read_data(settings)
+    specs = plan_stages(settings, table, fingerprint)
+    return Plan(settings, table, with_adopted(specs, settings, search=adopt))
+
+
+def read_data(settings: Settings) -> tuple[TaskTable, str]:
+    """Returns the tasks of the data and its fingerprint. Opens no image. Raises DataError."""
+    from data_prep.errors import DataError
     from data_prep.finding import source_fingerprint
     from data_prep.tasks import resolve_tasks
 
-    table = resolve_tasks(settings.tasks, settings.data)
-    fingerprint = source_fingerprint(settings.data, table)
-    specs = plan_stages(settings, table, fingerprint)
-    return Plan(settings, table, with_adopted(specs, settings, search=adopt))
+    try:
+        table = resolve_tasks(settings.tasks, settings.data)
+        return table, source_fingerprint(settings.data, table)
+    except OSError as error:
+        raise DataError(f"the data at {settings.data.root} cannot be read: {error}") from error
 
 
 def plan_stages(

@@ -37,7 +37,7 @@ from pipelines.stages.spec import (
     TrainingStopped,
     with_upstream,
 )
-from pipelines.storage import Store
+from pipelines.storage import Store, figures_wait
 from pipelines.terminal.console import Console
 from pipelines.training.causes import first_cause
 
@@ -64,8 +64,9 @@ def run_chain(
     note_adopted(specs, store, console)
     if all(state == "done" for state in states.values()):
         outcomes = {spec.name: _skip(spec, store, console) for spec in specs}
-        run_id = recall_run(store, plan.key)
-        if plan.settings.tracking.enabled and (run_id is None or store.list("spool")):
+        tracking = plan.settings.tracking
+        run_id = recall_run(store, plan.key, tracking)
+        if tracking.enabled and (run_id is None or figures_wait(store.root)):
             run_id = _catch_up(plan, specs, make_tracker(plan.settings, console), config_name)
         return _chain_result(plan, store, specs, outcomes, run_id)
     check_machine(plan.settings)
@@ -75,7 +76,7 @@ def run_chain(
     try:
         shown = plan.settings.model_dump(mode="json")
         run_id = tracker.open_pipeline(config_name, shown, plan.key)
-        remember_run(store, plan.key, run_id)
+        remember_run(store, plan.key, run_id, plan.settings.tracking)
         waiting = [spec.kind for spec in specs if states[spec.name] != "done"]
         needs_ray = waiting != ["register"]
         with ray_session(plan.settings, console) if needs_ray else contextlib.nullcontext():
@@ -160,7 +161,13 @@ def make_tracker(settings: Settings, console: Console) -> Tracker:
     # Without tracking no store is opened. A remote root could not hold the default one.
     uri = tracking.uri if tracking.enabled else "sqlite://"
     location = locate_tracking(uri, settings.storage.root)
-    return Tracker(location, tracking.experiment, enabled=tracking.enabled, note=console.note)
+    return Tracker(
+        location,
+        tracking.experiment,
+        model=tracking.model,
+        enabled=tracking.enabled,
+        note=console.note,
+    )
 
 
 @contextlib.contextmanager
@@ -222,6 +229,7 @@ def _catch_up(
     """
     store = Store(plan.settings.storage.root)
     shown = plan.settings.model_dump(mode="json")
+    tracker.ask_again()
     run_id = tracker.open_pipeline(config_name, shown, plan.key)
     for spec in specs if run_id is not None else ():
         stage_run_id = _open_stage_run(spec, plan.by_name, tracker, run_id, finished=True)
@@ -229,7 +237,7 @@ def _catch_up(
         figures, tags = result.get("metrics", {}), hardware_tags(result)
         tracker.finish(stage_run_id, "FINISHED", metrics=figures, tags=tags)
     tracker.finish(run_id, "FINISHED")
-    remember_run(store, plan.key, run_id)
+    remember_run(store, plan.key, run_id, plan.settings.tracking)
     return run_id
 
 

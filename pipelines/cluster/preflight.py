@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -16,7 +15,6 @@ from pipelines.settings.sections import ClusterConfig, Settings
 from pipelines.storage import Store, is_shared
 
 MIN_FREE_BYTES = 2**30
-TRACKING_SCHEMES = ("sqlite", "http", "https", "postgresql", "mysql", "mssql")
 
 
 class PreflightError(ValueError):
@@ -40,21 +38,12 @@ def cluster_address(cluster: ClusterConfig) -> str:
 
 
 def check_machine(settings: Settings) -> None:
-    """Checks the CPUs of a local run, the disk and the tracking URI before Ray starts.
-
-    Raises PreflightError.
-    """
+    """Checks the CPUs of a local run and the disk before Ray starts. Raises PreflightError."""
     root = settings.storage.root
     if cluster_address(settings.cluster) == "local":
         available = Available(usable_cpus(), math.inf)
         check_resources(settings.cluster, root, available, data_cpus=0)
     check_room(root)
-    uri = settings.tracking.uri if settings.tracking.enabled else None
-    if uri and re.split(r"[:+]", uri)[0] not in TRACKING_SCHEMES:
-        raise PreflightError(
-            f"tracking.uri is {uri!r}; its scheme must be one of {', '.join(TRACKING_SCHEMES)}. "
-            "Leave it out for a sqlite file under storage.root."
-        )
 
 
 def check_resources(

@@ -208,6 +208,8 @@ def print_plan(
     from pipelines.chain.keys import without_defaults
     from pipelines.chain.preflight import Preflight
     from pipelines.chain.reasons import why_new
+    from pipelines.settings.reading import printable
+    from pipelines.settings.tracking import describe_store
     from pipelines.stages.record import read_result, stage_state
     from pipelines.stages.schedule import schedule
     from pipelines.storage import Store
@@ -225,6 +227,7 @@ def print_plan(
     reasons = {
         spec.name: why_new(store, spec) if actions[spec.name] == "run" else "" for spec in specs
     }
+    mlflow = describe_store(plan.settings.tracking, plan.settings.storage.root)
     if as_json:
         stages = [
             {
@@ -237,13 +240,15 @@ def print_plan(
             }
             for spec, training in planned
         ]
-        config = plan.settings.model_dump(mode="json")
+        config = printable(plan.settings).model_dump(mode="json")
         searched = {} if space is None else {"space": dict(space)}
-        print_json({"config": config, "stages": stages, "notes": notes, **searched})
+        found = {"config": config, "mlflow": mlflow, "stages": stages, "notes": notes}
+        print_json({**found, **searched})
         return
     typer.echo("# The fields that differ from their defaults; --json prints all of them.")
-    chosen = without_defaults(plan.settings)
+    chosen = without_defaults(printable(plan.settings))
     typer.echo(yaml.safe_dump(chosen, sort_keys=False, allow_unicode=True))
+    typer.echo(f"MLflow: {mlflow}")
     width = max(map(len, actions))
     for spec, training in planned:
         epochs = f"  {training.epochs} epochs" if training else ""

@@ -175,6 +175,8 @@ def start_mlflow(cluster: LocalCluster, folder: Path, port: int | None, store: s
     Clients send artifacts to the server, so the nodes need not share its disk. Raises
     LocalClusterError.
     """
+    from pipelines.settings.tracking import sqlite_uri
+
     found = free_port(port or MLFLOW_PORT)
     if port and found != port:
         raise LocalClusterError(
@@ -187,7 +189,7 @@ def start_mlflow(cluster: LocalCluster, folder: Path, port: int | None, store: s
     command += ["--host", LOOPBACK, "--port", str(found)]
     environment = {
         # Not as an option: all users of the machine can read a password on a command line.
-        "MLFLOW_BACKEND_STORE_URI": store or f"sqlite:///{folder / 'mlflow.db'}",
+        "MLFLOW_BACKEND_STORE_URI": store or sqlite_uri(folder / "mlflow.db"),
         # Otherwise MLflow starts nine processes for evaluations by language models.
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
     }

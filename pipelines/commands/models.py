@@ -1,4 +1,4 @@
-"""Commands on the results of runs: report, register, promote, models, lineage."""
+"""Commands on the results of runs: report, register, promote, models, lineage, ui."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from typing import Annotated
 import typer
 
 from pipelines.commands.errors import MISTAKE, Stopped, ending_well, print_json
-from pipelines.commands.options import AsJson, Root, Run, tracker_of
+from pipelines.commands.options import AsJson, Experiment, Root, Run, tracker_of
 
 
 @ending_well
 def report(
     run: Run = "latest",
     root: Root = None,
+    experiment: Experiment = None,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", help="Folder to write. The default is report-RUN."),
@@ -28,15 +29,17 @@ def report(
     Example: mantis report latest --output report
     """
     from pipelines.report.report import write_report
+    from pipelines.settings.tracking import experiment_name
     from pipelines.storage import Store
     from pipelines.tracking import lookup
 
     tracker = tracker_of(root)
-    found = lookup.find_pipeline(tracker, run)
+    found = lookup.find_pipeline(tracker, run, experiment_name(experiment))
     stage = lookup.stages(tracker, found).get("evaluate")
     if stage is None or not Store(stage.folder).exists("evaluation.json"):
+        where = "" if stage is None else f": there is no {stage.folder}/evaluation.json"
         raise Stopped(
-            f"error: run {found.info.run_id} has no finished evaluation. Finish it with "
+            f"error: run {found.info.run_id} has no finished evaluation{where}. Finish it with "
             "`mantis run`, then run `mantis report` again.",
             MISTAKE,
         )
@@ -51,23 +54,33 @@ def report(
 
 
 @ending_well
-def register(run: Run = "latest", root: Root = None, as_json: AsJson = False) -> None:
+def register(
+    run: Run = "latest",
+    root: Root = None,
+    experiment: Experiment = None,
+    as_json: AsJson = False,
+) -> None:
     """Register the main arm of a run as a new version of the model.
 
-    Moves the alias `candidate` to the new version.
+    Moves the alias `candidate` to the new version. A version that was registered before keeps its
+    number; its files are written again if they are lost.
 
     Example: mantis register latest
     """
+    from pipelines.settings.tracking import experiment_name
     from pipelines.tracking import registry
 
-    result = registry.register(tracker_of(root), run)
+    result = registry.register(tracker_of(root), run, experiment_name(experiment))
     print_json(result) if as_json else typer.echo(result["model"])
 
 
 @ending_well
 def promote(
     version: Annotated[
-        str, typer.Argument(metavar="VERSION", help="Version that `mantis models` lists.")
+        str,
+        typer.Argument(
+            metavar="VERSION", help="Version as `mantis models` lists it: models:/mantis/3, or 3."
+        ),
     ],
     alias: Annotated[str, typer.Option("--alias", help="Alias to move.")] = "champion",
     root: Root = None,
@@ -80,7 +93,9 @@ def promote(
     from pipelines.tracking import registry
 
     result = registry.promote(tracker_of(root), version, alias)
-    print_json(result) if as_json else typer.echo(f"models:/mantis@{alias} is {result['model']}")
+    print_json(result) if as_json else typer.echo(
+        f"models:/{result['name']}@{alias} is {result['model']}"
+    )
 
 
 @ending_well
@@ -114,7 +129,12 @@ def models(
 
 
 @ending_well
-def lineage(run: Run = "latest", root: Root = None, as_json: AsJson = False) -> None:
+def lineage(
+    run: Run = "latest",
+    root: Root = None,
+    experiment: Experiment = None,
+    as_json: AsJson = False,
+) -> None:
     """Show the commit, versions, stages and models of a run.
 
     Lists each stage with the stages it was built on.
@@ -123,13 +143,39 @@ def lineage(run: Run = "latest", root: Root = None, as_json: AsJson = False) -> 
     """
     import yaml
 
+    from pipelines.settings.tracking import experiment_name
     from pipelines.tracking import registry
 
-    found = registry.lineage(tracker_of(root), run)
+    found = registry.lineage(tracker_of(root), run, experiment_name(experiment))
     print_json(found) if as_json else typer.echo(yaml.safe_dump(found, sort_keys=False).rstrip())
 
 
-COMMANDS = (report, register, promote, models, lineage)
+@ending_well
+def ui(
+    root: Root = None,
+    port: Annotated[
+        int, typer.Option("--port", min=1, max=65535, help="Port of this machine to serve on.")
+    ] = 5000,
+) -> None:
+    """Show the runs and models in a browser: MLflow's pages, until Ctrl-C.
+
+    Only this machine can open them. A store that is a server already is only named.
+
+    Example: mantis ui --root runs
+    """
+    from pipelines.tracking.store.ui import UiFailed, serve
+
+    uri = tracker_of(root).location.uri
+    if uri.startswith("http"):
+        typer.echo(f"MLflow serves its pages at {uri}")
+        return
+    try:
+        serve(uri, port, started=typer.echo)
+    except UiFailed as error:
+        raise Stopped(f"error: {error}", error.exit_code) from None
+
+
+COMMANDS = (report, register, promote, models, lineage, ui)
 
 
 def _figure(value: float | None) -> str:

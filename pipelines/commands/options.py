@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -36,8 +35,16 @@ Root = Annotated[
     str | None,
     typer.Option(
         "--root",
-        help="Storage root of the runs. The default is the server at MLFLOW_TRACKING_URI, or "
+        help="Storage root of the runs. The default is the store at MLFLOW_TRACKING_URI, or "
         "./runs.",
+    ),
+]
+Experiment = Annotated[
+    str | None,
+    typer.Option(
+        "--experiment",
+        help="MLflow experiment in which `latest` is looked up. The default is "
+        "MLFLOW_EXPERIMENT_NAME, or all experiments.",
     ),
 ]
 Run = Annotated[
@@ -47,7 +54,8 @@ Model = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
-        help="models:/mantis@ALIAS, models:/mantis/VERSION or a checkpoint folder.",
+        help="models:/NAME@ALIAS, models:/NAME/VERSION or a checkpoint folder. NAME is mantis, or "
+        "the config's tracking.model.",
     ),
 ]
 StreamFile = Annotated[Path, typer.Argument(metavar="FILE.mts", help="Stream of coded images.")]
@@ -63,27 +71,50 @@ def model_folder(model: str, root: str | None) -> Path:
     """Returns the local checkpoint folder of a MODEL argument; downloads a registered model."""
     if not model.startswith("models:"):
         return Path(model)
-    from pipelines.tracking.registry import resolve_model
+    from pipelines.tracking.store.versions import resolve_model
 
     return resolve_model(model, tracker_of(root).location.uri)
 
 
 def tracker_of(root: str | None) -> Tracker:
-    """Returns the tracker of a command without a config.
+    """Returns the tracker of a command without a config, for look-ups.
 
-    Uses --root, else MLFLOW_TRACKING_URI, else ./runs. Raises Stopped if there are no runs.
+    Uses --root, else MLFLOW_TRACKING_URI, else ./runs. Raises Stopped if there is no store.
     """
+    from dataclasses import replace
+
+    from pipelines.settings.tracking import store_uri
     from pipelines.storage import absolute_root
     from pipelines.tracking.runs import Tracker, locate_tracking
+    from pipelines.tracking.store.client import sqlite_file
 
-    uri = None if root else os.environ.get("MLFLOW_TRACKING_URI")
+    uri = store_uri(None, ask=root is None)
     where = absolute_root(root or "./runs")
     location = locate_tracking(uri, where)
-    store = location.uri.removeprefix("sqlite:///")
-    if store != location.uri and not Path(store).is_file():
-        raise Stopped(
-            f"error: there are no runs in {where}. Give --root, set MLFLOW_TRACKING_URI, or make "
-            "one with `mantis run --config ...`",
-            MISTAKE,
-        )
+    file = sqlite_file(location.uri)
+    if uri is not None:  # ./runs has nothing to do with that store
+        location = replace(location, root=None if file is None else str(file.parent))
+    if file is not None and (not file.is_file() or not file.stat().st_size):
+        state = "is empty" if file.is_file() else "does not exist"
+        raise Stopped(f"error: {_no_runs(where, file, state, named=uri is not None)}", MISTAKE)
     return Tracker(location, "mantis")
+
+
+def _no_runs(where: str, file: Path, state: str, *, named: bool) -> str:
+    """Returns a message that says where runs were looked for, and where they may be."""
+    from pipelines.settings.tracking import URI_VARIABLE
+    from pipelines.stages.record import recorded_in
+    from pipelines.storage import Store
+
+    if named:
+        return (
+            f"there are no runs in {file}, which {URI_VARIABLE} names: it {state}. Give --root, or "
+            f"change {URI_VARIABLE}."
+        )
+    text = f"there are no runs in {where}: {file} {state}."
+    if store := recorded_in(Store(where)):
+        return (
+            f"{text} What ran there is recorded in {store}: set {URI_VARIABLE} to it, and leave "
+            "out --root."
+        )
+    return f"{text} Give --root, set {URI_VARIABLE}, or make a run with `mantis run --config ...`"

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TextIO
 
-from pipelines.chain.plan import Plan
+from pipelines.chain.plan import Plan, read_data
 from pipelines.chain.preflight import Preflight, check_rows
 from pipelines.chain.result import note_all
 from pipelines.chain.run import make_tracker, run_stages
@@ -215,7 +215,7 @@ class _Session:
     def _register(self) -> None:
         from pipelines.tracking import registry
 
-        client = self.runs.tracker.client
+        tracker = self.runs.tracker
         for record in self._chosen():
             run_id = self._run_of(record)
             if run_id is None:
@@ -223,10 +223,11 @@ class _Session:
                     "MLflow does not answer: no model was registered. Run the same command later."
                 )
                 return
-            made = registry.register(self.runs.tracker, run_id)
+            made = registry.register(tracker, run_id)
+            model = made["model"].removeprefix("models:/").rpartition("/")[0]
             self.models[record.number] = made["model"]
             for name, value in {"mantis.search": self.key, "mantis.trial": record.number}.items():
-                client.set_model_version_tag(registry.NAME, made["version"], name, str(value))
+                tracker.client.set_model_version_tag(model, made["version"], name, str(value))
             self.runs.close_trial(record)
             self.console.note(f"trial {record.number}: {made['model']}")
 
@@ -317,16 +318,12 @@ def search_task(settings: Settings, config_name: str) -> SearchTask:
 
     The address of the cluster is stored as well, because trials run on other nodes.
     """
-    from data_prep.finding import source_fingerprint
-    from data_prep.tasks import resolve_tasks
-
     settings = search_settings(settings)
     address = cluster_address(settings.cluster)
     if address != "local":
         joined = settings.cluster.model_copy(update={"address": address})
         settings = settings.model_copy(update={"cluster": joined})
-    table = resolve_tasks(settings.tasks, settings.data)
-    fingerprint = source_fingerprint(settings.data, table)
+    table, fingerprint = read_data(settings)
     return SearchTask(settings, table, fingerprint, config_name)
 
 

@@ -36,6 +36,7 @@ class SearchRuns:
         """Opens the run of a trial, or creates it. Its parameters are the trial's overrides."""
         tags = {
             "mantis.name": self.config_name,
+            "mantis.model": self.tracker.model,
             "mantis.trial": str(number),
             "mantis.state": "running",
             "mantis.overrides": json.dumps(dict(params)),

@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from mantis_core.config import SORTED
 from pipelines.settings.errors import SettingsError, explain
 from pipelines.settings.sections import TEACHER_KEYWORDS, Settings
+from pipelines.settings.tracking import experiment_name, store_uri, without_password
 from pipelines.storage import absolute_root
 
 
@@ -23,14 +24,15 @@ def load_settings(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
     """Reads a YAML file and the file it extends, then applies overrides such as `seed=1`.
 
     `storage.root`, `data.root`, `teacher.start` and a file in `teacher.weights` or
-    `teacher.classes` become absolute against the current folder. Raises SettingsError.
+    `teacher.classes` become absolute against the current folder. What `tracking` leaves out comes
+    from MLflow's variables. Raises SettingsError, or StorageError for a root that cannot be used.
     """
-    raw = _read_with_parent(Path(path))
+    raw = _with_experiment(_read_with_parent(Path(path)))
     if overrides:
         # The overrides may add what the file lacks. The check below reports what is still wrong.
         with contextlib.suppress(SettingsError):
             raw = _validate(raw).model_dump(mode="json")
-    return _with_absolute_paths(_validate(_override(raw, overrides)))
+    return _with_absolute_paths(_with_store(_validate(_override(raw, overrides))))
 
 
 def with_overrides(settings: Settings, overrides: Sequence[str]) -> Settings:
@@ -39,8 +41,21 @@ def with_overrides(settings: Settings, overrides: Sequence[str]) -> Settings:
 
 
 def to_yaml(settings: Settings) -> str:
-    """Returns the resolved config as YAML. Reading it back gives equal settings."""
-    return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    """Returns the resolved config as YAML, without the password of a tracking URI.
+
+    Reading it back gives equal settings, but for that password.
+    """
+    plain = printable(settings).model_dump(mode="json")
+    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+
+
+def printable(settings: Settings) -> Settings:
+    """Returns the settings without the password of a tracking URI."""
+    tracking = settings.tracking
+    if tracking.uri is None:
+        return settings
+    hidden = {"uri": without_password(tracking.uri, tracking.uri)}
+    return settings.model_copy(update={"tracking": tracking.model_copy(update=hidden)})
 
 
 class _Loader(yaml.SafeLoader):
@@ -175,6 +190,23 @@ def _validate(raw: Mapping[str, Any]) -> Settings:
         raise SettingsError(f"the config holds a value that is not plain YAML: {error}") from error
     except ValidationError as error:
         raise SettingsError(explain(error, Settings, raw)) from error
+
+
+def _with_experiment(raw: dict[str, Any]) -> dict[str, Any]:
+    """Adds the experiment of MLFLOW_EXPERIMENT_NAME to a config that names none."""
+    tracking, name = raw.get("tracking") or {}, experiment_name(None)
+    if name is None or not isinstance(tracking, dict):
+        return raw
+    return {**raw, "tracking": {"experiment": name, **tracking}}
+
+
+def _with_store(settings: Settings) -> Settings:
+    """Settles the URI of the MLflow store: workers on other nodes may lack the variable."""
+    tracking = settings.tracking
+    if not tracking.enabled:
+        return settings
+    found = tracking.model_copy(update={"uri": store_uri(tracking.uri)})
+    return settings.model_copy(update={"tracking": found})
 
 
 def _with_absolute_paths(settings: Settings) -> Settings:

@@ -76,10 +76,15 @@ class TrackingConfig(_Section):
     enabled: bool = True
     """Whether runs are recorded in MLflow. Without MLflow no model is registered."""
     uri: str | None = None
-    """MLflow tracking URI. Left out, it is an SQLite file under `storage.root`. A remote
-    `storage.root` needs the URI of a server."""
+    """MLflow tracking URI. Left out, it is MLFLOW_TRACKING_URI, or else an SQLite file under
+    `storage.root`. A remote `storage.root` needs the URI of a server."""
     experiment: str = Field(default="mantis", min_length=1)
-    """Name of the MLflow experiment that holds the runs."""
+    """Name of the MLflow experiment that holds the runs. Left out, it is MLFLOW_EXPERIMENT_NAME,
+    or else `mantis`."""
+    model: str = Field(default="mantis", pattern=r"^[^/:@\"\s][^/:@\"]*$")
+    """Name of the registered model. Its halves are registered as `<name>-client` and
+    `<name>-server`. Give each kind of data a name of its own: models of one name take over each
+    other's alias `candidate`."""
 
 
 class ClusterConfig(_Section):

@@ -14,6 +14,8 @@ from collections.abc import Iterator, Mapping, Set
 from dataclasses import replace
 from typing import Any, Literal
 
+from pipelines.settings.sections import TrackingConfig
+from pipelines.settings.tracking import without_password
 from pipelines.stages.spec import StageSpec
 from pipelines.storage import Store
 from pipelines.versions import commit, source_sha256
@@ -58,7 +60,7 @@ def locked(store: Store, path: str, name: str) -> Iterator[None]:
 def stage_state(store: Store, spec: StageSpec, tracking_uri: str | None) -> StageState:
     """Returns `done` if the stage's folder holds a complete result with the stage's key.
 
-    A registration is `done` only for the tracking server that has it.
+    A registration is `done` only for the tracking server and the model's name that have it.
     """
     if not store.exists(f"{spec.folder}/DONE"):
         return "started" if store.exists(f"{spec.folder}/STARTED") else "new"
@@ -67,8 +69,9 @@ def stage_state(store: Store, spec: StageSpec, tracking_uri: str | None) -> Stag
     done, result = _read_done(store, spec), store.read_bytes(f"{spec.folder}/result.json")
     if done != {"key": spec.key, "result_sha256": hashlib.sha256(result).hexdigest()}:
         return "started"
-    elsewhere = json.loads(result).get("tracking") != _server(tracking_uri)
-    return "started" if spec.kind == "register" and elsewhere else "done"
+    if spec.kind == "register" and not _is_registered(json.loads(result), spec, tracking_uri):
+        return "started"
+    return "done"
 
 
 def mark_started(store: Store, spec: StageSpec, made_with: Mapping[str, Any] | None = None) -> None:
@@ -106,8 +109,9 @@ def find_same_recipe(
 
 
 def mark_adopted(store: Store, spec: StageSpec) -> None:
-    """Records in the stage's own folder which result it has adopted."""
-    store.write_json(f"{spec.adopted_for}/ADOPTED", {"key": spec.key, "folder": spec.folder})
+    """Records in the stage's own folder which result it has adopted. It lies beside it."""
+    beside = spec.folder.rpartition("/")[2]
+    store.write_json(f"{spec.adopted_for}/ADOPTED", {"key": spec.key, "folder": beside})
 
 
 def read_adopted(store: Store, spec: StageSpec) -> StageSpec | None:
@@ -116,7 +120,9 @@ def read_adopted(store: Store, spec: StageSpec) -> StageSpec | None:
     if not store.exists(note) or store.exists(f"{spec.folder}/DONE"):
         return None
     record = store.read_json(note)
-    other = replace(spec, folder=record["folder"], key=record["key"], adopted_for=spec.folder)
+    # Earlier code wrote the whole address, of a root that may have been moved or copied since.
+    folder = f"{spec.folder.rpartition('/')[0]}/{record['folder'].rpartition('/')[2]}"
+    other = replace(spec, folder=folder, key=record["key"], adopted_for=spec.folder)
     return other if store.exists(f"{other.folder}/DONE") else None
 
 
@@ -146,17 +152,32 @@ def read_result(store: Store, spec: StageSpec) -> dict[str, Any]:
     return result
 
 
-def remember_run(store: Store, plan_key: str, run_id: str | None) -> None:
+def remember_run(store: Store, plan_key: str, run_id: str | None, tracking: TrackingConfig) -> None:
     """Stores the run id of a plan, so a later run finds it without MLflow."""
-    store.write_json(_run_file(plan_key), {"plan_key": plan_key, "run_id": run_id})
+    uri = tracking.uri or ""
+    record = {"plan_key": plan_key, "run_id": run_id, "store": without_password(uri, uri)}
+    record |= _place(tracking)
+    store.write_json(_run_file(plan_key), record)
 
 
-def recall_run(store: Store, plan_key: str) -> str | None:
-    """Returns the run id that `remember_run` stored, or None."""
+def recall_run(store: Store, plan_key: str, tracking: TrackingConfig) -> str | None:
+    """Returns the run id that `remember_run` stored for this experiment and server, or None."""
     if not store.exists(_run_file(plan_key)):
         return None
-    run_id: str | None = store.read_json(_run_file(plan_key))["run_id"]
+    record = store.read_json(_run_file(plan_key))
+    place = _place(tracking)
+    if any(record.get(name, value) != value for name, value in place.items()):
+        return None
+    run_id: str | None = record["run_id"]
     return run_id
+
+
+def recorded_in(store: Store) -> str:
+    """Returns the MLflow store of the last run below a root, "" if it is the root's own."""
+    plans = [f"plans/{name}" for name in store.list("plans")]
+    last = max(plans, key=store.modified, default=None)
+    place: str = store.read_json(last).get("store", "") if last else ""
+    return place
 
 
 def _run_file(plan_key: str) -> str:
@@ -168,6 +189,18 @@ def _read_done(store: Store, spec: StageSpec) -> Any:
         return store.read_json(f"{spec.folder}/DONE")
     except ValueError:
         return None
+
+
+def _is_registered(result: Mapping[str, Any], spec: StageSpec, tracking_uri: str | None) -> bool:
+    model = result.get("model", "").removeprefix("models:/").rpartition("/")[0]
+    return bool(
+        result.get("tracking") == _server(tracking_uri) and model == spec.settings.tracking.model
+    )
+
+
+def _place(tracking: TrackingConfig) -> dict[str, str]:
+    """Returns what says where a run is recorded. Records of earlier code lack it."""
+    return {"experiment": tracking.experiment, "tracking": _server(tracking.uri)}
 
 
 def _server(tracking_uri: str | None) -> str:

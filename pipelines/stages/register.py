@@ -9,6 +9,7 @@ from pipelines.stages.spec import Inputs, Stage, StageContext, StageSpec
 
 if TYPE_CHECKING:
     from pipelines.settings.sections import Settings
+    from pipelines.tracking.lookup import StageRun
 
 
 def planned(settings: Settings, inputs: Inputs) -> Iterator[tuple[str, Settings]]:
@@ -21,12 +22,23 @@ def run(spec: StageSpec, context: StageContext) -> dict[str, Any]:
     """Registers the main arm as the newest `candidate`.
 
     Reads result.json of stage `stage2` (key `model_folder`, relative to the stage's folder) and
-    evaluation.json of stage `evaluate`. Returns {"model": "models:/mantis/<v>", "version": v}.
+    evaluation.json of stage `evaluate`. Returns {"model": "models:/<name>/<v>", "version": v}.
+    Raises ConnectionError if MLflow is away: the run is to be resumed later.
     """
-    from pipelines.tracking.lookup import StageRun, stage_run_id
-    from pipelines.tracking.registry import NAME, register_stages
+    from pipelines.tracking.registry import register_stages
+    from pipelines.tracking.store.client import TrackingError
 
-    stages = {
+    try:
+        version = register_stages(context.tracker, _stages(spec, context), context.config_name)
+    except TrackingError as error:
+        raise ConnectionError(str(error)) from error
+    return {"model": f"models:/{context.tracker.model}/{version}", "version": version}
+
+
+def _stages(spec: StageSpec, context: StageContext) -> dict[str, StageRun]:
+    from pipelines.tracking.lookup import StageRun, stage_run_id
+
+    return {
         name: StageRun(
             name,
             key=planned.key,
@@ -38,8 +50,6 @@ def run(spec: StageSpec, context: StageContext) -> dict[str, Any]:
         for name, planned in context.specs.items()
         if name in spec.upstream or name == "prepare"
     }
-    version = register_stages(context.tracker, stages, context.config_name)
-    return {"model": f"models:/{NAME}/{version}", "version": version}
 
 
 REGISTER = Stage(

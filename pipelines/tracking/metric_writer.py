@@ -5,40 +5,30 @@ The spool is a file with one JSON object per line. It is replayed in order.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
 import numbers
-import os
 import re
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
-import requests
 from mlflow import MlflowClient
 from mlflow.entities import Metric, RunTag
-from mlflow.exceptions import MlflowException
-from sqlalchemy.exc import SQLAlchemyError
 
-from pipelines.storage import write_file
+from pipelines.storage import private_folder, write_file
+from pipelines.tracking.store.client import (
+    TRACKING_FAILURES,
+    bounded_client,
+    explain,
+    is_refusal,
+)
 
 logger = logging.getLogger(__name__)
-TRACKING_FAILURES = (MlflowException, SQLAlchemyError, requests.RequestException, OSError)
-
-# The server would refuse such a record again, so it is dropped. Other failures are retried.
-REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")
 MAX_BATCH = 100  # MLflow accepts 1000 metrics and 100 parameters per call
-
-# MLflow's defaults draw progress bars and block a call for four minutes if the server is away.
-MLFLOW_ENVIRONMENT = {
-    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
-    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
-}
 
 
 class MetricWriter:
@@ -47,15 +37,23 @@ class MetricWriter:
     It holds plain data only, so it can be sent to the Train controller. After a failure it waits
     `retry_after_s` seconds before it calls MLflow again, so an absent server costs one time-out per
     minute instead of one per epoch. Metrics go to `spool` while MLflow is away or there is no run.
-    If `spool` is None, tracking is off and metrics are dropped.
+    If `spool` is None, tracking is off and metrics are dropped. The folder of a `private` spool
+    is this user's alone.
     """
 
     def __init__(
-        self, uri: str, run_id: str | None, spool: Path | None, *, retry_after_s: float = 60.0
+        self,
+        uri: str,
+        run_id: str | None,
+        spool: Path | None,
+        *,
+        private: bool = False,
+        retry_after_s: float = 60.0,
     ):
         self.uri = uri
         self.run_id = run_id
         self.spool = spool
+        self.private = private
         self.retry_after_s = retry_after_s
         self._retry_at = 0.0
         self._last_step: int | None = None
@@ -83,15 +81,19 @@ class MetricWriter:
             logger.exception("the metrics in %s were not replayed", self.spool)
 
     def _deliver(self, records: list[dict[str, Any]]) -> None:
-        """Spools the records, then sends them. A process killed in between loses none."""
+        """Spools the records, then sends them. A process killed in between loses none.
+
+        Sends them also if they cannot be spooled.
+        """
         assert self.spool is not None  # `write` and `replay` return early without one
-        self._spool(self.spool, records)
+        kept = self._spool(self.spool, records)
         if self.run_id is None or time.monotonic() < self._retry_at:
             return
         waiting = self._send(records)
         if not waiting:
-            self.spool.unlink()
-        elif len(waiting) < len(records):
+            with contextlib.suppress(OSError):
+                self.spool.unlink()
+        elif kept and len(waiting) < len(records):
             self._spool(self.spool, waiting)
 
     def _send(self, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -107,37 +109,38 @@ class MetricWriter:
                     log_record(client, self.run_id, record)
                     self._last_step = record["step"]
             except TRACKING_FAILURES as error:
-                text = failure_text(error, self.uri)
-                if isinstance(error, MlflowException) and error.error_code in REFUSALS:
-                    logger.error("MLflow refused step %s: %s", record["step"], text)
+                text = explain(error, self.uri)
+                if is_refusal(error):
+                    logger.error("step %s is dropped: %s", record["step"], text)
                     continue
-                logger.warning(
-                    "MLflow does not answer (%s); metrics are kept in %s", text, self.spool
-                )
+                logger.warning("%s; metrics are kept in %s", text, self.spool)
                 self._retry_at = time.monotonic() + self.retry_after_s
                 return records[index:]
         return []
 
-    @staticmethod
-    def _spool(spool: Path, records: list[dict[str, Any]]) -> None:
-        spool.parent.mkdir(parents=True, exist_ok=True)
-        write_file(spool, "".join(json.dumps(record) + "\n" for record in records).encode())
+    def _spool(self, spool: Path, records: list[dict[str, Any]]) -> bool:
+        """Returns whether the records are on disk. A folder of another user is not written to."""
+        try:
+            if self.private:
+                private_folder(spool.parent)
+            else:
+                spool.parent.mkdir(parents=True, exist_ok=True)
+            write_file(spool, "".join(json.dumps(record) + "\n" for record in records).encode())
+        except OSError:
+            logger.exception("the metrics of run %s cannot be kept in %s", self.run_id, spool)
+            return False
+        return True
 
     @staticmethod
     def _spooled(spool: Path) -> list[dict[str, Any]]:
-        if not spool.exists():
+        try:
+            lines = spool.read_text("utf-8").splitlines()
+        except (FileNotFoundError, NotADirectoryError):
             return []
-        return [json.loads(line) for line in spool.read_text("utf-8").splitlines()]
-
-
-def bounded_client(uri: str) -> MlflowClient:
-    """Returns a client that waits seconds, not minutes, for an HTTP server that is away.
-
-    Variables that the user has set are kept.
-    """
-    for name, value in MLFLOW_ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    return MlflowClient(tracking_uri=uri, registry_uri=uri)
+        except OSError:
+            logger.exception("the metrics in %s cannot be read", spool)
+            return []
+        return [json.loads(line) for line in lines]
 
 
 def finite(metrics: Mapping[str, Any]) -> dict[str, float]:
@@ -177,18 +180,6 @@ def mlflow_key(name: str) -> str:
 def now_ms() -> int:
     """Returns the time in milliseconds since 1970, the unit of MLflow."""
     return int(time.time() * 1000)
-
-
-def without_password(text: str, uri: str) -> str:
-    """Hides the password of `uri` in `text`, because error messages repeat the whole URI."""
-    password = urlsplit(uri).password
-    return text.replace(f":{password}@", ":***@") if password else text
-
-
-def failure_text(error: Exception, uri: str) -> str:
-    """Returns the first line of an error, without the password of `uri`, at most 200 characters."""
-    lines = str(error).splitlines() or [type(error).__name__]
-    return without_password(lines[0], uri)[:200]
 
 
 def _record(metrics: Mapping[str, Any]) -> dict[str, Any]:

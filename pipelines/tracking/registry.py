@@ -9,6 +9,7 @@ same tag `mantis.stage_key`.
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -16,32 +17,38 @@ from typing import Any
 
 import yaml
 from mlflow import MlflowClient
-from mlflow.artifacts import download_artifacts
 from mlflow.entities import LoggedModelOutput
 from mlflow.entities.model_registry import ModelVersion
-from mlflow.exceptions import MlflowException
 
 from pipelines.storage import Store, scratch
 from pipelines.tracking import lookup
 from pipelines.tracking.lookup import StageRun
-from pipelines.tracking.metric_writer import bounded_client, failure_text, finite
+from pipelines.tracking.metric_writer import finite
 from pipelines.tracking.runs import Tracker
+from pipelines.tracking.store.client import TRACKING_FAILURES, asking, explain, writing
+from pipelines.tracking.store.moved import local_folder
+from pipelines.tracking.store.versions import (
+    CHECKPOINT_FILES,
+    NAME,
+    RegistryError,
+    codec_versions,
+    files_of,
+    find_version,
+    has_files,
+    part_names,
+)
 
-NAME = "mantis"
-NAMES = {"whole": NAME, "client": "mantis-client", "server": "mantis-server"}
-CHECKPOINT_FILES = ("weights.safetensors", "config.yaml", "meta.json")
 FIGURES = ("val/top1", "val/bpp", "val/wire_bytes")
 
 
-class RegistryError(ValueError):
-    """Raised if a model, version or run cannot be used. The message says what is allowed."""
+def register(tracker: Tracker, run: str, experiment: str | None = None) -> dict[str, Any]:
+    """Registers the main arm of a finished pipeline run, in the run's own experiment.
 
-    exit_code = 2
-
-
-def register(tracker: Tracker, run: str) -> dict[str, Any]:
-    """Registers the main arm of a finished pipeline run. `run` is its id or "latest"."""
-    pipeline = lookup.find_pipeline(tracker, run)
+    `run` is its id or "latest", also of another experiment than `tracker`'s. The model has the name
+    that the run's config gave it.
+    """
+    pipeline = lookup.find_pipeline(tracker, run, experiment)
+    tracker = tracker.within(pipeline)
     stages = lookup.stages(tracker, pipeline)
     missing = {"stage2", "evaluate"} - stages.keys()
     if missing:
@@ -50,16 +57,34 @@ def register(tracker: Tracker, run: str) -> dict[str, Any]:
             "Finish it with `mantis run`, then register it."
         )
     version = register_stages(tracker, stages, pipeline.data.tags["mantis.name"])
-    return {"model": f"models:/{NAME}/{version}", "version": version}
+    return {"model": f"models:/{tracker.model}/{version}", "version": version}
 
 
 def promote(tracker: Tracker, version: str, alias: str = "champion") -> dict[str, Any]:
-    """Moves `alias` to a version and its two halves. Returns the version as `models` lists it."""
-    client = tracker.client
-    found = _version(client, tracker.location.uri, f"models:/{NAME}/{version}")
-    for name, own in _parts_of(client, found).items():
-        client.set_registered_model_alias(name, alias, own)
-    return _summary(client.get_model_version(NAME, found.version))
+    """Moves `alias` to a version and its two halves. Returns the version as `models` lists it.
+
+    `version` is `models:/NAME/VERSION` or `models:/NAME@ALIAS`, or a number if the store has models
+    of one name, or of `mantis` beside others.
+    """
+    uri = tracker.location.uri
+    with asking(uri) as client:
+        model = version if ":" in version else f"models:/{_only_name(client)}/{version}"
+        found = find_version(client, uri, model)
+        for name, own in _parts_of(client, found).items():
+            client.set_registered_model_alias(name, alias, own)
+        moved = client.get_model_version(found.name, found.version)
+        return _summary(moved, sorted(moved.aliases))
+
+
+def _only_name(client: MlflowClient) -> str:
+    """Returns the name of the models in the store. Raises RegistryError if there are several."""
+    names = {version.name for version, _ in codec_versions(client)} or {NAME}
+    if len(names) == 1 or NAME in names:
+        return NAME if NAME in names else names.pop()
+    raise RegistryError(
+        f"the store has models of several names ({', '.join(sorted(names))}): give one as "
+        "`mantis models` lists it, such as models:/NAME/3."
+    )
 
 
 def models(
@@ -69,25 +94,26 @@ def models(
 
     A bound also drops the versions that lack its figure.
     """
-    found = tracker.client.search_model_versions(f"name = '{NAME}'", max_results=10_000)
-    # The result of a search has no aliases, so each version is fetched.
-    summaries = [_summary(tracker.client.get_model_version(NAME, v.version)) for v in found]
+    with asking(tracker.location.uri) as client:
+        found = list(codec_versions(client))
+    found.sort(key=lambda each: (each[0].creation_timestamp, int(each[0].version)), reverse=True)
+    summaries = [_summary(version, aliases) for version, aliases in found]
     if max_bpp is not None:
         summaries = [s for s in summaries if s["bpp"] is not None and s["bpp"] <= max_bpp]
     if min_top1 is not None:
         summaries = [s for s in summaries if s["top1"] is not None and s["top1"] >= min_top1]
-    newest = sorted(summaries, key=lambda summary: -int(summary["version"]))
     if max_bpp is None:
-        return newest
-    return sorted(newest, key=lambda summary: -(summary["top1"] or 0.0))
+        return summaries
+    return sorted(summaries, key=lambda summary: -(summary["top1"] or 0.0))
 
 
-def lineage(tracker: Tracker, run: str) -> dict[str, Any]:
+def lineage(tracker: Tracker, run: str, experiment: str | None = None) -> dict[str, Any]:
     """Returns the commit, package versions, stages with ancestors, and models of a pipeline run."""
-    pipeline = lookup.find_pipeline(tracker, run)
+    pipeline = lookup.find_pipeline(tracker, run, experiment)
     stages = lookup.stages(tracker, pipeline)
     keys = {stage.key for stage in stages.values()}
-    registered = tracker.client.search_model_versions(f"name = '{NAME}'", max_results=10_000)
+    with asking(tracker.location.uri) as client:
+        registered = list(codec_versions(client))
     return {
         "run_id": pipeline.info.run_id,
         "name": pipeline.data.tags["mantis.name"],
@@ -103,56 +129,37 @@ def lineage(tracker: Tracker, run: str) -> dict[str, Any]:
         ),
         "stages": [asdict(stage) for stage in stages.values()],
         "models": [
-            _summary(tracker.client.get_model_version(NAME, version.version))
-            for version in registered
+            _summary(version, aliases)
+            for version, aliases in registered
             if version.tags.get("mantis.stage_key") in keys
         ],
     }
 
 
-def resolve_model(model: str, uri: str) -> Path:
-    """Returns the local checkpoint folder of a model.
-
-    `model` is `models:/mantis@<alias>`, `models:/mantis/<version>`, the same with `mantis-client`
-    or `mantis-server`, or a checkpoint folder. `uri` is the tracking URI. Files of a remote store
-    are downloaded to a temporary folder. Loads and unpickles nothing.
-    """
-    if not model.startswith("models:"):
-        folder = Path(model)
-        _require_checkpoint(folder, model)
-        return folder
-    client = bounded_client(uri)
-    version = _version(client, uri, model)
-    try:
-        location = client.get_model_version_download_uri(version.name, version.version)
-        folder = Path(
-            download_artifacts(artifact_uri=f"{location}/artifacts/checkpoint", tracking_uri=uri)
-        )
-    except (MlflowException, OSError) as error:
-        raise RegistryError(
-            f"the files of {model} cannot be read ({failure_text(error, uri)}). Check that MLflow "
-            "and its artifact store answer."
-        ) from error
-    _require_checkpoint(folder, model)
-    return folder
-
-
 def register_stages(tracker: Tracker, stages: Mapping[str, StageRun], config_name: str) -> str:
     """Registers the codec of a finished stage 2 and returns its version.
 
-    A stage 2 key has one version. If it exists, only its tags and the alias `candidate` change.
+    A stage 2 key has one version. If it exists, only its tags and the alias `candidate` change, and
+    files that are no longer there are written again.
     """
     main = stages["stage2"]
     store = Store(main.folder)
-    checkpoint = store.read_json("result.json")["model_folder"]
-    evaluation = Store(stages["evaluate"].folder).read_json("evaluation.json")
+    checkpoint = _read(store, "result.json")["model_folder"]
+    evaluation = _read(Store(stages["evaluate"].folder), "evaluation.json")
     tags = _tags(evaluation, stages, config_name)
     tags |= _client_tags(store.read_json(f"{checkpoint}/meta.json"))
-    client = tracker.client
+    names, uri = part_names(tracker.model), tracker.location.uri
     try:
-        known = _versions_with(client, main.key)
-        missing = [part for part, name in NAMES.items() if name not in known]
-        if missing:
+        with writing(uri) as client:
+            known = _versions_with(client, tracker.model, main.key)
+        missing = [part for part, name in names.items() if name not in known]
+        lost = [
+            part
+            for part, name in names.items()
+            if name in known
+            and not has_files(client, uri, client.get_model_version(name, known[name]))
+        ]
+        if missing or lost:
             root = main.folder.rpartition("/stages/")[0] or main.folder
             with scratch(root, "mantis-register") as made:
                 folder = made / "checkpoint"
@@ -162,19 +169,34 @@ def register_stages(tracker: Tracker, stages: Mapping[str, StageRun], config_nam
                 for part in missing:
                     own = _part_folder(folder, part)
                     target = made / f"model-{part}"
-                    known[NAMES[part]] = _write_version(tracker, part, own, main, target, tags)
+                    known[names[part]] = _write_version(tracker, part, own, main, target, tags)
+                for part in lost:
+                    own = _part_folder(folder, part)
+                    empty = client.get_model_version(names[part], known[names[part]])
+                    target = made / f"lost-{part}"
+                    _write_files_again(client, uri, part, own, empty, target)
         for name, version in known.items():
             for key, value in tags.items():
                 client.set_model_version_tag(name, version, key, value)
         for name, version in known.items():
             client.set_registered_model_alias(name, "candidate", version)
-    except (MlflowException, OSError) as error:
+    except TRACKING_FAILURES as error:
         raise RegistryError(
-            f"the model could not be registered with MLflow at {tracker.place} "
-            f"({failure_text(error, tracker.location.uri)}). The trained model is kept in "
-            f"{store.join(checkpoint)}; run the same command again when MLflow answers."
+            f"the model could not be registered: {explain(error, uri)}. The trained model is kept "
+            f"in {store.join(checkpoint)}; run the same command again when MLflow answers."
         ) from error
-    return known[NAME]
+    return known[tracker.model]
+
+
+def _read(store: Store, name: str) -> Any:
+    """Reads a file of a finished stage. Raises RegistryError if it is not there."""
+    try:
+        return store.read_json(name)
+    except FileNotFoundError as error:
+        raise RegistryError(
+            f"there is no {store.join(name)}, which the registration needs. Put the stage's folder "
+            "back, or run `mantis run` with this storage.root again."
+        ) from error
 
 
 def _part_folder(whole: Path, part: str) -> Path:
@@ -189,12 +211,12 @@ def _part_folder(whole: Path, part: str) -> Path:
     return folder
 
 
-def _versions_with(client: MlflowClient, stage_key: str) -> dict[str, str]:
+def _versions_with(client: MlflowClient, model: str, stage_key: str) -> dict[str, str]:
     """Maps registered names to their version with this stage 2 key, for names that have one."""
     found = {}
-    for name in NAMES.values():
+    for name in part_names(model).values():
         versions = client.search_model_versions(
-            f"name = '{name}' and tags.`mantis.stage_key` = '{stage_key}'"
+            f"name = \"{name}\" and tags.`mantis.stage_key` = '{stage_key}'"
         )
         if versions:
             found[name] = str(versions[0].version)
@@ -204,7 +226,8 @@ def _versions_with(client: MlflowClient, stage_key: str) -> dict[str, str]:
 def _parts_of(client: MlflowClient, whole: ModelVersion) -> dict[str, str]:
     """Maps registered names to the versions of a codec and its halves."""
     key = whole.tags.get("mantis.stage_key")
-    return {**(_versions_with(client, key) if key else {}), NAME: str(whole.version)}
+    parts = _versions_with(client, whole.name, key) if key else {}
+    return {**parts, whole.name: str(whole.version)}
 
 
 def _write_version(
@@ -217,7 +240,7 @@ def _write_version(
 ) -> str:
     from pipelines.tracking.package import write_package  # imports mlflow.pyfunc: takes seconds
 
-    client, name = tracker.client, NAMES[part]
+    client, name = tracker.client, part_names(tracker.model)[part]
     run_id = stage.run_id or None
     logged = client.create_logged_model(
         tracker.experiment_id, name=name, source_run_id=run_id, model_type="codec", tags=dict(tags)
@@ -227,7 +250,7 @@ def _write_version(
     client.finalize_logged_model(logged.model_id, "READY")
     if run_id is not None:
         client.log_outputs(run_id, models=[LoggedModelOutput(logged.model_id, step=0)])
-    if not client.search_registered_models(f"name = '{name}'"):
+    if not client.search_registered_models(f'name = "{name}"'):
         client.create_registered_model(name)
     if tracker.location.uri.startswith("http"):
         source: str = f"models:/{logged.model_id}"
@@ -238,6 +261,33 @@ def _write_version(
         source, model_id = logged.artifact_location, logged.model_id if run_id else None
     created = client.create_model_version(name, source, run_id, model_id=model_id)
     return str(created.version)
+
+
+def _write_files_again(
+    client: MlflowClient,
+    uri: str,
+    part: str,
+    checkpoint: Path,
+    version: ModelVersion,
+    scratch: Path,
+) -> None:
+    """Writes the files of a version that lost them, to where the registry says they are."""
+    from pipelines.tracking.package import write_package  # imports mlflow.pyfunc: takes seconds
+
+    address = files_of(client, uri, version)
+    found = re.search(r"m-[0-9a-f]{32}", version.model_id or address)
+    if found is None:
+        raise RegistryError(
+            f"the files of models:/{version.name}/{version.version} are lost, and {address} cannot "
+            "be written: delete that version in MLflow and register again."
+        )
+    run_id = version.run_id or None
+    write_package(scratch, checkpoint, part=part, run_id=run_id, model_id=found[0])
+    folder = local_folder(address)
+    if folder is None:
+        client.log_model_artifacts(found[0], str(scratch))
+    else:  # MLflow may remember where they were, by the model's id
+        shutil.copytree(scratch, folder, dirs_exist_ok=True)
 
 
 def _tags(
@@ -263,15 +313,16 @@ def _client_tags(meta: Mapping[str, Any]) -> dict[str, str]:
     return {**tags, "mantis.model_id": meta["model_id"]}
 
 
-def _summary(version: ModelVersion) -> dict[str, Any]:
+def _summary(version: ModelVersion, aliases: list[str]) -> dict[str, Any]:
     figures = {name: version.tags.get(name) for name in (*FIGURES, "mantis.rate_weight")}
     top1, bpp, wire_bytes, rate_weight = (
         None if value is None else float(value) for value in figures.values()
     )
     return {
-        "model": f"models:/{NAME}/{version.version}",
+        "model": f"models:/{version.name}/{version.version}",
+        "name": version.name,
         "version": str(version.version),
-        "aliases": sorted(version.aliases),
+        "aliases": aliases,
         "top1": top1,
         "bpp": bpp,
         "wire_bytes": wire_bytes,
@@ -289,34 +340,3 @@ def _summary(version: ModelVersion) -> dict[str, Any]:
 
 def _whole_number(tag: str | None) -> int | None:
     return None if tag is None else int(tag)
-
-
-def _version(client: MlflowClient, uri: str, model: str) -> ModelVersion:
-    names = "|".join(NAMES.values())
-    match = re.fullmatch(
-        rf"models:/(?P<name>{names})(?:@(?P<alias>[\w.-]+)|/(?P<version>\d+))", model
-    )
-    if match is None:
-        raise RegistryError(
-            f"{model!r} is not the name of a model. Give models:/{NAME}@champion, "
-            f"models:/{NAME}/<version>, the same with {NAMES['client']} or {NAMES['server']}, or a "
-            "checkpoint folder."
-        )
-    try:
-        if match["alias"]:
-            return client.get_model_version_by_alias(match["name"], match["alias"])
-        return client.get_model_version(match["name"], match["version"])
-    except MlflowException as error:
-        raise RegistryError(
-            f"there is no model {model} ({failure_text(error, uri)}). `mantis models` lists the "
-            "registered models; --root or MLFLOW_TRACKING_URI selects another store."
-        ) from error
-
-
-def _require_checkpoint(folder: Path, model: str) -> None:
-    missing = [name for name in CHECKPOINT_FILES if not (folder / name).is_file()]
-    if missing:
-        raise RegistryError(
-            f"{model} is not a checkpoint: {', '.join(missing)} not found. Give a folder that "
-            f"holds {', '.join(CHECKPOINT_FILES)}, or models:/{NAME}@champion."
-        )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,68 +17,80 @@ from typing import Any, TypeVar
 from mlflow import MlflowClient
 from mlflow.entities import Param, Run
 
+from pipelines.settings.tracking import sqlite_uri, without_password
+from pipelines.storage import local_root, spool_folder
 from pipelines.tracking.metric_writer import (
     MAX_BATCH,
-    TRACKING_FAILURES,
     MetricWriter,
-    bounded_client,
-    failure_text,
     finite,
     log_record,
     mlflow_key,
     now_ms,
-    without_password,
 )
+from pipelines.tracking.store.client import (
+    TRACKING_FAILURES,
+    TrackingError,
+    bounded_client,
+    experiment_of,
+    explain,
+    is_missing,
+    is_refusal,
+    writing,
+)
+from pipelines.tracking.store.moved import ARTIFACTS, artifact_address
 from pipelines.versions import provenance
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
-
-
-class TrackingError(ValueError):
-    """Raised if a tracking setting or a run cannot be used. The message says what to do."""
-
-    exit_code = 2
+OPENED = "mantis.opened_ms"
+"""The tag of a pipeline's run with the time it was last opened, in milliseconds since 1970."""
+UPSTREAM = "mantis.upstream_keys"
+KEYS_PER_TAG = 100
+"""Keys in one tag. MLflow cuts a tag at 8,000 characters, so further keys have tags of their own,
+such as `mantis.upstream_keys.1`."""
 
 
 @dataclass(frozen=True)
 class TrackingLocation:
-    """The locations of MLflow's runs, of its artifacts and of the spool.
+    """The locations of MLflow's runs, of its artifacts, of the stages and of the spool.
 
-    `artifact_root` is None if the server decides.
+    `artifact_root` is None if the server decides. `root` is the storage root, None for a command
+    that only knows a server. A `private_spool` is in the user's cache.
     """
 
     uri: str
     artifact_root: str | None
     spool_folder: Path
+    root: str | None = None
+    private_spool: bool = False
 
 
 def locate_tracking(uri: str | None, root: str) -> TrackingLocation:
-    """Returns the locations for the configured `uri`; None means sqlite under a local `root`.
+    """Returns the locations for the configured `uri`; None means SQLite under a local `root`.
 
-    Raises TrackingError for a remote root without a URI, because sqlite needs a local file.
+    Raises TrackingError for a remote root without a URI, because SQLite needs a local file.
     """
-    remote = "://" in root and not root.startswith("file://")
-    local_root = None if remote else Path(root.removeprefix("file://")).resolve()
+    local = local_root(root)
+    folder = None if local is None else local.resolve()
     if uri is None:
-        if local_root is None:
+        if folder is None:
             raise TrackingError(
                 f"storage.root is {root!r}, and the default MLflow store needs a local folder. "
-                "Set tracking.uri to an MLflow server (http://...) or tracking.enabled to false."
+                "Set tracking.uri or MLFLOW_TRACKING_URI to an MLflow server (http://...), or "
+                "tracking.enabled to false."
             )
-        uri = f"sqlite:///{local_root / 'mlflow.db'}"
-    spool_folder = (local_root or Path(tempfile.gettempdir()) / "mantis") / "spool"
-    if uri.startswith("http"):
-        return TrackingLocation(uri, None, spool_folder)
-    return TrackingLocation(
-        uri, str(local_root / "mlartifacts") if local_root else root, spool_folder
-    )
+        uri = sqlite_uri(folder / "mlflow.db")
+    artifacts = None
+    if not uri.startswith("http"):
+        artifacts = root if folder is None else artifact_address(folder / ARTIFACTS)
+    return TrackingLocation(uri, artifacts, spool_folder(root), root, private_spool=folder is None)
 
 
 class Tracker:
     """Opens and closes runs.
 
-    While MLflow does not answer, methods return None, and one note says so.
+    While MLflow does not answer, methods return None, and one note says so. After such a failure
+    MLflow is not called again for `retry_after_s` seconds.
     """
 
     def __init__(
@@ -86,14 +98,19 @@ class Tracker:
         location: TrackingLocation,
         experiment: str,
         *,
+        model: str = "mantis",
         enabled: bool = True,
         note: Callable[[str], None] = logger.warning,
+        retry_after_s: float = 60.0,
     ):
         self.location = location
         self.experiment = experiment
+        self.model = model
         self.enabled = enabled
         self.available = enabled
         self.was_away = False  # True after any failed call, so MLflow may lack data
+        self.retry_after_s = retry_after_s
+        self._retry_at = 0.0
         self._note = note
         self._experiment_id: str | None = None
         self._open: set[str] = set()
@@ -112,24 +129,21 @@ class Tracker:
     def experiment_id(self) -> str:
         """Returns the id of the experiment, which is created if it does not exist.
 
-        The first access initialises the store, so no other code looks up the experiment. Raises
+        The first access initialises the store, so only code that writes asks for it. Raises
         TrackingError if the experiment was deleted.
         """
         if self._experiment_id is None:
-            client = self.client
-            found = client.get_experiment_by_name(self.experiment)
-            if found is not None and found.lifecycle_stage == "deleted":
-                raise TrackingError(
-                    f"the MLflow experiment {self.experiment!r} was deleted. Restore it "
-                    f"(mlflow experiments restore -x {found.experiment_id}) or set "
-                    "tracking.experiment to another name."
-                )
-            self._experiment_id = str(
-                found.experiment_id
-                if found is not None
-                else client.create_experiment(self.experiment, self.location.artifact_root)
-            )
+            with writing(self.location.uri) as client:
+                artifacts = self.location.artifact_root
+                self._experiment_id = experiment_of(client, self.experiment, artifacts)
         return self._experiment_id
+
+    def within(self, pipeline: Run) -> Tracker:
+        """Returns a tracker of the experiment and of the model's name of a pipeline's run."""
+        model = pipeline.data.tags.get("mantis.model", self.model)
+        found = Tracker(self.location, self.experiment, model=model, note=self._note)
+        found._experiment_id = pipeline.info.experiment_id
+        return found
 
     def open_pipeline(self, name: str, settings: Mapping[str, Any], plan_key: str) -> str | None:
         """Opens or creates the pipeline run of `plan_key` and logs `settings` as its parameters.
@@ -137,10 +151,15 @@ class Tracker:
         The section `tracking` is left out, because its URI may contain a password.
         """
         params = {section: value for section, value in settings.items() if section != "tracking"}
-        tags = {"mantis.pipeline_key": plan_key, "mantis.name": name}
-        return self.attempt(
-            lambda: self._open_run(name, "mantis.pipeline_key", plan_key, tags, params, "RUNNING")
-        )
+        tags = {"mantis.pipeline_key": plan_key, "mantis.name": name, "mantis.model": self.model}
+
+        def open_run() -> str:
+            run_id = self._open_run(name, "mantis.pipeline_key", plan_key, tags, params, "RUNNING")
+            for tag, value in ((OPENED, str(now_ms())), ("mantis.model", self.model)):
+                self.client.set_tag(run_id, tag, value)
+            return run_id
+
+        return self.attempt(open_run)
 
     def open_stage(
         self,
@@ -165,13 +184,13 @@ class Tracker:
             tags = {
                 "mantis.stage_key": key,
                 "mantis.stage": name,
-                "mantis.folder": folder,
-                "mantis.upstream_keys": json.dumps(list(upstream_keys)),
+                **upstream_tags(upstream_keys),
             }
             if parent_id is not None:
                 tags["mlflow.parentRunId"] = parent_id
             status = "FINISHED" if finished else "RUNNING"
             run_id = self._open_run(name, "mantis.stage_key", key, tags, params, status)
+            self._settle(run_id, parent_id, self._folder_tags(folder))
             if parent_id is not None:
                 self.client.set_tag(parent_id, mlflow_key(f"mantis.stage_run.{name}"), run_id)
                 if adopted:
@@ -201,7 +220,8 @@ class Tracker:
     def metric_writer(self, run_id: str | None, key: str) -> MetricWriter:
         """Returns a writer for the metrics of a run. `key` names its spool file."""
         spool = self.location.spool_folder / f"{key}.jsonl" if self.enabled else None
-        return MetricWriter(self.location.uri, run_id, spool)
+        private = self.location.private_spool
+        return MetricWriter(self.location.uri, run_id, spool, private=private)
 
     def finish(
         self,
@@ -269,26 +289,61 @@ class Tracker:
             self.client.set_terminated(run_id, status)
         return run_id
 
+    def _folder_tags(self, folder: str) -> dict[str, str]:
+        """Returns a stage's folder, relative to the root if it is below it, and the root."""
+        root = self.location.root
+        if root is None or not folder.startswith(f"{root}/"):
+            return {"mantis.folder": folder}
+        return {"mantis.folder": folder.removeprefix(f"{root}/"), "mantis.root": root}
+
+    def _settle(self, run_id: str, parent_id: str | None, tags: dict[str, str]) -> None:
+        """Sets tags of a stage's run that differ, and its parent if it has none.
+
+        A run first opened while MLflow had no run of the pipeline has none.
+        """
+        known = self.client.get_run(run_id).data.tags
+        if parent_id is not None and "mlflow.parentRunId" not in known:
+            tags = {**tags, "mlflow.parentRunId": parent_id}
+        for name, value in tags.items():
+            if known.get(name) != value:
+                self.client.set_tag(run_id, name, value)
+
+    def ask_again(self) -> None:
+        """Lets the next call try MLflow, even a moment after a failure."""
+        self._retry_at = 0.0
+
     def attempt(self, operation: Callable[[], T]) -> T | None:
         """Returns the result of `operation`, or None if tracking is off or MLflow does not answer.
 
         The first failure in a row prints a note.
         """
-        if not self.enabled:
+        if not self.enabled or time.monotonic() < self._retry_at:
             return None
         try:
             result = operation()
         except TRACKING_FAILURES as error:
             if self.available:
                 self._note(
-                    f"MLflow at {self.place} does not answer "
-                    f"({failure_text(error, self.location.uri)}). Work continues; metrics are kept "
-                    "and the next `mantis run` sends them."
+                    f"{explain(error, self.location.uri)}. Work continues; metrics are kept and "
+                    "the next `mantis run` sends them."
                 )
             self.available, self.was_away = False, True
+            if not (is_refusal(error) or is_missing(error)):
+                self._retry_at = time.monotonic() + self.retry_after_s
             return None
         self.available = True
         return result
+
+
+def upstream_tags(keys: Sequence[str]) -> dict[str, str]:
+    """Returns the tags that hold the keys of a stage's ancestors."""
+    starts = range(0, max(len(keys), 1), KEYS_PER_TAG)
+    return {
+        f"mantis.upstream_keys{f'.{n}' if n else ''}": json.dumps(
+            list(keys[at : at + KEYS_PER_TAG])
+        )
+        for n, at in enumerate(starts)
+    }
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

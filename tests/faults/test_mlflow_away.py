@@ -78,7 +78,8 @@ def test_a_server_away_at_the_start_and_in_the_middle_gets_every_figure_once(
 ) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     notes: list[str] = []
-    tracker = Tracker(locate_tracking(server.uri, str(tmp_path)), "mantis", note=notes.append)
+    location = locate_tracking(server.uri, str(tmp_path))
+    tracker = Tracker(location, "mantis", note=notes.append, retry_after_s=0.0)
     assert tracker.open_stage(None, "stage1", "k1", {}, folder="/runs/k1") is None
     tracker.metric_writer(None, "k1").write({"epoch": 1, "train/loss": 3.0})
     assert "does not answer" in notes[0]

@@ -4,7 +4,7 @@ import errno
 import os
 import subprocess
 import sys
-import uuid
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -13,18 +13,23 @@ from pipelines.storage import (
     StorageError,
     Store,
     absolute_root,
+    cache_folder,
+    figures_wait,
     is_shared,
+    local_root,
+    private_folder,
     scratch,
     shared_scratch,
+    spool_folder,
 )
 
 
-@pytest.fixture(params=["local", "file-uri", "fsspec-uri"])
+@pytest.fixture(params=["local", "file-uri", "remote-uri"])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
     roots = {
         "local": str(tmp_path / "root"),
         "file-uri": f"file://{tmp_path}/root",
-        "fsspec-uri": f"memory://{uuid.uuid4().hex}/root",
+        "remote-uri": "mock:///root",
     }
     return Store(roots[request.param])
 
@@ -104,7 +109,7 @@ def test_storage_is_asked_whether_it_can_be_written_and_nothing_is_left(tmp_path
 
 def test_only_a_plain_path_is_local_and_unshared(tmp_path: Path) -> None:
     assert Store(tmp_path).local_path("a") == tmp_path / "a"
-    assert Store("memory://somewhere").local_path("a") is None
+    assert Store("mock:///somewhere").local_path("a") is None
     assert not is_shared(str(tmp_path))
     assert is_shared(f"file://{tmp_path}")
     assert is_shared("s3://bucket/runs")
@@ -196,3 +201,61 @@ def test_files_for_all_nodes_lie_below_the_root_for_a_while(store: Store) -> Non
         assert folder.startswith(f"{store.root}/scratch/score-")
         assert store.read_bytes(f"{folder}/a/b") == b"x"
     assert not store.exists(folder)
+
+
+@pytest.mark.parametrize(
+    ("root", "message"),
+    [
+        ("s3://b/runs?endpoint_override=localhost:9000", "options behind .*AWS_ENDPOINT_URL"),
+        ("s3://key:secret@b/runs", "user or a key.*AWS_ACCESS_KEY_ID"),
+        ("s3://b/a#b", "options behind"),
+        ("file:///tmp/what?", r"write them as %3F and %23"),
+        ("s3:/b/runs", "did you mean s3://b/runs"),
+        ("file:/tmp/x", r"did you mean file:///tmp/x"),
+        ("s3://", "names no bucket or folder"),
+        ("file://", "names no bucket or folder"),
+        ("az://c/runs", "cannot be opened: .*az://c/runs"),
+    ],
+)
+def test_a_uri_that_cannot_be_a_root_is_refused_with_the_remedy(root: str, message: str) -> None:
+    with pytest.raises(StorageError, match=message) as caught:
+        Store(root)
+    assert "secret" not in str(caught.value)
+
+
+def test_a_quoted_file_uri_is_one_folder_for_all(tmp_path: Path) -> None:
+    root = f"file://{tmp_path}/my%20runs"
+    Store(root).write_bytes("stages/a", b"")
+    assert (tmp_path / "my runs/stages/a").is_file()
+    assert local_root(root) == Store(root).local_path() == tmp_path / "my runs"
+    assert spool_folder(root) == tmp_path / "my runs/spool"
+    assert [each.name for each in tmp_path.iterdir()] == ["my runs"]
+
+
+def test_figures_of_a_remote_root_wait_in_a_folder_of_this_user(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    folder = spool_folder("s3://bucket/runs")
+    assert folder.is_relative_to(tmp_path / "mantis/spool")
+    assert folder != spool_folder("s3://bucket/other")
+    assert not figures_wait("s3://bucket/runs")
+    private_folder(folder)
+    assert folder.stat().st_mode & 0o777 == folder.parent.stat().st_mode & 0o777 == 0o700
+    (folder / "key.jsonl").write_text("{}")
+    assert figures_wait("s3://bucket/runs")
+
+
+def test_a_folder_of_another_user_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "getuid", lambda: 12345)
+    with pytest.raises(PermissionError, match="belongs to another user"):
+        private_folder(tmp_path / "spool")
+
+
+def test_a_user_without_a_home_has_a_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    assert cache_folder() == tmp_path / f"mantis-{os.getuid()}"

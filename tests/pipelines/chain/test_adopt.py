@@ -87,6 +87,16 @@ def test_an_adopted_stage_stays_adopted_and_says_so(
     assert again.by_name["evaluate"].key == plan.by_name["evaluate"].key
 
 
+@pytest.mark.parametrize("written", ["/gone/runs/stages/{}", "{}"])
+def test_an_adopted_stage_is_found_where_its_root_was_moved_to(plan: Plan, written: str) -> None:
+    left = leave(plan, "stage2")
+    own, name = folder_of(plan, "stage2"), left.rpartition("/")[2]
+    record = {"key": "f" * 64, "folder": written.format(name)}
+    Store(plan.settings.storage.root).write_json(f"{own}/ADOPTED", record)
+    found = replace(plan, specs=with_adopted(plan.specs, plan.settings, search=False))
+    assert folder_of(found, "stage2") == left
+
+
 def test_a_registration_is_never_adopted(plan: Plan) -> None:
     leave(plan, "register")
     assert adopt(plan) == plan

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,9 @@ class FakeTracker:
     def __init__(self) -> None:
         self.calls: list[tuple[str, ...]] = []
         self.tags: dict[str, Any] = {}
+
+    def ask_again(self) -> None:
+        self.calls.append(("asked again",))
 
     def open_pipeline(self, name: str, settings: object, plan_key: str) -> str:
         self.calls.append(("pipeline", name))
@@ -273,6 +277,31 @@ def test_another_tracking_server_gets_the_model_too(bench: Bench) -> None:
     assert bench.sessions == sessions
     written = [path.read_text() for path in bench.root.rglob("*") if path.is_file()]
     assert not any("secret" in text for text in written)
+
+
+def test_a_model_of_another_name_is_registered_too(bench: Bench) -> None:
+    bench.run()
+    bench.run("tracking.model=pets")
+    assert bench.ran == ["register"]
+
+
+def test_another_experiment_gets_the_runs_too(bench: Bench) -> None:
+    bench.run()
+    bench.run("tracking.experiment=third")
+    assert bench.ran == []
+    assert [name for call, name in bench.tracker.calls if call == "finished"] == ORDER
+    bench.tracker.calls.clear()
+    bench.run("tracking.experiment=third")
+    assert bench.tracker.calls == []
+
+
+def test_a_run_that_earlier_code_remembered_is_recalled(bench: Bench) -> None:
+    bench.run()
+    (plan,) = (bench.root / "plans").iterdir()
+    record = json.loads(plan.read_text())
+    plan.write_text(json.dumps({name: record[name] for name in ("plan_key", "run_id")}))
+    assert bench.run().run_id == "run-1"
+    assert bench.tracker.calls == []
 
 
 def test_two_processes_never_work_on_one_stage(bench: Bench) -> None:

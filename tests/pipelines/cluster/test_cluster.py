@@ -101,9 +101,6 @@ def test_a_machine_too_small_is_refused_before_ray_starts(
     check_machine(load_settings(path, [root]))
     with pytest.raises(PreflightError, match="asks for 5000 CPUs"):
         check_machine(load_settings(path, [root, "cluster.workers=5000"]))
-    with pytest.raises(PreflightError, match=r"tracking\.uri is 'file:/x'; its scheme must be"):
-        check_machine(load_settings(path, [root, "tracking.uri=file:/x"]))
-    check_machine(load_settings(path, [root, "tracking.uri=mysql+pymysql://u:p@h/db"]))
 
 
 def test_a_root_that_cannot_be_written_or_is_full_is_refused(

@@ -39,9 +39,9 @@ from pipelines.tracking.registry import (
     models,
     promote,
     register,
-    resolve_model,
 )
 from pipelines.tracking.runs import Tracker
+from pipelines.tracking.store.versions import part_names, resolve_model
 
 LOAD_IN_A_FRESH_PROCESS = """
 import json, sys
@@ -284,7 +284,7 @@ def test_candidate_moves_to_new_weights_and_champion_only_when_promoted(
     assert [v["version"] for v in models(tracker, min_top1=0.8)] == ["2"]
     assert models(tracker, max_bpp=0.6, min_top1=0.8) == []
     assert promote(tracker, "2")["aliases"] == ["candidate", "champion"]
-    for name in registry.NAMES.values():
+    for name in part_names("mantis").values():
         for alias in ("candidate", "champion"):
             found = tracker.client.get_model_version_by_alias(name, alias)
             assert str(found.version) == "2"
@@ -322,7 +322,7 @@ def test_each_half_is_a_model_of_its_own_without_the_others_weights(chain, track
     [
         ("models:/mantis@champion", "mantis models"),
         ("models:/mantis/7", "mantis models"),
-        ("models:/other/1", "is not the name of a model"),
+        ("models:/other/1", "no model models:/other/1"),
         ("models:/mantis/latest", "is not the name of a model"),
         ("models:/mantis/../../etc", "is not the name of a model"),
         ("no/such/folder", "weights.safetensors"),

@@ -249,6 +249,24 @@ def test_the_writer_never_raises(tmp_path, caplog):
     assert len(caplog.records) == 2
 
 
+def test_figures_are_sent_though_they_cannot_be_kept(tracker, tmp_path, caplog):
+    unwritable = tmp_path / "file"
+    unwritable.write_text("not a folder")
+    run_id = open_stage(tracker)
+    writer = MetricWriter(tracker.location.uri, run_id, unwritable / "spool.jsonl")
+    with caplog.at_level(logging.ERROR):
+        writer.write({"epoch": 1, "train/loss": 0.5})
+    assert history(tracker, run_id, "train/loss") == [(1, 0.5)]
+    assert "cannot be kept" in caplog.text
+
+
+def test_a_private_spool_is_no_one_elses(tmp_path):
+    spool = tmp_path / "spool/key.jsonl"
+    MetricWriter(NOWHERE, None, spool, private=True).write({"epoch": 1, "train/loss": 0.5})
+    assert spool.is_file()
+    assert spool.parent.stat().st_mode & 0o777 == 0o700
+
+
 def test_work_goes_on_without_mlflow_and_the_next_run_sends_what_was_kept(
     location, tmp_path, no_retries
 ):
