@@ -80,6 +80,9 @@ class TrackingConfig(_Section):
     `storage.root` needs the URI of a server."""
     experiment: str = Field(default="mantis", min_length=1)
     """Name of the MLflow experiment that holds the runs."""
+    system_metrics: bool = True
+    """Whether the run of a pipeline gets the use of CPU, memory, disk, network and GPU on the
+    driver's machine, every ten seconds. GPUs need the package `nvidia-ml-py`."""
 
 
 class ClusterConfig(_Section):

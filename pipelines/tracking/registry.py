@@ -24,6 +24,11 @@ from mlflow.exceptions import MlflowException
 
 from pipelines.storage import Store
 from pipelines.tracking import lookup
+from pipelines.tracking.annotate import LOGGED_MODEL, annotate
+from pipelines.tracking.arms import find_arms
+from pipelines.tracking.datasets import inputs_of
+from pipelines.tracking.description import main_arm, model_description
+from pipelines.tracking.logged_models import checkpoints, find_checkpoint
 from pipelines.tracking.lookup import StageRun
 from pipelines.tracking.metric_writer import bounded_client, failure_text, finite
 from pipelines.tracking.runs import Tracker
@@ -84,10 +89,14 @@ def models(
 
 
 def lineage(tracker: Tracker, run: str) -> dict[str, Any]:
-    """Returns the commit, package versions, stages with ancestors, and models of a pipeline run."""
+    """Returns the commit, package versions, data, stages, arms, files and models of a pipeline run.
+
+    Each stage has its ancestors and, if it is a training, the MLflow id of its checkpoint.
+    """
     pipeline = lookup.find_pipeline(tracker, run)
     stages = lookup.stages(tracker, pipeline)
     keys = {stage.key for stage in stages.values()}
+    made = checkpoints(tracker, keys)
     registered = tracker.client.search_model_versions(f"name = '{NAME}'", max_results=10_000)
     return {
         "run_id": pipeline.info.run_id,
@@ -102,7 +111,12 @@ def lineage(tracker: Tracker, run: str) -> dict[str, Any]:
             for tag in pipeline.data.tags
             if tag.startswith("mantis.adopted.")
         ),
-        "stages": [asdict(stage) for stage in stages.values()],
+        "data": inputs_of(pipeline),
+        "artifacts": [file.path for file in tracker.client.list_artifacts(pipeline.info.run_id)],
+        "stages": [
+            {**asdict(stage), "checkpoint": made.get(stage.key)} for stage in stages.values()
+        ],
+        "arms": [asdict(arm) for arm in find_arms(tracker, stages.get("evaluate"))],
         "models": [
             _summary(tracker.client.get_model_version(NAME, version.version))
             for version in registered
@@ -162,7 +176,10 @@ def register_stages(tracker: Tracker, stages: Mapping[str, StageRun], config_nam
                 for part in missing:
                     own = _part_folder(folder, part)
                     target = Path(scratch) / f"model-{part}"
-                    known[NAMES[part]] = _write_version(tracker, part, own, main, target, tags)
+                    version = _write_version(tracker, part, own, folder, main, target, tags)
+                    known[NAMES[part]] = version
+        for part, name in NAMES.items():
+            annotate(tracker, part, (name, known[name]), tags, evaluation, stages)
         for name, version in known.items():
             for key, value in tags.items():
                 client.set_model_version_tag(name, version, key, value)
@@ -211,24 +228,46 @@ def _write_version(
     tracker: Tracker,
     part: str,
     checkpoint: Path,
+    whole: Path,
     stage: StageRun,
     scratch: Path,
     tags: Mapping[str, str],
 ) -> str:
-    from pipelines.tracking.package import write_package  # imports mlflow.pyfunc: takes seconds
+    """Writes a version of one part and returns its number.
+
+    `checkpoint` is the folder of the part, `whole` that of the whole codec. A version of the whole
+    belongs to the logged model of its checkpoint, if there is one. Halves have their own.
+    """
+    # Importing mlflow.pyfunc takes seconds.
+    from pipelines.tracking.package import example_input, write_package
 
     client, name = tracker.client, NAMES[part]
     run_id = stage.run_id or None
-    logged = client.create_logged_model(
-        tracker.experiment_id, name=name, source_run_id=run_id, model_type="codec", tags=dict(tags)
+    listed = find_checkpoint(tracker, stage.key) if part == "whole" else None
+    logged = listed or client.create_logged_model(
+        tracker.experiment_id,
+        name=name,
+        source_run_id=run_id,
+        model_type="codec",
+        tags=dict(tags),
+        params={"tasks": tags["mantis.tasks"], "rate_weight": tags["mantis.rate_weight"]},
     )
-    write_package(scratch, checkpoint, part=part, run_id=run_id, model_id=logged.model_id)
+    write_package(
+        scratch,
+        checkpoint,
+        part=part,
+        run_id=run_id,
+        model_id=logged.model_id,
+        example=example_input(part, whole),
+    )
     client.log_model_artifacts(logged.model_id, str(scratch))
     client.finalize_logged_model(logged.model_id, "READY")
-    if run_id is not None:
+    if listed is not None:
+        client.set_logged_model_tags(logged.model_id, dict(tags))
+    elif run_id is not None:
         client.log_outputs(run_id, models=[LoggedModelOutput(logged.model_id, step=0)])
     if not client.search_registered_models(f"name = '{name}'"):
-        client.create_registered_model(name)
+        client.create_registered_model(name, description=model_description(part, name))
     if tracker.location.uri.startswith("http"):
         source: str = f"models:/{logged.model_id}"
         model_id: str | None = logged.model_id
@@ -236,7 +275,8 @@ def _write_version(
         # Without a server, MLflow looks up a models:/ source, or a model without a run, in its
         # global tracking URI, which may differ from ours.
         source, model_id = logged.artifact_location, logged.model_id if run_id else None
-    created = client.create_model_version(name, source, run_id, model_id=model_id)
+    made_of = {LOGGED_MODEL: logged.model_id}
+    created = client.create_model_version(name, source, run_id, tags=made_of, model_id=model_id)
     return str(created.version)
 
 
@@ -244,7 +284,7 @@ def _tags(
     evaluation: Mapping[str, Any], stages: Mapping[str, StageRun], config_name: str
 ) -> dict[str, str]:
     key = stages["stage2"].key
-    arm = next(a for a in evaluation["arms"] if a["kind"] == "mantis" and a["stage_key"] == key)
+    arm = main_arm(evaluation, key)
     figures = finite(arm["metrics"])
     return {
         "mantis.stage_key": key,

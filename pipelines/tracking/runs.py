@@ -33,6 +33,8 @@ from pipelines.versions import provenance
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
+# MLflow's pages else take the experiment for one of prompts and hide the columns of models.
+EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
 
 
 class TrackingError(ValueError):
@@ -127,7 +129,9 @@ class Tracker:
             self._experiment_id = str(
                 found.experiment_id
                 if found is not None
-                else client.create_experiment(self.experiment, self.location.artifact_root)
+                else client.create_experiment(
+                    self.experiment, self.location.artifact_root, tags=EXPERIMENT_TAGS
+                )
             )
         return self._experiment_id
 
