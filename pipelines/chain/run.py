@@ -17,6 +17,7 @@ from pipelines.chain.plan import Plan
 from pipelines.chain.preflight import Preflight
 from pipelines.chain.reasons import made_with
 from pipelines.chain.result import ChainResult, hardware_tags, note_adopted, note_all
+from pipelines.chain.tracked import track_stage
 from pipelines.cluster.connect import connect
 from pipelines.cluster.preflight import check_machine
 from pipelines.settings.sections import Settings
@@ -79,7 +80,10 @@ def run_chain(
         remember_run(store, plan.key, run_id, plan.settings.tracking)
         waiting = [spec.kind for spec in specs if states[spec.name] != "done"]
         needs_ray = waiting != ["register"]
-        with ray_session(plan.settings, console) if needs_ray else contextlib.nullcontext():
+        with (
+            ray_session(plan.settings, console) if needs_ray else contextlib.nullcontext(),
+            watched_machine(plan.settings, tracker, run_id),
+        ):
             outcomes = run_stages(
                 plan,
                 specs,
@@ -138,16 +142,17 @@ def run_stages(
         if stage_state(store, spec, uri) == "done":
             _open_stage_run(spec, context.specs, tracker, run_id, finished=True)
             outcomes[spec.name] = _skip(spec, store, console)
-            continue
-        with claim(store, spec):
-            state = stage_state(store, spec, uri)  # another process may have finished it
-            if state == "done":
-                _open_stage_run(spec, context.specs, tracker, run_id, finished=True)
-                outcomes[spec.name] = _skip(spec, store, console)
-            else:
-                outcomes[spec.name] = _run_stage(
-                    spec, context, resumed=state == "started" and spec.stage.trains
-                )
+        else:
+            with claim(store, spec):
+                state = stage_state(store, spec, uri)  # another process may have finished it
+                if state == "done":
+                    _open_stage_run(spec, context.specs, tracker, run_id, finished=True)
+                    outcomes[spec.name] = _skip(spec, store, console)
+                else:
+                    outcomes[spec.name] = _run_stage(
+                        spec, context, resumed=state == "started" and spec.stage.trains
+                    )
+        track_stage(spec, specs=context.specs, store=store, tracker=tracker, run_id=run_id)
         if spec.kind == "prepare" and preflight is not None and not preflight.saw_rows:
             note_all(preflight.check(remarked=outcomes[spec.name].status == "ran"), console)
     return outcomes
@@ -176,6 +181,18 @@ def ray_session(settings: Settings, console: Console) -> Iterator[None]:
     from pipelines.terminal.progress import watch_progress
 
     with connect(settings.cluster, settings.storage.root), watch_progress(console):
+        yield
+
+
+@contextlib.contextmanager
+def watched_machine(settings: Settings, tracker: Tracker, run_id: str | None) -> Iterator[None]:
+    """Logs the use of this machine to the run `run_id`, unless `tracking` turns it off."""
+    if not (settings.tracking.enabled and settings.tracking.system_metrics):
+        yield
+        return
+    from pipelines.tracking.pages.system_metrics import system_metrics
+
+    with system_metrics(tracker, run_id):
         yield
 
 
@@ -236,6 +253,7 @@ def _catch_up(
         result = read_result(store, spec)
         figures, tags = result.get("metrics", {}), hardware_tags(result)
         tracker.finish(stage_run_id, "FINISHED", metrics=figures, tags=tags)
+        track_stage(spec, specs=plan.by_name, store=store, tracker=tracker, run_id=run_id)
     tracker.finish(run_id, "FINISHED")
     remember_run(store, plan.key, run_id, plan.settings.tracking)
     return run_id

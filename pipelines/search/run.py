@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from pipelines.chain.plan import Plan, read_data
 from pipelines.chain.preflight import Preflight, check_rows
 from pipelines.chain.result import note_all
-from pipelines.chain.run import make_tracker, run_stages
+from pipelines.chain.run import make_tracker, run_stages, watched_machine
 from pipelines.cluster.connect import connect
 from pipelines.cluster.preflight import check_machine, cluster_address
 from pipelines.search.driver import SearchDriver
@@ -132,7 +132,10 @@ class _Session:
         chosen = self._chosen() if not left and self.options.register else []
         if left or any(not self._is_evaluated(record) for record in chosen):
             settings = self.task.settings
-            with connect(settings.cluster, settings.storage.root):
+            with (
+                connect(settings.cluster, settings.storage.root),
+                watched_machine(settings, self.runs.tracker, self.runs.run_id),
+            ):
                 if left:
                     self._share()
                     self._search()

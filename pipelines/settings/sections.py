@@ -85,6 +85,9 @@ class TrackingConfig(_Section):
     """Name of the registered model. Its halves are registered as `<name>-client` and
     `<name>-server`. Give each kind of data a name of its own: models of one name take over each
     other's alias `candidate`."""
+    system_metrics: bool = True
+    """Whether the run of a pipeline gets the use of CPU, memory, disk, network and GPU on the
+    driver's machine, every ten seconds. GPUs need the package `nvidia-ml-py`."""
 
 
 class ClusterConfig(_Section):

@@ -48,6 +48,8 @@ def find_pipeline(tracker: Tracker, run: str, experiment: str | None = None) -> 
                 f"there is no run {run!r} in {tracker.place} ({error.message}). Give the id of a "
                 "pipeline run or `latest`, or give another --root."
             ) from error
+        if "mantis.arm" in result.data.tags:  # it lies below its evaluation, that below a pipeline
+            result = client.get_run(result.data.tags["mlflow.parentRunId"])
     if "mantis.search_key" in result.data.tags:
         raise TrackingError(
             f"run {run} is a search. Give the run of one of its trials, or register its front "
@@ -55,7 +57,7 @@ def find_pipeline(tracker: Tracker, run: str, experiment: str | None = None) -> 
         )
     if not result.data.tags.keys() & {"mantis.pipeline_key", "mantis.trial_key"}:
         parent = result.data.tags.get("mlflow.parentRunId", "unknown")
-        raise TrackingError(f"run {run} is a single stage. Give its pipeline run: {parent}.")
+        raise TrackingError(f"run {run} is a single stage or arm. Give its pipeline run: {parent}.")
     return result
 
 

@@ -1,21 +1,25 @@
-"""Writes the folder of a registered model: code, checkpoint, signature and pinned packages.
+"""Writes the folder of a registered model: code, checkpoint, signature, example, pinned packages.
 
 Does not talk to MLflow's server.
 """
 
 from __future__ import annotations
 
-import warnings
+import io
 from dataclasses import dataclass
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import yaml
 from mlflow.models import Model, ModelSignature
 from mlflow.pyfunc import save_model
 from mlflow.types import ColSpec, DataType, Schema
 from mlflow.types.schema import Array
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 # Packages that mantis_core needs in each part. They are pinned to the versions that trained the
 # model, because client and server must compute the same integer tables.
@@ -72,27 +76,64 @@ PARTS = {
 }
 
 
+EXAMPLE = "A procedural picture, drawn by code. It shows nobody's data."
+_EXAMPLE_SIDE = 64  # pixels; a client resizes every image
+
+
 def write_package(
-    target: Path, checkpoint: Path, *, part: str, run_id: str | None, model_id: str
+    target: Path,
+    checkpoint: Path,
+    *,
+    part: str,
+    run_id: str | None,
+    model_id: str,
+    example: bytes,
 ) -> None:
     """Writes the MLflow model of a checkpoint folder to `target`, which must not exist.
 
-    `part` is a key of PARTS and must match the contents of the checkpoint.
+    `part` is a key of PARTS and must match the contents of the checkpoint. `example` is the one
+    row of the input example: the picture of `example_image`, or for a server its stream.
     """
     wanted = PARTS[part]
-    with warnings.catch_warnings():
-        # MLflow would store an input example in the model, and it could show someone's data.
-        warnings.filterwarnings("ignore", "(?s).*An input example was not provided")
-        save_model(
-            target,
-            mlflow_model=Model(run_id=run_id, model_id=model_id),
-            python_model=str(Path(__file__).with_name(wanted.code)),
-            artifacts={"checkpoint": str(checkpoint)},
-            code_paths=[str(_package_folder("mantis_core"))],
-            pip_requirements=[f"{name}=={metadata.version(name)}" for name in wanted.packages],
-            signature=wanted.signature,
-        )
+    column = wanted.signature.inputs.input_names()[0]
+    save_model(
+        target,
+        mlflow_model=Model(run_id=run_id, model_id=model_id),
+        python_model=str(Path(__file__).with_name(wanted.code)),
+        artifacts={"checkpoint": str(checkpoint)},
+        code_paths=[str(_package_folder("mantis_core"))],
+        pip_requirements=[f"{name}=={metadata.version(name)}" for name in wanted.packages],
+        signature=wanted.signature,
+        input_example=pd.DataFrame({column: [example]}),
+        metadata={"input_example": EXAMPLE},
+    )
     _forget_this_machine(target)
+
+
+def example_image() -> bytes:
+    """Returns a PNG of colour gradients with a disc. Its comment says that code has drawn it."""
+    y, x = np.mgrid[:_EXAMPLE_SIDE, :_EXAMPLE_SIDE] / (_EXAMPLE_SIDE - 1)
+    pixels = np.stack([x, y, 1 - x * y], axis=-1)
+    pixels[(x - 0.5) ** 2 + (y - 0.5) ** 2 < 0.09] = (0.9, 0.6, 0.1)
+    about, stream = PngInfo(), io.BytesIO()
+    about.add_text("Comment", EXAMPLE)
+    Image.fromarray((255 * pixels).astype(np.uint8)).save(stream, "PNG", pnginfo=about)
+    return stream.getvalue()
+
+
+def example_input(part: str, whole: Path) -> bytes:
+    """Returns the example of a part: a picture, or the stream that the codec `whole` makes of it.
+
+    `whole` is the checkpoint folder of the whole codec.
+    """
+    picture = example_image()
+    if part != "server":
+        return picture
+    from mantis_core.codec.checkpoint import load_client  # imports torch, which takes seconds
+
+    client = load_client(whole)
+    [stream] = client.encode(client.prepare_images([picture]))
+    return stream
 
 
 def _forget_this_machine(model: Path) -> None:

@@ -24,6 +24,11 @@ from pipelines.storage import Store, scratch
 from pipelines.tracking import lookup
 from pipelines.tracking.lookup import StageRun
 from pipelines.tracking.metric_writer import finite
+from pipelines.tracking.pages.annotate import LOGGED_MODEL, annotate
+from pipelines.tracking.pages.arms import find_arms
+from pipelines.tracking.pages.datasets import inputs_of
+from pipelines.tracking.pages.description import main_arm, model_description
+from pipelines.tracking.pages.logged_models import checkpoints, find_checkpoint
 from pipelines.tracking.runs import Tracker
 from pipelines.tracking.store.client import TRACKING_FAILURES, asking, explain, writing
 from pipelines.tracking.store.moved import local_folder
@@ -108,12 +113,19 @@ def models(
 
 
 def lineage(tracker: Tracker, run: str, experiment: str | None = None) -> dict[str, Any]:
-    """Returns the commit, package versions, stages with ancestors, and models of a pipeline run."""
+    """Returns the commit, package versions, data, stages, arms, files and models of a pipeline run.
+
+    Each stage has its ancestors and, if it is a training, the MLflow id of its checkpoint.
+    """
     pipeline = lookup.find_pipeline(tracker, run, experiment)
+    tracker = tracker.within(pipeline)
     stages = lookup.stages(tracker, pipeline)
     keys = {stage.key for stage in stages.values()}
     with asking(tracker.location.uri) as client:
         registered = list(codec_versions(client))
+        made = checkpoints(tracker, keys)
+        arms = find_arms(tracker, stages.get("evaluate"))
+        artifacts = [file.path for file in client.list_artifacts(pipeline.info.run_id)]
     return {
         "run_id": pipeline.info.run_id,
         "name": pipeline.data.tags["mantis.name"],
@@ -127,7 +139,12 @@ def lineage(tracker: Tracker, run: str, experiment: str | None = None) -> dict[s
             for tag in pipeline.data.tags
             if tag.startswith("mantis.adopted.")
         ),
-        "stages": [asdict(stage) for stage in stages.values()],
+        "data": inputs_of(pipeline),
+        "artifacts": artifacts,
+        "stages": [
+            {**asdict(stage), "checkpoint": made.get(stage.key)} for stage in stages.values()
+        ],
+        "arms": [asdict(arm) for arm in arms],
         "models": [
             _summary(version, aliases)
             for version, aliases in registered
@@ -169,12 +186,15 @@ def register_stages(tracker: Tracker, stages: Mapping[str, StageRun], config_nam
                 for part in missing:
                     own = _part_folder(folder, part)
                     target = made / f"model-{part}"
-                    known[names[part]] = _write_version(tracker, part, own, main, target, tags)
+                    made_version = _write_version(tracker, part, own, folder, main, target, tags)
+                    known[names[part]] = made_version
                 for part in lost:
                     own = _part_folder(folder, part)
                     empty = client.get_model_version(names[part], known[names[part]])
                     target = made / f"lost-{part}"
-                    _write_files_again(client, uri, part, own, empty, target)
+                    _write_files_again(client, uri, part, own, folder, empty, target)
+        for part, name in names.items():
+            annotate(tracker, part, (name, known[name]), tags, evaluation, stages)
         for name, version in known.items():
             for key, value in tags.items():
                 client.set_model_version_tag(name, version, key, value)
@@ -234,24 +254,46 @@ def _write_version(
     tracker: Tracker,
     part: str,
     checkpoint: Path,
+    whole: Path,
     stage: StageRun,
     package: Path,
     tags: Mapping[str, str],
 ) -> str:
-    from pipelines.tracking.package import write_package  # imports mlflow.pyfunc: takes seconds
+    """Writes a version of one part and returns its number.
+
+    `checkpoint` is the folder of the part, `whole` that of the whole codec. A version of the whole
+    belongs to the logged model of its checkpoint, if there is one. Halves have their own.
+    """
+    # Importing mlflow.pyfunc takes seconds.
+    from pipelines.tracking.package import example_input, write_package
 
     client, name = tracker.client, part_names(tracker.model)[part]
     run_id = stage.run_id or None
-    logged = client.create_logged_model(
-        tracker.experiment_id, name=name, source_run_id=run_id, model_type="codec", tags=dict(tags)
+    listed = find_checkpoint(tracker, stage.key) if part == "whole" else None
+    logged = listed or client.create_logged_model(
+        tracker.experiment_id,
+        name=name,
+        source_run_id=run_id,
+        model_type="codec",
+        tags=dict(tags),
+        params={"tasks": tags["mantis.tasks"], "rate_weight": tags["mantis.rate_weight"]},
     )
-    write_package(package, checkpoint, part=part, run_id=run_id, model_id=logged.model_id)
+    write_package(
+        package,
+        checkpoint,
+        part=part,
+        run_id=run_id,
+        model_id=logged.model_id,
+        example=example_input(part, whole),
+    )
     client.log_model_artifacts(logged.model_id, str(package))
     client.finalize_logged_model(logged.model_id, "READY")
-    if run_id is not None:
+    if listed is not None:
+        client.set_logged_model_tags(logged.model_id, dict(tags))
+    elif run_id is not None:
         client.log_outputs(run_id, models=[LoggedModelOutput(logged.model_id, step=0)])
     if not client.search_registered_models(f'name = "{name}"'):
-        client.create_registered_model(name)
+        client.create_registered_model(name, description=model_description(part, name))
     if tracker.location.uri.startswith("http"):
         source: str = f"models:/{logged.model_id}"
         model_id: str | None = logged.model_id
@@ -259,7 +301,8 @@ def _write_version(
         # Without a server, MLflow looks up a models:/ source, or a model without a run, in its
         # global tracking URI, which may differ from ours.
         source, model_id = logged.artifact_location, logged.model_id if run_id else None
-    created = client.create_model_version(name, source, run_id, model_id=model_id)
+    made_of = {LOGGED_MODEL: logged.model_id}
+    created = client.create_model_version(name, source, run_id, tags=made_of, model_id=model_id)
     return str(created.version)
 
 
@@ -268,11 +311,12 @@ def _write_files_again(
     uri: str,
     part: str,
     checkpoint: Path,
+    whole: Path,
     version: ModelVersion,
-    scratch: Path,
+    package: Path,
 ) -> None:
     """Writes the files of a version that lost them, to where the registry says they are."""
-    from pipelines.tracking.package import write_package  # imports mlflow.pyfunc: takes seconds
+    from pipelines.tracking.package import example_input, write_package  # takes seconds
 
     address = files_of(client, uri, version)
     found = re.search(r"m-[0-9a-f]{32}", version.model_id or address)
@@ -282,19 +326,26 @@ def _write_files_again(
             "be written: delete that version in MLflow and register again."
         )
     run_id = version.run_id or None
-    write_package(scratch, checkpoint, part=part, run_id=run_id, model_id=found[0])
+    write_package(
+        package,
+        checkpoint,
+        part=part,
+        run_id=run_id,
+        model_id=found[0],
+        example=example_input(part, whole),
+    )
     folder = local_folder(address)
     if folder is None:
-        client.log_model_artifacts(found[0], str(scratch))
+        client.log_model_artifacts(found[0], str(package))
     else:  # MLflow may remember where they were, by the model's id
-        shutil.copytree(scratch, folder, dirs_exist_ok=True)
+        shutil.copytree(package, folder, dirs_exist_ok=True)
 
 
 def _tags(
     evaluation: Mapping[str, Any], stages: Mapping[str, StageRun], config_name: str
 ) -> dict[str, str]:
     key = stages["stage2"].key
-    arm = next(a for a in evaluation["arms"] if a["kind"] == "mantis" and a["stage_key"] == key)
+    arm = main_arm(evaluation, key)
     figures = finite(arm["metrics"])
     return {
         "mantis.stage_key": key,

@@ -50,6 +50,7 @@ def test_a_killed_driver_loses_no_finished_stage_and_no_epoch(tmp_path: Path) ->
     client = MlflowClient(tracking_uri=f"sqlite:///{tmp_path / 'runs/mlflow.db'}")
     experiment = client.get_run(result["run_id"]).info.experiment_id
     runs = client.search_runs([experiment])
+    runs = [run for run in runs if "mantis.arm" not in run.data.tags]
     stages = sorted(run.data.tags.get("mantis.stage", "") for run in runs)
     assert stages == ["", "evaluate", "prepare", "register", "stage1", "stage2"]
     stage2 = next(run for run in runs if run.data.tags.get("mantis.stage") == "stage2")

@@ -18,7 +18,8 @@ Runner = Callable[[StageSpec, StageContext], dict[str, Any]]
 def fake_stages(monkeypatch: pytest.MonkeyPatch, runner: Runner) -> None:
     """Lets every stage run `runner`, without Ray, under keys that count no code.
 
-    No preflight is made: the runner may prepare nothing.
+    No preflight is made: the runner may prepare nothing. MLflow gets figures alone, and no thread
+    watches the machine.
     """
 
     @contextlib.contextmanager
@@ -26,6 +27,8 @@ def fake_stages(monkeypatch: pytest.MonkeyPatch, runner: Runner) -> None:
         yield
 
     monkeypatch.setattr("pipelines.chain.run.ray_session", session)
+    monkeypatch.setattr("pipelines.chain.run.watched_machine", session)
+    monkeypatch.setattr("pipelines.chain.run.track_stage", lambda *_, **__: None)
     monkeypatch.setattr("pipelines.chain.preflight.Preflight.check", lambda *_, **__: [])
     same_code(monkeypatch)
     for name, stage in list(STAGES.items()):

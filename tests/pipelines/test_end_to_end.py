@@ -75,6 +75,9 @@ def test_mlflow_has_one_run_a_stage_and_no_step_twice(finished):
     parent = client.get_run(result["run_id"])
     assert parent.info.status == "FINISHED"
     runs = client.search_runs([parent.info.experiment_id])
+    arms = {run.data.tags["mantis.arm"] for run in runs if "mantis.arm" in run.data.tags}
+    assert arms == {"stage2", "oracle", "teacher", "webp/quality-5", "webp/quality-75"}
+    runs = [run for run in runs if "mantis.arm" not in run.data.tags]
     names = sorted(run.data.tags.get("mantis.stage", "") for run in runs)
     assert names == ["", "evaluate", "prepare", "register", "stage1", "stage2"]
     for run in runs:

@@ -141,6 +141,10 @@ def writing(uri: str) -> Iterator[MlflowClient]:
         yield bounded_client(uri)
 
 
+EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
+"""Without it MLflow's pages take the experiment for one of prompts and hide columns of models."""
+
+
 def experiment_of(client: MlflowClient, name: str, artifact_root: str | None) -> str:
     """Returns the id of an experiment, which is created if it does not exist.
 
@@ -149,7 +153,7 @@ def experiment_of(client: MlflowClient, name: str, artifact_root: str | None) ->
     found = client.get_experiment_by_name(name)
     if found is None:
         try:
-            return str(client.create_experiment(name, artifact_root))
+            return str(client.create_experiment(name, artifact_root, tags=EXPERIMENT_TAGS))
         except MlflowException:
             found = client.get_experiment_by_name(name)
             if found is None:  # no other process was faster

@@ -12,7 +12,7 @@ import pytest
 from data_prep.errors import DataError
 from pipelines.chain.plan import make_plan
 from pipelines.chain.preflight import Preflight
-from pipelines.chain.run import ChainResult, run_chain
+from pipelines.chain.run import ChainResult, run_chain, watched_machine
 from pipelines.cluster.preflight import PreflightError
 from pipelines.settings.errors import SettingsError
 from pipelines.settings.reading import load_settings
@@ -173,6 +173,41 @@ def test_mlflow_back_after_an_absence_is_told_of_every_stage(bench: Bench) -> No
     told = [name for call, name in bench.tracker.calls if call == "finished"]
     assert told == ORDER
     assert bench.tracker.calls[-1] == ("FINISHED", "run-1")
+
+
+def test_every_stage_is_shown_in_mlflow_and_again_after_an_absence(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown: list[str] = []
+    monkeypatch.setattr(
+        "pipelines.chain.run.track_stage", lambda spec, **_: shown.append(spec.name)
+    )
+    bench.run(until="stage1")
+    assert shown == ORDER[:3]
+    bench.tracker.was_away = True
+    shown.clear()
+    bench.run()
+    assert shown == ORDER + ORDER
+
+
+@pytest.mark.parametrize(
+    ("overrides", "watched"),
+    [((), 1), (("tracking.system_metrics=false",), 0), (("tracking.enabled=false",), 0)],
+)
+def test_the_machine_is_watched_unless_the_config_turns_it_off(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, overrides: tuple[str, ...], watched: int
+) -> None:
+    asked: list[str] = []
+
+    @contextlib.contextmanager
+    def watching(tracker: object, run_id: str) -> Iterator[None]:
+        asked.append(run_id)
+        yield
+
+    monkeypatch.setattr("pipelines.chain.run.watched_machine", watched_machine)
+    monkeypatch.setattr("pipelines.tracking.pages.system_metrics.system_metrics", watching)
+    bench.run(*overrides)
+    assert asked == ["run-1"] * watched
 
 
 def test_figures_left_in_the_spool_are_sent_though_nothing_is_left_to_run(bench: Bench) -> None:

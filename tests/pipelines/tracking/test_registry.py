@@ -59,12 +59,16 @@ mlflow.set_tracking_uri(sys.argv[1])
 using = True
 images = pandas.DataFrame({"image": [open(path, "rb").read() for path in sys.argv[3:]]})
 if sys.argv[2] == "whole":
-    answers = mlflow.pyfunc.load_model("models:/mantis@candidate").predict(images)
+    model = mlflow.pyfunc.load_model("models:/mantis@candidate")
+    answers = model.predict(images)
 else:
-    streams = mlflow.pyfunc.load_model("models:/mantis-client@candidate").predict(images)
+    model = mlflow.pyfunc.load_model("models:/mantis-client@candidate")
+    streams = model.predict(images)
     server = mlflow.pyfunc.load_model("models:/mantis-server@candidate")
     answers = server.predict(streams[["stream"]])
     assert list(streams["wire_bytes"]) == list(answers["wire_bytes"])
+    assert server.predict(server.input_example)["tasks"][0]
+assert model.predict(model.input_example)["wire_bytes"][0] > 0
 using = False
 code = sys.modules["mantis_core.codec.checkpoint"].__file__
 print(json.dumps({"unpickled": found, "code": code, "rows": answers.to_dict("records")}))
@@ -151,11 +155,11 @@ class Chain:
         self.write("stage2", "result.json", {"model_folder": "model"})
         metrics = {"val/top1": 0.75, "val/bpp": 0.5, "val/wire_bytes": 64.0, **figures}
         main = {"name": "stage2", "kind": "mantis", "stage_key": f"stage2-{tag}"}
-        evaluation = {
+        self.evaluation = {
             "tasks": [{"name": "animals"}, {"name": "vehicles"}],
             "arms": [{**main, "rate_weight": 0.01, "metrics": metrics}],
         }
-        self.write("evaluate", "evaluation.json", evaluation)
+        self.write("evaluate", "evaluation.json", self.evaluation)
 
     def write(self, stage: str, name: str, content: dict) -> None:
         (Path(self.specs[stage].folder) / name).write_text(json.dumps(content))

@@ -1,0 +1,1 @@
+"""What MLflow's pages show beside metrics: data, arms, checkpoints, descriptions, machines."""
