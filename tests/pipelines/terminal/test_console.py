@@ -141,3 +141,11 @@ def test_progress_of_a_ray_worker_reaches_the_console(local_ray: None, stream: i
             time.sleep(0.05)
     ray.get(work.remote())  # nobody watches any more: still no error
     assert stream.getvalue() == "stage1: epoch 1/2, val/top1 0.75\n"
+
+
+def test_the_log_leaves_out_what_ray_repeats_each_second(tmp_path: Path) -> None:
+    with captured_output(tmp_path) as (_, _, log):
+        print("before")
+        print("(pid=1) Failed to query Ray Train Controller actor state. State API may be away.")
+        print("after")
+    assert log.read_text() == "before\nafter\n"
