@@ -36,6 +36,11 @@ def installed() -> dict[str, str]:
     return {package: metadata.version(package) for package in DECIDING_PACKAGES}
 
 
+def release() -> str:
+    """Returns the version of MANTiS; "unknown" if it runs without being installed."""
+    return _present(DISTRIBUTION).get(DISTRIBUTION, "unknown")
+
+
 def commit() -> str:
     """Returns the commit of this code; "" if nothing names it.
 
