@@ -137,8 +137,10 @@ def read_manifest(folder: str) -> Manifest:
         kept = {name: value for name, value in record.items() if name not in RETIRED}
         return Manifest.model_validate_json(json.dumps(kept))
     except (json.JSONDecodeError, ValidationError, AttributeError) as error:
+        wrong = f"{error}".partition("For further information")[0]
         raise DataError(
-            f"{folder}/{MANIFEST_NAME} is damaged ({error}): prepare the data again"
+            f"{folder}/{MANIFEST_NAME} is damaged ({' '.join(wrong.split())}): prepare the data "
+            "again"
         ) from error
 
 

@@ -101,7 +101,7 @@ def commands_page() -> str:
         "",
         "`mantis` is `.venv/bin/mantis`, the same program as `python -m pipelines`. `--help` "
         "after any command prints what stands here. Exit codes: 0 done, 1 a failed run, 2 a "
-        "mistake in what was asked, 3 a search with failed trials, 130 interrupted. Written from "
+        "mistake in what was asked, 3 some files or trials failed, 130 interrupted. Written from "
         "the code by `docs/reference.py`.",
         "",
         '<div class="reference" markdown>',

@@ -5,22 +5,42 @@ import signal
 import sys
 import warnings
 from types import FrameType
+from typing import Annotated
 
 import typer
 
 from pipelines.cluster.machine import ensure_home
-from pipelines.commands import chain, local_cluster, models, score, streams, tune
+from pipelines.commands import chain, local_cluster, models, program, score, shelf, streams, tune
 
 app = typer.Typer(
-    help="Train, measure, register and use MANTiS, a task-adaptive image codec.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
-for module in (chain, score, tune, models, streams):
+for module in (chain, score, tune, models, streams, shelf, program):
     for command in module.COMMANDS:
         app.command()(command)
 app.add_typer(local_cluster.app, name="cluster")
+
+
+def _print_version(wanted: bool) -> None:
+    from pipelines.versions import commit, release
+
+    if wanted:
+        made_from = f" (commit {commit()[:12]})" if commit() else ""
+        typer.echo(f"mantis {release()}{made_from}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
+        ),
+    ] = False,
+) -> None:
+    """Train, measure, register and use MANTiS, a task-adaptive image codec."""
 
 
 def main() -> None:

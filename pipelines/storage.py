@@ -54,9 +54,23 @@ class Store:
         """Returns whether there is a file or folder."""
         return bool(self._info(path).type != fs.FileType.NotFound)
 
+    def is_folder(self, path: str) -> bool:
+        """Returns whether there is a folder."""
+        return bool(self._info(path).type == fs.FileType.Directory)
+
     def modified(self, path: str) -> float:
         """Returns the time of the last write in seconds since 1970; 0 if it is unknown."""
         return (self._info(path).mtime_ns or 0) / 1e9
+
+    def usage(self, path: str) -> tuple[int, float]:
+        """Returns the bytes of a file or folder and the time of the last write in it."""
+        info = self._info(path)
+        infos = [info]
+        if info.type == fs.FileType.Directory:
+            selector = fs.FileSelector(self._inside(path), recursive=True, allow_not_found=True)
+            infos += self.filesystem.get_file_info(selector)
+        newest = max((each.mtime_ns or 0 for each in infos), default=0)
+        return sum(each.size or 0 for each in infos if each.is_file), newest / 1e9
 
     def read_bytes(self, path: str) -> bytes:
         """Reads a file. Raises FileNotFoundError with the full address."""
@@ -95,6 +109,13 @@ class Store:
         """Writes atomically. Raises ValueError for NaN and infinities, which are not JSON."""
         text = json.dumps(value, indent=2, sort_keys=True, allow_nan=False)
         self.write_bytes(path, text.encode() + b"\n")
+
+    def files(self, path: str) -> list[str]:
+        """Returns the sorted paths of all files below a folder, relative to it."""
+        selector = fs.FileSelector(self._inside(path), recursive=True, allow_not_found=True)
+        top = len(self._inside(path)) + 1
+        infos = self.filesystem.get_file_info(selector)
+        return sorted(info.path[top:] for info in infos if info.is_file)
 
     def list(self, path: str = "") -> list[str]:
         """Returns the sorted names of a folder's entries; none if the folder does not exist."""

@@ -48,6 +48,11 @@ def deciding() -> dict[str, str]:
     return {package: version.partition("+")[0] for package, version in installed().items()}
 
 
+def release() -> str:
+    """Returns the version of MANTiS; "unknown" if it runs without being installed."""
+    return _present(DISTRIBUTION).get(DISTRIBUTION, "unknown")
+
+
 def commit() -> str:
     """Returns the commit of this code; "" if nothing names it.
 

@@ -62,6 +62,7 @@ class Answer:
             "class_name": self.class_name,
             "class_index": self.class_index,
             "answer": json.dumps(self.to_dict(), allow_nan=False),
+            "error": None,
         }
 
     def to_dict(self) -> dict[str, Any]:
@@ -74,3 +75,19 @@ class Answer:
             for name, mask in self.segmentation.items()
         }
         return out
+
+
+COLUMNS = ["wire_bytes", "tasks", "class_name", "class_index", "answer", "error"]
+"""Columns of a registered model's output."""
+
+
+def failed_row(reason: str) -> dict[str, Any]:
+    """A row of a registered model's output for an input without an answer."""
+    return {
+        "wire_bytes": 0,
+        "tasks": [],
+        "class_name": None,
+        "class_index": -1,
+        "answer": "{}",
+        "error": reason,
+    }

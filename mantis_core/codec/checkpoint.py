@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from mantis_core.bitstream.coder import TableSet
@@ -157,8 +158,14 @@ def _spec(folder: str | Path, config: Any) -> ModelSpec:
         return read_spec(config)
     except ModelError as error:
         raise ModelError(f"{folder}: {error}") from None
-    except ValueError as error:
-        raise ModelError(f"{folder}/config.yaml describes no codec: {error}") from None
+    except ValidationError as error:
+        first, *others = error.errors(include_url=False)
+        where = ".".join(str(step) for step in first["loc"]) or "the whole file"
+        more = f", and {len(others)} more" if others else ""
+        raise ModelError(
+            f"{folder}/config.yaml describes no codec of this version ({where}: "
+            f"{first['msg']}{more}); give the checkpoint folder of a stage 2"
+        ) from None
 
 
 def _load_part(

@@ -41,7 +41,14 @@ from pipelines.stages.evaluate import (
     write_evaluation,
 )
 from pipelines.stages.measured import keep_measured, measured_file
-from pipelines.stages.record import claim, mark_done, mark_started, read_result, stage_state
+from pipelines.stages.record import (
+    claim,
+    mark_done,
+    mark_started,
+    read_result,
+    remember_plan,
+    stage_state,
+)
 from pipelines.stages.spec import StageFailed, StageOutcome, StageSpec, with_upstream
 from pipelines.stages.train import result_of, training_of
 from pipelines.storage import Store
@@ -55,7 +62,9 @@ if TYPE_CHECKING:
 Say = Callable[[str], None]
 
 
-def plain_chain(plan: Plan, *, shards: str | None, jobs: int, console: Console) -> ChainResult:
+def plain_chain(
+    plan: Plan, *, shards: str | None, jobs: int, console: Console, config_name: str
+) -> ChainResult:
     """Runs a plan up to its evaluation.
 
     `shards` is a prepared folder; with None the data is prepared first. After a failure the same
@@ -73,7 +82,7 @@ def plain_chain(plan: Plan, *, shards: str | None, jobs: int, console: Console) 
     prepared = shards or prepare_plain(plan, jobs=jobs, say=console.note)
     if shards is None and before["prepare"] != "done":
         note_all(preflight.check(remarked=True), console)
-    run_plain([plan], prepared=prepared, jobs=jobs, say=console.note)
+    run_plain([plan], prepared=prepared, jobs=jobs, say=console.note, config_name=config_name)
     outcomes = {}
     for spec in specs:
         if spec.kind != "prepare" or shards is None:
@@ -93,6 +102,7 @@ def run_plain(
     skip: Callable[[int, Arm], bool] = lambda number, arm: False,
     on_measured: Callable[[int, Arm, Evaluated], None] | None = None,
     any_seed: bool = False,
+    config_name: str = "",
 ) -> None:
     """Trains and measures the arms of all plans in order, `jobs` stages or arms at once.
 
@@ -106,6 +116,7 @@ def run_plain(
     manifest = read_manifest(prepared)
     for plan in plans:
         check_prepared(plan, manifest, prepared, any_seed=any_seed)
+        remember_plan(Store(plan.settings.storage.root), plan.key, config_name, plan.specs)
     todo: list[tuple[int, Arm]] = []
     for number, plan in enumerate(plans):
         if on_measured is not None or not _is_evaluated(plan):

@@ -27,6 +27,7 @@ from pipelines.stages.record import (
     mark_started,
     read_result,
     recall_run,
+    remember_plan,
     remember_run,
     stage_state,
 )
@@ -60,6 +61,7 @@ def run_chain(
     store = Store(plan.settings.storage.root)
     specs = plan.specs if until is None else with_upstream(plan.specs, until)
     uri = plan.settings.tracking.uri
+    remember_plan(store, plan.key, config_name, plan.specs)
     states = {spec.name: stage_state(store, spec, uri) for spec in specs}
     console.plan([spec.name for spec in specs])
     note_adopted(specs, store, console)

@@ -93,7 +93,7 @@ def run(
     ]
     resume = _command("run", config, [*options, *(arguments or ())], address)
     if plain:
-        _run_plain(plan, next(iter(folders), None), jobs, as_json, resume)
+        _run_plain(plan, next(iter(folders), None), jobs, config.stem, as_json, resume)
     else:
         _run(plan, None, config.stem, as_json, resume)
 
@@ -164,7 +164,9 @@ def _run(plan: Plan, until: str | None, name: str, as_json: bool, resume: str) -
         print_json(asdict(result))
 
 
-def _run_plain(plan: Plan, shards: str | None, jobs: int, as_json: bool, resume: str) -> None:
+def _run_plain(
+    plan: Plan, shards: str | None, jobs: int, name: str, as_json: bool, resume: str
+) -> None:
     """Runs the chain in plain processes and shows its results."""
     import sys
 
@@ -177,7 +179,7 @@ def _run_plain(plan: Plan, shards: str | None, jobs: int, as_json: bool, resume:
         resumable(resume),
         Console(sys.stderr if as_json else sys.stdout, live=False) as console,
     ):
-        result = plain_chain(plan, shards=shards, jobs=jobs, console=console)
+        result = plain_chain(plan, shards=shards, jobs=jobs, console=console, config_name=name)
         _show_evaluation(plan, console)
         if "register" in plan.by_name:
             console.note(

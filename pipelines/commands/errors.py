@@ -27,7 +27,7 @@ SOME_FAILED, INTERRUPTED = 3, 130  # exit codes, beside FAILURE and MISTAKE
 
 
 class Stopped(Exception):
-    """Ends a command early with a message and an exit code."""
+    """Ends a command with an exit code, and a message unless it is empty."""
 
     def __init__(self, message: str, code: int) -> None:
         super().__init__(message)
@@ -42,7 +42,8 @@ def ending_well(command: Callable[..., None]) -> Callable[..., None]:
         try:
             command(*args, **kwargs)
         except Stopped as stop:
-            typer.echo(str(stop), err=True)
+            if str(stop):
+                typer.echo(str(stop), err=True)
             raise typer.Exit(stop.code) from None
         except KeyboardInterrupt:
             typer.echo("interrupted", err=True)

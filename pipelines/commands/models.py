@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -113,19 +113,31 @@ def models(
 ) -> None:
     """List the registered models, newest first.
 
+    Shows the model id that streams carry, the figures, the config and the aliases.
+
     With --max-bpp the most accurate model comes first.
 
     Example: mantis models --max-bpp 0.1
     """
     from pipelines.tracking import registry
 
-    found = registry.models(tracker_of(root), max_bpp=max_bpp, min_top1=min_top1)
+    tracker = tracker_of(root)
+    found = registry.models(tracker, max_bpp=max_bpp, min_top1=min_top1)
     if as_json:
         print_json({"models": found})
-    for entry in [] if as_json else found:
-        aliases = " ".join(f"@{alias}" for alias in entry["aliases"])
-        figures = f"top1 {_figure(entry['top1'])}  bpp {_figure(entry['bpp'])}"
-        typer.echo(f"{entry['model']}  {figures}  {entry['config']}  {aliases}".rstrip())
+        return
+    for entry in found:
+        typer.echo(_model_line(entry))
+    if found:
+        return
+    bounded = max_bpp is not None or min_top1 is not None
+    known = len(registry.models(tracker)) if bounded else 0
+    typer.echo(
+        f"none of {known} models is within these bounds"
+        if known
+        else f"no model is registered in {tracker.place}. `mantis run --config ...` registers one.",
+        err=True,
+    )
 
 
 @ending_well
@@ -180,3 +192,15 @@ COMMANDS = (report, register, promote, models, lineage, ui)
 
 def _figure(value: float | None) -> str:
     return "-" if value is None else f"{value:.4g}"
+
+
+def _model_line(entry: dict[str, Any]) -> str:
+    """Returns the line of `mantis models` for a model."""
+    figures = f"top1 {_figure(entry['top1'])}  bpp {_figure(entry['bpp'])}"
+    config = str(entry["config"])
+    if entry["trial"] is not None:
+        values = " ".join(f"{name}={value}" for name, value in entry["overrides"].items())
+        config = f"{config}, trial {entry['trial']}: {values}"
+    aliases = " ".join(f"@{alias}" for alias in entry["aliases"])
+    model_id = entry["model_id"] or "-"
+    return f"{entry['model']}  {model_id}  {figures}  {config}  {aliases}".rstrip()

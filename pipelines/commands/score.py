@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipelines.commands.errors import ending_well, print_json
+from pipelines.commands.errors import MISTAKE, Stopped, ending_well, print_json
 from pipelines.commands.options import Address, AsJson, Model, Overrides, joined, model_folder
 
 if TYPE_CHECKING:
@@ -93,7 +93,13 @@ def _settings_around(folder: Path) -> Settings:
     from mantis_core.folders import read_meta
     from pipelines.settings.sections import Settings
 
-    preparation = read_meta(folder)["preparation"]
+    preparation = read_meta(folder).get("preparation")
+    if preparation is None:
+        raise Stopped(
+            f"error: {folder} is not the checkpoint of a stage 2: it does not say how its images "
+            "were prepared. Give such a checkpoint, or models:/mantis@candidate.",
+            MISTAKE,
+        )
     spec = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
     tasks = []
     for task in spec["tasks"]:

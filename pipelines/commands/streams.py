@@ -1,112 +1,253 @@
-"""`mantis encode`, `decode`, `info` and `check`: the codec on files."""
+"""`mantis encode`, `decode`, `predict` and `info`: the codec on files and folders."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pipelines.commands.errors import FAILURE, MISTAKE, Stopped, ending_well, print_json
+from pipelines.commands.errors import MISTAKE, SOME_FAILED, Stopped, ending_well, print_json
 from pipelines.commands.options import AsJson, Model, Root, StreamFile, model_folder
 
-BATCH = 32  # images encoded together
+if TYPE_CHECKING:
+    from pipelines.coding.answers import Table
+    from pipelines.coding.files import Failure, Found, Source
+    from pipelines.coding.work import Decoded
+    from pipelines.terminal.counting import Counter
+
+Images = Annotated[
+    list[Path],
+    typer.Argument(metavar="PATH", help="Image files, or folders whose images are taken."),
+]
+Tasks = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--task",
+        help="Task to send; repeat it for several. The default detects the tasks of each image.",
+    ),
+]
+ExitConfidence = Annotated[
+    float | None,
+    typer.Option(
+        "--exit-confidence",
+        help="Confidence (0 to 1) from which the client answers by itself. It then sends the "
+        "class and no latent.",
+    ),
+]
 
 
 @ending_well
 def encode(
     model: Model,
-    images: Annotated[list[Path], typer.Argument(metavar="IMAGE", help="Image files.")],
+    paths: Images,
     output: Annotated[
         Path,
         typer.Option(
             "--output",
             "-o",
-            help="OUT.mts for one stream of all images, or a folder for one IMAGE.mts each.",
+            help="OUT.mts for one stream of all images, or a folder for one stream for each. The "
+            "tree of a folder PATH is repeated in it.",
         ),
     ],
-    task: Annotated[
-        list[str] | None,
+    task: Tasks = None,
+    exit_confidence: ExitConfidence = None,
+    skip_existing: Annotated[
+        bool,
         typer.Option(
-            "--task",
-            help="Task to send; repeat it for several. The default detects the tasks of each "
-            "image.",
+            "--skip-existing", help="Leave out images that have a stream of this model in OUT."
         ),
-    ] = None,
-    exit_confidence: Annotated[
-        float | None,
-        typer.Option(
-            "--exit-confidence",
-            help="Confidence (0 to 1) from which the client answers by itself. It then sends the "
-            "class and no latent.",
-        ),
-    ] = None,
+    ] = False,
     root: Root = None,
     as_json: AsJson = False,
 ) -> None:
     """Encode images to streams, as a client sends them.
 
-    MODEL may be a whole codec or its client half.
+    MODEL may be a whole codec or its client half. Streams are written one by one.
 
-    Example: mantis encode models:/mantis@champion photo.jpg -o photo.mts
+    An image that cannot be read is named and left out. The exit code is then 3.
+
+    Example: mantis encode models:/mantis@champion photos/ -o streams/
     """
-    together = output.suffix == ".mts" and not output.is_dir()
-    targets = {} if together else _encoded_names(images, output)
-    codec = _load("client", model, root)
-    import torch
+    from pipelines.coding import files, work
+    from pipelines.terminal.counting import counting
 
-    seen = []
-    for start in range(0, len(images), BATCH):
-        group = images[start : start + BATCH]
-        batch = torch.stack([_read_image(codec, image) for image in group])
-        seen += codec.look(batch, task or None, exit_confidence=exit_confidence)
+    together = output.suffix == ".mts" and not output.is_dir()
+    if together and skip_existing:
+        raise Stopped("error: --skip-existing needs a folder as OUT.", MISTAKE)
+    found = _find(paths, files.IMAGE_SUFFIXES, "image", output)
+    sources = found.sources
+    streams: dict[Source, Path] = {}
     if together:
-        streams = {output: codec.write_together(seen)}
+        work.check_together(len(sources))
     else:
-        streams = {
-            targets[image]: codec.write_together([each])
-            for image, each in zip(images, seen, strict=True)
-        }
+        streams = {source: t for t, source in _targets(sources, output, ".mts").items()}
+    codec = _load("client", model, root)
+    if together:
+        work.check_room(codec, len(sources))
+    if skip_existing:
+        sources = [each for each in sources if not work.is_stream_of(codec, streams[each])]
+    asked = work.Asked(tuple(task) if task else None, exit_confidence)
+    encoded = work.encode_together if together else work.encode_each
     written: list[dict[str, Any]] = []
-    for number, (file, data) in enumerate(streams.items()):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(data)
-        inside = [str(image) for image in (images if together else [images[number]])]
-        written.append({"file": str(file), "wire_bytes": len(data), "images": inside})
+    with counting("images", len(sources)) as counter:
+        tally = _Tally(found, counter)
+        tally.done = known = len(found.sources) - len(sources)
+        for result in encoded(codec, sources, asked):
+            counter.step()
+            if isinstance(result, files.Failure):
+                tally.fail(result)
+            elif isinstance(result, work.Coded):
+                target = output if together else streams[result.images[0]]
+                files.write_whole(target, result.data)
+                tally.done += 1
+                images = [files.shown(image.path) for image in result.images]
+                size = len(result.data)
+                of_each = f", {size / len(images):.1f} an image" if len(images) > 1 else ""
+                if as_json:
+                    name = files.shown(target)
+                    written.append({"file": name, "wire_bytes": size, "images": images})
+                else:
+                    counter.line(f"{files.shown(target)}  {size} bytes{of_each}")
     if as_json:
-        print_json({"streams": written})
-    for entry in [] if as_json else written:
-        count = len(entry["images"])
-        of_each = f", {entry['wire_bytes'] / count:.1f} an image" if count > 1 else ""
-        typer.echo(f"{entry['file']}  {entry['wire_bytes']} bytes{of_each}")
+        print_json({"streams": written, "skipped": known, "failures": tally.listed()})
+    elif known:
+        typer.echo(f"{known:,} images had a stream of this model")
+    tally.end()
 
 
 @ending_well
-def decode(model: Model, file: StreamFile, root: Root = None, as_json: AsJson = False) -> None:
-    """Decode a stream to the answers of the server.
+def decode(
+    model: Model,
+    paths: Annotated[
+        list[Path],
+        typer.Argument(metavar="PATH", help="Streams (.mts), or folders whose streams are taken."),
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Folder to write: answers.csv, and masks as PNG."),
+    ] = None,
+    root: Root = None,
+    as_json: AsJson = False,
+) -> None:
+    """Decode streams to the answers of the server.
 
     MODEL may be a whole codec or its server half.
 
-    Example: mantis decode models:/mantis@champion photo.mts
+    A stream that cannot be decoded is named and left out. The exit code is then 3.
+
+    Example: mantis decode models:/mantis@champion streams/ -o answers/
     """
-    data = _read(file)
-    answers = [answer.to_dict() for answer in _load("server", model, root).decode([data])]
+    from pipelines.coding import answers, files, work
+    from pipelines.terminal.counting import counting
+
+    if output is not None and output.is_file():
+        raise Stopped(f"error: {files.shown(output)} is a file. Give a folder.", MISTAKE)
+    found = _find(paths, files.STREAM_SUFFIXES, "stream", output)
+    if output is not None:
+        _targets(found.sources, output, ".png")
+    codec = _load("server", model, root)
+    table = None
+    if output is not None:
+        table = answers.Table(output / "answers.csv", codec.spec.tasks, numbered=True)
+        answers.write_labels(output, codec.spec.tasks)
+    streams: list[dict[str, Any]] = []
+    with counting("streams", len(found.sources)) as counter, table or nullcontext():
+        tally = _Tally(found, counter, table)
+        for result in work.decode_each(codec, found.sources):
+            counter.step()
+            if isinstance(result, files.Failure):
+                tally.fail(result)
+                continue
+            tally.done += 1
+            if table is not None and output is not None:
+                table.add(result.source.path, result.answers)
+                answers.write_masks(output, result.source.place, result.answers)
+            if as_json:
+                images = [answer.to_dict() for answer in result.answers]
+                name, size = files.shown(result.source.path), result.wire_bytes
+                streams.append({"file": name, "wire_bytes": size, "images": images})
+            elif table is None:
+                counter.line(_told(result, named=len(found.sources) > 1))
     if as_json:
-        print_json({"wire_bytes": len(data), "images": answers})
-        return
-    for number, answer in enumerate(answers, start=1):
-        if len(answers) > 1:
-            typer.echo(f"image {number} of {len(answers)}")
-        if answer["class_name"] is not None:
-            whose = ", the client's own answer" if answer["answered"] else ""
-            sure = f"({answer['class_probability']:.3f}{whose})"
-            typer.echo(f"class: {answer['class_name']} {sure}")
-        for name in answer["tasks"]:
-            label = answer["label_names"].get(name) or answer["segmentation"].get(name)
-            typer.echo(f"{name}: {label} (task {answer['task_probability'][name]:.3f})")
-        typer.echo(
-            f"{answer['wire_bytes']:.4g} bytes, {answer['payload_bytes']:.1f} of them payload"
-        )
+        print_json({"streams": streams, "failures": tally.listed()})
+    elif table is not None:
+        typer.echo(f"{files.shown(table.name)}  {tally.summary('streams')}")
+    tally.end()
+
+
+@ending_well
+def predict(
+    model: Model,
+    paths: Images,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help="Table to write: .csv, or .jsonl for one JSON object a line. The default prints "
+            "CSV.",
+        ),
+    ] = None,
+    masks: Annotated[
+        Path | None, typer.Option("--masks", help="Folder for masks as PNG, one for each task.")
+    ] = None,
+    task: Tasks = None,
+    exit_confidence: ExitConfidence = None,
+    root: Root = None,
+    as_json: AsJson = False,
+) -> None:
+    """Answer images through their streams: encode and decode in one.
+
+    MODEL is a whole codec. The table has a row for each image: class, tasks, bytes.
+
+    An image that cannot be read has a row that says why. The exit code is then 3.
+
+    Example: mantis predict models:/mantis@champion photos/ -o answers.csv
+    """
+    from pipelines.coding import answers, files, work
+    from pipelines.terminal.counting import counting
+
+    if output is not None:
+        answers.check_table(output)
+    found = _find(paths, files.IMAGE_SUFFIXES, "image", masks)
+    if masks is not None:
+        _targets(found.sources, masks, ".png")
+    folder = str(model_folder(model, root))
+    client, server = _load("client", folder, root), _load("server", folder, root)
+    asked = work.Asked(tuple(task) if task else None, exit_confidence)
+    tasks = server.spec.tasks
+    table = None if as_json and output is None else answers.Table(output, tasks)
+    if masks is not None:
+        answers.write_labels(masks, tasks)
+    images: list[dict[str, Any]] = []
+    with counting("images", len(found.sources)) as counter, table or nullcontext():
+        tally = _Tally(found, counter, table)
+        for result in work.predict_each(client, server, found.sources, asked):
+            counter.step()
+            if isinstance(result, files.Failure):
+                tally.fail(result)
+            else:
+                tally.done += 1
+                if masks is not None:
+                    answers.write_masks(masks, result.source.place, result.answers)
+                if table is not None:
+                    table.add(result.source.path, result.answers)
+                else:
+                    name, (answer,) = files.shown(result.source.path), result.answers
+                    images.append({"file": name, **answer.to_dict()})
+            if table is not None and output is None:
+                counter.line(table.take())
+    if as_json:
+        shown: dict[str, Any] = {"images": images}
+        if output is not None:
+            shown = {"answers": files.shown(output), "images": tally.done}
+        print_json({**shown, "failures": tally.listed()})
+    elif output is not None:
+        typer.echo(f"{files.shown(output)}  {tally.summary('images')}")
+    tally.end()
 
 
 @ending_well
@@ -116,38 +257,20 @@ def info(file: StreamFile, as_json: AsJson = False) -> None:
     Example: mantis info photo.mts
     """
     from mantis_core.bitstream.container import peek
+    from pipelines.coding.files import read
 
-    found = peek(_read(file))
+    found = peek(read(file))
     if as_json:
         print_json(found)
         return
     shape = found["input_shape"]
-    found["flags"] = " ".join(found["flags"]) or "none"
+    found["flags"] = ", ".join(found["flags"]) or "none"
     found["input_shape"] = "the model's own" if shape is None else f"{shape[0]}x{shape[1]}"
     for name, value in found.items():
         typer.echo(f"{name}: {value}")
 
 
-@ending_well
-def check(as_json: AsJson = False) -> None:
-    """Test the installation in seconds.
-
-    Runs random images through every component.
-
-    Example: mantis check
-    """
-    from pipelines.commands.selfcheck import run
-
-    result = run()
-    if as_json:
-        print_json(result)
-    for name, value in {} if as_json else result.items():
-        typer.echo(f"{name}: {value}")
-    if not result.get("ok", True):
-        raise Stopped("the self-test failed", FAILURE)
-
-
-COMMANDS = (encode, decode, info, check)
+COMMANDS = (encode, decode, predict, info)
 
 
 def _load(half: str, model: str, root: str | None) -> Any:
@@ -158,30 +281,85 @@ def _load(half: str, model: str, root: str | None) -> Any:
     return load_client(folder) if half == "client" else load_server(folder)
 
 
-def _encoded_names(images: list[Path], folder: Path) -> dict[Path, Path]:
+def _find(paths: Sequence[Path], suffixes: frozenset[str], what: str, output: Path | None) -> Found:
+    """Returns the files of a command. Raises Stopped if there is none."""
+    from pipelines.coding.files import find, shown
+
+    found = find(paths, suffixes, outputs=[output] if output else [])
+    if not found.sources:
+        said = [failure.reason for failure in found.failures] or [
+            f"there is no {what} in {', '.join(shown(path) for path in paths)} "
+            f"({found.left_out() or 'nothing is there'}). Give files, or folders that hold "
+            f"{' '.join(sorted(suffixes))}."
+        ]
+        raise Stopped("\n".join(f"error: {each}" for each in said), MISTAKE)
+    return found
+
+
+def _targets(sources: Sequence[Source], folder: Path, suffix: str) -> dict[Path, Source]:
+    """Maps output files to their sources. Raises Stopped if `folder` is a file."""
+    from pipelines.coding.files import shown, targets
+
     if folder.is_file():
-        raise Stopped(f"error: {folder} is a file. Give OUT.mts or a folder.", MISTAKE)
-    targets = {image: folder / f"{image.stem}.mts" for image in images}
-    if len(set(targets.values())) < len(images):
-        raise Stopped(
-            "error: two images have one name. Encode them into OUT.mts or into two folders.",
-            MISTAKE,
-        )
-    return targets
+        raise Stopped(f"error: {shown(folder)} is a file. Give OUT.mts or a folder.", MISTAKE)
+    return targets(sources, folder, suffix)
 
 
-def _read_image(codec: Any, image: Path) -> Any:
-    from mantis_core.pixels import ImageError
+class _Tally:
+    """Counts what a command has done, tells each failure, and decides the exit code."""
 
-    data = _read(image)
-    try:
-        return codec.prepare_image(data)
-    except ImageError as error:
-        raise Stopped(f"error: {image} is no readable image: {error}", MISTAKE) from error
+    def __init__(self, found: Found, counter: Counter, table: Table | None = None) -> None:
+        self._counter, self._table = counter, table
+        self._asked = len(found.sources) + len(found.failures)
+        self.done = 0
+        self.failures: list[Failure] = []
+        if left_out := found.left_out():
+            counter.warn(left_out)
+        for failure in found.failures:
+            self.fail(failure)
+
+    def fail(self, failure: Failure) -> None:
+        """Tells a failure on stderr, and in the table if there is one."""
+        self.failures.append(failure)
+        self._counter.warn(f"error: {failure.reason}")
+        if self._table is not None:
+            self._table.add_failure(failure)
+
+    def listed(self) -> list[dict[str, str]]:
+        """Returns the failures as JSON values."""
+        return [failure.to_dict() for failure in self.failures]
+
+    def summary(self, what: str) -> str:
+        """Returns how many were done and failed."""
+        from pipelines.coding.files import summary
+
+        return summary({what: self.done, "failed": len(self.failures)})
+
+    def end(self) -> None:
+        """Raises Stopped if some files failed, with 3, or if all did, with 2."""
+        if self.failures:
+            told = f"error: {len(self.failures)} of {self._asked} files failed"
+            code = SOME_FAILED if self.done else MISTAKE
+            raise Stopped(told if self._asked > 1 else "", code)
 
 
-def _read(file: Path) -> bytes:
-    try:
-        return file.read_bytes()
-    except OSError as error:
-        raise Stopped(f"error: cannot read {file}: {error.strerror}", MISTAKE) from error
+def _told(decoded: Decoded, *, named: bool) -> str:
+    """Returns the answers of a stream as lines. A stream of several images numbers them."""
+    from pipelines.coding.files import shown
+
+    lines = []
+    count = len(decoded.answers)
+    for number, answer in enumerate(decoded.answers, start=1):
+        of_file = [shown(decoded.source.path)] if named else []
+        of_image = [f"image {number} of {count}"] if count > 1 else []
+        if of_file or of_image:
+            lines.append(", ".join(of_file + of_image))
+        if answer.class_name is not None:
+            whose = ", the client's own answer" if answer.answered else ""
+            lines.append(f"class: {answer.class_name} ({answer.class_probability:.3f}{whose})")
+        masks = answer.to_dict()["segmentation"]
+        for name in answer.tasks:
+            label = answer.label_names.get(name) or masks.get(name)
+            lines.append(f"{name}: {label} (task {answer.task_probability[name]:.3f})")
+        lines.append(f"{answer.wire_bytes:.4g} bytes, {answer.payload_bytes:.1f} of them payload")
+    return "\n".join(lines)

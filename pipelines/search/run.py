@@ -27,7 +27,7 @@ from pipelines.search.space import describe, first_stage, load_space
 from pipelines.search.trial import SearchTask, search_settings
 from pipelines.settings.errors import SettingsError
 from pipelines.settings.sections import Settings
-from pipelines.stages.record import stage_state
+from pipelines.stages.record import remember_plan, stage_state
 from pipelines.stages.schedule import check_batches
 from pipelines.stages.spec import with_upstream
 from pipelines.storage import Store, scratch
@@ -213,7 +213,10 @@ class _Session:
         The search itself never uses this split.
         """
         for record in self._chosen():
-            self._run(self.task.plan(record.params), "evaluate", self._run_of(record))
+            plan = self.task.plan(record.params)
+            name = f"{self.task.config_name}, {self.journal.folder}, trial {record.number}"
+            remember_plan(self.store, plan.key, name, with_upstream(plan.specs, "evaluate"))
+            self._run(plan, "evaluate", self._run_of(record))
 
     def _register(self) -> None:
         from pipelines.tracking import registry
@@ -229,7 +232,12 @@ class _Session:
             made = registry.register(tracker, run_id)
             model = made["model"].removeprefix("models:/").rpartition("/")[0]
             self.models[record.number] = made["model"]
-            for name, value in {"mantis.search": self.key, "mantis.trial": record.number}.items():
+            tags = {
+                "mantis.search": self.key,
+                "mantis.trial": record.number,
+                "mantis.overrides": json.dumps(dict(record.params)),
+            }
+            for name, value in tags.items():
                 tracker.client.set_model_version_tag(model, made["version"], name, str(value))
             self.runs.close_trial(record)
             self.console.note(f"trial {record.number}: {made['model']}")

@@ -10,7 +10,8 @@ import fcntl
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping, Set
+import time
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -20,6 +21,8 @@ from pipelines.stages.spec import StageSpec
 from pipelines.storage import Store
 from pipelines.versions import commit, source_sha256
 
+STAGES_OF_PLAN = "-stages.json"
+"""End of the names of the files that `remember_plan` writes."""
 StageState = Literal["done", "started", "new"]
 
 
@@ -55,6 +58,21 @@ def locked(store: Store, path: str, name: str) -> Iterator[None]:
                 f"another process works on {name} in {folder}: wait for it, then run again"
             ) from None
         yield
+
+
+def is_locked(store: Store, path: str) -> bool:
+    """Returns whether a process holds the lock of a folder. Under a remote root there are none."""
+    folder = store.local_path(path)
+    if folder is None:
+        return False
+    try:
+        with (folder / "LOCK").open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
 
 
 def stage_state(store: Store, spec: StageSpec, tracking_uri: str | None) -> StageState:
@@ -150,6 +168,19 @@ def read_result(store: Store, spec: StageSpec) -> dict[str, Any]:
     """Returns the result of a finished stage."""
     result: dict[str, Any] = store.read_json(f"{spec.folder}/result.json")
     return result
+
+
+def remember_plan(
+    store: Store, plan_key: str, config_name: str, specs: Sequence[StageSpec]
+) -> None:
+    """Records the stages of a plan and the time of its run, for `mantis ls` and `mantis clean`.
+
+    Of the plans of one config name the newest counts as current; a plan without one always does.
+    """
+    folders = {spec.adopted_for or spec.folder for spec in specs} | {spec.folder for spec in specs}
+    stages = sorted(folder.removeprefix(f"{store.root}/") for folder in folders)
+    record = {"plan_key": plan_key, "config": config_name, "stages": stages, "used": time.time()}
+    store.write_json(f"plans/{plan_key[:12]}{STAGES_OF_PLAN}", record)
 
 
 def remember_run(store: Store, plan_key: str, run_id: str | None, tracking: TrackingConfig) -> None:

@@ -7,10 +7,14 @@ import io
 import logging
 import os
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
+
+NOISE = ("Failed to query Ray Train Controller actor state",)
+"""Messages that Ray Train repeats each second of a training on a Ray without dashboard."""
 
 
 @contextlib.contextmanager
@@ -25,7 +29,7 @@ def captured_output(folder: Path) -> Iterator[tuple[TextIO, TextIO, Path]]:
     path = folder / f"{time.strftime('%Y-%m-%d')}.log"
     stdout, stderr = _own_stream(sys.stdout, 1), _own_stream(sys.stderr, 2)
     saved = [os.dup(1), os.dup(2)]
-    with path.open("a", encoding="utf-8", errors="replace", buffering=1) as log:
+    with _Log(path.open("ab"), encoding="utf-8", errors="replace", line_buffering=True) as log:
         handler = logging.StreamHandler(log)
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         root = logging.getLogger()
@@ -50,6 +54,21 @@ def captured_output(folder: Path) -> Iterator[tuple[TextIO, TextIO, Path]]:
                 stream.flush()
                 if stream is not original:
                     stream.close()
+
+
+class _Log(io.TextIOWrapper):
+    """A log without the lines that say nothing of a run. Ray prints each by one call of print."""
+
+    def write(self, text: str, /) -> int:
+        dropped: set[int] = self.__dict__.setdefault("_dropped", set())
+        thread = threading.get_ident()
+        if any(noise in text for noise in NOISE):
+            dropped.add(thread)
+            return len(text)
+        if text == "\n" and thread in dropped:
+            dropped.discard(thread)
+            return 1
+        return super().write(text)
 
 
 def _own_stream(stream: TextIO, descriptor: int) -> TextIO:

@@ -12,6 +12,8 @@ import pandas as pd
 from mlflow.models import set_model
 from mlflow.pyfunc.model import PythonModel, PythonModelContext
 
+COLUMNS = ["stream", "wire_bytes", "error"]
+
 
 class MantisClient(PythonModel):
     """Encodes images on the device, one stream per row."""
@@ -24,15 +26,23 @@ class MantisClient(PythonModel):
     def predict(  # type: ignore[override]  # MLflow allows it without a context
         self, model_input: pd.DataFrame, params: dict[str, Any] | None = None
     ) -> Any:
-        """Maps column `image` (bytes of image files) to columns `stream` and `wire_bytes`.
+        """Maps column `image` (bytes of image files) to `stream`, `wire_bytes` and `error`.
 
-        Raises mantis_core's ImageError with the rows that cannot be read, counted from 1.
+        A row whose image cannot be read has an empty stream and says why in `error`, which is
+        missing in all others.
         """
-        streams = self.codec.encode(self.codec.prepare_images(list(model_input["image"])))
-        return pd.DataFrame(
-            {"stream": streams, "wire_bytes": [len(stream) for stream in streams]},
-            index=model_input.index,
-        )
+        from mantis_core.pixels import ImageError
+
+        rows = []
+        for data in model_input["image"]:
+            try:
+                image = self.codec.prepare_image(data)
+            except ImageError as error:
+                rows.append({"stream": b"", "wire_bytes": 0, "error": str(error)})
+                continue
+            (stream,) = self.codec.encode(image[None])
+            rows.append({"stream": stream, "wire_bytes": len(stream), "error": None})
+        return pd.DataFrame(rows, index=model_input.index, columns=COLUMNS)
 
 
 set_model(MantisClient())

@@ -37,7 +37,8 @@ _CLIENT_PACKAGES = (
 
 _SERVER_PACKAGES = (*_CLIENT_PACKAGES, "torchvision")
 _IMAGE = Schema([ColSpec(DataType.binary, "image")])
-_STREAM = Schema([ColSpec(DataType.binary, "stream"), ColSpec(DataType.long, "wire_bytes")])
+_ERROR = ColSpec(DataType.string, "error", required=False)
+_STREAM = Schema([ColSpec(DataType.binary, "stream"), ColSpec(DataType.long, "wire_bytes"), _ERROR])
 
 _ANSWER = Schema(
     [
@@ -46,6 +47,7 @@ _ANSWER = Schema(
         ColSpec(DataType.string, "class_name", required=False),
         ColSpec(DataType.long, "class_index"),
         ColSpec(DataType.string, "answer"),
+        _ERROR,
     ]
 )
 

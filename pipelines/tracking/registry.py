@@ -8,6 +8,7 @@ same tag `mantis.stage_key`.
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Mapping
@@ -382,9 +383,12 @@ def _summary(version: ModelVersion, aliases: list[str]) -> dict[str, Any]:
         "client_macs": _whole_number(version.tags.get("mantis.client_macs")),
         "model_id": version.tags.get("mantis.model_id"),
         "config": version.tags.get("mantis.config"),
+        "trial": _whole_number(version.tags.get("mantis.trial")),
+        "overrides": json.loads(version.tags.get("mantis.overrides", "{}")),
         "tasks": version.tags.get("mantis.tasks"),
         "data_key": version.tags.get("mantis.data_key"),
         "stage_key": version.tags.get("mantis.stage_key"),
+        "evaluate_key": version.tags.get("mantis.evaluate_key"),
         "run_id": version.run_id,
     }
 

@@ -29,15 +29,28 @@ class MantisModel(PythonModel):
         """Maps column `image` (bytes of image files) to the columns that package.py declares.
 
         `class_index` is -1 and `class_name` None if the image has no single class, or if no decoded
-        task has classes. `answer` is the whole answer as JSON. Raises mantis_core's ImageError with
-        the rows that cannot be read, counted from 1.
+        task has classes. `answer` is the whole answer as JSON. A row whose image cannot be read
+        says why in `error`, which is missing in all others.
         """
-        images = self.codec.prepare_images(list(model_input["image"]))
-        rows = []
-        for start in range(0, len(images), BATCH_SIZE):
-            streams = self.codec.encode(images[start : start + BATCH_SIZE])
-            rows += [answer.to_row() for answer in self.codec.decode(streams)]
-        return pd.DataFrame(rows, index=model_input.index)
+        from mantis_core.codec.answer import COLUMNS, failed_row
+        from mantis_core.pixels import ImageError
+
+        rows: dict[int, dict[str, Any]] = {}
+        streams: dict[int, bytes] = {}
+        for row, data in enumerate(model_input["image"]):
+            try:
+                image = self.codec.prepare_image(data)
+            except ImageError as error:
+                rows[row] = failed_row(str(error))
+                continue
+            (streams[row],) = self.codec.encode(image[None])
+        good = list(streams)
+        for start in range(0, len(good), BATCH_SIZE):
+            some = good[start : start + BATCH_SIZE]
+            answers = self.codec.decode([streams[row] for row in some])
+            rows |= {row: each.to_row() for row, each in zip(some, answers, strict=True)}
+        listed = [rows[row] for row in range(len(rows))]
+        return pd.DataFrame(listed, index=model_input.index, columns=COLUMNS)
 
 
 set_model(MantisModel())

@@ -136,8 +136,9 @@ def test_the_registered_model_codes_an_image_file(finished):
     client, server = (f"models:/mantis-{half}@candidate" for half in ("client", "server"))
     mantis("encode", client, str(image), "-o", "one.mts", folder=folder)
     decoded = last_json(mantis("decode", server, "one.mts", "--json", folder=folder))
-    assert decoded["wire_bytes"] == (folder / "one.mts").stat().st_size
-    (answer,) = decoded["images"]
+    (stream,) = decoded["streams"]
+    assert stream["wire_bytes"] == (folder / "one.mts").stat().st_size
+    (answer,) = stream["images"]
     assert 0 <= answer["class_index"] < len(CLASSES)
     whole = "models:/mantis@candidate"
     assert last_json(mantis("decode", whole, "one.mts", "--json", folder=folder)) == decoded

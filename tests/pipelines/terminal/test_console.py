@@ -180,3 +180,11 @@ def test_a_name_that_is_no_text_reaches_the_terminal_as_its_stream_writes_it(
         os.close(saved)
         target.close()
     assert (tmp_path / "terminal").read_text() == "caf\\udce9.jpg\n"
+
+
+def test_the_log_leaves_out_what_ray_repeats_each_second(tmp_path: Path) -> None:
+    with captured_output(tmp_path) as (_, _, log):
+        print("before")
+        print("(pid=1) Failed to query Ray Train Controller actor state. State API may be away.")
+        print("after")
+    assert log.read_text() == "before\nafter\n"

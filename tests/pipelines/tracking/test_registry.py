@@ -224,7 +224,8 @@ def test_the_commands_from_image_to_answer_unpickle_nothing(chain, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     *_, answers, seen = done.stdout.splitlines()
-    assert len(json.loads(answers)["images"]) == 2
+    (decoded,) = json.loads(answers)["streams"]
+    assert len(decoded["images"]) == 2
     assert json.loads(seen) == {"unpickled": [], "torch": True}
 
 
