@@ -7,7 +7,7 @@ from types import FrameType
 
 import typer
 
-from pipelines.commands import chain, local_cluster, models, score, streams, tune
+from pipelines.commands import chain, init, local_cluster, models, score, streams, tune
 
 app = typer.Typer(
     help="Train, measure, register and use MANTiS, a task-adaptive image codec.",
@@ -15,7 +15,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for module in (chain, score, tune, models, streams):
+for module in (init, chain, score, tune, models, streams):
     for command in module.COMMANDS:
         app.command()(command)
 app.add_typer(local_cluster.app, name="cluster")

@@ -23,6 +23,7 @@ ROOMS = {
     "pipelines": (
         "__main__",
         "commands",
+        "starting",
         "search",
         "chain",
         "stages",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from data_prep.config import DataConfig
 from data_prep.errors import DataError
 from pipelines.evaluation.arms import SPLIT, ArmSource
-from pipelines.evaluation.split_pass import arm_figures, evaluate_split
+from pipelines.evaluation.split_pass import arm_figures, chance_of, evaluate_split
 from pipelines.training.files import COMPUTED_ON
 
 if TYPE_CHECKING:
@@ -23,7 +23,8 @@ def evaluate_model(
 
     `data_path` is a Parquet or tar file, or a folder with one folder of images for each class, or a
     flat one with the label file `labels`. Returns {"rows", "rejected", "unassigned", "remarks",
-    "metrics", "computed_on"}. Raises DataError if the data has none of the model's classes.
+    "metrics", "chance", "computed_on"}. Raises DataError if the data has none of the model's
+    classes.
     """
     from data_prep.finding import source_for_path
     from data_prep.manifest import Task, TaskTable
@@ -69,5 +70,6 @@ def evaluate_model(
             "unassigned": manifest.unassigned.get(SPLIT, 0),
             "remarks": list(manifest.remarks),
             "metrics": arm_figures(done, "model")["metrics"],
+            "chance": chance_of(done),
             COMPUTED_ON: list(done.computed_on),
         }
