@@ -96,6 +96,7 @@ LossTerms = Annotated[dict[str, LossTerm], BeforeValidator(_without_nulls)]
 
 
 SORTED = "sorted"  # any other teacher.classes is a file
+PRETRAINED = "pretrained"  # any other teacher.start is a file
 
 
 class TeacherConfig(Section):
@@ -113,8 +114,9 @@ class TeacherConfig(Section):
     as of a network trained on a folder of class folders, else the path of a text file that names
     the class of each logit on a line. None takes them in the order of the data's classes."""
     start: str | None = None
-    """With weights: train, the path of a file of this network's weights from other data to
-    begin with. Its classifier is not used. None begins from random weights."""
+    """With weights: train, the weights from other data to begin with: `pretrained` lets
+    torchvision download those of ImageNet, else the path of a file of this network's weights. Their
+    classifier is not used. None begins from random weights."""
     split: str = "layer2"
     """The block after which the teacher is cut. The decoder rebuilds its output, and the server
     goes on with the blocks behind it."""

@@ -10,13 +10,23 @@ from typing import Annotated
 import typer
 
 from pipelines.cluster.machine import ensure_home
-from pipelines.commands import chain, local_cluster, models, program, score, shelf, streams, tune
+from pipelines.commands import (
+    chain,
+    init,
+    local_cluster,
+    models,
+    program,
+    score,
+    shelf,
+    streams,
+    tune,
+)
 
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-for module in (chain, score, tune, models, streams, shelf, program):
+for module in (init, chain, score, tune, models, streams, shelf, program):
     for command in module.COMMANDS:
         app.command()(command)
 app.add_typer(local_cluster.app, name="cluster")

@@ -24,6 +24,7 @@ ROOMS = {
         "__main__",
         "commands",
         "shelf",
+        "starting",
         "search",
         "chain",
         "stages",

@@ -70,6 +70,8 @@ class ImageFolder(SourceConfig):
     ImageNet's layout."""
     val: str | None = "val"
     """Folder of the val split below `path`; null where there is none."""
+    train_labels: str | None = None
+    """Label file, below `path`, of a train folder that is not divided by class, as `val_labels`."""
     val_labels: str | None = None
     """Label file, below `path`, of a val folder that is not divided by class: CSV, or lines with
     an image, a tab or a blank, and its class id. A header may name the columns `file` and
@@ -135,7 +137,7 @@ class ImageFolder(SourceConfig):
         if kind_of(where) != fs.FileType.Directory:
             raise missing(self, f"{split} folder", where, split=split)
         prefix = "" if folder == "." else f"{folder.strip('/')}/"
-        labels = self._label_file(home, where) if split == "val" else None
+        labels = self._label_file(home, where, split)
         if labels is None:
             listed, notes = _by_folder(where, prefix)
         else:
@@ -148,15 +150,16 @@ class ImageFolder(SourceConfig):
             raise DataError(". ".join([str(error), *filter(None, notes)]))
         return sorted(listed), notes
 
-    def _label_file(self, home: str, val_folder: str) -> tuple[bytes, str] | None:
-        """Returns (content, path) of a flat val folder's label file, None for class folders."""
-        if self.val_labels is not None:
-            where = join(home, self.val_labels)
+    def _label_file(self, home: str, folder: str, split: str) -> tuple[bytes, str] | None:
+        """Returns (content, path) of a flat folder's label file, None for class folders."""
+        given = self.train_labels if split == "train" else self.val_labels
+        if given is not None:
+            where = join(home, given)
             if kind_of(where) != fs.FileType.File:
-                raise missing(self, "label file (val_labels)", where)
+                raise missing(self, f"label file ({split}_labels)", where)
         else:
-            where = join(val_folder, TINY_IMAGENET_LABELS)
-            if kind_of(where) != fs.FileType.File:
+            where = join(folder, TINY_IMAGENET_LABELS)
+            if split == "train" or kind_of(where) != fs.FileType.File:
                 return None
         try:
             return read_bytes(where), where

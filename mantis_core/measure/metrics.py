@@ -107,6 +107,19 @@ def figures(
     return out
 
 
+def chance(records: ImageRecords, tasks: Sequence[TaskSpec], *, single_class: bool) -> float | None:
+    """The top1 of always giving the most frequent answer, in the sense of `figures`.
+
+    None where nothing is classified.
+    """
+    if single_class:
+        return _most_frequent([records.class_label[records.class_label >= 0]])
+    asked = records.task_mask & (records.labels >= 0)
+    return _most_frequent(
+        [records.labels[asked[:, k], k] for k, task in enumerate(tasks) if task.is_classification]
+    )
+
+
 def detection_figures(probabilities: Array, mask: Array, truth: Array) -> dict[str, float]:
     """How well the mask (N, K) names the true tasks, and how the probabilities rank them.
 
@@ -189,6 +202,12 @@ def _sizes(records: ImageRecords, pixels: int) -> dict[str, float]:
     if records.estimated_bits is not None:
         out["val/estimated_bytes"] = float(records.estimated_bits.mean()) / 8
     return out
+
+
+def _most_frequent(questions: Sequence[Array]) -> float | None:
+    """The share of answers right, if each question always gets its most frequent label."""
+    right = sum(int(np.bincount(labels).max()) for labels in questions if len(labels))
+    return _share(right, sum(map(len, questions)))
 
 
 def _share(part: Any, whole: Any) -> float | None:

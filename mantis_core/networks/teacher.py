@@ -20,6 +20,10 @@ from mantis_core.networks.weights import head_rows, read_order, read_weights
 from mantis_core.tasks import TaskSpec
 
 _STAGES = "trunk_output"  # of torchvision's RegNets
+_WITHOUT = {
+    "teacher.weights": "set teacher.weights=train",
+    "teacher.start": "leave teacher.start out to begin from random weights",
+}
 _HEADS = ("fc", "classifier.1", "classifier")  # of torchvision's networks
 
 
@@ -205,7 +209,7 @@ def flat_teacher(
     whose arguments these are.
     """
     if state is None:
-        state = _torchvision_net(name, pretrained=True).state_dict()
+        state = pretrained_state(name)
     head = _head_of(name, state, source)
     rows = head_rows(
         len(state[f"{head}.weight"]),
@@ -272,7 +276,15 @@ def freeze(module: nn.Module) -> nn.Module:
     return module.requires_grad_(False).eval()
 
 
-def _torchvision_net(name: str, *, pretrained: bool) -> nn.Module:
+def pretrained_state(name: str, *, field: str = "teacher.weights") -> dict[str, Tensor]:
+    """Torchvision's weights for ImageNet of the network `name`, downloaded unless they are cached.
+
+    Raises ModelError if that fails; `field` is what the message blames.
+    """
+    return _torchvision_net(name, pretrained=True, field=field).state_dict()
+
+
+def _torchvision_net(name: str, *, pretrained: bool, field: str = "teacher.weights") -> nn.Module:
     names = torchvision.models.list_models(module=torchvision.models)
     if name not in names:
         close = " or ".join(difflib.get_close_matches(name, names, 3))
@@ -284,8 +296,8 @@ def _torchvision_net(name: str, *, pretrained: bool) -> nn.Module:
         )
     except OSError as error:
         raise ModelError(
-            f"teacher.weights=pretrained: torchvision could not download {name} ({error}); "
-            "give a local file, or teacher.weights=train"
+            f"{field}=pretrained: torchvision could not download {name} ({error}); give a local "
+            f"file, or {_WITHOUT[field]}"
         ) from None
     return net
 

@@ -9,11 +9,16 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from mantis_core.config import LossTerm, TeacherConfig
+from mantis_core.config import PRETRAINED, LossTerm, TeacherConfig
 from mantis_core.errors import ModelError
 from mantis_core.networks.inference import still
 from mantis_core.networks.preprocessing import normalise
-from mantis_core.networks.teacher import Teacher, flat_teacher, load_backbone
+from mantis_core.networks.teacher import (
+    Teacher,
+    flat_teacher,
+    load_backbone,
+    pretrained_state,
+)
 from mantis_core.networks.weights import read_order, read_weights
 from mantis_core.tasks import Batch, Problem
 from mantis_core.training.hits import label_hits
@@ -74,11 +79,18 @@ def ready_teacher(
 
 
 def teacher_recipe(config: TeacherConfig, problem: Problem, *, seed: int) -> Recipe:
-    """A teacher to train, from random weights or from the backbone in `config.start`."""
+    """A teacher to train, from random weights or from the backbone in `config.start`.
+
+    Raises ModelError if those weights are another network's or cannot be downloaded.
+    """
     torch.manual_seed(seed)
     teacher = new_teacher(config, problem)
     if config.start is not None:
-        state = read_weights(config.start, field="teacher.start")
+        field = "teacher.start"
+        if config.start == PRETRAINED:
+            state = pretrained_state(config.name, field=field)
+        else:
+            state = read_weights(config.start, field=field)
         load_backbone(teacher, state, config.start)
     return TeacherRecipe(teacher, config)
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from data_prep.manifest import TaskTable
-from mantis_core.config import TeacherConfig, TrainingConfig
+from mantis_core.config import PRETRAINED, TeacherConfig, TrainingConfig
 from mantis_core.errors import ModelError
 from mantis_core.networks.bottleneck import Bottleneck, BottleneckOutput
 from mantis_core.networks.teacher import Backbone, Teacher, freeze
@@ -126,7 +126,8 @@ def _teacher(config: TeacherConfig, problem: Problem) -> Teacher:
         raise ModelError(
             f"teacher.weights: pretrained has {IMAGENET_CLASSES} logits, the data has {classes} "
             "classes. They are reduced to the data's where every class is a WordNet id of "
-            "ImageNet-1k. Else set teacher.weights=train, or give a file with these classes"
+            "ImageNet-1k. Else set teacher.weights=train, with teacher.start=pretrained to begin "
+            "with these features, or give a file with these classes"
         )
     size = problem.image_size
     teacher = Teacher(config.name, split=config.split, flat_classes=classes, image_size=size)
@@ -137,6 +138,9 @@ def _teacher(config: TeacherConfig, problem: Problem) -> Teacher:
 def _recipe(kind: str, settings: Settings, problem: Problem, built: _Built) -> Recipe:
     build = STAGES[kind].recipe
     assert build is not None
+    if settings.teacher.start == PRETRAINED:  # of the network's own shapes, so nothing is to check
+        teacher = settings.teacher.model_copy(update={"start": None})
+        settings = settings.model_copy(update={"teacher": teacher})
     recipe = build(settings, problem, _NoWeights(settings, problem, built))
     for module in recipe.modules():
         if isinstance(module, Bottleneck):

@@ -28,6 +28,9 @@ ADDED: dict[str, dict[str, Any]] = {
 }
 """Fields that recipes did not hold yet, with their default. Another value has no old recipe."""
 
+ADDED_TO_SOURCES: dict[str, Any] = {"train_labels": None}
+"""The same for the fields of a source."""
+
 
 def recipes_before(specs: Sequence[StageSpec]) -> dict[str, str]:
     """The recipe by which each stage was known, by the stage's name."""
@@ -42,6 +45,10 @@ def recipes_before(specs: Sequence[StageSpec]) -> dict[str, str]:
             for name, default in fields.items():
                 if name in section and section[name] == default:
                     del section[name]
+        for source in config.get("data", {}).get("sources", []):
+            for name, default in ADDED_TO_SOURCES.items():
+                if name in source and source[name] == default:
+                    del source[name]
         if spec.kind == "stage1":  # its slice named single fields of the decoder
             config["model"]["decoder"] = {
                 name: config["model"]["decoder"][name]

@@ -7,6 +7,7 @@ clusters are checked in `pipelines/cluster/preflight.py`.
 from __future__ import annotations
 
 import logging
+import math
 import warnings
 from collections.abc import Sequence
 from concurrent.futures.process import BrokenProcessPool
@@ -18,7 +19,7 @@ from pipelines.chain.plan import Plan
 from pipelines.chain.processes import pool_of
 from pipelines.settings.errors import SettingsError
 from pipelines.stages.record import stage_state
-from pipelines.stages.schedule import check_batches, schedule
+from pipelines.stages.schedule import Schedule, check_batches, schedule
 from pipelines.stages.spec import StageSpec
 from pipelines.storage import Store
 
@@ -31,6 +32,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 FEWEST_STEPS = 100
 """A training of fewer steps hardly moves random weights. The quickstart's have 104 and more."""
+ADVISED_STEPS = 400
+"""Steps with which a training of a few hundred images came close to its best."""
+ADVISED_PER_EPOCH = 15
+SMALLEST_BATCH = 8
 FINE_TUNED = ("individual", "codec_teacher")
 """Stages that begin with the weights of the teacher. A few steps may be enough for them."""
 FEWEST_HELD_BACK = 8
@@ -77,7 +82,7 @@ class Preflight:
         if prepared is not None and manifest is not None:
             self.saw_rows = True
             check_rows(waiting, manifest)
-            notes += few_steps(waiting, manifest)
+            notes += few_steps(waiting, manifest.split("train").rows)
             notes += few_held_back(manifest)
             notes += () if remarked else manifest.remarks
         self._check_networks(waiting, None if manifest is None else manifest.single_class)
@@ -105,15 +110,7 @@ class Preflight:
 
 def check_rows(specs: Sequence[StageSpec], manifest: Manifest) -> None:
     """Raises SettingsError or DataError if a training cannot take a step or choose its epoch."""
-    rows = manifest.split("train").rows
-    for spec in specs:
-        batch = spec.training.batch_size if spec.stage.trains else 0
-        if batch > rows:
-            raise SettingsError(
-                f"{spec.stage.section}.batch_size is {batch}, and there are {rows} training "
-                f"images: set it to {rows} or less, or add images. A smaller one makes more steps "
-                f"per epoch"
-            )
+    check_batch_fits(specs, manifest.split("train").rows)
     if "holdout" not in manifest.splits or not manifest.split("holdout").rows:
         raise DataError(
             "the prepared folder has no images that are held back from training. They choose the "
@@ -122,21 +119,72 @@ def check_rows(specs: Sequence[StageSpec], manifest: Manifest) -> None:
         )
 
 
-def few_steps(trainings: Sequence[StageSpec], manifest: Manifest) -> list[str]:
-    """Returns a note for each section whose training is too short to learn much."""
+def listed_rows(plan: Plan) -> int:
+    """Returns how many images a training will have, counted in the sources. Opens no image.
+
+    Unreadable images count too, since only `prepare` finds them. Raises DataError where a split or
+    a task has no image.
+    """
+    from data_prep.prepare.listing import list_sources
+    from data_prep.prepare.staging import Job
+    from data_prep.storage import absolute
+
+    data = plan.settings.data
+    job = Job(data, plan.table, plan.settings.seed, absolute(data.root), "")
+    found = list_sources(job, ("train", "val"))
+    listed = found.references["split"].to_pylist().count("train")
+    if found.divides:
+        listed -= round((data.val_fraction or 0.0) * listed)
+    return listed - math.ceil(data.holdout_fraction * listed)
+
+
+def check_batch_fits(specs: Sequence[StageSpec], rows: int) -> None:
+    """Raises SettingsError if a training's batch is larger than the number of its images."""
+    for spec in specs:
+        batch = spec.training.batch_size if spec.stage.trains else 0
+        if batch > rows:
+            raise SettingsError(
+                f"{spec.stage.section}.batch_size is {batch}, and there are {rows} training "
+                f"images: set it to {rows} or less, or add images. A smaller one makes more steps "
+                f"per epoch"
+            )
+
+
+def few_steps(trainings: Sequence[StageSpec], rows: int) -> list[str]:
+    """Returns a note for each section whose training on `rows` images is too short to learn much.
+
+    It names values that would do.
+    """
     found: dict[str, str] = {}
     for spec in trainings:
-        planned = schedule(spec, manifest.split("train").rows)
+        planned = schedule(spec, rows)
         if planned is None or spec.kind in FINE_TUNED:
             continue
         if planned.steps is not None and planned.steps < FEWEST_STEPS:
             section = spec.stage.section
+            batch, epochs = enough_steps(rows, planned)
+            lower = f"{section}.batch_size={batch} and " if batch < planned.global_batch else ""
             found[section] = (
-                f"{spec.kind} trains for {planned.steps} steps, which is hardly enough to learn "
-                f"from ({FEWEST_STEPS} or more are): lower {section}.batch_size "
-                f"({planned.global_batch}) or raise {section}.epochs ({planned.epochs})"
+                f"{spec.kind} trains for {planned.steps} steps on {rows} images, which is hardly "
+                f"enough to learn from ({FEWEST_STEPS} or more are): set {lower}"
+                f"{section}.epochs={epochs} for about {ADVISED_STEPS} steps (now batches of "
+                f"{planned.global_batch} and {planned.epochs} epochs)"
             )
     return list(found.values())
+
+
+def enough_steps(rows: int, planned: Schedule) -> tuple[int, int]:
+    """Returns a batch size and a number of epochs that make about ADVISED_STEPS steps.
+
+    The batch is halved while an epoch has fewer than ADVISED_PER_EPOCH steps and it still divides
+    among the workers.
+    """
+    batch, most = planned.global_batch, max(planned.workers)
+    while rows // batch < ADVISED_PER_EPOCH and batch >= 2 * SMALLEST_BATCH:
+        if batch % 2 or (batch // 2) % most:
+            break
+        batch //= 2
+    return batch, math.ceil(ADVISED_STEPS / max(1, rows // batch))
 
 
 def few_held_back(manifest: Manifest) -> list[str]:

@@ -19,7 +19,7 @@ from pipelines.chain.reasons import made_with
 from pipelines.chain.result import ChainResult, hardware_tags, note_adopted, note_all
 from pipelines.chain.tracked import track_stage
 from pipelines.cluster.connect import connect
-from pipelines.cluster.preflight import check_machine
+from pipelines.cluster.preflight import check_machine, unused_gpu
 from pipelines.settings.sections import Settings
 from pipelines.stages.record import (
     claim,
@@ -74,7 +74,7 @@ def run_chain(
         return _chain_result(plan, store, specs, outcomes, run_id)
     check_machine(plan.settings)
     preflight = Preflight(plan, specs)
-    note_all(preflight.check(), console)
+    note_all([*preflight.check(), *unused_gpu(plan.settings)], console)
     tracker = make_tracker(plan.settings, console)
     try:
         shown = plan.settings.model_dump(mode="json")

@@ -46,6 +46,28 @@ def check_machine(settings: Settings) -> None:
     check_room(root)
 
 
+def visible_gpus() -> int:
+    """Returns the number of NVIDIA GPUs that processes on this machine see. Loads no torch."""
+    devices = [path for path in Path("/dev").glob("nvidia*") if path.name[6:].isdigit()]
+    shown = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if shown is None:
+        return len(devices)
+    named = [each for each in shown.split(",") if each.strip() not in ("", "-1")]
+    return min(len(devices), len(named))
+
+
+def unused_gpu(settings: Settings) -> list[str]:
+    """Returns a note if a run with Ray on this machine leaves its GPU unused."""
+    cluster = settings.cluster
+    gpus = visible_gpus() if cluster_address(cluster) == "local" else 0
+    if cluster.gpus_per_worker or not gpus:
+        return []
+    return [
+        f"this machine has {gpus} {'GPU' if gpus == 1 else 'GPUs'} and the run uses none: set "
+        "cluster.gpus_per_worker=1 to train and measure on a GPU"
+    ]
+
+
 def check_resources(
     cluster: ClusterConfig, root: str, available: Available, *, data_cpus: float
 ) -> None:

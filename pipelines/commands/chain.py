@@ -85,7 +85,7 @@ def run(
         )
     plan = _plan(config, joined(overrides, address), adopt=adopt)
     if dry_run:
-        print_plan(plan, plan.specs, as_json)
+        print_plan(plan, plan.specs, as_json, ray=not plain)
         return
     options = [
         *(["--adopt"] if adopt else []),
@@ -199,17 +199,23 @@ def _console(settings: Settings, as_json: bool, resume: str) -> Iterator[Console
 
 
 def print_plan(
-    plan: Plan, specs: Sequence[Any], as_json: bool, *, space: Mapping[str, str] | None = None
+    plan: Plan,
+    specs: Sequence[Any],
+    as_json: bool,
+    *,
+    space: Mapping[str, str] | None = None,
+    ray: bool = True,
 ) -> None:
     """Prints what a run of these stages would do, with the reason for each that would run.
 
-    `space` are the searched fields and their domains, as text.
+    `space` are the searched fields and their domains, as text. `ray` is False for `--plain`.
     """
     import yaml
 
     from pipelines.chain.keys import without_defaults
-    from pipelines.chain.preflight import Preflight
+    from pipelines.chain.preflight import Preflight, check_batch_fits, few_steps, listed_rows
     from pipelines.chain.reasons import why_new
+    from pipelines.cluster.preflight import unused_gpu
     from pipelines.settings.reading import printable
     from pipelines.settings.tracking import describe_store
     from pipelines.stages.record import read_result, stage_state
@@ -223,8 +229,15 @@ def print_plan(
         spec.name: "adopt" if spec.adopted_for else names[stage_state(store, spec, uri)]
         for spec in specs
     }
-    prepared = actions["prepare"] in ("skip", "adopt")
-    rows = read_result(store, specs[0])["rows"]["train"] if prepared else None
+    trainings, rows = [spec for spec in specs if spec.stage.trains], None
+    if actions["prepare"] in ("skip", "adopt"):
+        rows = read_result(store, specs[0])["rows"]["train"]
+    elif trainings:
+        rows = listed_rows(plan)
+        check_batch_fits(trainings, rows)
+        notes += few_steps(trainings, rows)
+    if ray and trainings:
+        notes += unused_gpu(plan.settings)
     planned = [(spec, schedule(spec, rows)) for spec in specs]
     reasons = {
         spec.name: why_new(store, spec) if actions[spec.name] == "run" else "" for spec in specs
@@ -266,11 +279,14 @@ def print_plan(
 
 
 def _show_evaluation(plan: Plan, console: Console) -> None:
+    from pipelines.report.chance import chance_sentences
     from pipelines.storage import Store
 
     folder = plan.by_name["evaluate"].folder
     evaluation = Store(plan.settings.storage.root).read_json(f"{folder}/evaluation.json")
     _show_arms(evaluation["arms"], console)
+    for sentence in chance_sentences(evaluation):
+        console.note(sentence)
     console.note(f"report: {folder}/report/report.html")
 
 

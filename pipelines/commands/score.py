@@ -78,6 +78,8 @@ def score(
         typer.echo(f"note: {remark}")
     for name, value in measured["metrics"].items():
         typer.echo(f"{name}  {value:.6g}")
+    if measured["chance"] is not None:
+        typer.echo(f"chance  {measured['chance']:.6g}")
 
 
 COMMANDS = (score,)

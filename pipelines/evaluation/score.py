@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from data_prep.config import DataConfig
 from data_prep.errors import DataError
 from pipelines.evaluation.arms import SPLIT, ArmSource
-from pipelines.evaluation.split_pass import arm_figures, evaluate_split
+from pipelines.evaluation.split_pass import arm_figures, chance_of, evaluate_split
 from pipelines.storage import Store, is_shared, shared_scratch
 from pipelines.training.files import COMPUTED_ON
 
@@ -25,7 +25,7 @@ def evaluate_model(
     flat one with the label file `labels`. The prepared images lie below the storage root `root` for
     the time of the measurement. If that is a URI, a copy of the model lies beside them, because
     other nodes measure too. Returns {"rows", "rejected", "unassigned", "remarks", "metrics",
-    "computed_on"}. Raises DataError if the data has none of the model's classes.
+    "chance", "computed_on"}. Raises DataError if the data has none of the model's classes.
     """
     from data_prep.finding import source_for_path
     from data_prep.manifest import Task, TaskTable
@@ -75,5 +75,6 @@ def evaluate_model(
             "unassigned": manifest.unassigned.get(SPLIT, 0),
             "remarks": list(manifest.remarks),
             "metrics": arm_figures(done, "model")["metrics"],
+            "chance": chance_of(done),
             COMPUTED_ON: list(done.computed_on),
         }

@@ -17,7 +17,13 @@ import numpy as np
 from data_prep.manifest import Manifest
 from data_prep.read.batches import eval_rows, local_batches
 from data_prep.reading import ReadingConfig
-from mantis_core.measure.metrics import ImageRecords, detection_curve, detector_confusion, figures
+from mantis_core.measure.metrics import (
+    ImageRecords,
+    chance,
+    detection_curve,
+    detector_confusion,
+    figures,
+)
 from mantis_core.tasks import TaskSpec
 from pipelines.cluster.machine import usable_cpus
 from pipelines.evaluation.arms import SPLIT, ArmSource, Arrays
@@ -211,6 +217,12 @@ def arm_figures(done: Evaluated, name: str) -> dict[str, Any]:
     ranks = own["probabilities"][0, 0] >= 0 and records.task_mask.any()
     curve = detection_curve(own["probabilities"], records.task_mask) if ranks else None
     return {"metrics": metrics, "detector_confusion": confusion, "detection_curve": curve}
+
+
+def chance_of(done: Evaluated) -> float | None:
+    """Returns the top1 of always giving the most frequent answer. None without classification."""
+    own = next(iter(done.answers.values()))
+    return chance(to_records(own, done.tasks), done.tasks, single_class=done.single_class)
 
 
 def to_records(own: Arrays, tasks: Sequence[TaskSpec]) -> ImageRecords:

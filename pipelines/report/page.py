@@ -8,6 +8,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from scipy.stats import binomtest
 
 from pipelines.report import figures
+from pipelines.report.chance import chance_sentences
 from pipelines.report.marks import HEADLINES, curves, headline
 from pipelines.settings.arms import ARM_KINDS
 
@@ -56,6 +57,8 @@ def report_page(evaluation: Mapping[str, Any], title: str) -> str:
         notes=list(dict.fromkeys(filter(None, (ARM_KINDS[kind].note for kind in kinds)))),
         seeds={arm["seed"] for arm in arms if arm["kind"] == "mantis"},
         interval=_interval(evaluation, main),
+        chance=_chance(evaluation, accuracy),
+        warning=_warning(evaluation),
         accuracy=accuracy,
         accuracy_name=HEADLINES[accuracy],
         curves=curves(arms, accuracy),
@@ -78,6 +81,18 @@ def _percent(value: float | None) -> str:
 
 def _signed(value: float) -> str:
     return f"{value:+.1f}".replace("-", "\N{MINUS SIGN}")
+
+
+def _chance(evaluation: Mapping[str, Any], accuracy: str) -> str:
+    """Returns the chance of top-1 as text, empty where it is unknown."""
+    value = evaluation.get("chance")
+    return "" if value is None or accuracy != "val/top1" else f"; chance is {_percent(value)} %"
+
+
+def _warning(evaluation: Mapping[str, Any]) -> str:
+    """Returns the sentences that a page of a codec at chance opens with, empty for a better one."""
+    sentences = chance_sentences(evaluation)[1:]
+    return " ".join(f"{text[0].upper()}{text[1:]}." for text in sentences)
 
 
 def _interval(evaluation: Mapping[str, Any], main: Mapping[str, Any]) -> str:

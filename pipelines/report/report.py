@@ -17,7 +17,7 @@ from pipelines.report.marks import Arms
 from pipelines.report.page import report_page
 
 IDENTITY = ("name", "label", "kind", "rate_weight", "quality", "seed", "stage_key")
-ABOUT = ("split", "rows", "image_size", "tasks", "single_class")
+ABOUT = ("split", "rows", "image_size", "tasks", "single_class", "chance")
 
 
 class ReportError(ValueError):
@@ -76,5 +76,5 @@ def _points_csv(arms: Arms) -> str:
 
 def _points_json(evaluation: Mapping[str, Any]) -> str:
     points = [{name: arm[name] for name in (*IDENTITY, "metrics")} for arm in evaluation["arms"]]
-    content = {**{name: evaluation[name] for name in ABOUT}, "points": points}
+    content = {**{name: evaluation.get(name) for name in ABOUT}, "points": points}
     return json.dumps(content, indent=2, allow_nan=False) + "\n"

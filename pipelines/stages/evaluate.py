@@ -109,7 +109,7 @@ def write_evaluation(
 ) -> dict[str, Any]:
     """Writes evaluation.json, predictions.parquet and the report. Returns the stage's result."""
     from data_prep.manifest import read_manifest
-    from pipelines.evaluation.split_pass import arm_figures
+    from pipelines.evaluation.split_pass import arm_figures, chance_of
 
     manifest = read_manifest(prepared)
     arms = []
@@ -135,6 +135,7 @@ def write_evaluation(
             for task in done.tasks
         ],
         "single_class": manifest.single_class,
+        "chance": chance_of(done),
         "arms": arms,
         COMPUTED_ON: list(done.computed_on),
         "examples": examples(prepared, manifest, spec.settings.data.reading, done, main["name"]),

@@ -32,9 +32,15 @@ def planned(settings: Settings, inputs: Inputs) -> Iterator[tuple[str, Settings]
 
 
 def identities(settings: Settings, inputs: Inputs) -> dict[str, Any]:
-    """Returns the sha256 of the file of `teacher.start`, if there is one."""
+    """Returns what `teacher.start` stands for: the sha256 of its file, or a name. {} without it."""
+    from mantis_core.config import PRETRAINED
+
     start = settings.teacher.start
-    return {"start": file_identity("start", start)} if start else {}
+    if start is None:
+        return {}
+    if start == PRETRAINED:
+        return {"start": f"pretrained:{settings.teacher.name}"}
+    return {"start": file_identity("start", start)}
 
 
 def given_weights(settings: Settings, inputs: Inputs) -> dict[str, Any]:
@@ -60,6 +66,8 @@ def file_identity(field: str, file: str) -> str:
     path = Path(file)
     if not path.is_file():
         ways = "give an existing .safetensors or .pth file"
+        if field == "start":
+            ways += ", or `pretrained` to download torchvision's"
         if field == "weights":
             ways += ", `train` to train the teacher here, or `pretrained` to download it"
         if field == "classes":

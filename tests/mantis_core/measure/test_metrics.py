@@ -10,6 +10,7 @@ import pytest
 
 from mantis_core.measure.metrics import (
     ImageRecords,
+    chance,
     detection_curve,
     detection_figures,
     detector_confusion,
@@ -209,3 +210,16 @@ def test_segmentations_alone_have_a_mean_iou_in_the_place_of_top1():
         pixels=1000,
     )
     assert "val/miou" not in mixed
+
+
+def test_chance_is_what_the_most_frequent_answer_brings():
+    one = replace(RECORDS, class_label=np.array([0, 1, 1, -1]))
+    assert chance(one, TASKS, single_class=True) == pytest.approx(2 / 3)
+    pairs = replace(
+        RECORDS,
+        labels=np.array([[0, 2], [0, 2], [1, 2], [-1, 0]]),
+        task_mask=np.array([[1, 1], [1, 1], [1, 0], [0, 1]], bool),
+    )
+    assert chance(pairs, TASKS[:1], single_class=False) == pytest.approx(2 / 3)
+    none = (TaskSpec("ground", "segmentation", 2),)
+    assert chance(pairs, none, single_class=False) is None

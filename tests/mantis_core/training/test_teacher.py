@@ -86,7 +86,7 @@ def test_without_network_a_pretrained_teacher_says_what_to_do_instead(
         raise OSError("no route")
 
     monkeypatch.setattr(torchvision.models, "get_model", unreachable)
-    with pytest.raises(ModelError, match=r"no route.*give a local file, or teacher\.weights=train"):
+    with pytest.raises(ModelError, match=r"no route.*or set teacher\.weights=train"):
         ready_teacher(TeacherConfig(name="resnet18"), problem, None)
 
 
@@ -112,6 +112,32 @@ def test_a_teacher_may_begin_with_the_body_of_other_weights(
     wrong = wrong.model_copy(update={"start": config.start})
     with pytest.raises(ModelError, match="do not fit mobilenet_v2"):
         teacher_recipe(wrong, problem, seed=0)
+
+
+def test_a_teacher_may_begin_with_torchvisions_weights(
+    problem: Problem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(3)
+    other, get_model = torchvision.models.resnet18(), torchvision.models.get_model
+    monkeypatch.setattr(
+        torchvision.models,
+        "get_model",
+        lambda name, weights: other if weights == "DEFAULT" else get_model(name, weights=weights),
+    )
+    start = TRAIN.model_copy(update={"start": "pretrained"})
+    teacher = teacher_recipe(start, problem, seed=0).student
+    assert torch.equal(teacher.state_dict()["backbone.net.conv1.weight"], other.conv1.weight)
+    assert teacher.flat_head.out_features == 6
+
+    def unreachable(name: str, weights: str | None) -> nn.Module:
+        if weights is None:
+            return get_model(name, weights=None)
+        raise OSError("no route")
+
+    monkeypatch.setattr(torchvision.models, "get_model", unreachable)
+    message = r"teacher\.start=pretrained: .*no route.*or leave teacher\.start out"
+    with pytest.raises(ModelError, match=message):
+        teacher_recipe(start, problem, seed=0)
 
 
 def test_a_teacher_is_trained_on_labels_flat_and_head_by_head(

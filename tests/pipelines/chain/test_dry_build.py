@@ -117,6 +117,18 @@ def test_a_file_of_weights_must_fit_the_network_and_the_classes(tmp_path: Path) 
         check(f"teacher.start={other}")
 
 
+def test_weights_to_begin_with_are_not_downloaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, get_model = [], torchvision.models.get_model
+
+    def get(name: str, weights: str | None) -> object:
+        asked.append(weights)
+        return get_model(name, weights=None)
+
+    monkeypatch.setattr(torchvision.models, "get_model", get)
+    check("teacher.start=pretrained")
+    assert set(asked) == {None}
+
+
 def test_a_loss_on_class_logits_needs_a_detector_that_names_classes() -> None:
     classes = "stage1.losses.classes={criterion: ClassDetection}"
     with pytest.raises(ModelError, match=r"model\.detector\.classes=true"):

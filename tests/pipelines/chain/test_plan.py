@@ -351,8 +351,17 @@ def test_the_file_a_teacher_begins_with_counts_by_its_content(config: Path, tmp_
         keys.append(stages["teacher"].key)
     assert keys[0] == keys[1] != keys[2]
     assert keys[0] != planned(load_settings(config))["teacher"].key
-    with pytest.raises(SettingsError, match=r"teacher\.start: there is no file"):
+    with pytest.raises(SettingsError, match=r"teacher\.start: there is no file .*`pretrained` to"):
         planned(load_settings(config, ["teacher.start=nowhere.pth"]))
+
+
+def test_a_teacher_may_begin_with_torchvisions_weights(config: Path) -> None:
+    keys = {
+        planned(load_settings(config, ["teacher.start=pretrained", *more]))["teacher"].key
+        for more in ([], ["teacher.name=resnet34"])
+    }
+    keys.add(planned(load_settings(config))["teacher"].key)
+    assert len(keys) == 3
 
 
 def test_the_order_of_a_teachers_logits_counts_by_its_content(config: Path, tmp_path: Path) -> None:

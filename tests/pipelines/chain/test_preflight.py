@@ -18,6 +18,7 @@ from pipelines.chain.preflight import Preflight
 from pipelines.settings.errors import SettingsError
 from pipelines.settings.reading import load_settings
 from pipelines.stages.record import mark_done, mark_started
+from pipelines.stages.schedule import schedule
 from pipelines.storage import Store
 from tests.pipelines.fakes import same_code
 
@@ -28,6 +29,11 @@ teacher: {weights: train}
 evaluate: {baselines: [none]}
 tracking: {enabled: false}
 """
+ADVISED = [
+    f"{section}.{field}"
+    for section in ("stage1", "stage2")
+    for field in ("batch_size=16", "epochs=25")
+]
 
 
 class Bench:
@@ -161,8 +167,29 @@ def test_few_steps_are_noted_once_for_each_section(bench: Bench) -> None:
     bench.prepare(plan, rows={"train": 260})
     notes = check(plan)
     assert [note.split()[0] for note in notes] == ["stage1", "stage2"]
-    assert notes[1].startswith("stage2 trains for 8 steps")
-    assert notes[1].endswith("lower stage2.batch_size (128) or raise stage2.epochs (4)")
+    assert notes[1].startswith("stage2 trains for 8 steps on 260 images")
+    assert "set stage2.batch_size=16 and stage2.epochs=25 for about 400 steps" in notes[1]
+    assert check(bench.plan("teacher.training.batch_size=4", *ADVISED)) == []
+
+
+@pytest.mark.parametrize("workers", [1, 3, 4])
+@pytest.mark.parametrize("rows", [9, 48, 300, 5_000])
+@pytest.mark.parametrize("batch", [12, 24, 120])
+def test_the_advice_makes_enough_steps_and_divides_among_the_workers(
+    bench: Bench, workers: int, rows: int, batch: int
+) -> None:
+    plan = bench.plan(f"stage2.batch_size={batch}", f"cluster.workers={workers}")
+    planned = schedule(plan.by_name["stage2"], rows)
+    assert planned is not None
+    size, epochs = module.enough_steps(rows, planned)
+    assert size <= batch
+    assert size % workers == 0
+    assert size > rows or (rows // size) * epochs >= module.ADVISED_STEPS
+
+
+def test_rows_are_counted_in_the_sources_before_they_are_prepared(bench: Bench) -> None:
+    assert module.listed_rows(bench.plan()) == 7  # 8 of 20 images show an outline
+    assert module.listed_rows(bench.plan("data.holdout_fraction=0.5")) == 4
 
 
 def test_few_held_back_images_and_remarks_on_the_data_are_noted(bench: Bench) -> None:

@@ -63,6 +63,40 @@ def test_an_elastic_training_needs_room_for_its_fewest_workers_alone() -> None:
         check_resources(ClusterConfig(workers=(2, 8)), "/here", Available(2, 0), data_cpus=1)
 
 
+@pytest.mark.parametrize(
+    ("gpus", "asked", "address", "notes"),
+    [(2, 0, None, 1), (2, 1, None, 0), (0, 0, None, 0), (2, 0, "10.0.0.1:6379", 0)],
+)
+def test_a_gpu_that_a_local_run_leaves_unused_is_noted(
+    gpus: int,
+    asked: float,
+    address: str | None,
+    notes: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(preflight, "visible_gpus", lambda: gpus)
+    path = tmp_path / "tiny.yaml"
+    path.write_text(f"{CONFIG}cluster: {{gpus_per_worker: {asked}}}\n")
+    settings = load_settings(path, [f"cluster.address={address}"] if address else [])
+    found = preflight.unused_gpu(settings)
+    assert len(found) == notes
+    assert all("set cluster.gpus_per_worker=1" in note for note in found)
+
+
+def test_a_gpu_counts_only_if_processes_may_see_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [Path("/dev/nvidia0"), Path("/dev/nvidia1"), Path("/dev/nvidiactl")]
+    monkeypatch.setattr(Path, "glob", lambda self, pattern: iter(names))
+    found = {}
+    for shown in (None, "", "1", "0,1", "-1"):
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        if shown is not None:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", shown)
+        found[shown] = preflight.visible_gpus()
+    assert found == {None: 2, "": 0, "1": 1, "0,1": 2, "-1": 0}
+
+
 SMALL = [Available(2, 0)] * 4
 
 

@@ -19,7 +19,7 @@ from tests.pipelines.fakes import fake_stages, same_code
 ROOT = Path(__file__).resolve().parents[3]
 
 CONFIG = """
-data: {sources: [{kind: shapes, train_rows: 20, val_rows: 10}]}
+data: {sources: [{kind: shapes, train_rows: 800, val_rows: 10}]}
 tasks: [{name: outline, classes_from: shapes}]
 teacher: {weights: train}
 evaluate: {baselines: [none]}
@@ -109,7 +109,8 @@ def test_a_dry_run_tells_what_would_run_and_writes_nothing(config: Path) -> None
     assert set(actions.values()) == {"run"}
     assert planned["config"]["stage2"]["epochs"] == 3
     assert {s["stage"]: s["epochs"] for s in planned["stages"]}["stage2"] == 3
-    assert {s["stage"]: s["training"] for s in planned["stages"]}["stage2"]["rows"] is None
+    assert {s["stage"]: s["training"] for s in planned["stages"]}["stage2"]["rows"] == 231
+    assert any("stage2 trains for 3 steps on 231 images" in note for note in planned["notes"])
     assert not (config.parent / "runs").exists()
     mantis("stage1", "--config", config)
     text = mantis("run", "--config", config, "--dry-run").stdout
@@ -210,9 +211,9 @@ def test_a_dry_run_prints_notes_and_refuses_what_cannot_be_trained(
     check = "pipelines.chain.preflight.Preflight.check"
     monkeypatch.setattr(check, lambda *_: ["stage1 trains for 2 steps"])
     done = mantis("run", "--config", config, "--dry-run")
-    assert done.stdout.splitlines()[-1] == "note: stage1 trains for 2 steps"
+    assert "note: stage1 trains for 2 steps" in done.stdout.splitlines()
     done = mantis("run", "--config", config, "--dry-run", "--json")
-    assert json.loads(done.stdout)["notes"] == ["stage1 trains for 2 steps"]
+    assert json.loads(done.stdout)["notes"][0] == "stage1 trains for 2 steps"
 
     def refuse(*_: object) -> list[str]:
         raise SettingsError("teacher.training.batch_size is 128")

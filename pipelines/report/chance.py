@@ -1,0 +1,51 @@
+"""Compares answers with chance: what always giving the most frequent answer would bring."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+TOP1 = "val/top1"
+SURE = 1.96
+"""Standard errors above chance from which answers count as better: 95 % of guesses lie below."""
+
+
+def chance_sentences(evaluation: Mapping[str, Any]) -> list[str]:
+    """Returns what chance is, and whether the main arm and its teacher are no better.
+
+    `evaluation` is the content of evaluation.json. Empty where nothing is classified, or where
+    earlier code wrote the evaluation, which did not know its chance.
+    """
+    chance = evaluation.get("chance")
+    if chance is None:
+        return []
+    said = [f"chance is {chance:.1%} top1: what always giving the most frequent answer would bring"]
+    main = next((arm for arm in evaluation["arms"] if arm["kind"] == "mantis"), None)
+    if main is None or not is_a_guess(evaluation, main):
+        return said
+    said.append(
+        f"{main['name']} answers no better than chance ({main['metrics'][TOP1]:.1%} top1): its "
+        "bytes carry no answer"
+    )
+    teacher = next((arm for arm in evaluation["arms"] if arm["kind"] == "teacher"), None)
+    if teacher is not None and is_a_guess(evaluation, teacher):
+        said.append(
+            "its teacher is no better, so begin there: more images, a larger "
+            "teacher.training.epochs or a smaller teacher.training.batch_size"
+        )
+    else:
+        said.append(
+            "the codec needs more steps or more bytes: larger stage1.epochs and stage2.epochs, a "
+            "smaller batch_size of both, or a smaller stage2.rate_weight"
+        )
+    return said
+
+
+def is_a_guess(evaluation: Mapping[str, Any], arm: Mapping[str, Any]) -> bool:
+    """Returns whether an arm's top1 could be that of guesses, for so few images."""
+    chance, top1 = evaluation.get("chance"), arm["metrics"].get(TOP1)
+    if chance is None or top1 is None or not evaluation["rows"]:
+        return False
+    error = math.sqrt(chance * (1 - chance) / evaluation["rows"])
+    return bool(top1 <= chance + SURE * error)

@@ -1,0 +1,1 @@
+"""`mantis init`: from a folder of images to a config that runs as it stands."""
