@@ -132,7 +132,7 @@ def listed_rows(plan: Plan) -> int:
     data = plan.settings.data
     job = Job(data, plan.table, plan.settings.seed, absolute(data.root), "")
     found = list_sources(job, ("train", "val"))
-    listed = found.references["split"].to_pylist().count("train")
+    listed: int = found.references["split"].to_pylist().count("train")
     if found.divides:
         listed -= round((data.val_fraction or 0.0) * listed)
     return listed - math.ceil(data.holdout_fraction * listed)

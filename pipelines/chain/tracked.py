@@ -17,8 +17,7 @@ from pipelines.stages.spec import StageSpec
 from pipelines.storage import Store
 
 if TYPE_CHECKING:
-    from mlflow.entities import Dataset
-
+    from pipelines.tracking.pages.datasets import Dataset
     from pipelines.tracking.runs import Tracker
 
 logger = logging.getLogger(__name__)

@@ -18,8 +18,8 @@ from pipelines.commands.errors import (
     resumable,
     terminal,
 )
+from pipelines.commands.messages import command_line
 from pipelines.commands.options import Address, AsJson, Config, DryRun, Overrides, joined
-from pipelines.commands.resume import command_line
 from pipelines.stages.order import STAGES
 from pipelines.stages.spec import with_upstream
 

@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 import typer
 
 from pipelines.commands.messages import FAILURE as FAILURE
-from pipelines.commands.messages import Told, is_fault, of_fault, told
-from pipelines.commands.resume import resuming
+from pipelines.commands.messages import Told, is_fault, of_fault, resuming, told
 from pipelines.training.causes import MISTAKE as MISTAKE
 from pipelines.training.causes import is_mistake
 

@@ -33,8 +33,9 @@ def ls(root: Root = "./runs", as_json: AsJson = False) -> None:
 
     store = _store(root)
     stages = shelved(store, _registered(store, root), since=time.time())
-    runs = [{"config": p.config, "run_id": p.run_id, "used": p.used} for p in plans(store)]
+    known = plans(store)
     if as_json:
+        runs = [{"config": p.config, "run_id": p.run_id, "used": p.used} for p in known]
         shown = [vars(stage) for stage in stages]
         print_json({"root": store.root, "stages": shown, "runs": runs})
         return
@@ -46,8 +47,8 @@ def ls(root: Root = "./runs", as_json: AsJson = False) -> None:
         typer.echo(f"{line}  {_date(stage.changed)}  {users}")
     total = decimal(sum(stage.size for stage in stages))
     typer.echo(f"{len(stages)} stages in {store.root}, {total}")
-    for run in runs:
-        typer.echo(f"run {run['run_id'] or '-'}  {_date(run['used'])}  {run['config']}")
+    for plan in known:
+        typer.echo(f"run {plan.run_id or '-'}  {_date(plan.used)}  {plan.config}")
 
 
 @ending_well
@@ -131,7 +132,11 @@ def _store(root: str) -> Store:
 
 
 def _registered(store: Store, root: str) -> set[str]:
-    """Returns the keys of stages that registered models name, here and on the tracking server."""
+    """Returns the keys of stages that registered models name, here and on the tracking server.
+
+    Raises Stopped if the runs of this root were recorded in a store that is not named.
+    """
+    from pipelines.stages.record import recorded_in
     from pipelines.tracking import registry
 
     roots: list[str | None] = [root] if store.is_local else []
@@ -141,8 +146,10 @@ def _registered(store: Store, root: str) -> set[str]:
     for each in roots:
         try:
             tracker = tracker_of(each)
-        except Stopped:  # no run was recorded there, so no model is registered
-            continue
+        except Stopped:
+            if len(roots) == 1 and recorded_in(store):  # in a store that was not named
+                raise
+            continue  # no run was recorded there, so no model is registered
         for model in registry.models(tracker):
             keys |= {model[name] for name in ("stage_key", "evaluate_key") if model[name]}
     return keys

@@ -16,8 +16,8 @@ from pipelines.commands.errors import (
     print_json,
     terminal,
 )
+from pipelines.commands.messages import command_line
 from pipelines.commands.options import Address, AsJson, Config, DryRun, Overrides, joined
-from pipelines.commands.resume import command_line
 
 if TYPE_CHECKING:
     from typing import TextIO

@@ -76,7 +76,7 @@ def _image(schema: pa.Schema, where: Path) -> str:
 
 def _holds_bytes(kind: pa.DataType) -> bool:
     if types.is_struct(kind):
-        return kind.get_field_index("bytes") >= 0
+        return bool(kind.get_field_index("bytes") >= 0)
     return bool(types.is_binary(kind) or types.is_large_binary(kind))
 
 

@@ -45,7 +45,7 @@ def estimate(numbers: Numbers, teacher: str, classes: int, cpus: int) -> Estimat
 def total_seconds(numbers: Numbers, seconds_an_image: float, cpus: int) -> float:
     """Returns the seconds of a whole run, from those that the teacher trains on one image."""
     epochs = (numbers.teacher_epochs, numbers.stage1_epochs, numbers.stage2_epochs)
-    passes = sum(map(operator.mul, (1.0, STAGE1, STAGE2), epochs))
+    passes: float = sum(map(operator.mul, (1.0, STAGE1, STAGE2), epochs))
     training = passes * numbers.train_rows * seconds_an_image
     evaluation = ARMS * numbers.val_rows * seconds_an_image / 3
     reading = READ_S * (numbers.train_rows + numbers.val_rows) / max(1, cpus)
@@ -73,7 +73,7 @@ def seconds_an_image(name: str, side: int, batch: int, classes: int, cpus: int) 
         while len(times) < 3 or sum(times) < STEP_S:
             began = time.monotonic()
             optimizer.zero_grad()
-            cross_entropy(net(images), labels).backward()
+            cross_entropy(net(images), labels).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             if device.type == "cuda":
                 torch.cuda.synchronize()

@@ -12,7 +12,8 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from mlflow.entities import Dataset, DatasetInput, InputTag, Run
+from mlflow.entities import Dataset as Dataset
+from mlflow.entities import DatasetInput, InputTag, Run
 
 from pipelines.tracking.runs import Tracker
 

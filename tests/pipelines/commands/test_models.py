@@ -27,7 +27,9 @@ from tests.pipelines.fakes import same_code
 CONFIG = """
 data: {sources: [{kind: shapes, train_rows: 20, val_rows: 10}]}
 tasks: [{name: outline, classes_from: shapes}]
-teacher: {weights: train}
+teacher: {weights: train, training: {batch_size: 4}}
+stage1: {batch_size: 4}
+stage2: {batch_size: 4}
 """
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.commands.resume import JOB_CONFIG, _program, command_line, resuming
+from pipelines.commands.messages import JOB_CONFIG, _program, command_line, resuming
 
 
 @pytest.fixture

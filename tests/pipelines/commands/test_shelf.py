@@ -1,6 +1,7 @@
 """`mantis ls` and `clean` on a root that a chain of made-up stages has left."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -101,8 +102,22 @@ def test_mistakes_are_named(arguments: tuple[str, ...], message: str, config: Pa
     assert message in done.stderr
 
 
-def test_nothing_is_removed_while_the_registry_does_not_answer(
+def test_nothing_is_removed_while_models_may_be_registered_elsewhere(
     config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mantis("run", "--config", config, "stage2.epochs=1")
+    mantis("run", "--config", config)
+    (plan,) = [p for p in (config.parent / "runs/plans").glob("*.json") if "-stages" in p.name][:1]
+    away = plan.with_name(plan.name.replace("-stages", ""))
+    away.write_text('{"plan_key": "k", "run_id": null, "store": "http://host:5000"}')
+    done = mantis("clean", "--older-than", "0d", "--yes")
+    assert done.exit_code == 2
+    assert "recorded in http://host:5000: set MLFLOW_TRACKING_URI" in done.stderr
+    assert len(stages_by_hand(config)) == 9
+
+
+def test_nothing_is_removed_while_the_registry_does_not_answer(
+    config: Path, monkeypatch: pytest.MonkeyPatch, mlflow_template: Path
 ) -> None:
     mantis("run", "--config", config, "stage2.epochs=1")
     mantis("run", "--config", config)
@@ -113,7 +128,7 @@ def test_nothing_is_removed_while_the_registry_does_not_answer(
     def away(*_: object) -> None:
         raise Away("MLflow does not answer")
 
-    (config.parent / "runs/mlflow.db").touch()
+    shutil.copy(mlflow_template, config.parent / "runs/mlflow.db")
     monkeypatch.setattr("pipelines.tracking.registry.models", away)
     done = mantis("clean", "--older-than", "0d", "--yes")
     assert done.exit_code == 2

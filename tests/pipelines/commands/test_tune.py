@@ -201,6 +201,7 @@ def test_a_dry_run_shows_the_shared_stages_and_the_searched_fields(
     asked = answer(monkeypatch, result())
     monkeypatch.setattr("pipelines.chain.preflight.Preflight.check", lambda *_, **__: ["a note"])
     command = ("tune", "--config", config, "--space", "rate", "--trials", 3, "--dry-run")
+    command += tuple(f"{each}.batch_size=4" for each in ("teacher.training", "stage1", "stage2"))
     done = mantis(*command)
     assert done.exit_code == 0, done.output
     assert "searched: stage2.rate_weight in LogUniform(low=0.0003, high=0.03)" in done.stdout
