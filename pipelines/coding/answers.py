@@ -86,7 +86,8 @@ class Table:
         self.partial = None if path is None else path.with_name(f"{path.name}.partial")
         self._as_csv = path is None or path.suffix == ".csv"
         self._file: TextIO = io.StringIO(newline="") if path is None else self._opened(path)
-        self._csv = csv.DictWriter(self._file, columns(tasks, numbered=numbered), restval="")
+        names = columns(tasks, numbered=numbered)
+        self._csv = csv.DictWriter(self._file, names, restval="", lineterminator="\n")
         if self._as_csv:
             self._written(self._csv.writeheader)
 
@@ -113,7 +114,7 @@ class Table:
         text = self._file.getvalue()
         self._file.seek(0)
         self._file.truncate()
-        return text.replace("\r\n", "\n").removesuffix("\n")
+        return text.removesuffix("\n")
 
     def __enter__(self) -> Table:
         return self

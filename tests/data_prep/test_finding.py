@@ -109,7 +109,7 @@ def test_a_bare_path_is_scored_as_val(image_folder: Path, tmp_path: Path) -> Non
 
 def test_a_flat_folder_is_scored_with_a_label_file(image_folder: Path, tmp_path: Path) -> None:
     like, flat = DataConfig(sources=({"kind": "shapes"},)), image_folder / "val/n02085620"
-    with pytest.raises(DataError, match=r"n02085620 has images and no class folders: .* --labels"):
+    with pytest.raises(DataError, match=r"n02085620 has images and no class folders: .*--labels"):
         source_for_path(str(flat), like)
     (tmp_path / "labels.csv").write_text("".join(f"{n}.JPEG,dog\n" for n in range(4)))
     scored = source_for_path(str(flat), like, labels=str(tmp_path / "labels.csv"))

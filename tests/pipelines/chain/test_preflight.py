@@ -118,7 +118,7 @@ def test_a_dry_run_says_what_the_sources_hold_until_it_is_prepared(bench: Bench)
     assert train.startswith("train: ")
     assert "outline/triangle" in train
     assert val.startswith("val: ")
-    assert all("of no task, with the classes" in note for note in others)
+    assert any("of no task, with the classes" in note for note in others)
     bench.prepare(plan)
     assert preflight.check() == []
 
