@@ -1,7 +1,7 @@
 """Estimates how long a run takes: times a few steps of the teacher on this machine.
 
-A training step of a codec costs about as much as one of its teacher, whose blocks it runs as well.
-The fixed times and factors below were measured on two CPU cores, with resnet18.
+A training step of a codec is taken to cost about as much as one of its teacher, whose blocks it
+runs as well. Only the teacher's speed is measured; the factors and fixed times below are rough.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pipelines.starting.numbers import Numbers
 
 STEP_S = 3.0  # of timing
-STAGE1, STAGE2 = 1.0, 1.1  # times the teacher's seconds an image, see the log
+STAGE1, STAGE2 = 1.0, 1.1  # times the teacher's seconds an image
 ARMS = 5.0  # forward passes an evaluated image takes, over all arms
 START_S = 20.0  # of each stage with Ray: processes, imports
 EPOCH_S = 0.6  # of each epoch: held-back images, a checkpoint
@@ -37,7 +37,7 @@ def estimate(numbers: Numbers, teacher: str, classes: int, cpus: int) -> Estimat
         where = "this GPU"
     how = (
         f"from some steps of {teacher} timed on {where} ({1 / seconds:,.0f} images a second), "
-        "and from the times of stages on two CPU cores"
+        "and a rough share for the other stages"
     )
     return Estimate(total_seconds(numbers, seconds, cpus) / 60, how)
 

@@ -265,8 +265,7 @@ def _write_version(
     `checkpoint` is the folder of the part, `whole` that of the whole codec. A version of the whole
     belongs to the logged model of its checkpoint, if there is one. Halves have their own.
     """
-    # Importing mlflow.pyfunc takes seconds.
-    from pipelines.tracking.package import example_input, write_package
+    from pipelines.tracking.package import example_input, write_package  # takes seconds
 
     client, name = tracker.client, part_names(tracker.model)[part]
     run_id = stage.run_id or None
@@ -304,7 +303,11 @@ def _write_version(
         source, model_id = logged.artifact_location, logged.model_id if run_id else None
     made_of = {LOGGED_MODEL: logged.model_id}
     created = client.create_model_version(name, source, run_id, tags=made_of, model_id=model_id)
-    return str(created.version)
+    number = str(created.version)
+    # MLflow's page of models reads the link to a version from this tag.
+    link = json.dumps([{"name": name, "version": number}])
+    client.set_logged_model_tags(logged.model_id, {"mlflow.modelVersions": link})
+    return number
 
 
 def _write_files_again(

@@ -259,9 +259,8 @@ class Tracker:
 
     def find_run(self, identity: str, key: str) -> Run | None:
         """Returns the run whose tag `identity` has the value `key`, or None."""
-        found = self.client.search_runs(
-            [self.experiment_id], f"tags.`{identity}` = '{key}'", max_results=1
-        )
+        experiment = [self.experiment_id]  # first: it creates a new store alone among processes
+        found = self.client.search_runs(experiment, f"tags.`{identity}` = '{key}'", max_results=1)
         return found[0] if found else None
 
     def _open_run(

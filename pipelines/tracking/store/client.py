@@ -86,7 +86,8 @@ def bounded_client(uri: str) -> MlflowClient:
     for name, value in MLFLOW_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     probe(uri)
-    client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+    with sole_access(uri) if _is_new(uri) else contextlib.nullcontext():
+        client = MlflowClient(tracking_uri=uri, registry_uri=uri)  # creates missing tables
     _remove_stray_folder(uri, client)
     return client
 
@@ -100,12 +101,18 @@ def probe(uri: str) -> None:
     if uri.startswith("http"):
         return
     file = sqlite_file(uri)
-    if file is None or (file.exists() and file.stat().st_size):
+    if file is None or not _is_new(uri):
         _ask_database(uri)
         return
     file.parent.mkdir(parents=True, exist_ok=True)
     if not os.access(file if file.exists() else file.parent, os.W_OK):
         raise PermissionError(f"{file} cannot be written")
+
+
+def _is_new(uri: str) -> bool:
+    """Returns whether a store is an SQLite file without content."""
+    file = sqlite_file(uri)
+    return file is not None and not (file.exists() and file.stat().st_size)
 
 
 @contextlib.contextmanager
@@ -133,12 +140,13 @@ def writing(uri: str) -> Iterator[MlflowClient]:
     this root. Raises one of TRACKING_FAILURES.
     """
     with sole_access(uri):
-        file = sqlite_file(uri)
-        if file is not None and file.exists() and file.stat().st_size:
-            probe(uri)
+        file, new = sqlite_file(uri), _is_new(uri)
+        client = bounded_client(uri)
+        if file is not None and not new:
+            client.search_experiments(max_results=1)  # MLflow refuses another schema here
             if changed := relocate_all(file):
                 logger.info("%d addresses of artifacts now lie below %s", changed, file.parent)
-        yield bounded_client(uri)
+        yield client
 
 
 EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
+
 import yaml
 
-from pipelines.tracking import lookup, package, registry
+from pipelines.tracking import lookup, package
 from pipelines.tracking.pages.description import version_description
 from pipelines.tracking.pages.logged_models import log_checkpoint
-from pipelines.tracking.registry import resolve_model
 from pipelines.tracking.runs import Tracker
+from pipelines.tracking.store.versions import part_names, resolve_model
 from tests.pipelines.tracking.test_registry import Chain, chain, checkpoint
 
 __all__ = ["chain", "checkpoint"]  # fixtures of the tests below
@@ -19,7 +21,7 @@ def test_a_version_says_what_it_is_and_an_edited_description_stays(
 ) -> None:
     chain.register()
     client = tracker.client
-    for part, name in registry.NAMES.items():
+    for part, name in part_names("mantis").items():
         version = client.get_model_version(name, "1")
         assert version.description == version_description(
             part, f"models:/{name}/1", version.tags, chain.evaluation, None
@@ -49,10 +51,12 @@ def test_a_version_belongs_to_the_logged_model_of_its_checkpoint(
     chain.register()
     ids = {
         name: tracker.client.get_model_version(name, "1").tags["mantis.logged_model"]
-        for name in registry.NAMES.values()
+        for name in part_names("mantis").values()
     }
     assert ids["mantis"] == model_id
     assert len(set(ids.values())) == 3
-    for logged_model in ids.values():
-        [figure] = tracker.client.get_logged_model(logged_model).metrics
+    for name, logged_model in ids.items():
+        model = tracker.client.get_logged_model(logged_model)
+        [figure] = model.metrics
+        assert json.loads(model.tags["mlflow.modelVersions"]) == [{"name": name, "version": "1"}]
         assert (figure.key, figure.value) == ("val/top1", 0.75)
