@@ -30,6 +30,7 @@ EXTRAS = {
     "encode": "client",
     "info": "client",
     "decode": "server",
+    "predict": "server",
     "check": "plain",
     "up": "cluster",
     "status": "cluster",

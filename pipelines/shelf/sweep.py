@@ -41,7 +41,7 @@ def waste(
     """Returns what may be removed, of what has not changed for `older_than_s`.
 
     These are stages that nothing needs, the training folders of such stages and of finished ones,
-    and partial files.
+    kept answers of arms, temporary folders and partial files.
     """
     if not store.is_local:
         older_than_s = max(older_than_s, WRITING_S)
@@ -54,7 +54,10 @@ def waste(
             why = f"{stage.state}, {_why(stage)}"
             found.append(Waste(stage.path, why, stage.size, lock=stage.path))
     found += _trainings(store, stages, gone, before)
-    found += _partial_files(store, now - max(older_than_s, WRITING_S), gone)
+    found += _entries(store, "measured", "answers of an arm, which can be measured again", before)
+    left = now - max(older_than_s, WRITING_S)
+    found += _entries(store, "scratch", "temporary files of a process that died", left)
+    found += _partial_files(store, left, gone)
     return found
 
 
@@ -95,6 +98,14 @@ def _trainings(
             yield Waste(path, f"checkpoints of {stage.path}", size)
         elif stage.state == "done":
             yield Waste(path, "checkpoints, their stage is done", size, lock=stage.path)
+
+
+def _entries(store: Store, folder: str, why: str, before: float) -> Iterator[Waste]:
+    """Yields the entries of a folder that have not changed since `before`."""
+    for name in store.list(folder):
+        size, changed = store.usage(f"{folder}/{name}")
+        if changed <= before:
+            yield Waste(f"{folder}/{name}", why, size)
 
 
 def _partial_files(store: Store, before: float, gone: Set[str]) -> Iterator[Waste]:

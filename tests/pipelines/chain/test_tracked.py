@@ -214,6 +214,7 @@ def test_an_interruption_is_made_up_for(
     assert "away" in notes[0]
     finished.track()
     assert finished.arms().keys() == {"stage2"}  # nothing is tried before MLflow answers
+    finished.tracker.ask_again()
     finished.tracker.open_pipeline("tiny", {}, finished.plan.key)
     finished.track()
     assert len(finished.arms()) == 5

@@ -225,3 +225,27 @@ def test_ended_sessions_of_ray_are_found_by_their_age_and_processes(tmp_path: Pa
     assert (session.path.name, session.size) == ("session_b", 5)
     assert remove_session(session) == ""
     assert not session.path.exists()
+
+
+def test_kept_answers_and_folders_of_dead_processes_go_when_they_are_old(root: Root) -> None:
+    for path in (
+        "measured/a.parquet",
+        "measured/b.parquet",
+        "scratch/epoch-1/weights",
+        "scratch/x",
+    ):
+        root.store.write_bytes(path, b"z" * 10)
+    for path in ("measured/a.parquet", "scratch/epoch-1"):
+        root.date(path, OLD)
+    found = root.waste()
+    assert {path: item.size for path, item in found.items()} == {
+        "measured/a.parquet": 10,
+        "scratch/epoch-1": 10,
+    }
+    assert "measured again" in found["measured/a.parquet"].why
+    for item in found.values():
+        assert remove(root.store, item) == ""
+    assert root.store.list("scratch") == ["x"]
+    for path in ("measured/b.parquet", "scratch/x"):
+        root.date(path, NOW - DAY / 2)
+    assert root.waste(days=0.1).keys() == {"measured/b.parquet"}  # the other may be in use
