@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines.settings.reading import to_yaml
+import yaml
+
 from pipelines.stages.record import read_result
 from pipelines.stages.spec import StageSpec
 from pipelines.storage import Store
@@ -76,9 +77,22 @@ def _datasets(prepare: StageSpec) -> dict[str, Dataset]:
 
 
 def _config(spec: StageSpec) -> str:
-    """Returns the whole config as YAML. The tracking URI is left out: it may hold a password."""
+    """Returns the whole config as YAML, for people of other machines.
+
+    The tracking URI is left out: it may hold a password. Of an absolute path the last name stays.
+    """
     tracking = spec.settings.tracking.model_copy(update={"uri": None})
-    return to_yaml(spec.settings.model_copy(update={"tracking": tracking}))
+    shown = spec.settings.model_copy(update={"tracking": tracking}).model_dump(mode="json")
+    note = "# Of each folder and file of the machine that ran this, only the last name is kept.\n"
+    return note + yaml.safe_dump(_without_folders(shown), sort_keys=False, allow_unicode=True)
+
+
+def _without_folders(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _without_folders(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_without_folders(each) for each in value]
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
 
 
 def _log_checkpoint(

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from pipelines.cluster.machine import usable_cpus
 from pipelines.settings.sections import ClusterConfig, Settings
-from pipelines.storage import Store, is_shared
+from pipelines.storage import is_shared, local_root
 
 MIN_FREE_BYTES = 2**30
 
@@ -133,7 +133,7 @@ def check_room(root: str) -> None:
 
     A local `root` takes all of them. With a remote one the large temporary files lie in TMPDIR.
     """
-    folder = Store(root).local_path()
+    folder = local_root(root)
     if folder is not None:
         check_disk(folder)
     else:

@@ -10,5 +10,7 @@ from data_prep.storage import filesystem
 
 @pytest.mark.parametrize("uri", ["az://c/photos", "nosuch://x/y", "file://host/x"])
 def test_a_uri_that_cannot_be_opened_is_named(uri: str) -> None:
-    with pytest.raises(DataError, match=f"^{uri} cannot be opened: .*Give a folder"):
+    with pytest.raises(
+        DataError, match=rf"^{uri} cannot be opened \(.*give a local path or a URI of s3"
+    ):
         filesystem(uri)

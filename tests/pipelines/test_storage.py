@@ -195,7 +195,9 @@ def test_a_place_for_temporary_files_that_cannot_be_written_is_named(
         pass
 
 
-def test_files_for_all_nodes_lie_below_the_root_for_a_while(store: Store) -> None:
+@pytest.mark.parametrize("scheme", ["", "file://"])
+def test_files_for_all_nodes_lie_below_the_root_for_a_while(scheme: str, tmp_path: Path) -> None:
+    store = Store(f"{scheme}{tmp_path}/root")
     with shared_scratch(store.root, "score") as folder:
         Store(folder).write_bytes("a/b", b"x")
         assert folder.startswith(f"{store.root}/scratch/score-")
