@@ -49,8 +49,11 @@ cluster-local: setup ## a Ray cluster and an MLflow server on this machine: make
 cluster-local-down: setup ## end what cluster-local started, and nothing else
 	@$(BIN)/mantis cluster down $(OPTIONS)
 
+# The tests of a file stay in one process: they share what is dear to make.
+PARALLEL := -n logical --maxprocesses 4 --dist loadfile
+
 test: setup ## the test suite: no GPU, no network
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest $(PARALLEL)
 
 test-slow: setup ## the tests that take minutes
 	@$(BIN)/python -m pytest -m slow
@@ -67,7 +70,7 @@ check: setup ## format, lint, types, links, fast tests: what every commit passes
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
 	@$(MAKE) --no-print-directory docs
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest $(PARALLEL)
 
 docs: setup ## the documentation as a site in build/site; every link is checked
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
