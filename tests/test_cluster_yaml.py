@@ -9,7 +9,8 @@ from typing import Any
 import jsonschema
 import pytest
 import yaml
-from ray.autoscaler._private.util import prepare_config, validate_config
+
+from tests.ray_private import prepare_config, validate_config
 
 ROOT = Path(__file__).parent.parent
 

@@ -7,7 +7,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from ray._private.runtime_env.packaging import create_package
+
+from tests.ray_private import create_package
 
 ROOT = Path(__file__).parent.parent
 MAX_BYTES = 10_000_000

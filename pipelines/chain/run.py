@@ -9,7 +9,7 @@ import contextlib
 import logging
 import signal
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -19,8 +19,9 @@ from pipelines.chain.reasons import made_with
 from pipelines.chain.result import ChainResult, hardware_tags, note_adopted, note_all
 from pipelines.chain.tracked import track_stage
 from pipelines.cluster.connect import connect
-from pipelines.cluster.preflight import check_machine, unused_gpu
-from pipelines.settings.sections import Settings
+from pipelines.cluster.nodes import check_nodes, wait_for_nodes
+from pipelines.cluster.preflight import check_machine, cluster_address, unused_gpu
+from pipelines.settings.sections import ClusterConfig, Settings
 from pipelines.stages.record import (
     claim,
     mark_done,
@@ -47,6 +48,8 @@ if TYPE_CHECKING:
     from pipelines.tracking.runs import Tracker
 
 logger = logging.getLogger(__name__)
+WITHOUT_WORKERS = ("prepare", "register")
+"""Stages that need no training worker and no GPU."""
 
 
 def run_chain(
@@ -83,7 +86,9 @@ def run_chain(
         waiting = [spec.kind for spec in specs if states[spec.name] != "done"]
         needs_ray = waiting != ["register"]
         with (
-            ray_session(plan.settings, console) if needs_ray else contextlib.nullcontext(),
+            ray_session(plan.settings, console, workers_at_start(plan.settings.cluster, waiting))
+            if needs_ray
+            else contextlib.nullcontext(),
             watched_machine(plan.settings, tracker, run_id),
         ):
             outcomes = run_stages(
@@ -95,6 +100,7 @@ def run_chain(
                 config_name=config_name,
                 run_id=run_id,
                 preflight=preflight,
+                ready=lambda: nodes_for_training(plan.settings, console),
             )
         if tracker.was_away:
             run_id = _catch_up(plan, specs, tracker, config_name)
@@ -120,10 +126,12 @@ def run_stages(
     config_name: str,
     run_id: str | None,
     preflight: Preflight | None = None,
+    ready: Callable[[], None] = lambda: None,
 ) -> dict[str, StageOutcome]:
     """Runs the unfinished stages among `specs`, in order, below the MLflow run `run_id`.
 
     Ray must be connected. Once the data is prepared here, `preflight` checks what needs its rows.
+    `ready` is called before each stage that trains or measures.
     Raises StageFailed, or what that check raises. Raises StageBusy if another process works on a
     stage.
     """
@@ -151,6 +159,8 @@ def run_stages(
                     _open_stage_run(spec, context.specs, tracker, run_id, finished=True)
                     outcomes[spec.name] = _skip(spec, store, console)
                 else:
+                    if spec.kind not in WITHOUT_WORKERS:
+                        ready()
                     outcomes[spec.name] = _run_stage(
                         spec, context, resumed=state == "started" and spec.stage.trains
                     )
@@ -178,12 +188,38 @@ def make_tracker(settings: Settings, console: Console) -> Tracker:
 
 
 @contextlib.contextmanager
-def ray_session(settings: Settings, console: Console) -> Iterator[None]:
-    """Joins or starts Ray, and shows the progress that its workers report."""
+def ray_session(settings: Settings, console: Console, workers: int | None = None) -> Iterator[None]:
+    """Joins or starts Ray, and shows the progress that its workers report.
+
+    `workers` training workers must fit, by default the fewest of a training.
+    """
     from pipelines.terminal.progress import watch_progress
 
-    with connect(settings.cluster, settings.storage.root), watch_progress(console):
+    root = settings.storage.root
+    with (
+        connect(settings.cluster, root, workers=workers, note=console.note),
+        watch_progress(console),
+    ):
         yield
+
+
+def workers_at_start(cluster: ClusterConfig, waiting: Sequence[str]) -> int:
+    """Returns the training workers to have before the stages of these kinds run.
+
+    An autoscaling cluster prepares the data with a single one: it proves that such nodes can be
+    had and used, and the others would be paid for while they wait.
+    """
+    if all(kind in WITHOUT_WORKERS for kind in waiting):
+        return 0
+    return 1 if cluster.autoscaling and "prepare" in waiting else cluster.min_workers
+
+
+def nodes_for_training(settings: Settings, console: Console) -> None:
+    """Waits for the nodes of a training in an autoscaling cluster, and checks them."""
+    cluster, root = settings.cluster, settings.storage.root
+    if cluster.autoscaling and cluster_address(cluster) != "local":
+        wait_for_nodes(cluster, root, cluster.min_workers, console.note)
+        check_nodes(cluster, root)
 
 
 @contextlib.contextmanager

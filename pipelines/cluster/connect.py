@@ -7,58 +7,36 @@ import logging
 import math
 import os
 import signal
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from pipelines.cluster.machine import ray_temp_folder, token_file, usable_cpus
-from pipelines.cluster.preflight import (
-    Available,
-    PreflightError,
-    check_resources,
-    check_room_for_data,
-    cluster_address,
-)
+from pipelines.cluster.nodes import check_nodes, requests_taken_back, wait_for_nodes
+from pipelines.cluster.preflight import PreflightError, cluster_address
+from pipelines.cluster.ray_private import LOOPBACK_ONLY, LOST_HEAD_S
 from pipelines.settings.sections import ClusterConfig
 
 logger = logging.getLogger(__name__)
-POLL_INTERVAL_S = 1.0
-
-
-def cluster_nodes() -> list[Available]:
-    """Returns the resources of each live node. Ray must be connected."""
-    import ray
-
-    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    return [Available(each.get("CPU", 0.0), each.get("GPU", 0.0)) for each in alive]
-
-
-def together(nodes: Sequence[Available]) -> Available:
-    """Returns the summed resources of the nodes."""
-    return Available(sum(n.cpus for n in nodes), sum(n.gpus for n in nodes), len(nodes))
-
-
-def on_this_node() -> Any:
-    """Returns the scheduling strategy that pins an actor to the node of this process.
-
-    An actor that serves this process must not depend on another node, where Ray could place it by
-    default. Ray must be connected.
-    """
-    import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 
 @contextlib.contextmanager
-def connect(cluster: ClusterConfig, root: str) -> Iterator[None]:
+def connect(
+    cluster: ClusterConfig,
+    root: str,
+    *,
+    workers: int | None = None,
+    note: Callable[[str], None] = logger.info,
+) -> Iterator[None]:
     """Connects to Ray inside the block, with the resources of `cluster`. `root` is `storage.root`.
 
-    A Ray started here listens on the loopback interface only and ends with the block. If this
-    process is already connected, nothing changes. Raises PreflightError if resources are missing.
+    `workers` training workers must fit, by default `cluster.min_workers`. `note` receives what a
+    user should know while nodes are awaited. A Ray started here listens on the loopback interface
+    only and ends with the block. If this process is already connected, nothing changes. Raises
+    PreflightError if resources are missing or a node of the cluster cannot be used.
     """
+    fewest = cluster.min_workers if workers is None else workers
     with environment(_ray_environment(cluster)):
-        yield from _connected(cluster, root)
+        yield from _connected(cluster, root, fewest, note)
 
 
 def local_cpus(cluster: ClusterConfig, machine_cpus: int) -> int:
@@ -72,7 +50,9 @@ def local_cpus(cluster: ClusterConfig, machine_cpus: int) -> int:
     return math.ceil(training + data)
 
 
-def _connected(cluster: ClusterConfig, root: str) -> Iterator[None]:
+def _connected(
+    cluster: ClusterConfig, root: str, workers: int, note: Callable[[str], None]
+) -> Iterator[None]:
     import ray
 
     if ray.is_initialized():
@@ -92,8 +72,12 @@ def _connected(cluster: ClusterConfig, root: str) -> Iterator[None]:
         with contextlib.suppress(ValueError):
             signal.signal(signal.SIGINT, interrupt)
             signal.signal(signal.SIGTERM, terminate)
-        _wait_for_resources(cluster, root, local=address == "local")
-        yield
+        local = address == "local"
+        with requests_taken_back(cluster):
+            wait_for_nodes(cluster, root, workers, note, local=local)
+            if not local:
+                check_nodes(cluster, root)
+            yield
     finally:
         ray.shutdown()
 
@@ -149,8 +133,7 @@ def _ray_environment(cluster: ClusterConfig) -> dict[str, str]:
         "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(cluster.start_timeout_s),
         "RAY_TRAIN_COLLECTIVE_TIMEOUT_S": str(cluster.collective_timeout_s),
         "RAY_TRAIN_METRICS_ENABLED": "0",
-        # Seconds until a command whose cluster has lost its head ends with a message.
-        "RAY_gcs_rpc_server_reconnect_timeout_s": "30",
+        LOST_HEAD_S: "30",  # then the command ends with a message
     }
     if cluster_address(cluster) == "local":
         wanted |= {
@@ -158,34 +141,6 @@ def _ray_environment(cluster: ClusterConfig) -> dict[str, str]:
             "RAY_AUTH_TOKEN_PATH": str(token_file()),
             "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
             "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",
-            # Despite its name it works on Linux: 0 keeps Ray on the loopback interface.
-            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+            LOOPBACK_ONLY: "0",
         }
     return wanted
-
-
-def _wait_for_resources(
-    cluster: ClusterConfig, root: str, *, local: bool, now: Callable[[], float] = time.monotonic
-) -> None:
-    """Checks the resources. An autoscaling cluster is asked for nodes and has time to add them."""
-    from data_prep.ray_data import data_nodes
-
-    data_cpus = 0.0 if local else cluster.data_cpus or 1.0
-    deadline = now() + cluster.start_timeout_s
-    if cluster.autoscaling:
-        from ray.autoscaler.sdk import request_resources
-
-        worker = {"CPU": cluster.cpus_per_worker, "GPU": cluster.gpus_per_worker}
-        bundle = {name: math.ceil(amount) for name, amount in worker.items() if amount}
-        request_resources(bundles=[bundle] * cluster.min_workers + [{"CPU": math.ceil(data_cpus)}])
-    while True:
-        try:
-            nodes = cluster_nodes()
-            check_resources(cluster, root, together(nodes), data_cpus=data_cpus)
-            if not data_nodes():
-                check_room_for_data(cluster, nodes, data_cpus=data_cpus)
-            return
-        except PreflightError:
-            if not cluster.autoscaling or now() > deadline:
-                raise
-        time.sleep(POLL_INTERVAL_S)

@@ -23,10 +23,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines.cluster.machine import MAX_FOLDER
+from pipelines.cluster.ray_private import LOOPBACK_ONLY
 
 if TYPE_CHECKING:
     import psutil  # inside functions below: `mantis encode` on a device needs none
 
+PACKAGES = Path(__file__).parents[2]
+NODE_PROGRAM = (
+    "import sys; sys.path.insert(0, sys.argv.pop(1)); "
+    "from pipelines.cluster.local_node import main; main()"
+)
+"""Runs a node. Its jobs bring their own code, so PYTHONPATH must not name this one."""
 START_TIMEOUT_S = 120.0
 END_TIMEOUT_S = 15.0
 JOB_STOP_S = 8
@@ -111,8 +118,7 @@ class LocalCluster:
         return {
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(self.token_path),
-            # Despite its name it works on Linux: 0 keeps Ray on the loopback interface.
-            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+            LOOPBACK_ONLY: "0",
         }
 
     @property
@@ -276,9 +282,9 @@ class LocalCluster:
         self.token_path.write_text(secrets.token_hex(32))
 
     def _start_node(self, name: str, cpus: int, options: Sequence[str]) -> None:
-        script = Path(__file__).with_name("local_node.py")
         record = self._file(name)
-        command = [sys.executable, "-P", str(script), str(record), "--cpus", str(cpus)]
+        command = [sys.executable, "-P", "-c", NODE_PROGRAM, str(PACKAGES)]
+        command += [str(record), "--cpus", str(cpus)]
         command += ["--temp-dir", str(self.folder / "ray"), *options]
         self.run(name, command, lambda: record.exists() and self._counts(name))
 

@@ -1,4 +1,4 @@
-"""Runs one node of a local cluster as a process. local_cluster.py starts this file as a script.
+"""Runs one node of a local cluster. local_cluster.py starts `main` in a process of its own.
 
 Does what `ray start --block` does, but on the loopback interface. `ray start` cannot do that for
 more than one node on a machine.
@@ -12,6 +12,8 @@ import os
 import time
 from pathlib import Path
 from typing import Any
+
+from pipelines.cluster import ray_private
 
 LOOPBACK = "127.0.0.1"
 POLL_INTERVAL_S = 0.5
@@ -41,13 +43,10 @@ def main() -> None:
 
 
 def start_node(options: argparse.Namespace) -> Any:
-    """Starts a `ray._private.node.Node`. Its processes end with this one."""
-    from ray._private.node import Node
-    from ray._private.parameter import RayParams
-    from ray._private.utils import write_ray_address
-
+    """Starts Ray's processes of one node. They end with this process."""
     head = options.join is None
-    parameters = RayParams(
+    node = ray_private.start_node(
+        head=head,
         gcs_address=options.join,
         gcs_server_port=options.port if head else None,
         node_ip_address=LOOPBACK,
@@ -67,9 +66,8 @@ def start_node(options: argparse.Namespace) -> Any:
         include_log_monitor=head,  # one monitor reads the logs of all nodes on a machine
         labels=options.labels,
     )
-    node = Node(parameters, head=head, shutdown_at_exit=True, spawn_reaper=True)
     if head:  # jobs find their cluster by this file, also if another Ray runs on this machine
-        write_ray_address(node.gcs_address, options.temp_dir)
+        ray_private.write_address(node.gcs_address, options.temp_dir)
     record = {
         "id": node.node_id,
         "address": node.gcs_address,
@@ -81,7 +79,3 @@ def start_node(options: argparse.Namespace) -> Any:
     partial.write_text(json.dumps(record))
     partial.replace(options.record)
     return node
-
-
-if __name__ == "__main__":
-    main()

@@ -69,22 +69,31 @@ def unused_gpu(settings: Settings) -> list[str]:
 
 
 def check_resources(
-    cluster: ClusterConfig, root: str, available: Available, *, data_cpus: float
+    cluster: ClusterConfig,
+    root: str,
+    available: Available,
+    *,
+    data_cpus: float,
+    workers: int | None = None,
 ) -> None:
-    """Raises PreflightError if the fewest training workers and the data tasks do not fit."""
-    asked_cpus = cluster.min_workers * cluster.cpus_per_worker
-    asked_gpus = cluster.min_workers * cluster.gpus_per_worker
+    """Raises PreflightError if the training workers and the data tasks do not fit.
+
+    `workers` is by default the fewest of a training.
+    """
+    workers = cluster.min_workers if workers is None else workers
+    asked_cpus = workers * cluster.cpus_per_worker
+    asked_gpus = workers * cluster.gpus_per_worker
     where = "this machine has" if available.nodes == 1 else f"the {available.nodes} nodes have"
     if asked_cpus + data_cpus > available.cpus:
         beside = f" and {data_cpus:g} for data (cluster.data_cpus)" if data_cpus else ""
         raise PreflightError(
-            f"cluster.workers {cluster.min_workers} x cluster.cpus_per_worker "
+            f"cluster.workers {workers} x cluster.cpus_per_worker "
             f"{cluster.cpus_per_worker:g} asks for {asked_cpus:g} CPUs{beside}, and {where} "
             f"{available.cpus:g}: lower them, or join a larger cluster with cluster.address"
         )
     if asked_gpus > available.gpus:
         raise PreflightError(
-            f"cluster.workers {cluster.min_workers} x cluster.gpus_per_worker "
+            f"cluster.workers {workers} x cluster.gpus_per_worker "
             f"{cluster.gpus_per_worker:g} asks for {asked_gpus:g} GPUs, and {where} "
             f"{available.gpus:g}: lower them (0 trains on CPUs), or join a cluster that has them"
         )

@@ -93,7 +93,7 @@ def search_key(base: Plan, space: Space, options: SearchOptions) -> str:
     what = {
         "stages": {spec.name: spec.key for spec in with_upstream(base.specs, "stage2")},
         "space": describe(space),
-        "tune": base.settings.tune.model_dump(mode="json", exclude={"max_failures"}),
+        "tune": base.settings.tune.model_dump(mode="json", exclude={"max_failures", "concurrent"}),
         "options": [options.kind, options.objective, options.seed],
     }
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
@@ -133,7 +133,7 @@ class _Session:
         if left or any(not self._is_evaluated(record) for record in chosen):
             settings = self.task.settings
             with (
-                connect(settings.cluster, settings.storage.root),
+                connect(settings.cluster, settings.storage.root, note=self.console.note),
                 watched_machine(settings, self.runs.tracker, self.runs.run_id),
             ):
                 if left:
@@ -157,13 +157,11 @@ class _Session:
 
     def _search(self) -> None:
         from data_prep.manifest import read_manifest
-        from pipelines.cluster.connect import cluster_nodes
-        from pipelines.search.tune import check_fits, concurrent_trials, run_trials
+        from pipelines.search.tune import check_fits, nodes_for_trials, run_trials
         from pipelines.search.view import SearchView
 
         settings, tune = self.task.settings, self.task.settings.tune
-        nodes = cluster_nodes()
-        self.concurrent = concurrent_trials(settings.cluster, nodes)
+        nodes, self.concurrent = nodes_for_trials(settings, self.console.note)
         manifest = read_manifest(self.base.specs[0].folder)
 
         def check(plan: Plan) -> None:

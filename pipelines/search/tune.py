@@ -10,7 +10,7 @@ import contextlib
 import math
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import ray
@@ -18,8 +18,15 @@ from ray import tune
 from ray.actor import ActorHandle
 from ray.tune.search import Searcher
 
-from pipelines.cluster.connect import environment, on_this_node, together
-from pipelines.cluster.preflight import Available, check_resources
+from pipelines.cluster.connect import environment
+from pipelines.cluster.nodes import (
+    check_nodes,
+    cluster_nodes,
+    on_this_node,
+    together,
+    wait_for_nodes,
+)
+from pipelines.cluster.preflight import Available, PreflightError, check_resources
 from pipelines.search.driver import SearchDriver
 from pipelines.search.points import Halving
 from pipelines.search.referee import Referee
@@ -51,6 +58,28 @@ def concurrent_trials(cluster: ClusterConfig, nodes: Sequence[Available]) -> int
     wanted = cluster.max_workers * cluster.cpus_per_worker + (cluster.data_cpus or 1.0)
     by_cpus = math.floor(together(nodes).cpus / wanted + LEAST)
     return max(1, min(workers // cluster.max_workers, by_cpus))
+
+
+def nodes_for_trials(
+    settings: Settings, note: Callable[[str], None]
+) -> tuple[list[Available], int]:
+    """Returns the nodes of the cluster and how many trials train on them at the same time.
+
+    An autoscaling cluster is asked for the nodes of `tune.concurrent` trials. If it cannot have
+    all of them in time, `note` receives how many trials the search goes on with. Ray must be
+    connected.
+    """
+    cluster, most = settings.cluster, settings.tune.concurrent
+    if cluster.autoscaling and most is not None:
+        with contextlib.suppress(PreflightError):
+            workers = most * cluster.max_workers
+            wait_for_nodes(cluster, settings.storage.root, workers, note)
+        check_nodes(cluster, settings.storage.root)
+    nodes = cluster_nodes()
+    fit = concurrent_trials(cluster, nodes)
+    if most is not None and fit < most:
+        note(f"tune.concurrent is {most}, and the cluster has room for {fit}: {fit} at a time")
+    return nodes, min(fit, most or fit)
 
 
 def run_trials(driver: SearchDriver, halving: Halving | None, *, concurrent: int) -> float:

@@ -114,7 +114,9 @@ class ClusterConfig(_Section):
     """Shared memory of a local Ray in MB. The default leaves a small machine its memory and
     holds the batches that wait for training."""
     max_failures: int = Field(default=2, ge=0)
-    """How often a training restarts from its checkpoint after a worker was lost."""
+    """How often a training restarts from its checkpoint, after a worker was lost, without a
+    finished epoch in between. With finished epochs there is no limit: on spot instances a long
+    training loses many workers and still ends."""
     start_timeout_s: float = Field(default=120, gt=0)
     """Seconds in which workers must start. With `autoscaling` also the seconds in which new
     nodes must join."""
@@ -181,6 +183,10 @@ class TuneConfig(_Section):
     """Number of trials drawn evenly from the space before the search learns from results."""
     max_failures: int = Field(default=2, ge=0)
     """How often a trial restarts after its process died. After that the trial has failed."""
+    concurrent: int | None = Field(default=None, ge=1)
+    """Most trials that train at the same time. Left out, as many as fit into the cluster when the
+    search begins. An autoscaling cluster begins small: give the number of trials that it is to
+    have nodes for."""
 
 
 class Settings(_Section):

@@ -96,12 +96,12 @@ def _fit(spec: StageSpec, context: StageContext) -> None:
 
     from pipelines.storage import Store
     from pipelines.training.callback import StageCallback
-    from pipelines.training.checkpoints import drop_unreadable_notes
+    from pipelines.training.checkpoints import drop_notes
     from pipelines.training.process_group import torch_config
 
     cluster = spec.settings.cluster
     checkpoints = Store(context.store.join("training", spec.key))
-    drop_unreadable_notes(checkpoints)
+    drop_notes(checkpoints)
     writer = context.tracker.metric_writer(context.stage_run_id, spec.key)
     resources = {"CPU": cluster.cpus_per_worker, "GPU": cluster.gpus_per_worker}
     trainer = TorchTrainer(
@@ -120,12 +120,10 @@ def _fit(spec: StageSpec, context: StageContext) -> None:
         run_config=RunConfig(
             name=spec.key,
             storage_path=context.store.join("training"),
-            # StageCallback ends the training at errors that no restart mends.
-            failure_config=FailureConfig(
-                max_failures=cluster.max_failures, controller_failure_limit=2
-            ),
+            # StageCallback counts the restarts, and ends at errors that no restart mends.
+            failure_config=FailureConfig(max_failures=-1, controller_failure_limit=2),
             checkpoint_config=CheckpointConfig(num_to_keep=2),
-            callbacks=[StageCallback(writer)],
+            callbacks=[StageCallback(writer, cluster.max_failures)],
         ),
     )
     try:

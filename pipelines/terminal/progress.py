@@ -75,7 +75,7 @@ def watch_progress(console: Console) -> Iterator[None]:
     """Shows on `console` what workers report inside the block. Ray must be connected."""
     import ray
 
-    from pipelines.cluster.connect import on_this_node
+    from pipelines.cluster.nodes import on_this_node
 
     board = (
         ray.remote(num_cpus=0)(ProgressBoard)

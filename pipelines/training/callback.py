@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ray.train import UserCallback
 
-from pipelines.training.causes import ends_training, first_cause
+from pipelines.training.causes import WorkersLost, ends_training, first_cause
 
 if TYPE_CHECKING:
     from pipelines.tracking.metric_writer import MetricWriter
@@ -39,16 +39,19 @@ def listening(listener: Listener) -> Iterator[None]:
 class StageCallback(UserCallback):
     """Runs in the Train controller. An error here ends the training, without a restart.
 
-    Only a listener raises one, and `after_exception` for a worker's error that would come again.
+    Only a listener raises one, and `after_exception`: for a worker's error that would come again,
+    and once workers were lost more than `max_failures` times since the last report.
     A report may have the figures of all epochs so far as JSON text in `history`. An epoch whose
     report was lost with a killed driver is then logged with the next report. The writer skips
     epochs that it has already logged.
     """
 
-    def __init__(self, writer: MetricWriter):
+    def __init__(self, writer: MetricWriter, max_failures: int):
         self._address = (writer.uri, writer.run_id, writer.spool)
         self._writer: MetricWriter | None = None
         self._last_epoch = -1.0
+        self._max_failures = max_failures
+        self._failures = 0  # since the last finished epoch
         self._listener = _listener.get()
 
     def after_report(
@@ -56,6 +59,7 @@ class StageCallback(UserCallback):
     ) -> None:
         from pipelines.tracking.metric_writer import MetricWriter
 
+        self._failures = 0
         if self._writer is None:
             self._writer = MetricWriter(*self._address)
         newest = metrics[0]
@@ -74,8 +78,13 @@ class StageCallback(UserCallback):
             listener(epoch)  # raises on purpose if a search stops a trial early
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        """Raises the error of a worker that a restart would meet again. Others cost a restart."""
-        for error in worker_exceptions.values():
-            cause = first_cause(error)
-            if ends_training(cause):
-                raise cause
+        """Raises an error that a restart would meet again, or WorkersLost after too many restarts.
+
+        Any other costs a restart.
+        """
+        causes = [first_cause(error) for error in worker_exceptions.values()]
+        for cause in filter(ends_training, causes):
+            raise cause
+        self._failures += 1
+        if self._failures > self._max_failures:
+            raise WorkersLost(self._failures, causes[0]) from causes[0]

@@ -13,6 +13,22 @@ BUGS = (AssertionError, AttributeError, ImportError, LookupError, NameError, Typ
 """Python's errors for wrong code. What a lost worker causes in the others is none of these."""
 
 
+class WorkersLost(RuntimeError):
+    """Raised if a training lost its workers too often without a finished epoch in between."""
+
+    def __init__(self, times: int, cause: BaseException) -> None:
+        again = f"{times} times without a finished epoch in between" if times > 1 else "once"
+        super().__init__(
+            f"its workers were lost {again}, and cluster.max_failures allows no further restart; "
+            f"the last time by {type(cause).__name__}: {cause}"
+        )
+        self.times = times
+        self.last = cause
+
+    def __reduce__(self) -> tuple[type[WorkersLost], tuple[int, BaseException]]:
+        return WorkersLost, (self.times, self.last)
+
+
 def is_mistake(error: BaseException) -> bool:
     """Returns whether the user can correct the error: its `exit_code` is 2."""
     return getattr(error, "exit_code", None) == MISTAKE

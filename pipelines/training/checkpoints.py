@@ -8,18 +8,16 @@ because the driver uses this file too.
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from pipelines.cluster.ray_private import TRAIN_NOTES
 from pipelines.storage import Store, local_copy
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-logger = logging.getLogger(__name__)
-NOTES = "checkpoint_manager_snapshot.json"  # Ray Train's
 PREFIX = "checkpoint_"
 STATE = "training_state.json"
 
@@ -33,22 +31,13 @@ class Checkpoint:
     record: dict[str, Any]
 
 
-def drop_unreadable_notes(store: Store) -> None:
-    """Deletes Ray Train's notes if they are incomplete or name a checkpoint that is gone.
+def drop_notes(store: Store) -> None:
+    """Deletes Ray Train's notes on an earlier attempt. `store` is the folder of a training.
 
-    Ray could not start with them. `store` is the folder of a training. Its checkpoints stay and are
-    found without notes.
+    Ray refuses notes that are incomplete, name a checkpoint that is gone, or come from another
+    version. Its checkpoints stay and are found without notes.
     """
-    if not store.exists(NOTES):
-        return
-    try:
-        results = json.loads(store.read_bytes(NOTES))["checkpoint_results"]
-        whole = all(store.exists(result["checkpoint_dir_name"]) for result in results)
-    except (ValueError, KeyError, TypeError):
-        whole = False
-    if not whole:
-        logger.warning("%s is incomplete; Ray Train starts without it", store.join(NOTES))
-        store.delete(NOTES)
+    store.delete(TRAIN_NOTES)
 
 
 def newest_intact(store: Store, note: Callable[[str], None]) -> Checkpoint | None:
@@ -91,5 +80,5 @@ def _newest_first(store: Store) -> list[str]:
         except (OSError, ValueError, KeyError, TypeError):
             return float("inf")
 
-    names = [name for name in store.list() if name.startswith(PREFIX) and name != NOTES]
+    names = [name for name in store.list() if name.startswith(PREFIX) and name != TRAIN_NOTES]
     return sorted(names, key=steps, reverse=True)

@@ -13,9 +13,11 @@ from typing import Any
 import ray
 import torch.distributed as dist
 from ray.train.torch import TorchConfig
-from ray.train.torch.config import _TorchBackend
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, not in __all__
 
+from pipelines.cluster.ray_private import torch_backend
+
+TorchBackend: Any = torch_backend()
 LOOPBACK, LOOPBACK_INTERFACE = "127.0.0.1", "lo"
 _STORES: list[TCPStore] = []  # keeps the store of this worker alive until the process ends
 
@@ -33,11 +35,11 @@ class LoopbackTorchConfig(TorchConfig):
     """Configures a process group whose sockets are bound to 127.0.0.1."""
 
     @property
-    def backend_cls(self) -> type[_TorchBackend]:
+    def backend_cls(self) -> type[Any]:
         return LoopbackBackend
 
 
-class LoopbackBackend(_TorchBackend):
+class LoopbackBackend(TorchBackend):
     """Starts the group with a store on rank 0. Inherits everything else from Ray."""
 
     def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:

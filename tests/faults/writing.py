@@ -19,9 +19,6 @@ from typing import Any
 
 import torch
 from ray.train import Checkpoint, CheckpointConfig
-from ray.train.v2._internal.execution.checkpoint.checkpoint_manager import CheckpointManager
-from ray.train.v2._internal.execution.storage import StorageContext
-from ray.train.v2._internal.execution.training_report import _TrainingReport
 
 from data_prep.manifest import Manifest, ShardInfo, SplitInfo, read_manifest, write_manifest
 from data_prep.storage import delete_file, write_bytes
@@ -33,7 +30,8 @@ from pipelines.stages.record import mark_done, mark_started, stage_state
 from pipelines.stages.spec import StageSpec
 from pipelines.storage import Store
 from pipelines.tracking.metric_writer import MetricWriter
-from pipelines.training.checkpoints import drop_unreadable_notes, newest_intact
+from pipelines.training.checkpoints import drop_notes, newest_intact
+from tests.ray_private import CheckpointManager, StorageContext, _TrainingReport
 
 KEY = "0" * 64
 PIXELS = 300_000  # of a tensor or shard: a write takes long enough to be hit
@@ -53,7 +51,7 @@ def findings(root: Path, done: int) -> list[str]:
     more was lost than the checkpoint that was being written."""
     store, found = Store(root), []
     training = Store(root / "training" / KEY)
-    drop_unreadable_notes(training)
+    drop_notes(training)
     manager(root)  # raises where Ray Train could not start
     newest = newest_intact(training, note=lambda text: None)
     step = newest.record["step"] if newest else 0
@@ -98,7 +96,7 @@ def manager(root: Path | str) -> CheckpointManager:
 
 async def _write(root: str, done: Any) -> None:
     training = Store(f"{root}/training/{KEY}")
-    drop_unreadable_notes(training)
+    drop_notes(training)
     checkpoints = manager(root)
     newest = newest_intact(training, note=lambda text: None)
     journal = Journal(Store(root), "searches/s")

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -132,7 +133,9 @@ def planned_hashes(config: Path, stage: str, *overrides: str) -> list[str]:
     return hashes
 
 
-def mantis(*arguments: str, folder: Path, code: int = 0) -> subprocess.CompletedProcess[str]:
+def mantis(
+    *arguments: str, folder: Path, code: int = 0, environment: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     """`mantis ARGUMENTS` run in `folder` as a user would: without this suite's own settings of Ray.
 
     Asserts the exit code.
@@ -141,6 +144,7 @@ def mantis(*arguments: str, folder: Path, code: int = 0) -> subprocess.Completed
         **{name: value for name, value in os.environ.items() if not name.startswith("RAY_")},
         "PYTHONPATH": str(Path(__file__).parents[2]),
         "OMP_NUM_THREADS": "1",
+        **(environment or {}),
     }
     done = subprocess.run(
         [sys.executable, "-m", "pipelines", *arguments],

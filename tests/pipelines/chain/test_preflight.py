@@ -15,8 +15,10 @@ from mantis_core.errors import ModelError
 from pipelines.chain import preflight as module
 from pipelines.chain.plan import Plan, make_plan
 from pipelines.chain.preflight import Preflight
+from pipelines.chain.run import workers_at_start
 from pipelines.settings.errors import SettingsError
 from pipelines.settings.reading import load_settings
+from pipelines.settings.sections import ClusterConfig
 from pipelines.stages.record import mark_done, mark_started
 from pipelines.stages.schedule import schedule
 from pipelines.storage import Store
@@ -251,3 +253,21 @@ def test_networks_are_built_in_a_process_of_their_own(
     plan = bench.plan()
     assert module.tried_networks(plan.specs, plan.table, [True]) == {True: None}
     assert asked
+
+
+@pytest.mark.parametrize(
+    ("autoscaling", "waiting", "expected"),
+    [
+        (False, ["prepare", "stage1", "evaluate"], 4),
+        (True, ["prepare", "stage1", "evaluate"], 1),
+        (True, ["stage1", "evaluate"], 4),
+        (True, ["prepare"], 0),
+        (False, ["prepare"], 0),
+        (False, ["evaluate", "register"], 4),
+    ],
+)
+def test_nodes_are_paid_for_when_there_is_work_for_them(
+    autoscaling: bool, waiting: list[str], expected: int
+) -> None:
+    cluster = ClusterConfig(workers=4, autoscaling=autoscaling)
+    assert workers_at_start(cluster, waiting) == expected

@@ -108,7 +108,7 @@ def test_an_error_carries_its_exit_code() -> None:
         ("decode", False, "torchvision", "server"),
         ("run", False, "ray", "train"),
         ("run", True, "compressai", "plain"),
-        ("up", False, "ray._private.node", "cluster"),
+        ("up", False, "ray.util.state", "cluster"),
     ],
 )
 def test_a_missing_package_is_named_with_the_extra_that_brings_it(

@@ -74,9 +74,9 @@ class Listener:
 def callback(tmp_path: Path, listener: Listener | None) -> StageCallback:
     writer = MetricWriter("sqlite://", None, tmp_path / "spool.jsonl")
     if listener is None:
-        return StageCallback(writer)
+        return StageCallback(writer, 2)
     with listening(listener):
-        return StageCallback(writer)
+        return StageCallback(writer, 2)
 
 
 def report(*epochs: dict[str, float]) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from pipelines.cluster.preflight import Available
+from pipelines.cluster.preflight import Available, PreflightError
 from pipelines.search.driver import SearchDriver
 from pipelines.search.journal import Journal
 from pipelines.search.points import Halving, RdPoint
@@ -51,6 +51,48 @@ def test_trials_at_a_time_are_those_that_fit_together(
 
     found = concurrent_trials(ClusterConfig(**cluster), [Available(*node) for node in nodes])
     assert found == expected
+
+
+@pytest.mark.parametrize(
+    ("tune", "cluster", "joined", "expected", "notes"),
+    [
+        ({}, {}, 2, 2, 0),
+        ({"concurrent": 1}, {}, 2, 1, 0),
+        ({"concurrent": 4}, {}, 2, 2, 1),
+        ({"concurrent": 4}, {"autoscaling": True}, 4, 4, 0),
+        ({"concurrent": 4}, {"autoscaling": True}, 3, 3, 1),
+    ],
+)
+def test_a_search_asks_for_the_nodes_of_its_trials_and_goes_on_with_what_it_gets(
+    tune: dict[str, Any],
+    cluster: dict[str, Any],
+    joined: int,
+    expected: int,
+    notes: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from pipelines.search import tune as module
+
+    there, told, checked = [Available(4, 1)], [], []
+
+    def wait(cluster: ClusterConfig, root: str, workers: int, note: Any) -> None:
+        assert (cluster.autoscaling, workers) == (True, 4)
+        there.extend([Available(4, 1)] * (joined - 1))
+        if joined < workers:
+            raise PreflightError("too few")
+
+    if not cluster:
+        there = [Available(4, 1)] * joined
+    monkeypatch.setattr(module, "wait_for_nodes", wait)
+    monkeypatch.setattr(module, "check_nodes", lambda *_: checked.append(1))
+    monkeypatch.setattr(module, "cluster_nodes", lambda: there)
+    asked = {"gpus_per_worker": 1, **cluster}
+    settings = small_settings(tmp_path, tune=tune, cluster=asked)
+    nodes, concurrent = module.nodes_for_trials(settings, told.append)
+    assert (len(nodes), concurrent, len(told)) == (joined, expected, notes)
+    assert len(checked) == bool(cluster)
+    assert all("tune.concurrent is 4" in note for note in told)
 
 
 def misbehave(config: dict[str, Any], task: Any, concurrent: int) -> dict[str, str]:

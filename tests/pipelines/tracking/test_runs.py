@@ -341,7 +341,7 @@ def test_a_real_ray_train_run_logs_every_epoch_once_across_a_resume(tracker, tmp
                     name="abc",
                     storage_path=str(tmp_path / "train"),
                     checkpoint_config=CheckpointConfig(num_to_keep=1),
-                    callbacks=[StageCallback(tracker.metric_writer(run_id, "abc"))],
+                    callbacks=[StageCallback(tracker.metric_writer(run_id, "abc"), 0)],
                 ),
             ).fit()
     finally:
@@ -354,7 +354,7 @@ def test_an_epoch_whose_report_was_lost_is_logged_with_the_next(tracker: Tracker
     from pipelines.training.callback import StageCallback
 
     run_id = tracker.open_stage(None, "stage1", "lost", {}, folder="stages/stage1")
-    callback = StageCallback(tracker.metric_writer(run_id, "lost"))
+    callback = StageCallback(tracker.metric_writer(run_id, "lost"), 0)
     epochs = [{"epoch": float(n), "train/loss": 1.0 / n} for n in (1, 2, 3)]
     for done in (2, 3):  # the report of epoch 1 never came
         report = {**epochs[done - 1], "history": json.dumps(epochs[:done])}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from types import SimpleNamespace
 
 import pytest
 
@@ -13,7 +14,7 @@ from pipelines.settings.errors import SettingsError
 from pipelines.stages.spec import StageFailed
 from pipelines.storage import StorageError
 from pipelines.training.callback import StageCallback
-from pipelines.training.causes import ADVICE, ends_training, first_cause
+from pipelines.training.causes import ADVICE, WorkersLost, ends_training, first_cause
 
 
 class RayTaskError(RuntimeError):
@@ -73,11 +74,37 @@ class Writer:
     uri, run_id, spool = "", None, ""
 
 
+def reporting(max_failures: int) -> StageCallback:
+    """Returns a callback that is told of epochs and needs no MLflow."""
+    callback = StageCallback(Writer(), max_failures)  # type: ignore[arg-type]
+    callback._writer = SimpleNamespace(write=lambda epoch: None)  # type: ignore[assignment]
+    return callback
+
+
 def test_the_controller_ends_a_training_at_the_first_such_error() -> None:
-    callback = StageCallback(Writer())  # type: ignore[arg-type]
+    callback = StageCallback(Writer(), 2)  # type: ignore[arg-type]
     with pytest.raises(TrainingError, match="nan at step 1"):
         callback.after_exception(None, {0: LOST, 1: NAN})
     callback.after_exception(None, {0: LOST, 1: StorageError("full")})  # Ray restarts
+
+
+def test_finished_epochs_give_a_training_new_restarts() -> None:
+    callback = reporting(max_failures=1)
+    for epoch in range(1, 6):
+        callback.after_exception(None, {0: LOST})
+        callback.after_report(None, [{"epoch": float(epoch)}], None)
+    callback.after_exception(None, {0: LOST})
+    with pytest.raises(WorkersLost, match=r"2 times without a finished epoch in between.*peer"):
+        callback.after_exception(None, {0: LOST})
+
+
+def test_without_restarts_the_first_lost_worker_ends_a_training() -> None:
+    with pytest.raises(WorkersLost, match=r"lost once, and cluster.max_failures"):
+        reporting(max_failures=0).after_exception(None, {0: LOST})
+    lost = pickle.loads(pickle.dumps(WorkersLost(3, LOST)))
+    assert (lost.times, str(lost.last)) == (3, str(LOST))
+    assert not ends_training(lost)
+    assert first_cause(lost) is lost
 
 
 def test_a_failed_stage_passes_from_process_to_process() -> None:
