@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import logging
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 import typer
 
 from pipelines.commands.messages import FAILURE as FAILURE
-from pipelines.commands.messages import Told, is_fault, of_fault, resuming, told
+from pipelines.commands.messages import Told, is_fault, job_id, of_fault, resuming, told
 from pipelines.training.causes import MISTAKE as MISTAKE
 from pipelines.training.causes import is_mistake
 
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+TRACEBACK_LINES = 40  # of an error in a Ray job
 SOME_FAILED, INTERRUPTED = 3, 130  # exit codes, beside FAILURE and MISTAKE
 
 
@@ -70,28 +73,44 @@ def print_json(value: Any) -> None:
 def terminal(settings: Settings, as_json: bool, resume: str) -> Iterator[TextIO]:
     """Yields the stream for the user's output of a run on Ray. All other output goes to a log.
 
-    Handles errors as `resumable` does.
+    The log lies below the storage root; for a remote root it is copied there while the command
+    runs. Handles errors as `resumable` does. Inside a Ray job it prints the end of a traceback too,
+    because the job's log is all that its user can read.
     """
     from pipelines.cluster.preflight import check_room
     from pipelines.storage import Store
+    from pipelines.terminal.kept_log import FOLDER, copied, log_name
     from pipelines.terminal.last_words import last_words
     from pipelines.terminal.logs import captured_output
 
     check_room(settings.storage.root)
-    root = Store(settings.storage.root).local_path()
-    log = Path("runs/logs") if root is None else root / "logs"
-    killed = f"the command or its Ray was killed. Details are in {log}. {resuming(resume)}"
+    store, name = Store(settings.storage.root), log_name()
+    root = store.local_path()
+    log = Path("runs/logs") if root is None else root / FOLDER
+    place = str(log) if root is not None else store.join(FOLDER, name)
+    killed = f"the command or its Ray was killed. Details are in {place}. {resuming(resume)}"
     with (
         resumable(resume) as details,
         last_words(killed),
         captured_output(log) as (stdout, stderr, file),
+        copied(file, store, name) if root is None else contextlib.nullcontext(),
     ):
-        details.append(str(file))
+        details.append(str(file) if root is not None else place)
         try:
             yield stderr if as_json else stdout
-        except Exception:
+        except Exception as error:
             logger.exception("the command failed")
+            if job_id() is not None and not is_mistake(getattr(error, "cause", error)):
+                stderr.write(end_of_traceback(error))
             raise
+
+
+def end_of_traceback(error: BaseException) -> str:
+    """Returns the last lines of an error's traceback."""
+    lines = "".join(traceback.format_exception(error)).splitlines()
+    cut = [f"... {len(lines) - TRACEBACK_LINES} lines above"]
+    shown = lines if len(lines) <= TRACEBACK_LINES else cut + lines[-TRACEBACK_LINES:]
+    return "\n".join(shown) + "\n"
 
 
 @contextmanager

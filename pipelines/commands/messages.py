@@ -153,14 +153,21 @@ def command_line(words: Sequence[str]) -> str:
     return shlex.join([*_program(sys.argv[0], sys.executable), *words])
 
 
+def job_id() -> str | None:
+    """Returns the submission id of the Ray job that this process drives; None outside of a job."""
+    try:
+        return str(json.loads(os.environ.get(JOB_CONFIG, ""))["metadata"]["job_submission_id"])
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
 def resuming(line: str) -> str:
     """Returns what to do to resume: paste the line, or submit the job again if this is one.
 
     The shell of a user cannot run the line of a job, whose files are on the cluster.
     """
-    try:
-        job = json.loads(os.environ.get(JOB_CONFIG, ""))["metadata"]["job_submission_id"]
-    except (ValueError, KeyError, TypeError):
+    job = job_id()
+    if job is None:
         return f"Resume with:\n  {line}"
     return f"To resume, submit the job {job} again with another --submission-id. It ran:\n  {line}"
 

@@ -13,6 +13,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+LINE_INTERVAL_S = 60.0
+"""Seconds after which a pipe gets a line about a stage that still runs."""
 SHOWN = ("loss", "bpp", "top1")  # last parts of the metric names that have a column
 
 SYMBOLS = {
@@ -30,6 +32,7 @@ SYMBOLS = {
 class _Row:
     state: str = "waiting"
     started: float = 0.0
+    told: float = 0.0  # when a pipe last got a line
     seconds: float | None = None
     values: dict[str, Any] = field(default_factory=dict)
     summary: str = ""
@@ -69,17 +72,29 @@ class Console:
     def stage_started(self, name: str, *, resumed: bool = False) -> None:
         """Reports the start of a stage."""
         with self._lock:
-            self._rows[name] = _Row("running", started=time.monotonic())
+            now = time.monotonic()
+            self._rows[name] = _Row("running", started=now, told=now)
         self._line(f"{name}: {'resuming' if resumed else 'started'}")
 
     def progress(self, name: str, values: Mapping[str, Any]) -> None:
-        """Updates the values of a running stage in the live table. Prints nothing in a pipe."""
+        """Updates the values of a running stage in the live table. A pipe gets a line a minute."""
+        now = time.monotonic()
         with self._lock:
-            self._rows.setdefault(name, _Row("running", time.monotonic())).values.update(values)
+            row = self._rows.setdefault(name, _Row("running", started=now, told=now))
+            row.values.update(values)
+            due = row.state == "running" and now - row.told >= LINE_INTERVAL_S
+            if due:
+                row.told = now
+        if due:
+            self._line(f"{name}: {_under_way(row.values, now - row.started)}")
 
     def epoch(self, name: str, values: Mapping[str, Any]) -> None:
         """Reports the results of an epoch. Prints one line in a pipe."""
-        self.progress(name, values)
+        now = time.monotonic()
+        with self._lock:
+            row = self._rows.setdefault(name, _Row("running", started=now))
+            row.values.update(values)
+            row.told = now
         self._line(f"{name}: {_describe(values)}")
 
     def stage_finished(self, name: str, status: str, seconds: float, summary: str = "") -> None:
@@ -150,6 +165,21 @@ def _describe(values: Mapping[str, Any]) -> str:
     shown = (name for name in values if name not in counters and name.count("/") < 2)
     metrics = [f"{name} {text}" for name in shown if (text := _number(values[name]))]
     return ", ".join([*([f"epoch {counted}"] if counted else []), *metrics])
+
+
+def _under_way(values: Mapping[str, Any], elapsed: float) -> str:
+    """Formats what a running stage has done so far, how long it took, and how long is left."""
+    epoch, step = _of(values, "epoch", "epochs"), _of(values, "step", "steps")
+    done = _of(values, "done", "total")
+    parts = [
+        *([f"in epoch {epoch}"] if epoch else []),
+        *([f"step {step}"] if step else []),
+        *([f"{done} done"] if done and not step else []),
+        *(f"{short} {text}" for short in SHOWN if (text := _number(_find(values, short)))),
+        f"{duration(elapsed)} so far",
+    ]
+    left = _time_left(values, elapsed)
+    return ", ".join([*parts, *([] if left is None else [f"{duration(left)} left"])])
 
 
 def _time_left(values: Mapping[str, Any], elapsed: float) -> float | None:

@@ -37,6 +37,40 @@ def test_a_pipe_gets_one_plain_line_for_each_event(stream: io.StringIO) -> None:
     ]
 
 
+def test_a_pipe_gets_a_line_a_minute_about_a_stage_that_still_runs(
+    stream: io.StringIO, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr("pipelines.terminal.console.time.monotonic", lambda: now[-1])
+    console = Console(stream)
+    console.plan(["prepare", "stage1"])
+    console.stage_started("prepare")
+    for clock in (10, 50, 61, 62, 119, 125):
+        now.append(clock)
+        console.progress("prepare", {"done": clock, "total": 250})
+    console.stage_finished("prepare", "ran", 130.0)
+    now.append(130.0)
+    console.stage_started("stage1")
+    for clock in (150.0, 200.0):
+        now.append(clock)
+        console.progress(
+            "stage1", {"epoch": 1, "epochs": 2, "step": 5, "steps": 10, "train/loss": 0.5}
+        )
+    now.append(255.0)
+    console.epoch("stage1", {"epoch": 1, "epochs": 2, "train/loss": 0.25})
+    now.append(260.0)
+    console.progress("stage1", {"epoch": 2, "epochs": 2, "step": 1, "steps": 10})
+    assert stream.getvalue().splitlines() == [
+        "prepare: started",
+        "prepare: 61/250 done, 1 min 01 s so far, 3 min 09 s left",
+        "prepare: 125/250 done, 2 min 05 s so far, 2 min 05 s left",
+        "prepare: ran in 2 min 10 s",
+        "stage1: started",
+        "stage1: in epoch 1/2, step 5/10, loss 0.5, 1 min 10 s so far, 3 min 30 s left",
+        "stage1: epoch 1/2, train/loss 0.25",
+    ]
+
+
 def test_a_long_line_is_not_broken_in_a_pipe(stream: io.StringIO) -> None:
     Console(stream).note("x" * 300)
     assert stream.getvalue() == "x" * 300 + "\n"
