@@ -36,6 +36,7 @@ ROOMS = {
         "report",
         "cluster",
         "settings",
+        "lease",
         "storage",
         "versions",
     ),

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import replace
 from typing import Any, Literal
 
+from pipelines.lease import LeaseTaken, is_leased, leased
 from pipelines.settings.sections import TrackingConfig
 from pipelines.settings.tracking import without_password
 from pipelines.stages.spec import StageSpec
@@ -34,20 +35,28 @@ class StageBusy(ValueError):
 
 @contextlib.contextmanager
 def claim(store: Store, spec: StageSpec) -> Iterator[None]:
-    """Locks a stage for this process under a local root. The end of the process releases the lock.
-
-    Raises StageBusy if another process holds it.
-    """
+    """Lets only this process work on a stage. Raises StageBusy if another one does."""
     with locked(store, spec.folder, spec.name):
         yield
 
 
 @contextlib.contextmanager
 def locked(store: Store, path: str, name: str) -> Iterator[None]:
-    """Locks a folder for this process under a local root. Raises StageBusy if it is locked."""
+    """Locks a folder for this process. Raises StageBusy if another process holds it.
+
+    Under a local root it is a lock that ends with the process; under a remote one a lease, which
+    ends a minute after a process that was killed.
+    """
     folder = store.local_path(path)
     if folder is None:
-        yield
+        try:
+            with leased(store, path):
+                yield
+        except LeaseTaken as taken:
+            raise StageBusy(
+                f"another process works on {name} in {store.join(path)} ({taken.owner}): wait for "
+                "it, then run again"
+            ) from None
         return
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "LOCK").open("w") as lock:
@@ -61,10 +70,10 @@ def locked(store: Store, path: str, name: str) -> Iterator[None]:
 
 
 def is_locked(store: Store, path: str) -> bool:
-    """Returns whether a process holds the lock of a folder. Under a remote root there are none."""
+    """Returns whether a process holds the lock of a folder, or its lease."""
     folder = store.local_path(path)
     if folder is None:
-        return False
+        return is_leased(store, path)
     try:
         with (folder / "LOCK").open() as lock:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
