@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Any
 
 import jsonschema
 import pytest
 import yaml
+from ray.autoscaler._private.aws.config import DEFAULT_AMI, _check_ami
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-ROOT = Path(__file__).parent.parent
+from tests.deploy.machines import ROOT, locked
 
 
 @pytest.fixture
@@ -24,8 +24,13 @@ def _images(cluster: dict[str, Any]) -> list[str]:
     nodes = cluster["available_node_types"].values()
     return [
         *(docker[key] for key in ("image", "head_image")),
-        *(node["docker"]["worker_image"] for node in nodes if "docker" in node),
+        *(image for node in nodes if (image := node.get("docker", {}).get("worker_image"))),
     ]
+
+
+@pytest.fixture
+def nodes(cluster: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return dict(cluster["available_node_types"])
 
 
 def test_ray_accepts_the_file(cluster: dict[str, Any]) -> None:
@@ -41,29 +46,51 @@ def test_ray_refuses_an_unknown_key_so_that_the_check_means_something(
 
 
 def test_every_image_tag_has_the_ray_version_of_the_lock_file(cluster: dict[str, Any]) -> None:
-    locked = re.search(r"^ray==(\S+)", (ROOT / "requirements.lock").read_text(), re.MULTILINE)
-    assert locked is not None
-    versions = {re.split(r"[:-]", image)[1] for image in _images(cluster)}
-    assert versions == {locked[1]}
+    assert {re.split(r"[:-]", image)[1] for image in _images(cluster)} == {locked("ray")}
 
 
-def test_the_head_takes_no_work_and_is_not_on_spot(cluster: dict[str, Any]) -> None:
-    head = cluster["available_node_types"][cluster["head_node_type"]]
+def test_no_node_gets_rays_own_machine_image_whose_driver_is_too_old(
+    cluster: dict[str, Any], nodes: dict[str, dict[str, Any]]
+) -> None:
+    _check_ami(cluster)  # as in `ray up`: fills in Ray's default where there is none
+    images = {node["node_config"]["ImageId"] for node in nodes.values()}
+    assert not images & set(DEFAULT_AMI.values())
+
+
+def test_ec2_looks_up_the_newest_machine_image_at_each_launch(
+    nodes: dict[str, dict[str, Any]],
+) -> None:
+    (image,) = {node["node_config"]["ImageId"] for node in nodes.values()}
+    kind, service, name = image.split(":")
+    assert (kind, service) == ("resolve", "ssm")
+    assert name.startswith("/aws/service/deeplearning/ami/x86_64/")
+    assert name.endswith("/latest/ami-id")
+
+
+def test_the_head_takes_no_work_and_is_not_on_spot(
+    cluster: dict[str, Any], nodes: dict[str, dict[str, Any]]
+) -> None:
+    head = nodes[cluster["head_node_type"]]
     assert head["resources"] == {"CPU": 0}
     assert "InstanceMarketOptions" not in head["node_config"]
 
 
-def test_gpu_nodes_are_spot_and_bounded(cluster: dict[str, Any]) -> None:
-    gpu = cluster["available_node_types"]["gpu"]
+def test_gpu_nodes_are_spot_and_bounded(
+    cluster: dict[str, Any], nodes: dict[str, dict[str, Any]]
+) -> None:
+    gpu = nodes["gpu"]
     assert gpu["resources"]["GPU"] == 1
     assert gpu["node_config"]["InstanceMarketOptions"] == {"MarketType": "spot"}
     assert 0 <= gpu["min_workers"] < gpu["max_workers"] <= cluster["max_workers"]
 
 
-def test_data_nodes_have_cpus_only_and_carry_their_label(cluster: dict[str, Any]) -> None:
-    data = cluster["available_node_types"]["data"]
-    assert data["labels"] == {"ray-subcluster": "data"}
-    assert set(data["resources"]) == {"CPU"}
+def test_a_gpu_node_without_a_gpu_does_not_start(nodes: dict[str, dict[str, Any]]) -> None:
+    assert "--gpus all" in nodes["gpu"]["docker"]["worker_run_options"]
+
+
+def test_data_nodes_have_cpus_only_and_carry_their_label(nodes: dict[str, dict[str, Any]]) -> None:
+    assert nodes["data"]["labels"] == {"ray-subcluster": "data"}
+    assert set(nodes["data"]["resources"]) == {"CPU"}
 
 
 def test_the_dashboard_listens_on_the_loopback_interface_only(cluster: dict[str, Any]) -> None:
@@ -77,11 +104,13 @@ def test_every_node_asks_for_the_token_and_has_it(cluster: dict[str, Any]) -> No
     assert "RAY_AUTH_TOKEN=" not in (ROOT / "cluster.yaml").read_text(encoding="utf-8")
 
 
-def test_nodes_install_what_the_lock_file_pins(cluster: dict[str, Any]) -> None:
-    remote = next(
-        target for target, local in cluster["file_mounts"].items() if local.endswith(".lock")
-    )
-    assert any(command.endswith(f"-r {remote}") for command in cluster["setup_commands"])
+def test_nodes_install_a_requirements_file_that_is_copied_to_them(cluster: dict[str, Any]) -> None:
+    installed = [
+        command.split(" -r ")[1] for command in cluster["setup_commands"] if " -r " in command
+    ]
+    assert [cluster["file_mounts"][remote] for remote in installed] == [
+        "./deploy/requirements-node.txt"
+    ]
 
 
 def test_containers_get_shared_memory_and_idle_nodes_are_given_back(
