@@ -80,9 +80,13 @@ format: setup ## rewrite the sources in the house format
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
 
-lock: setup ## resolve requirements.lock anew from pyproject.toml
-	@$(BIN)/uv pip compile --universal --python-version 3.11 --all-extras --no-emit-index-url \
-		--no-annotate --no-header --upgrade pyproject.toml -o requirements.lock
+COMPILE := $(BIN)/uv pip compile --universal --python-version 3.11 --no-emit-index-url \
+	--no-annotate --no-header
+
+lock: setup ## resolve requirements.lock anew from pyproject.toml, and what nodes of a cluster install
+	@$(COMPILE) --all-extras --upgrade pyproject.toml -o requirements.lock
+	@$(COMPILE) --extra cluster --extra aws --constraint requirements.lock pyproject.toml \
+		-o deploy/requirements-node.txt
 
 clean: ## remove .venv and caches; keeps runs/
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache

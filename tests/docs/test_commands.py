@@ -17,7 +17,9 @@ from pipelines.settings.reading import load_settings
 from tests.docs.pages import NAMES, ROOT, blocks, inline_code, pages_with, write_configs
 
 TARGETS = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
-OTHER_PROGRAMS = {".", "export", "kubectl", "mlflow", "ray", "uv"}
+OTHER_PROGRAMS = {
+    *{".", "aws", "docker", "eksctl", "export", "git", "kubectl", "mlflow", "ray", "sed", "uv"},
+}
 
 
 def command_lines(page: str) -> Iterator[list[str]]:

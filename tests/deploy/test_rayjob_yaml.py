@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import re
 import shlex
-from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-ROOT = Path(__file__).parent.parent
+from tests.deploy.machines import MACHINES, ROOT, allocatable_mib, allocatable_millicores
+
 SPEC = {
     "entrypoint",
     "submissionMode",
@@ -40,6 +40,11 @@ GROUP = {
     "rayStartParams",
     "template",
 }
+POD = {"restartPolicy", "serviceAccountName", "containers", "volumes"}
+# What else runs on each node of EKS: aws-node, kube-proxy and the device plugin ask for some of it.
+DAEMONS_MILLICORES, DAEMONS_MIB = 350, 1024
+# The container that KubeRay adds to the head: ray-operator/controllers/ray/common/pod.go.
+AUTOSCALER_MILLICORES, AUTOSCALER_MIB = 500, 512
 
 
 @pytest.fixture
@@ -62,11 +67,16 @@ def _container(group: dict[str, Any]) -> dict[str, Any]:
     return dict(container)
 
 
+def _mib(memory: str) -> int:
+    return 1024 * int(memory.removesuffix("Gi"))
+
+
 def test_it_is_a_rayjob_with_fields_kuberay_knows(job: dict[str, Any]) -> None:
     assert (job["apiVersion"], job["kind"]) == ("ray.io/v1", "RayJob")
     assert set(job["spec"]) == SPEC
     assert set(job["spec"]["rayClusterSpec"]) == CLUSTER
     assert all(set(g) <= GROUP for g in job["spec"]["rayClusterSpec"]["workerGroupSpecs"])
+    assert all(set(g["template"]["spec"]) == POD for g in _groups(job).values())
     assert job["spec"]["submissionMode"] in ("K8sJobMode", "HTTPMode", "SidecarMode")
 
 
@@ -87,18 +97,54 @@ def test_groups_have_the_shape_of_cluster_yaml(
     nodes, groups = cluster["available_node_types"], _groups(job)
     assert set(groups) == set(nodes)
     for name in ("gpu", "data"):
-        limits, resources = (
-            _container(groups[name])["resources"]["limits"],
-            nodes[name]["resources"],
-        )
+        limits = _container(groups[name])["resources"]["limits"]
         assert groups[name]["minReplicas"] == nodes[name]["min_workers"]
         assert groups[name]["maxReplicas"] == nodes[name]["max_workers"]
-        assert int(limits["cpu"]) == resources["CPU"]
-        assert int(limits.get("nvidia.com/gpu", 0)) == resources.get("GPU", 0)
+        assert int(limits.get("nvidia.com/gpu", 0)) == nodes[name]["resources"].get("GPU", 0)
     assert groups["data"]["labels"] == nodes["data"]["labels"]
     assert groups["head"]["rayStartParams"] == {"num-cpus": "0"}
     idle = job["spec"]["rayClusterSpec"]["autoscalerOptions"]["idleTimeoutSeconds"]
     assert idle == 60 * cluster["idle_timeout_minutes"]
+
+
+@pytest.mark.parametrize("name", ["head", "gpu", "data"])
+def test_a_pod_fits_the_machine_of_cluster_yaml_beside_what_runs_there(
+    job: dict[str, Any], cluster: dict[str, Any], name: str
+) -> None:
+    machine = MACHINES[cluster["available_node_types"][name]["node_config"]["InstanceType"]]
+    requests = _container(_groups(job)[name])["resources"]["requests"]
+    head = name == "head"
+    millicores = 1000 * int(requests["cpu"]) + head * AUTOSCALER_MILLICORES
+    mib = _mib(requests["memory"]) + head * AUTOSCALER_MIB
+    assert millicores + DAEMONS_MILLICORES < allocatable_millicores(machine)
+    assert mib + DAEMONS_MIB < allocatable_mib(machine)
+
+
+def test_the_formula_gives_what_karpenter_publishes() -> None:
+    """https://karpenter.sh/docs/reference/instance-types/, read on 2026-11-29."""
+    found = {n: (allocatable_millicores(m), allocatable_mib(m)) for n, m in MACHINES.items()}
+    assert found == {
+        "m7i.xlarge": (3920, 14162),
+        "g6.4xlarge": (15890, 57691),
+        "c7i.4xlarge": (15890, 27381),
+    }
+
+
+@pytest.mark.parametrize("name", ["head", "gpu", "data"])
+def test_a_pod_uses_most_of_its_machine(
+    job: dict[str, Any], cluster: dict[str, Any], name: str
+) -> None:
+    machine = MACHINES[cluster["available_node_types"][name]["node_config"]["InstanceType"]]
+    requests = _container(_groups(job)[name])["resources"]["requests"]
+    assert 1000 * int(requests["cpu"]) >= 0.75 * allocatable_millicores(machine)
+    assert _mib(requests["memory"]) >= 0.75 * allocatable_mib(machine)
+
+
+@pytest.mark.parametrize("name", ["head", "gpu", "data"])
+def test_ray_counts_what_the_pod_was_given(job: dict[str, Any], name: str) -> None:
+    """Ray counts limits, Kubernetes places by requests."""
+    resources = _container(_groups(job)[name])["resources"]
+    assert resources["requests"] == resources["limits"]
 
 
 @pytest.mark.parametrize("name", ["head", "gpu", "data"])
@@ -109,7 +155,12 @@ def test_every_pod_has_shared_memory_for_the_object_store(job: dict[str, Any], n
     shm = volumes[mounts["/dev/shm"]]
     memory = _container(group)["resources"]["limits"]["memory"]
     assert shm["medium"] == "Memory"
-    assert 0.3 * int(memory.removesuffix("Gi")) <= int(shm["sizeLimit"].removesuffix("Gi"))
+    assert 0.3 * _mib(memory) <= _mib(shm["sizeLimit"])
+
+
+def test_every_pod_has_the_service_account_of_the_storage(job: dict[str, Any]) -> None:
+    accounts = {g["template"]["spec"]["serviceAccountName"] for g in _groups(job).values()}
+    assert accounts == {"mantis"}
 
 
 def test_the_token_comes_from_a_secret_and_stands_nowhere(job: dict[str, Any]) -> None:
@@ -128,10 +179,13 @@ def test_the_job_runs_the_pipeline_on_storage_every_pod_reaches(job: dict[str, A
     assert given["tracking.uri"].startswith("http")
 
 
-def test_the_job_installs_the_lock_file_of_its_code(job: dict[str, Any]) -> None:
+def test_the_job_installs_the_packages_of_a_node_from_its_code(job: dict[str, Any]) -> None:
     environment = yaml.safe_load(job["spec"]["runtimeEnvYAML"])
     assert environment["working_dir"].endswith(".zip")
-    assert environment["pip"] == ["-r ${RAY_RUNTIME_ENV_CREATE_WORKING_DIR}/requirements.lock"]
+    (line,) = environment["pip"]
+    named = line.removeprefix("-r ${RAY_RUNTIME_ENV_CREATE_WORKING_DIR}/")
+    assert named == "deploy/requirements-node.txt"
+    assert (ROOT / named).is_file()
 
 
 def test_a_lost_head_is_tried_again_and_nothing_is_left_over(job: dict[str, Any]) -> None:
