@@ -79,6 +79,7 @@ def run_chain(
     preflight = Preflight(plan, specs)
     note_all([*preflight.check(), *unused_gpu(plan.settings)], console)
     tracker = make_tracker(plan.settings, console)
+    tracker.check_access()
     try:
         shown = plan.settings.model_dump(mode="json")
         run_id = tracker.open_pipeline(config_name, shown, plan.key)

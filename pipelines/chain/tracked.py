@@ -42,8 +42,12 @@ def track_stage(
     pipeline_id = run_id  # mypy forgets in the lambda that it is not None
     try:
         tracker.attempt(lambda: _track(spec, specs, store, tracker, pipeline_id))
-    except Exception:
+    except Exception as error:
         logger.exception("what MLflow shows of %s was not logged", spec.name)
+        tracker.note(
+            f"MLflow does not show all of {spec.name} ({type(error).__name__}: {error}). Its "
+            "result is whole and counts."
+        )
 
 
 def _track(
@@ -146,6 +150,7 @@ def _log_evaluation(
     """Logs the arms below `run_id`; the report, its data and the main figures to the pipeline."""
     from pipelines.tracking.pages.annotate import describe_run
     from pipelines.tracking.pages.arms import log_arms, log_figures
+    from pipelines.tracking.store.client import transferring
 
     evaluation = store.read_json(f"{spec.folder}/evaluation.json")
     own = {arm.name: specs[arm.stage].key for arm in spec.arms if arm.stage == arm.name}
@@ -155,6 +160,7 @@ def _log_evaluation(
         (Path(scratch) / "evaluation.json").write_bytes(
             store.read_bytes(f"{spec.folder}/evaluation.json")
         )
-        tracker.client.log_artifacts(pipeline_id, scratch)
+        with transferring():
+            tracker.client.log_artifacts(pipeline_id, scratch)
     log_figures(tracker, pipeline_id, evaluation["arms"][0]["metrics"])
     describe_run(tracker, pipeline_id, evaluation, val)

@@ -378,6 +378,7 @@ def _open_runs(
     from pipelines.search.runs import SearchRuns
 
     runs = SearchRuns(make_tracker(settings, console), key, config_name)
+    runs.tracker.check_access()
     shown = {"space": options.space, "search": options.kind, "objective": options.objective}
     config = settings.model_dump(mode="json", exclude={"tracking", "evaluate"})
     searched = {"seed": options.seed, **{f"field.{k}": v for k, v in describe(space).items()}}

@@ -14,6 +14,7 @@ from typing import Any
 from pipelines.search.journal import TrialRecord
 from pipelines.search.space import Params
 from pipelines.tracking.runs import Tracker
+from pipelines.tracking.store.client import transferring
 
 STATUS = {"finished": "FINISHED", "equal": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
 """Maps the state of a trial to MLflow's status. The tag `mantis.state` keeps the state itself."""
@@ -76,7 +77,8 @@ class SearchRuns:
         """Logs the files of the report as artifacts of the search's run."""
         if self.run_id is not None:
             run_id = self.run_id
-            self.tracker.attempt(lambda: self.tracker.client.log_artifacts(run_id, str(folder)))
+            with transferring():
+                self.tracker.attempt(lambda: self.tracker.client.log_artifacts(run_id, str(folder)))
 
     def close(self, status: str, tags: Mapping[str, str] | None = None) -> None:
         """Ends the MLflow run of the search with a status such as FINISHED or KILLED."""

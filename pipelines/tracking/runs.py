@@ -31,6 +31,7 @@ from pipelines.tracking.store.client import (
     TRACKING_FAILURES,
     TrackingError,
     bounded_client,
+    check_access,
     experiment_of,
     explain,
     is_missing,
@@ -111,7 +112,7 @@ class Tracker:
         self.was_away = False  # True after any failed call, so MLflow may lack data
         self.retry_after_s = retry_after_s
         self._retry_at = 0.0
-        self._note = note
+        self.note = note
         self._experiment_id: str | None = None
         self._open: set[str] = set()
 
@@ -141,7 +142,7 @@ class Tracker:
     def within(self, pipeline: Run) -> Tracker:
         """Returns a tracker of the experiment and of the model's name of a pipeline's run."""
         model = pipeline.data.tags.get("mantis.model", self.model)
-        found = Tracker(self.location, self.experiment, model=model, note=self._note)
+        found = Tracker(self.location, self.experiment, model=model, note=self.note)
         found._experiment_id = pipeline.info.experiment_id
         return found
 
@@ -307,6 +308,11 @@ class Tracker:
             if known.get(name) != value:
                 self.client.set_tag(run_id, name, value)
 
+    def check_access(self) -> None:
+        """Raises TrackingError if the server refuses this client. One that is away is no error."""
+        if self.enabled:
+            check_access(self.location.uri)
+
     def ask_again(self) -> None:
         """Lets the next call try MLflow, even a moment after a failure."""
         self._retry_at = 0.0
@@ -322,7 +328,7 @@ class Tracker:
             result = operation()
         except TRACKING_FAILURES as error:
             if self.available:
-                self._note(
+                self.note(
                     f"{explain(error, self.location.uri)}. Work continues; metrics are kept and "
                     "the next `mantis run` sends them."
                 )

@@ -43,6 +43,8 @@ NOT_FOUND = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
 _HELD: set[Path] = set()  # SQLite files whose lock this process holds
 REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")
 """Error codes by which MLflow answers, and would give the same answer again."""
+DENIALS = ("PERMISSION_DENIED", "UNAUTHENTICATED")
+"""Error codes by which MLflow says that this user may not do this."""
 PATIENCE_S = 5.0  # for a connection to a database server
 PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
 
@@ -53,6 +55,10 @@ MLFLOW_ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
 }
+
+
+TRANSFER_TIMEOUT_S = 600
+"""For each file of a model or a report: a server may store it elsewhere before it answers."""
 
 
 class TrackingError(ValueError):
@@ -90,6 +96,43 @@ def bounded_client(uri: str) -> MlflowClient:
         client = MlflowClient(tracking_uri=uri, registry_uri=uri)  # creates missing tables
     _remove_stray_folder(uri, client)
     return client
+
+
+@contextlib.contextmanager
+def transferring() -> Iterator[None]:
+    """Gives files on their way to or from a server TRANSFER_TIMEOUT_S inside the block."""
+    name = "MLFLOW_HTTP_REQUEST_TIMEOUT"
+    usual = os.environ.get(name)
+    os.environ[name] = str(max(TRANSFER_TIMEOUT_S, int(usual or 0)))
+    try:
+        yield
+    finally:
+        if usual is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = usual
+
+
+def upload_model(client: MlflowClient, model_id: str, folder: Path) -> None:
+    """Sends the files of a folder to a LoggedModel."""
+    with transferring():
+        client.log_model_artifacts(model_id, str(folder))
+
+
+def check_access(uri: str) -> None:
+    """Raises TrackingError if a server answers that this client may not use it.
+
+    A server that does not answer is no error: work goes on without it.
+    """
+    if not uri.startswith("http"):
+        return
+    try:
+        bounded_client(uri).search_experiments(max_results=1)
+    except TRACKING_FAILURES as error:
+        if is_denied(error, uri):
+            raise TrackingError(
+                f"{explain(error, uri)}; tracking.enabled=false works without MLflow"
+            ) from error
 
 
 def probe(uri: str) -> None:
@@ -181,7 +224,7 @@ def explain(error: Exception, uri: str) -> str:
     if "out-of-date database schema" in str(error):
         return _other_schema(uri)
     place, cause = without_password(uri, uri), failure_text(error, uri)
-    if re.search("error code 40[13]", cause):
+    if is_denied(error, uri):
         return (
             f"MLflow at {place} refuses this client ({cause}): check user and password, or start "
             "the server with --allowed-hosts"
@@ -195,6 +238,12 @@ def failure_text(error: Exception, uri: str) -> str:
     """Returns the first line of an error, without the password of `uri`, at most 200 characters."""
     lines = str(error).splitlines() or [type(error).__name__]
     return without_password(lines[0], uri)[:200]
+
+
+def is_denied(error: Exception, uri: str) -> bool:
+    """Returns whether a server answered that it does not let this client in (401 or 403)."""
+    code = getattr(error, "error_code", "")
+    return code in DENIALS or bool(re.search("error code 40[13]", failure_text(error, uri)))
 
 
 def is_missing(error: Exception) -> bool:

@@ -25,6 +25,7 @@ from pipelines.tracking.store.client import (
     failure_text,
     is_missing,
     sqlite_file,
+    transferring,
 )
 from pipelines.tracking.store.moved import local_folder, relocated
 
@@ -167,9 +168,10 @@ def _downloaded(location: str, version: ModelVersion, uri: str) -> Path:
         return folder
     private_folder(folder.parent)
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-        made = download_artifacts(
-            artifact_uri=f"{location}/artifacts/checkpoint", dst_path=scratch, tracking_uri=uri
-        )
+        with transferring():
+            made = download_artifacts(
+                artifact_uri=f"{location}/artifacts/checkpoint", dst_path=scratch, tracking_uri=uri
+            )
         if not has_checkpoint(folder):  # another process may have been faster
             os.replace(made, folder)
     return folder

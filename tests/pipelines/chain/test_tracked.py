@@ -205,7 +205,7 @@ def test_an_interruption_is_made_up_for(
         raise MlflowException("away")
 
     notes: list[str] = []
-    finished.tracker._note = notes.append
+    finished.tracker.note = notes.append
     with monkeypatch.context() as broken:
         broken.setattr("pipelines.tracking.pages.arms.tie_figures", away)
         finished.track()
@@ -224,8 +224,11 @@ def test_an_interruption_is_made_up_for(
 def test_a_stage_whose_files_are_gone_still_counts(
     finished: Finished, caplog: pytest.LogCaptureFixture
 ) -> None:
+    notes: list[str] = []
+    finished.tracker.note = notes.append
     finished.store.delete(f"{finished.plan.by_name['prepare'].folder}/manifest.json")
     finished.track()
+    assert any(note.startswith("MLflow does not show all of evaluate (") for note in notes)
     assert "what MLflow shows of evaluate was not logged" in caplog.text
     assert not finished.tracker.was_away
 

@@ -2,28 +2,39 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
+import os
 import shutil
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 from mlflow.exceptions import MlflowException
+from mlflow.store.artifact.http_artifact_repo import HttpArtifactRepository
 
 from pipelines.settings.tracking import sqlite_uri
 from pipelines.tracking import lookup
 from pipelines.tracking.runs import Tracker, locate_tracking
 from pipelines.tracking.store import client as store
 from pipelines.tracking.store.client import (
+    TRANSFER_TIMEOUT_S,
     TrackingError,
     asking,
+    check_access,
     explain,
     sqlite_file,
+    transferring,
 )
 
+ROOT = Path(__file__).parents[4]
 NOWHERE = "http://127.0.0.1:9"  # the discard port: nothing listens
 
 
@@ -207,3 +218,97 @@ def test_two_first_runs_at_once_both_end_well(tmp_path: Path) -> None:
     assert [code for _, code in ends] == [0, 0], ends
     with sqlite3.connect(tmp_path / "runs/mlflow.db") as database:
         assert database.execute("select count(*) from runs").fetchone() == (2,)
+
+
+class Answering(BaseHTTPRequestHandler):
+    """An MLflow server that stores a file in two seconds, and refuses whoever asks for runs."""
+
+    stored: ClassVar[list[str]] = []
+    text = b"Invalid Host header - possible DNS rebinding attack detected"
+
+    def do_PUT(self) -> None:
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        time.sleep(2)
+        self.stored.append(self.path)
+        self._answer(200)
+
+    def do_GET(self) -> None:
+        self._answer(403)
+
+    do_POST = do_GET
+
+    def _answer(self, status: int) -> None:
+        with contextlib.suppress(BrokenPipeError):  # a client that did not wait
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(self.text)))
+            self.end_headers()
+            self.wfile.write(self.text)
+
+    def log_message(self, *_: object) -> None:
+        """Says nothing."""
+
+
+@pytest.fixture
+def server() -> Iterator[str]:
+    made = ThreadingHTTPServer(("127.0.0.1", 0), Answering)
+    threading.Thread(target=made.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{made.server_port}"
+    made.shutdown()
+    made.server_close()
+
+
+def test_a_file_may_take_longer_than_a_call(
+    server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    (tmp_path / "weights").write_bytes(b"w")
+    files = HttpArtifactRepository(f"{server}/api/2.0/mlflow-artifacts/artifacts/1")
+    with pytest.raises(MlflowException, match=r"(?i)timed out|timeout"):
+        files.log_artifact(str(tmp_path / "weights"))
+    with transferring():
+        assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == str(TRANSFER_TIMEOUT_S)
+        files.log_artifact(str(tmp_path / "weights"))
+    assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "1"
+    assert Answering.stored[-1].endswith("/weights")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1800")
+    with transferring():
+        assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "1800"
+    monkeypatch.delenv("MLFLOW_HTTP_REQUEST_TIMEOUT")
+    with transferring():
+        pass
+    assert "MLFLOW_HTTP_REQUEST_TIMEOUT" not in os.environ
+
+
+def test_every_file_is_sent_and_fetched_with_that_patience() -> None:
+    names = {"log_artifacts", "log_artifact", "log_model_artifacts", "download_artifacts"}
+    patient, all_of_them = set(), set()
+    for path in (ROOT / "pipelines").rglob("*.py"):
+        tree = ast.parse(path.read_text())
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call) and _name(node) in names:
+                all_of_them.add((path.name, node.lineno))
+            if isinstance(node, ast.With) and any(
+                isinstance(item.context_expr, ast.Call)
+                and _name(item.context_expr) == "transferring"
+                for item in node.items
+            ):
+                inside = (each for each in ast.walk(node) if isinstance(each, ast.Call))
+                patient |= {(path.name, c.lineno) for c in inside if _name(c) in names}
+    assert len(all_of_them) == 4
+    assert patient == all_of_them
+
+
+def _name(call: ast.Call) -> str:
+    return getattr(call.func, "attr", getattr(call.func, "id", ""))
+
+
+@pytest.mark.parametrize("text", [Answering.text, b'{"error_code": "PERMISSION_DENIED"}'])
+def test_a_server_that_refuses_is_told_before_any_work(
+    server: str, text: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Answering, "text", text)
+    with pytest.raises(TrackingError, match=r"refuses this client.*allowed-hosts; tracking\.en"):
+        check_access(server)
+    check_access("http://127.0.0.1:9")  # away: work goes on
+    check_access("sqlite:////nowhere/mlflow.db")
