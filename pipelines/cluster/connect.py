@@ -132,7 +132,6 @@ def _ray_environment(cluster: ClusterConfig) -> dict[str, str]:
         "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
         "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(cluster.start_timeout_s),
         "RAY_TRAIN_COLLECTIVE_TIMEOUT_S": str(cluster.collective_timeout_s),
-        "RAY_TRAIN_METRICS_ENABLED": "0",
         LOST_HEAD_S: "30",  # then the command ends with a message
     }
     if cluster_address(cluster) == "local":
@@ -142,5 +141,6 @@ def _ray_environment(cluster: ClusterConfig) -> dict[str, str]:
             "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
             "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",
             LOOPBACK_ONLY: "0",
+            "RAY_TRAIN_METRICS_ENABLED": "0",  # no dashboard would show them
         }
     return wanted

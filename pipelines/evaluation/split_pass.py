@@ -34,6 +34,13 @@ if TYPE_CHECKING:
     from pipelines.settings.sections import Settings
 
 
+ACTOR_BYTES = 2**30
+"""Memory of an actor on a CPU: 0.5 to 0.75 GB for a process with torch, and the arms' weights."""
+
+
+MUCH = 2**60  # bytes, where Ray does not know the memory of a node
+
+
 class EvaluationError(RuntimeError):
     """Raised if the evaluation lost or repeated rows. No figures are written."""
 
@@ -89,10 +96,7 @@ def evaluate_split(
 
     rows, batch_size = manifest.split(SPLIT).rows, settings.evaluate.batch_size
     gpus = settings.cluster.gpus_per_worker
-    free = ray.cluster_resources().get("GPU" if gpus else "CPU", 1.0)
-    room = int(
-        free if gpus else free - 1
-    )  # with actors on every CPU none would be left to read rows
+    room = room_for_actors(ray.nodes(), gpus)
     wanted = settings.cluster.evaluation_actors or room
     actors = max(1, min(wanted, room, -(-rows // batch_size)))
     dataset = eval_rows(folder, manifest, reading, SPLIT).map_batches(
@@ -117,6 +121,24 @@ def evaluate_split(
         if on_rows is not None:
             on_rows(seen // max(1, len(sources)), rows)
     return collected(parts, sources, manifest)
+
+
+def room_for_actors(nodes: Iterable[Mapping[str, Any]], gpus: float) -> int:
+    """Returns how many actors the nodes have room for, at least 1. `nodes` is as `ray.nodes()`.
+
+    With `gpus` for each actor their number decides. On CPUs one stays free, because with actors on
+    all of them none would be left to read rows; and each actor is a process with torch and all
+    arms, so a machine of many CPUs and little memory holds fewer.
+    """
+    alive = [node["Resources"] for node in nodes if node["Alive"]]
+    if gpus:
+        return max(1, sum(int(has.get("GPU", 0.0) / gpus) for has in alive))
+    by_memory = sum(
+        min(has["CPU"], max(1, int(has.get("memory", MUCH) // ACTOR_BYTES)))
+        for has in alive
+        if has.get("CPU")
+    )
+    return max(1, int(min(by_memory, sum(has.get("CPU", 0.0) for has in alive) - 1)))
 
 
 def actors_on_nodes(nodes: Iterable[Mapping[str, Any]], kind: str, actors: int) -> dict[str, int]:

@@ -128,7 +128,8 @@ def test_arms_stay_on_the_cpu_unless_training_workers_have_gpus(
     settings, manifest = prepared_here(tmp_path)
     reader = Reader(manifest.split(SPLIT).rows)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 3.0, "GPU": 2.0})
+    node = {"NodeID": "a", "Alive": True, "Resources": {"CPU": 3.0, "GPU": 2.0}}
+    monkeypatch.setattr("ray.nodes", lambda: [node])
     monkeypatch.setattr(split_pass, "eval_rows", lambda *_: reader)
     monkeypatch.setattr("pipelines.evaluation.answers._load", lambda *_: torch.nn.Identity())
     monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "a GPU")
@@ -166,6 +167,27 @@ def test_a_pass_says_what_it_was_computed_on_and_computes_without_tf32(
     assert "computed_on" not in done.answers["one"]
     assert set(tf32) == {False}
     assert hardware_of([done, done]) == done.computed_on
+
+
+@pytest.mark.parametrize(
+    ("resources", "gpus", "expected"),
+    [
+        ([{"CPU": 16, "memory": 8e9}], 0, 7),
+        ([{"CPU": 16, "memory": 64e9}], 0, 15),
+        ([{"CPU": 16}], 0, 15),
+        ([{"CPU": 1, "memory": 1e8}], 0, 1),
+        ([{"CPU": 4, "memory": 1e8}, {"CPU": 8, "memory": 6e9}, {"memory": 9e9}], 0, 6),
+        ([{"CPU": 16, "GPU": 2, "memory": 1e9}, {"CPU": 16, "GPU": 1}], 1, 3),
+        ([{"CPU": 16, "GPU": 3}], 2, 1),
+        ([{"CPU": 16, "GPU": 1}], 0.25, 4),
+    ],
+)
+def test_there_are_as_many_actors_as_gpus_cpus_and_memory_hold(
+    resources: list[dict[str, float]], gpus: float, expected: int
+) -> None:
+    nodes = [{"Alive": True, "Resources": has} for has in resources]
+    dead = {"Alive": False, "Resources": {"CPU": 64, "GPU": 8}}
+    assert split_pass.room_for_actors([*nodes, dead], gpus) == expected
 
 
 def test_actors_share_the_cpus_of_their_own_node() -> None:
