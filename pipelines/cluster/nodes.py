@@ -68,15 +68,13 @@ def wait_for_nodes(
     workers: int,
     note: Callable[[str], None],
     *,
-    wanted: int | None = None,
     local: bool = False,
     now: Callable[[], float] = time.monotonic,
 ) -> None:
     """Returns once `workers` training workers and the data tasks fit. `root` is `storage.root`.
 
-    An autoscaling cluster is asked for nodes for `wanted` workers, by default as many, and has
-    `cluster.start_timeout_s` to add them. Raises PreflightError if too few nodes are there by then,
-    or at once if the cluster does not scale.
+    An autoscaling cluster is asked for nodes and has `cluster.start_timeout_s` to add them. Raises
+    PreflightError if too few nodes are there by then, or at once if the cluster does not scale.
     """
     from data_prep.ray_data import data_nodes
 
@@ -84,7 +82,7 @@ def wait_for_nodes(
     began = told = now()
     while True:
         if cluster.autoscaling:
-            _request(bundles(cluster, wanted or workers))
+            _request(bundles(cluster, workers))
         try:
             nodes = cluster_nodes()
             there = together(nodes)
@@ -97,7 +95,7 @@ def wait_for_nodes(
                 raise
         if now() - told >= NOTE_INTERVAL_S:
             told = now()
-            note(waiting_text(cluster, wanted or workers, there, now() - began))
+            note(waiting_text(cluster, workers, there, now() - began))
         time.sleep(POLL_INTERVAL_S)
 
 

@@ -70,4 +70,5 @@ class _Copy:
             self._store.write_bytes(self._path, text)
         except (StorageError, OSError) as error:
             logger.warning("the log cannot be copied to %s: %s", self._path, error)
-        self._written = len(text)
+        else:
+            self._written = len(text)

@@ -31,13 +31,7 @@ from pipelines.tracking.pages.datasets import inputs_of
 from pipelines.tracking.pages.description import main_arm, model_description
 from pipelines.tracking.pages.logged_models import checkpoints, find_checkpoint
 from pipelines.tracking.runs import Tracker
-from pipelines.tracking.store.client import (
-    TRACKING_FAILURES,
-    asking,
-    explain,
-    upload_model,
-    writing,
-)
+from pipelines.tracking.store.client import TRACKING_FAILURES, asking, explain, send_files, writing
 from pipelines.tracking.store.moved import local_folder
 from pipelines.tracking.store.versions import (
     CHECKPOINT_FILES,
@@ -292,7 +286,7 @@ def _write_version(
         model_id=logged.model_id,
         example=example_input(part, whole),
     )
-    upload_model(client, logged.model_id, package)
+    send_files(client, logged.model_id, package)
     client.finalize_logged_model(logged.model_id, "READY")
     if listed is not None:
         client.set_logged_model_tags(logged.model_id, dict(tags))
@@ -346,7 +340,7 @@ def _write_files_again(
     )
     folder = local_folder(address)
     if folder is None:
-        upload_model(client, found[0], package)
+        send_files(client, found[0], package)
     else:  # MLflow may remember where they were, by the model's id
         shutil.copytree(package, folder, dirs_exist_ok=True)
 

@@ -309,9 +309,8 @@ class Tracker:
                 self.client.set_tag(run_id, name, value)
 
     def check_access(self) -> None:
-        """Raises TrackingError if the server refuses this client. One that is away is no error."""
-        if self.enabled:
-            check_access(self.location.uri)
+        """Raises TrackingError if the server refuses this client. One that is away costs a note."""
+        self.attempt(lambda: check_access(self.location.uri))
 
     def ask_again(self) -> None:
         """Lets the next call try MLflow, even a moment after a failure."""

@@ -113,7 +113,7 @@ def transferring() -> Iterator[None]:
             os.environ[name] = usual
 
 
-def upload_model(client: MlflowClient, model_id: str, folder: Path) -> None:
+def send_files(client: MlflowClient, model_id: str, folder: Path) -> None:
     """Sends the files of a folder to a LoggedModel."""
     with transferring():
         client.log_model_artifacts(model_id, str(folder))
@@ -122,17 +122,18 @@ def upload_model(client: MlflowClient, model_id: str, folder: Path) -> None:
 def check_access(uri: str) -> None:
     """Raises TrackingError if a server answers that this client may not use it.
 
-    A server that does not answer is no error: work goes on without it.
+    Raises one of TRACKING_FAILURES if it does not answer.
     """
     if not uri.startswith("http"):
         return
     try:
         bounded_client(uri).search_experiments(max_results=1)
     except TRACKING_FAILURES as error:
-        if is_denied(error, uri):
-            raise TrackingError(
-                f"{explain(error, uri)}; tracking.enabled=false works without MLflow"
-            ) from error
+        if not is_denied(error, uri):
+            raise
+        raise TrackingError(
+            f"{explain(error, uri)}; tracking.enabled=false works without MLflow"
+        ) from error
 
 
 def probe(uri: str) -> None:

@@ -60,10 +60,22 @@ def test_a_root_that_cannot_be_written_costs_a_warning_not_the_run(
     def refuse(path: str, data: bytes) -> None:
         raise StorageError("the bucket refuses")
 
-    monkeypatch.setattr(store, "write_bytes", refuse)
-    with copied(log, store, "name.log"):
-        append(log, "first\n")
+    with monkeypatch.context() as away:
+        away.setattr(store, "write_bytes", refuse)
+        with copied(log, store, "name.log"):
+            append(log, "first\n")
     assert "cannot be copied to logs/name.log: the bucket refuses" in caplog.text
+
+
+def test_what_a_root_refused_is_written_once_it_is_back(log: Path, tmp_path: Path) -> None:
+    (tmp_path / "bucket").write_text("in the way")
+    store = Store(f"file://{tmp_path}/bucket")
+    copy = kept_log._Copy(log, store, "logs/name.log")
+    append(log, "first\n")
+    copy.write()
+    (tmp_path / "bucket").unlink()
+    copy.write()
+    assert store.read_bytes("logs/name.log") == b"first\n"
 
 
 def test_the_name_says_when_where_and_by_which_process() -> None:

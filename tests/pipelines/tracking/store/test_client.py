@@ -310,5 +310,14 @@ def test_a_server_that_refuses_is_told_before_any_work(
     monkeypatch.setattr(Answering, "text", text)
     with pytest.raises(TrackingError, match=r"refuses this client.*allowed-hosts; tracking\.en"):
         check_access(server)
-    check_access("http://127.0.0.1:9")  # away: work goes on
     check_access("sqlite:////nowhere/mlflow.db")
+
+
+def test_a_server_that_is_away_at_the_start_is_asked_once(tmp_path: Path) -> None:
+    notes: list[str] = []
+    tracker = Tracker(locate_tracking(NOWHERE, str(tmp_path)), "mantis", note=notes.append)
+    tracker.check_access()
+    assert tracker.was_away
+    assert "does not answer" in notes[0]
+    assert tracker.open_pipeline("tiny", {}, "key") is None
+    assert len(notes) == 1
