@@ -143,5 +143,6 @@ def resumable(resume: str) -> Iterator[list[str]]:
             log = None
         else:
             shown = str(error) if where else f"{type(error).__name__}: {error}"
+        shown = shown.partition("\nTraceback (most recent call last)")[0]  # Ray's; the log has it
         details_in = f"Details are in {log}. " if log else ""
         raise Stopped(f"{shown}\n{details_in}{again}", FAILURE) from None

@@ -62,10 +62,11 @@ def watch() -> Iterator[Watch]:
 
         def listen() -> None:
             assert process.stdout is not None
-            for line in process.stdout:
-                with found.news:
-                    found.seen.append(int(line))
-                    found.news.notify_all()
+            with process.stdout as stdout:
+                for line in stdout:
+                    with found.news:
+                        found.seen.append(int(line))
+                        found.news.notify_all()
 
         listener = threading.Thread(target=listen, daemon=True)
         listener.start()

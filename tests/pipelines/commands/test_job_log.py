@@ -71,6 +71,16 @@ def test_a_job_prints_its_traceback_unless_the_user_can_mend_it(
     assert ("Traceback" in capfd.readouterr().err) == shown
 
 
+def test_a_traceback_in_the_text_of_an_error_stays_in_the_log(
+    settings: Settings, tmp_path: Path
+) -> None:
+    text = "a worker failed to start due to error:\nTraceback (most recent call last):\n  File"
+    message = fail(settings, RuntimeError(text))
+    assert message.startswith("RuntimeError: a worker failed to start due to error:\nDetails")
+    (log,) = (tmp_path / "bucket/logs").iterdir()
+    assert "  File" in log.read_text()
+
+
 def test_a_long_traceback_is_cut_above() -> None:
     def deep(level: int) -> None:
         if level == 0:
