@@ -247,9 +247,10 @@ def absolute_root(root: str, folder: str | os.PathLike[str] | None = None) -> st
     if found := re.match(rf"({'|'.join(SCHEMES)}):", root):
         scheme, rest = found[1], root[found.end() :]
         slashes = "///" if scheme == "file" else "//"
+        bare, rest = (re.sub(r"[^/@]*:[^/@]*@", "", each.strip("/")) for each in (root, rest))
         raise StorageError(
-            f"{root!r} is no URI: did you mean {scheme}:{slashes}{rest.strip('/')}? A folder of "
-            f"that name would be ./{root}"
+            f"{bare!r} is no URI: did you mean {scheme}:{slashes}{rest}? A folder of that "
+            f"name would be ./{bare}"
         )
     return os.path.abspath(os.path.join(folder or os.getcwd(), os.path.expanduser(root)))
 

@@ -16,9 +16,11 @@ import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, model_validator
 
 from data_prep.errors import DataError
-from data_prep.storage import is_uri, join, matching_files
+from data_prep.storage import is_uri, join, matching_files, uri_fault
 
 NOTES = b"notes"  # key in the metadata of a listing's schema
+SPLIT_PLACES = ("train", "val", "train_folder", "val_folder")
+"""Fields of some sources that say where a split lies."""
 # A listing refers to images without reading them. `path` is relative to the source's own folder;
 # `position` is what the source needs beside it: the row group of a Parquet file, the index of a
 # generated image, 0 for an image file. `row` is the row within a row group.
@@ -59,6 +61,17 @@ class SourceConfig(BaseModel, ABC):
     name: str | None = None
     """Name of the source in tasks and messages. Left out, it is the kind; two sources of one
     kind need names."""
+
+    @model_validator(mode="after")
+    def _places_are_plain_uris(self) -> SourceConfig:
+        for name in ("path", "train_labels", "val_labels", *SPLIT_PLACES):
+            value = getattr(self, name, None)
+            for place in (value,) if isinstance(value, str) else value or ():
+                # The last part of a split's place is a pattern, which may have a `?`.
+                folder = place.rpartition("/")[0] if name in SPLIT_PLACES else place
+                if is_uri(folder) and (fault := uri_fault(folder)):
+                    raise ValueError(f"{name}: {fault}")
+        return self
 
     @model_validator(mode="after")
     def _splits_are_two_places_below_the_source(self) -> SourceConfig:
