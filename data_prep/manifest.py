@@ -14,7 +14,7 @@ from typing import Literal
 from pydantic import BaseModel, ValidationError
 
 from data_prep.errors import DataError
-from data_prep.storage import join, read_bytes, write_bytes
+from data_prep.storage import absolute, join, read_bytes, write_bytes
 
 FORMAT_VERSION = 2
 READABLE = (1, 2)
@@ -120,7 +120,7 @@ def read_manifest(folder: str) -> Manifest:
     Raises DataError where it is missing, damaged or of another format.
     """
     try:
-        text = read_bytes(join(folder, MANIFEST_NAME))
+        text = read_bytes(join(absolute(folder), MANIFEST_NAME))
     except FileNotFoundError:
         raise DataError(
             f"{folder} holds no {MANIFEST_NAME}: it is no prepared folder, or preparing it was "

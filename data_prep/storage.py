@@ -1,8 +1,13 @@
-"""Files by path or URI through pyarrow.fs: join, read, write atomically. Knows no images."""
+"""Files by path or URI through pyarrow.fs: join, read, write atomically. Knows no images.
+
+A URI is one without options and secrets: those of a bucket come from the environment.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
+import functools
 import os
 import posixpath
 import stat
@@ -10,6 +15,7 @@ import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
+from urllib.parse import unquote
 
 import pyarrow as pa
 from pyarrow import fs
@@ -17,6 +23,13 @@ from pyarrow import fs
 from data_prep.errors import DataError
 
 THREADS = 16  # that wait for the disk or the network
+CLIENTS = ("s3", "gs", "gcs", "abfs", "abfss", "hdfs", "viewfs")
+"""Schemes whose file system is a client of a server."""
+CLIENT_VARIABLES = ("AWS_", "AZURE_", "CLOUDSDK_", "CLOUD_STORAGE_", "GOOGLE_", "HADOOP_")
+"""First letters of the environment variables that a client reads when it is opened."""
+WHOLE_ON_CLOSE = ("s3", "gcs")
+"""Types of file system where a file appears, or replaces another, when it is closed."""
+S3_OPTIONS = "?allow_delayed_open=true"  # one request for a small file instead of three
 
 
 class Found(NamedTuple):
@@ -33,17 +46,56 @@ def is_uri(path: str) -> bool:
 
 
 def join(base: str, path: str) -> str:
-    """Returns `path` below `base`; an absolute path or a URI stands for itself."""
+    """Returns `path` below `base`; an absolute path or a URI stands for itself.
+
+    `path` is a name as it is listed. Below a URI a `%` in it is written as `%25`.
+    """
     if is_uri(path) or posixpath.isabs(path):
         return path
     if path in ("", "."):
         return base
-    return f"{base.rstrip('/')}/{path}"
+    return f"{base.rstrip('/')}/{path.replace('%', '%25') if is_uri(base) else path}"
 
 
 def absolute(path: str) -> str:
-    """Returns the path as every worker understands it, whatever its working folder is."""
-    return path.rstrip("/") if is_uri(path) else os.path.abspath(os.path.expanduser(path))
+    """Returns the path as every worker understands it, whatever its working folder is.
+
+    Raises DataError for a URI to which no path can be appended.
+    """
+    if not is_uri(path):
+        return os.path.abspath(os.path.expanduser(path))
+    if fault := uri_fault(path):
+        raise DataError(fault)
+    return path.rstrip("/")
+
+
+def uri_fault(uri: str) -> str:
+    """Returns why no path can be appended to a URI and what to do, "" if one can.
+
+    Shows no secret.
+    """
+    scheme, _, rest = uri.partition("://")
+    user, _, named = rest.partition("/")[0].rpartition("@")
+    if scheme.startswith("abfs"):  # abfs://container@account
+        user, named = user.partition(":")[1], rest
+    place = rest[rest.index("@") + 1 :] if user else rest
+    bare = f"{scheme}://{place.partition('?')[0].partition('#')[0]}"
+    if not named and not place.strip("/"):
+        return f"{bare!r} names no bucket or folder: give s3://bucket/folder"
+    if scheme == "file" and ("?" in uri or "#" in uri):
+        return f"{bare} is given with `?` or `#`: write them as %3F and %23"
+    if user:
+        return (
+            f"{bare} is given with a user or a key, which would be written into logs: leave it "
+            "out, and set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
+        )
+    if "?" in uri or "#" in uri:
+        return (
+            f"{bare} is given with options behind `?` or `#`, where names of files would be "
+            "appended: leave them out, and set AWS_ENDPOINT_URL (such as http://localhost:9000) "
+            "and AWS_REGION"
+        )
+    return ""
 
 
 def filesystem(path: str) -> tuple[fs.FileSystem, str]:
@@ -51,16 +103,46 @@ def filesystem(path: str) -> tuple[fs.FileSystem, str]:
 
     Raises DataError for a URI of a kind that cannot be read here.
     """
-    if is_uri(path):
-        try:
-            found: tuple[fs.FileSystem, str] = fs.FileSystem.from_uri(path)
-        except (pa.ArrowInvalid, ImportError, NotImplementedError) as error:
-            raise DataError(
-                f"{path} cannot be opened ({str(error).strip()}): give a local path or a URI of "
-                "s3, gs, abfs, hdfs or file; hf needs `pip install huggingface_hub`"
-            ) from error
+    if not is_uri(path):
+        return fs.LocalFileSystem(), absolute(path)
+    try:
+        return open_uri(path)
+    except (pa.ArrowInvalid, ImportError, NotImplementedError) as error:
+        raise DataError(
+            f"{path} cannot be opened ({str(error).strip()}): give a local path or a URI of "
+            "s3, gs, abfs, hdfs or file; hf needs `pip install huggingface_hub`"
+        ) from error
+
+
+def open_uri(uri: str) -> tuple[fs.FileSystem, str]:
+    """Returns the file system of a URI and the path inside it.
+
+    A process has one client for each bucket or server: to open one takes credentials, a look-up
+    of the region and a TLS handshake. A changed environment and a fork get a client of their own.
+    Raises pyarrow.ArrowInvalid, ImportError, NotImplementedError or OSError if there is none.
+    """
+    scheme, _, rest = uri.partition("://")
+    server, slash, path = rest.partition("/")
+    if scheme == "file" and not server:
+        return fs.LocalFileSystem(), f"/{unquote(path)}"
+    if scheme not in CLIENTS:
+        found: tuple[fs.FileSystem, str] = fs.FileSystem.from_uri(uri)
         return found
-    return fs.LocalFileSystem(), absolute(path)
+    read = tuple(
+        sorted(each for each in os.environ.items() if each[0].startswith(CLIENT_VARIABLES))
+    )
+    store, base = _client(scheme, server, read, os.getpid())
+    return store, f"{base}{slash}{unquote(path)}".rstrip("/") or "/"
+
+
+@functools.lru_cache(maxsize=32)
+def _client(
+    scheme: str, server: str, environment: tuple[tuple[str, str], ...], process: int
+) -> tuple[fs.FileSystem, str]:
+    """Returns the client of a bucket or server, and what its paths begin with."""
+    options = S3_OPTIONS if scheme == "s3" else ""
+    store, base = fs.FileSystem.from_uri(f"{scheme}://{server}{options}")
+    return store, base.rstrip("/")
 
 
 def kind_of(path: str) -> fs.FileType:
@@ -147,28 +229,49 @@ def files_of_each(folder: str, names: list[str]) -> Iterator[list[Found]]:
 def read_bytes(path: str) -> bytes:
     """Reads a whole file. Raises FileNotFoundError where there is none."""
     store, inner = filesystem(path)
-    with store.open_input_stream(inner) as stream:
+    with store.open_input_stream(inner, compression=None) as stream:
         data: bytes = stream.read()
     return data
 
 
 def write_bytes(path: str, data: bytes) -> None:
-    """Writes beside the target, then renames: readers see all of the file or nothing.
+    """Writes a whole file: readers see all of it or nothing of it.
 
     Raises OSError, which names the target.
     """
     store, inner = filesystem(path)
-    partial = f"{inner}.{uuid.uuid4().hex[:8]}.tmp"
     try:
-        store.create_dir(posixpath.dirname(inner), recursive=True)
+        put(store, inner, data)
+    except OSError as error:
+        raise OSError(f"{path} cannot be written: {error}") from error
+
+
+def put(store: fs.FileSystem, path: str, data: bytes) -> None:
+    """Writes a whole file of a file system: readers see all of it, or the old one. Raises OSError.
+
+    An object store shows a file once it is complete. Elsewhere it is written beside the target and
+    renamed.
+    """
+    if store.type_name in WHOLE_ON_CLOSE:
+        # Not in a `with` block, which would close the stream after an error and so show a part.
+        stream = store.open_output_stream(path, compression=None)
+        stream.write(data)
+        stream.close()
+        return
+    folder, name = posixpath.split(path)
+    partial = f"{folder}/.{name}.{uuid.uuid4().hex[:8]}.partial"
+    store.create_dir(folder, recursive=True)
+    try:
         with store.open_output_stream(partial, compression=None) as stream:
             stream.write(data)
         if isinstance(store, fs.LocalFileSystem):
             with open(partial, "rb") as written:
                 os.fsync(written.fileno())
-        store.move(partial, inner)
-    except OSError as error:
-        raise OSError(f"{path} cannot be written: {error}") from error
+        store.move(partial, path)
+    except OSError:
+        with contextlib.suppress(OSError):  # there may be none
+            store.delete_file(partial)
+        raise
 
 
 def delete_file(path: str) -> None:

@@ -20,6 +20,7 @@ from data_prep.config import DataConfig, TaskConfig
 from data_prep.errors import DataError
 from data_prep.imagenet import imagenet_groups, imagenet_names, imagenet_wnids
 from data_prep.manifest import Task, TaskTable
+from data_prep.sources.base import listing_of
 from data_prep.storage import absolute
 
 SPLITS = ("train", "val")
@@ -73,7 +74,7 @@ class HeldClasses:
 
     def _of_one(self, name: str) -> set[str]:
         if name not in self._found:
-            listings = [self._sources[name].listing(self._root, split) for split in SPLITS]
+            listings = [listing_of(self._sources[name], self._root, split) for split in SPLITS]
             lists = [table["class_ids"].combine_chunks() for table in listings]
             self._found[name] = {
                 class_id for ids in lists for class_id in pc.unique(ids.flatten()).to_pylist()

@@ -16,6 +16,8 @@ from urllib.parse import unquote, urlsplit
 
 from pyarrow import fs
 
+from data_prep.storage import open_uri, put, uri_fault
+
 PROBE = ".writable"
 SCRATCH = "scratch"
 """The folder below a local root for temporary files. What a killed process left there may go."""
@@ -76,7 +78,7 @@ class Store:
         """Reads a file. Raises FileNotFoundError with the full address."""
         if self._info(path).type != fs.FileType.File:
             raise FileNotFoundError(f"no such file: {self.join(path)}")
-        with self.filesystem.open_input_stream(self._inside(path)) as stream:
+        with self.filesystem.open_input_stream(self._inside(path), compression=None) as stream:
             return bytes(stream.read())
 
     def write_bytes(self, path: str, data: bytes) -> None:
@@ -85,16 +87,12 @@ class Store:
         Raises StorageError if storage is full or cannot be written.
         """
         target = self._inside(path)
-        folder, name = target.rsplit("/", 1)
         with writing(self.join(path)):
-            self.filesystem.create_dir(folder, recursive=True)
             if self.is_local:
+                Path(target).parent.mkdir(parents=True, exist_ok=True)
                 write_file(Path(target), data)
-                return
-            partial = f"{folder}/.{name}.{os.getpid()}.partial"
-            with self.filesystem.open_output_stream(partial) as stream:
-                stream.write(data)
-            self.filesystem.move(partial, target)
+            else:
+                put(self.filesystem, target, data)
 
     def check_writable(self) -> None:
         """Writes a file and deletes it. Raises StorageError if that fails."""
@@ -243,14 +241,16 @@ def absolute_root(root: str, folder: str | os.PathLike[str] | None = None) -> st
     Raises StorageError for a URI that cannot be a root.
     """
     if "://" in root:
-        _check_uri(root)
+        if fault := uri_fault(root):
+            raise StorageError(fault)
         return root.rstrip("/")
     if found := re.match(rf"({'|'.join(SCHEMES)}):", root):
         scheme, rest = found[1], root[found.end() :]
         slashes = "///" if scheme == "file" else "//"
+        bare, rest = (re.sub(r"[^/@]*:[^/@]*@", "", each.strip("/")) for each in (root, rest))
         raise StorageError(
-            f"{root!r} is no URI: did you mean {scheme}:{slashes}{rest.strip('/')}? A folder of "
-            f"that name would be ./{root}"
+            f"{bare!r} is no URI: did you mean {scheme}:{slashes}{rest}? A folder of that "
+            f"name would be ./{bare}"
         )
     return os.path.abspath(os.path.join(folder or os.getcwd(), os.path.expanduser(root)))
 
@@ -325,35 +325,13 @@ def _open_root(root: str) -> tuple[str, fs.FileSystem, str]:
     if "://" not in root:
         return root, fs.LocalFileSystem(), root
     try:
-        filesystem, base = fs.FileSystem.from_uri(root)
+        filesystem, base = open_uri(root)
     except (ValueError, NotImplementedError, OSError) as error:
         raise StorageError(
             f"{root} cannot be opened: {error}. Give a local folder or a URI such as "
             "s3://bucket/folder, gs://bucket/folder or file:///shared/folder"
         ) from error
     return root, filesystem, base.rstrip("/")
-
-
-def _check_uri(uri: str) -> None:
-    """Raises StorageError for a URI to which no path can be appended. Shows no secret."""
-    parts = urlsplit(uri)
-    user, _, host = parts.netloc.rpartition("@")
-    bare = f"{parts.scheme}://{host}{parts.path}"
-    if not host and not parts.path.strip("/"):
-        raise StorageError(f"{uri!r} names no bucket or folder: give s3://bucket/folder")
-    if parts.scheme == "file" and ("?" in uri or "#" in uri):
-        raise StorageError(f"{bare} is given with `?` or `#`: write them as %3F and %23")
-    if user and not parts.scheme.startswith("abfs"):  # abfs://container@account
-        raise StorageError(
-            f"{bare} is given with a user or a key, which would be written into logs: leave it "
-            "out, and set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
-        )
-    if "?" in uri or "#" in uri:
-        raise StorageError(
-            f"{bare} is given with options behind `?` or `#`, where names of files would be "
-            "appended: leave them out, and set AWS_ENDPOINT_URL (such as http://localhost:9000) "
-            "and AWS_REGION"
-        )
 
 
 def write_file(target: Path, data: bytes) -> None:

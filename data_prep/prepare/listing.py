@@ -5,19 +5,19 @@ Reads names and label columns, no images.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from data_prep.errors import DataError
 from data_prep.manifest import SourceInfo, TaskTable
-from data_prep.prepare.staging import Job
-from data_prep.sources.base import counted, notes_of
+from data_prep.prepare.staging import Job, hashes
+from data_prep.sources.base import cells, counted, listing_of, notes_of, values_of
 from data_prep.tasks import did_you_mean
 
 SHOWN = 5  # names in a sentence
@@ -43,12 +43,12 @@ class Listing:
 
 
 def list_sources(job: Job, splits: Sequence[str]) -> Listing:
-    """Lists all sources.
+    """Lists all sources; within one_look() each of them once.
 
     With `unassigned: drop`, rows that cannot be of any task are dropped here, before they are read;
     then the caps apply. Raises DataError where a split or a task has no image.
     """
-    data, known = job.data, set(job.table.classes)
+    data, known = job.data, pa.array(job.table.classes, pa.string())
     wanted_masks = {mask for mask in job.table.masks if mask}
     kept: dict[str, list[pa.Table]] = {split: [] for split in splits}
     unassigned = dict.fromkeys(splits, 0)
@@ -58,26 +58,22 @@ def list_sources(job: Job, splits: Sequence[str]) -> Listing:
     for source in data.sources:
         rows = {}
         for split in splits:
-            listed = source.listing(job.root, split)
+            listed = listing_of(source, job.root, split)
             rows[split] = listed.num_rows
             place = split if len(data.sources) == 1 else f"{split} of '{source.source_name}'"
             notes += [f"{place}: {note}" for note in notes_of(listed)]
+            ids, row_of = values_of(listed["class_ids"])
+            seen[split].update(pc.unique(ids).to_pylist())
             if data.unassigned == "drop" and not wanted_masks & set(source.mask_names):
-                ids = listed["class_ids"].to_pylist()
-                assigned = pa.array([not known.isdisjoint(row) for row in ids], pa.bool_())
-                seen[split].update(class_id for row in ids for class_id in row)
-                unassigned[split] += listed.num_rows - (pc.sum(assigned).as_py() or 0)
-                notes += _left_out(listed.filter(pc.invert(assigned)), place)
-                listed = listed.filter(assigned)
-            else:
-                lists = listed["class_ids"].combine_chunks()
-                seen[split].update(pc.unique(lists.flatten()).to_pylist())
-            count = listed.num_rows
-            kept[split].append(
-                listed.append_column(
-                    "source", pa.array([source.source_name] * count, pa.string())
-                ).append_column("split", pa.array([split] * count, pa.string()))
-            )
+                assigned = np.zeros(listed.num_rows, bool)
+                assigned[row_of.filter(pc.is_in(ids, known))] = True
+                unassigned[split] += int((~assigned).sum())
+                notes += _left_out(listed.filter(pa.array(~assigned)), place)
+                listed = listed.filter(pa.array(assigned))
+            for name, value in (("source", source.source_name), ("split", split)):
+                same = pa.repeat(pa.scalar(value, pa.string()), listed.num_rows)
+                listed = listed.append_column(name, same)
+            kept[split].append(listed)
         sources.append(SourceInfo(name=source.source_name, kind=source.kind, rows=rows))
     if "train" in splits:
         _need_every_task(seen["train"], job.table, notes)
@@ -121,7 +117,7 @@ def _left_out(rows: pa.Table, place: str) -> Iterator[str]:
     """Yields a sentence on rows of no task, with the classes that they carry."""
     if not rows.num_rows:
         return
-    counts = Counter(each for ids in rows["class_ids"].to_pylist() for each in ids or [NO_CLASS])
+    counts = Counter(each for ids in cells(rows["class_ids"]) for each in ids or [NO_CLASS])
     most = counts.most_common()
     shown = [f"{name} ({count})" for name, count in most[:SHOWN]]
     more = f" and {len(most) - SHOWN} more" if len(most) > SHOWN else ""
@@ -141,11 +137,6 @@ def _capped(listing: pa.Table, cap: int | None, seed: int) -> pa.Table:
     """Takes at most `cap` rows, chosen by a hash of the seed and the row's name, in their order."""
     if cap is None or listing.num_rows <= cap:
         return listing
-    keys = [
-        hashlib.sha256(f"{seed}\0{source}\0{name}".encode()).digest()
-        for source, name in zip(
-            listing["source"].to_pylist(), listing["source_id"].to_pylist(), strict=True
-        )
-    ]
-    chosen = sorted(range(len(keys)), key=keys.__getitem__)[:cap]
-    return listing.take(sorted(chosen))
+    rows = zip(cells(listing["source"]), cells(listing["source_id"]), strict=True)
+    keys = hashes(f"{seed}\0{source}\0{name}".encode() for source, name in rows)
+    return listing.take(np.sort(np.argsort(keys, kind="stable")[:cap]))

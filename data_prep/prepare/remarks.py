@@ -18,8 +18,8 @@ from data_prep.config import DataConfig
 from data_prep.errors import DataError
 from data_prep.manifest import Task, TaskTable
 from data_prep.prepare.listing import list_sources
-from data_prep.prepare.staging import Job
-from data_prep.sources.base import counted
+from data_prep.prepare.staging import Job, active_tasks
+from data_prep.sources.base import counted, values_of
 from data_prep.storage import absolute
 from data_prep.tasks import did_you_mean
 
@@ -54,7 +54,7 @@ def remarks(parts: Parts, table: TaskTable, seen: Collection[str]) -> list[str]:
     held = {
         split: Held(
             set(pc.unique(pc.list_flatten(part["class_indices"])).to_pylist()),
-            _matrix(part["task_mask"], len(table.tasks)).any(axis=0).tolist(),
+            active_tasks(part, len(table.tasks)).any(axis=0).tolist(),
         )
         for split, part in parts.items()
     }
@@ -73,7 +73,8 @@ def listing_remarks(data: DataConfig, table: TaskTable) -> list[str]:
     found, held = [], {}
     for split in ("train", "val"):
         rows = listing.references.filter(pc.equal(listing.references["split"], split))
-        counts = Counter(each for ids in rows["class_ids"].to_pylist() for each in ids)
+        counted_ids = pc.value_counts(values_of(rows["class_ids"])[0]).to_pylist()
+        counts = Counter({each["values"]: each["counts"] for each in counted_ids})
         own = {position[class_id] for class_id in counts if class_id in position}
         if split == "train" or not listing.divides:
             active = [
@@ -154,7 +155,9 @@ def _repetitions(parts: Parts, table: TaskTable) -> Iterable[str]:
     """Yields a sentence on val images that are training images too, and one on contradictions."""
     columns = ["content", "class_indices", "source_id"]
     rows = pa.concat_tables(
-        part.select(columns).append_column("split", pa.array([split] * part.num_rows, pa.string()))
+        part.select(columns).append_column(
+            "split", pa.repeat(pa.scalar(split, pa.string()), part.num_rows)
+        )
         for split, part in parts.items()
     )
     counts = pc.value_counts(rows["content"])
@@ -203,11 +206,6 @@ def _ids(part: pa.Table, chosen: np.ndarray[Any, Any]) -> list[str]:
 def _named(row: Mapping[str, Any], table: TaskTable) -> str:
     classes = " and ".join(table.classes[index] for index in row["class_indices"])
     return f"{row['source_id']} as {classes or 'none of them'}"
-
-
-def _matrix(column: pa.ChunkedArray, width: int) -> np.ndarray[Any, Any]:
-    flat: np.ndarray[Any, Any] = column.combine_chunks().flatten().to_numpy(zero_copy_only=False)
-    return flat.reshape(-1, width)
 
 
 def _some(names: Sequence[str]) -> str:

@@ -37,8 +37,16 @@ from data_prep.manifest import (
 from data_prep.prepare.listing import list_sources
 from data_prep.prepare.remarks import decide_single_class, remarks
 from data_prep.prepare.splitting import ordered_splits, with_val
-from data_prep.prepare.staging import STAGING, Job, pieces, segmentation_tasks, stage_piece
-from data_prep.sources.base import counted
+from data_prep.prepare.staging import (
+    STAGING,
+    Job,
+    active_tasks,
+    pieces,
+    segmentation_tasks,
+    stage_piece,
+)
+from data_prep.sources.base import counted, values_of
+from data_prep.sources.remembering import forget
 from data_prep.storage import (
     absolute,
     delete_file,
@@ -87,13 +95,15 @@ def prepare(
     for part in (STAGING, SHARDS):
         delete_folder(join(job.folder, part))
     listing = list_sources(job, splits)
+    forget()  # it is the last to look at the sources
     index = _staged(listing.references, job, report, run)
     rejected, unreadable = _reject(index, job)
     index = index.filter(pc.is_null(index["reason"]))
-    index, late = _without_unassigned(index, data)
+    index, late = _without_unassigned(index, job)
     if listing.divides:
         index = with_val(index, data)
     parts = ordered_splits(index, data, seed, splits)
+    del index  # its rows are in the parts
     single_class, exceptions = decide_single_class(parts, data.single_class)
     found = [*listing.notes, *unreadable, *remarks(parts, table, listing.seen), *exceptions]
     if data.val_fraction is not None and "train" in splits and not listing.divides:
@@ -239,12 +249,12 @@ def _reject(index: pa.Table, job: Job) -> tuple[int, list[str]]:
     ]
 
 
-def _without_unassigned(index: pa.Table, data: DataConfig) -> tuple[pa.Table, dict[str, int]]:
+def _without_unassigned(index: pa.Table, job: Job) -> tuple[pa.Table, dict[str, int]]:
     """Returns the index without rows of no task, unless kept, and their number by split."""
-    active = np.array(index["task_mask"].to_pylist(), bool).reshape(index.num_rows, -1).any(axis=1)
-    splits = np.array(index["split"].to_pylist())
-    counts = {str(split): int((~active & (splits == split)).sum()) for split in np.unique(splits)}
-    return (index.filter(pa.array(active)) if data.unassigned == "drop" else index), counts
+    active = pa.array(active_tasks(index, len(job.table.tasks)).any(axis=1))
+    counts = pc.value_counts(index["split"].filter(pc.invert(active))).to_pylist()
+    late = {each["values"]: each["counts"] for each in counts}
+    return (index.filter(active) if job.data.unassigned == "drop" else index), late
 
 
 def _written(
@@ -274,14 +284,17 @@ def _plans(split: str, part: pa.Table, data: DataConfig) -> Iterator[pa.Table]:
     """Cuts a split into shards of about `shard_bytes` each, with the columns write_shard needs."""
     if not part.num_rows:
         return
-    sizes = np.array([sum(row) for row in part["sizes"].to_pylist()])
+    values, row_of = values_of(part["sizes"])
+    sizes = np.zeros(part.num_rows, np.int64)
+    np.add.at(sizes, row_of.to_numpy(), values.to_numpy())
     count = min(part.num_rows, max(1, round(sizes.sum() / data.shard_bytes)))
     ends = np.searchsorted(np.cumsum(sizes), sizes.sum() * np.arange(1, count + 1) / count) + 1
     cuts = sorted({0, *np.minimum(ends, part.num_rows).tolist()})
     for number, (first, end) in enumerate(pairwise(cuts)):
         plan = part.slice(first, end - first)
         path = f"{SHARDS}/{split}-{number:05d}.parquet"
-        yield plan.append_column("shard", pa.array([path] * plan.num_rows, pa.string()))
+        same = pa.repeat(pa.scalar(path, pa.string()), plan.num_rows)
+        yield plan.append_column("shard", same)
 
 
 def _group_cuts(sizes: Sequence[int], group_rows: int) -> list[int]:

@@ -5,17 +5,19 @@ Reads no images. Equal images have one hash, so they never stand on both sides o
 
 from __future__ import annotations
 
-import hashlib
 import math
-from collections import Counter, defaultdict
 from collections.abc import Sequence
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from numpy.typing import NDArray
 
 from data_prep.config import DataConfig
 from data_prep.errors import DataError
 from data_prep.manifest import SPLITS
+from data_prep.prepare.staging import hashes
+from data_prep.sources.base import cells, values_of
 
 
 def with_val(index: pa.Table, data: DataConfig) -> pa.Table:
@@ -25,41 +27,59 @@ def with_val(index: pa.Table, data: DataConfig) -> pa.Table:
     measured on the same images.
     """
     assert data.val_fraction is not None
-    chosen = chosen_for_val(
-        index["content"].to_pylist(), index["class_indices"].to_pylist(), data.val_fraction
-    )
-    names = pa.array(["val" if each else "train" for each in chosen], pa.string())
+    chosen = chosen_for_val(index["content"], index["class_indices"], data.val_fraction)
+    names = pc.if_else(pa.array(chosen), "val", "train")
+    order = pc.sort_indices(index, sort_keys=[("key", "ascending")])
+    sorted_names = names.take(order)
+    rows = [
+        order.filter(pc.equal(sorted_names, split)).slice(0, cap)
+        for split, cap in (("train", data.train_rows), ("val", data.val_rows))
+    ]
     index = index.drop_columns(["split"]).append_column("split", names)
-    index = index.sort_by([("key", "ascending")])
-    parts = []
-    for split, cap in (("train", data.train_rows), ("val", data.val_rows)):
-        part = index.filter(pc.equal(index["split"], split))
-        parts.append(part if cap is None else part.slice(0, cap))
-    return pa.concat_tables(parts)
+    return index.take(pa.concat_arrays(rows))
 
 
 def chosen_for_val(
-    contents: Sequence[bytes], classes: Sequence[Sequence[int]], fraction: float
-) -> list[bool]:
+    contents: pa.ChunkedArray, classes: pa.ChunkedArray, fraction: float
+) -> NDArray[np.bool_]:
     """Chooses rows for val by hashes of their images, class by class.
+
+    `contents` are the hashes of the images, `classes` lists of indices.
 
     An image of several classes counts as one of the rarest of them, one of no class as of a class
     of its own kind. Of each class the share `fraction` is chosen, rounded: at least one image if it
     has two, and never all.
     """
-    of_image: dict[bytes, set[int]] = defaultdict(set)
-    for content, indices in zip(contents, classes, strict=True):
-        of_image[content].update(indices)
-    counts = Counter(index for own in of_image.values() for index in own)
-    images: dict[int, list[bytes]] = defaultdict(list)
-    for content, own in of_image.items():
-        images[min(own, key=lambda index: (counts[index], index), default=-1)].append(content)
-    chosen: set[bytes] = set()
-    for members in images.values():
-        members.sort(key=lambda content: hashlib.sha256(b"val\0" + content).digest())
+    coded = contents.combine_chunks().dictionary_encode()
+    image_of, images = coded.indices.to_numpy(), coded.dictionary
+    rarest = _rarest_class(image_of, classes, len(images))
+    order = np.argsort(hashes(b"val\0" + content for content in cells(images)))
+    order = order[np.argsort(rarest[order], kind="stable")]  # class by class, then by hash
+    chosen = np.zeros(len(images), bool)
+    for members in np.split(order, np.flatnonzero(np.diff(rarest[order])) + 1):
         wanted = max(1, round(fraction * len(members)))
-        chosen.update(members[: min(wanted, len(members) - 1)])
-    return [content in chosen for content in contents]
+        chosen[members[: max(0, min(wanted, len(members) - 1))]] = True
+    found: NDArray[np.bool_] = chosen[image_of]
+    return found
+
+
+def _rarest_class(
+    image_of: NDArray[np.int32], classes: pa.ChunkedArray, num_images: int
+) -> NDArray[np.int64]:
+    """Returns of each image the class that the fewest images have, -1 for one of no class.
+
+    `image_of` is the image of each row. Of classes with as many images the first one counts.
+    """
+    values, rows = values_of(classes)
+    counts = np.zeros(1 + (pc.max(values).as_py() or 0), np.int64)
+    pairs = np.unique(image_of[rows.to_numpy()].astype(np.int64) * len(counts) + values.to_numpy())
+    images, indices = np.divmod(pairs, len(counts))
+    counts += np.bincount(indices, minlength=len(counts))
+    order = np.lexsort([indices, counts[indices], images])
+    first = order[np.flatnonzero(np.diff(images[order], prepend=-1))]
+    rarest = np.full(num_images, -1)
+    rarest[images[first]] = indices[first]
+    return rarest
 
 
 def ordered_splits(
@@ -69,34 +89,35 @@ def ordered_splits(
 
     Raises DataError where train or val is empty.
     """
-    index = index.sort_by([("key", "ascending")])
-    parts = {split: index.filter(pc.equal(index["split"], split)) for split in splits}
-    if "train" in parts:
-        held = pa.array(_held_out(parts["train"]["content"].to_pylist(), data, seed), pa.bool_())
-        train = parts["train"]
-        parts |= {"train": train.filter(pc.invert(held)), "holdout": train.filter(held)}
+    order = pc.sort_indices(index, sort_keys=[("key", "ascending")])
+    names = index["split"].take(order)
+    index = index.drop_columns(["split"])
+    rows = {split: order.filter(pc.equal(names, split)) for split in splits}
+    if "train" in rows:
+        train = rows["train"]
+        held = pa.array(_held_out(index["content"].take(train), data, seed))
+        rows |= {"train": train.filter(pc.invert(held)), "holdout": train.filter(held)}
     ordered, first_id = {}, 0
-    for split in (name for name in SPLITS if name in parts):
-        part = parts[split]
+    for split in (name for name in SPLITS if name in rows):
+        part = index.take(rows[split])
         if not part.num_rows and split != "holdout":
             raise DataError(
                 f"no readable {split} image of any task is left; check rejected.parquet, "
                 "data.unassigned, data.holdout_fraction and data.val_fraction, which takes no "
                 "image of a class that has one image"
             )
-        ids = pa.array(range(first_id, first_id + part.num_rows), pa.int64())
-        names = pa.array([split] * part.num_rows, pa.string())
-        ordered[split] = part.drop_columns(["split"]).append_column("split", names)
-        ordered[split] = ordered[split].append_column("row_id", ids)
+        ids = pa.array(np.arange(first_id, first_id + part.num_rows))
+        same = pa.repeat(pa.scalar(split, pa.string()), part.num_rows)
+        ordered[split] = part.append_column("split", same).append_column("row_id", ids)
         first_id += part.num_rows
     return ordered
 
 
-def _held_out(contents: list[bytes], data: DataConfig, seed: int) -> list[bool]:
+def _held_out(contents: pa.ChunkedArray, data: DataConfig, seed: int) -> NDArray[np.bool_]:
     """Chooses the rows kept out of training by content hash: equal images go together."""
     wanted = math.ceil(data.holdout_fraction * len(contents))
-    keys = [hashlib.sha256(b"holdout\0%d\0" % seed + content).digest() for content in contents]
+    keys = hashes(b"holdout\0%d\0" % seed + content for content in cells(contents))
     if not wanted:
-        return [False] * len(keys)
-    limit = sorted(keys)[wanted - 1]
-    return [key <= limit for key in keys]
+        return np.zeros(len(keys), bool)
+    found: NDArray[np.bool_] = keys <= np.sort(keys)[wanted - 1]
+    return found

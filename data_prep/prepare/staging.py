@@ -8,10 +8,13 @@ bytes lie, its labels, its content hash, or why it was refused. A bad image take
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
 
 from data_prep.checks import CleanImage, Rejection, clean_image, clean_mask
 from data_prep.config import DataConfig
@@ -76,16 +79,14 @@ def pieces(listing: pa.Table) -> list[pa.Table]:
     Cuts fall between row groups; only a group of more than four times PIECE_ROWS is cut itself. A
     piece carries its number in `piece`.
     """
-    columns = [listing[name].to_pylist() for name in ("source", "split", "path", "position")]
+    other_source = _changes(listing, ("source", "split"))
+    other_group = other_source | _changes(listing, ("path", "position"))
     cuts, start = [0], 0
-    groups = list(zip(*columns, strict=True))
-    for row in range(1, len(groups)):
+    for row, (is_other_source, is_other_group) in enumerate(
+        zip(other_source.tolist(), other_group.tolist(), strict=True), start=1
+    ):
         size = row - start
-        if (
-            groups[row][:2] != groups[row - 1][:2]
-            or (size >= PIECE_ROWS and groups[row] != groups[row - 1])
-            or size >= 4 * PIECE_ROWS
-        ):
+        if is_other_source or (size >= PIECE_ROWS and is_other_group) or size >= 4 * PIECE_ROWS:
             cuts.append(row)
             start = row
     ends = [*cuts[1:], listing.num_rows]
@@ -133,6 +134,20 @@ def stage_piece(piece: pa.Table, *, job: Job) -> pa.Table:
     return pa.Table.from_pylist(rows, schema=index_schema(len(job.table.tasks)))
 
 
+def hashes(texts: Iterable[bytes]) -> NDArray[np.bytes_]:
+    """Returns the sha256 of each text, as an array that compares and sorts as the hashes do."""
+    return np.fromiter((hashlib.sha256(text).digest() for text in texts), "S32")
+
+
+def active_tasks(index: pa.Table, num_tasks: int) -> NDArray[np.bool_]:
+    """Returns which tasks each row of an index is active in (rows, tasks)."""
+    column = index["task_mask"].combine_chunks()
+    parts = column.chunks if isinstance(column, pa.ChunkedArray) else [column]
+    flat = [np.zeros(0, bool), *(part.flatten().to_numpy(zero_copy_only=False) for part in parts)]
+    found: NDArray[np.bool_] = np.concatenate(flat).reshape(-1, num_tasks)
+    return found
+
+
 def order_key(seed: int, content: bytes, source: str, source_id: str) -> bytes:
     """Returns a row's key in the global order: random, yet decided by row and seed alone."""
     return hashlib.sha256(
@@ -162,6 +177,17 @@ def segmentation_tasks(table: TaskTable) -> Iterator[tuple[str, str, int, tuple[
     for task, mask, ignored in zip(table.tasks, table.masks, table.ignored, strict=True):
         if task.kind == "segmentation":
             yield task.name, mask, task.num_classes, ignored
+
+
+def _changes(listing: pa.Table, columns: Sequence[str]) -> NDArray[np.bool_]:
+    """Returns for each row but the first whether it differs from the one before."""
+    found = np.zeros(max(0, listing.num_rows - 1), bool)
+    for name in columns:
+        cells = listing[name].combine_chunks()
+        found |= pc.not_equal(cells.slice(1), cells.slice(0, len(found))).to_numpy(
+            zero_copy_only=False
+        )
+    return found
 
 
 def _clean_row(raw: RawRow, job: Job) -> tuple[list[bytes], str | None, str | None]:

@@ -13,12 +13,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 from pydantic import BaseModel, ConfigDict, model_validator
 
 from data_prep.errors import DataError
-from data_prep.storage import is_uri, join, matching_files
+from data_prep.sources.remembering import remembered
+from data_prep.storage import is_uri, join, matching_files, uri_fault
 
 NOTES = b"notes"  # key in the metadata of a listing's schema
+SPLIT_PLACES = ("train", "val", "train_folder", "val_folder")
+"""Fields of some sources that say where a split lies."""
+CELLS = 65_536  # of a column that are Python objects at once
 # A listing refers to images without reading them. `path` is relative to the source's own folder;
 # `position` is what the source needs beside it: the row group of a Parquet file, the index of a
 # generated image, 0 for an image file. `row` is the row within a row group.
@@ -59,6 +64,17 @@ class SourceConfig(BaseModel, ABC):
     name: str | None = None
     """Name of the source in tasks and messages. Left out, it is the kind; two sources of one
     kind need names."""
+
+    @model_validator(mode="after")
+    def _places_are_plain_uris(self) -> SourceConfig:
+        for name in ("path", "train_labels", "val_labels", *SPLIT_PLACES):
+            value = getattr(self, name, None)
+            for place in (value,) if isinstance(value, str) else value or ():
+                # The last part of a split's place is a pattern, which may have a `?`.
+                folder = place.rpartition("/")[0] if name in SPLIT_PLACES else place
+                if is_uri(folder) and (fault := uri_fault(folder)):
+                    raise ValueError(f"{name}: {fault}")
+        return self
 
     @model_validator(mode="after")
     def _splits_are_two_places_below_the_source(self) -> SourceConfig:
@@ -133,20 +149,31 @@ def missing(source: SourceConfig, what: str, where: str, *, split: str = "") -> 
     )
 
 
+def listing_of(source: SourceConfig, root: str, split: str) -> pa.Table:
+    """Returns `source.listing(root, split)`, made once within one_look()."""
+    key = ("listing", source.model_dump_json(), root, split)
+    return remembered(key, lambda: source.listing(root, split))
+
+
 def files_of_split(
     source: SourceConfig, home: str, patterns: str | tuple[str, ...] | None, split: str
 ) -> list[tuple[str, int]]:
     """Returns (path below `home`, bytes) of the files that match the patterns, sorted.
 
-    Raises DataError where a pattern matches none.
+    Within one_look() they are listed once. Raises DataError where a pattern matches none.
     """
     found: dict[str, int] = {}
     for pattern in (patterns,) if isinstance(patterns, str) else patterns or ():
-        matches = matching_files(home, pattern)
+        matches = matching(home, pattern)
         if not matches:
             raise missing(source, f"{split} file", join(home, pattern), split=split)
         found.update(matches)
     return sorted(found.items())
+
+
+def matching(home: str, pattern: str) -> dict[str, int]:
+    """Returns `matching_files(home, pattern)`, listed once within one_look()."""
+    return remembered(("files", home, pattern), lambda: matching_files(home, pattern))
 
 
 def class_id_of(label: Any) -> str | None:
@@ -184,14 +211,28 @@ def notes_of(listing: pa.Table) -> list[str]:
 
 
 def references(
-    source_ids: Sequence[str],
-    class_ids: Sequence[Sequence[str]],
-    paths: Sequence[str],
-    positions: Sequence[int],
-    rows: Sequence[int],
+    source_ids: Sequence[str] | pa.Array,
+    class_ids: Sequence[Sequence[str]] | pa.Array,
+    paths: Sequence[str] | pa.Array,
+    positions: Sequence[int] | pa.Array,
+    rows: Sequence[int] | pa.Array,
 ) -> pa.Table:
-    """Returns a listing made of columns of equal length."""
+    """Returns a listing made of columns of equal length: lists, or arrays of the schema's types."""
     return pa.table([source_ids, class_ids, paths, positions, rows], schema=REFERENCES)
+
+
+def cells(column: pa.Array | pa.ChunkedArray) -> Iterator[Any]:
+    """Yields the values of a column. Few of them are Python objects at once."""
+    for start in range(0, len(column), CELLS):
+        yield from column.slice(start, CELLS).to_pylist()
+
+
+def values_of(lists: pa.ChunkedArray) -> tuple[pa.Array, pa.Array]:
+    """Returns the values of a column of lists, one behind the other, and the row of each."""
+    joined = lists.combine_chunks()
+    if isinstance(joined, pa.ChunkedArray):
+        joined = pa.concat_arrays(joined.chunks)
+    return joined.flatten(), pc.list_parent_indices(joined)
 
 
 def digest(lines: Iterable[str]) -> str:

@@ -13,13 +13,17 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Literal, NamedTuple
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from pyarrow import fs
 
 from data_prep.errors import DataError
 from data_prep.sources.base import (
+    REFERENCES,
     RawRow,
     SourceConfig,
+    cells,
     class_id_of,
     counted,
     missing,
@@ -27,6 +31,7 @@ from data_prep.sources.base import (
     with_notes,
 )
 from data_prep.sources.labels import read_labels
+from data_prep.sources.remembering import remembered
 from data_prep.storage import (
     THREADS,
     Found,
@@ -47,15 +52,17 @@ HASHED_BYTES = 256 * 2**20  # of a split whose content enters its state: a secon
 HASHED_FILES = 10_000
 SHOWN = 6  # suffixes in a sentence
 UNNAMED = 1  # position of an image whose name is not UTF-8: it cannot be opened by its path
+IMAGES = pa.schema(
+    [("path", pa.string()), ("class_id", pa.string()), ("size", pa.int64()), ("named", pa.bool_())]
+)
+"""Columns of listed images: the path below the source's `path`, the class id, the bytes."""
 
 
-class Image(NamedTuple):
-    """A listed image: its path below the source's `path`, its class id, its bytes."""
+class Images(NamedTuple):
+    """The images of a split (IMAGES), sorted, and sentences on the files that are none."""
 
-    path: str
-    class_id: str
-    size: int
-    named: bool = True
+    table: pa.Table
+    notes: list[str]
 
 
 class ImageFolder(SourceConfig):
@@ -81,10 +88,14 @@ class ImageFolder(SourceConfig):
 
     def listing(self, root: str, split: str) -> pa.Table:
         listed, notes = self._listed(root, split)
-        paths = [image.path for image in listed]
-        positions = [0 if image.named else UNNAMED for image in listed]
-        classes = [[image.class_id] for image in listed]
-        return with_notes(references(paths, classes, paths, positions, [0] * len(listed)), notes)
+        paths, class_ids = listed["path"], listed["class_id"].combine_chunks()
+        if isinstance(class_ids, pa.ChunkedArray):
+            class_ids = pa.concat_arrays(class_ids.chunks)
+        ends = pa.array(np.arange(listed.num_rows + 1, dtype=np.int32))
+        classes = pa.ListArray.from_arrays(ends, class_ids).cast(REFERENCES.field("class_ids").type)
+        positions = pc.if_else(listed["named"], 0, UNNAMED).cast(pa.int64())
+        rows = pa.array(np.zeros(listed.num_rows, np.int64))
+        return with_notes(references(paths, classes, paths, positions, rows), notes)
 
     def read(self, root: str, references: pa.Table) -> Iterator[RawRow]:
         unnamed = [position == UNNAMED for position in references["position"].to_pylist()]
@@ -97,12 +108,13 @@ class ImageFolder(SourceConfig):
         more would delay every plan. Dates do not count, because copies have others.
         """
         listed, _ = self._listed(root, split)
-        lines = (f"{image.path}\t{image.class_id}\t{image.size}" for image in listed)
-        if len(listed) > HASHED_FILES or sum(image.size for image in listed) > HASHED_BYTES:
+        columns = (cells(listed[name]) for name in ("path", "class_id", "size"))
+        lines = map("{}\t{}\t{}".format, *columns)
+        if listed.num_rows > HASHED_FILES or (pc.sum(listed["size"]).as_py() or 0) > HASHED_BYTES:
             yield from lines
             return
-        paths, unnamed = [image.path for image in listed], [not image.named for image in listed]
-        rows = self._files(root, paths, unnamed)
+        unnamed = pc.invert(listed["named"]).to_pylist()
+        rows = self._files(root, listed["path"].to_pylist(), unnamed)
         for line, row in zip(lines, rows, strict=True):
             content = "unreadable" if row.error else hashlib.sha256(row.image).hexdigest()
             yield f"{line}\t{content}"
@@ -127,11 +139,15 @@ class ImageFolder(SourceConfig):
                 end = start + READ_AHEAD
                 yield from pool.map(read_one, paths[start:end], unnamed[start:end])
 
-    def _listed(self, root: str, split: str) -> tuple[list[Image], list[str]]:
-        """Returns the images sorted by path, and sentences on the files that are no such images."""
+    def _listed(self, root: str, split: str) -> Images:
+        """Returns the images of a split. Within one_look() its folders are listed once."""
+        key = ("images", self.model_dump_json(), root, split)
+        return remembered(key, lambda: self._look(root, split))
+
+    def _look(self, root: str, split: str) -> Images:
         folder = self.train if split == "train" else self.val
         if folder is None:
-            return [], []
+            return Images(IMAGES.empty_table(), [])
         home = join(root, self.path)
         where = join(home, folder)
         if kind_of(where) != fs.FileType.Directory:
@@ -139,16 +155,17 @@ class ImageFolder(SourceConfig):
         prefix = "" if folder == "." else f"{folder.strip('/')}/"
         labels = self._label_file(home, where, split)
         if labels is None:
-            listed, notes = _by_folder(where, prefix)
+            found, notes = _by_folder(where, prefix)
         else:
             images, others = _divided(files_below(where))
-            listed = _labelled(images, *labels, folder, prefix)
+            found = [_labelled(images, *labels, folder, prefix)]
             others = [each for each in others if join(where, each.path) != labels[1]]
             notes = [_other_kinds(others)]
-        if not listed:
+        listed = pa.concat_tables([IMAGES.empty_table(), *found]).combine_chunks()
+        if not listed.num_rows:
             error = missing(self, f"images in folders named by class ({split})", where)
             raise DataError(". ".join([str(error), *filter(None, notes)]))
-        return sorted(listed), notes
+        return Images(listed.sort_by([(name, "ascending") for name in IMAGES.names]), notes)
 
     def _label_file(self, home: str, folder: str, split: str) -> tuple[bytes, str] | None:
         """Returns (content, path) of a flat folder's label file, None for class folders."""
@@ -172,16 +189,27 @@ def is_image(path: str) -> bool:
     return path.lower().endswith(IMAGE_SUFFIXES)
 
 
-def _by_folder(where: str, prefix: str) -> tuple[list[Image], list[str]]:
+def _by_folder(where: str, prefix: str) -> tuple[list[pa.Table], list[str]]:
     """Returns the images whose first folder names their class, and sentences on other files."""
     names, listed, others = folders_in(where), [], []
     for name, below in zip(names, files_of_each(where, names), strict=True):
         images, rest = _divided(below)
         class_id, start = str(class_id_of(name)), f"{prefix}{name}/"
-        listed += [Image(start + path, class_id, size, named) for path, size, named in images]
+        listed.append(_table(images, start, [class_id] * len(images)))
         others += rest
     loose, _ = _divided(files_below(where, recursive=False))
     return listed, [_other_kinds(others), _in_no_folder(loose)]
+
+
+def _table(images: Sequence[Found], prefix: str, class_ids: Sequence[str]) -> pa.Table:
+    """Returns images (IMAGES) of these class ids, whose paths begin with `prefix`."""
+    columns = [
+        [prefix + each.path for each in images],
+        class_ids,
+        [each.size for each in images],
+        [each.named for each in images],
+    ]
+    return pa.table(columns, schema=IMAGES)
 
 
 def _divided(files: Iterable[Found]) -> tuple[list[Found], list[Found]]:
@@ -212,7 +240,7 @@ def _in_no_folder(images: Sequence[Found]) -> str:
 
 def _labelled(
     images: list[Found], content: bytes, label_file: str, folder: str, prefix: str
-) -> list[Image]:
+) -> pa.Table:
     """Returns the images with the class that the label file gives each."""
     labels = read_labels(content, label_file, [each.path for each in images], folder=folder)
     unlabelled = sorted(each.path for each in images if each.path not in labels)
@@ -221,7 +249,4 @@ def _labelled(
             f"{label_file} has no line for {len(unlabelled)} of {len(images)} images, the first is "
             f"{unlabelled[0]}; add lines of the form 'file class'"
         )
-    return [
-        Image(prefix + path, str(class_id_of(labels[path])), size, named)
-        for path, size, named in images
-    ]
+    return _table(images, prefix, [str(class_id_of(labels[each.path])) for each in images])

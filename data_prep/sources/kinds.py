@@ -5,6 +5,7 @@ A new kind is one file like shapes.py and its name in SOURCES and AnySource, bel
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
@@ -12,13 +13,14 @@ import pyarrow as pa
 from pyarrow import fs
 from pydantic import Field
 
-from data_prep.sources.base import RawRow, SourceConfig, missing
+from data_prep.sources.base import RawRow, SourceConfig, matching, missing
 from data_prep.sources.class_ids import ClassIds
 from data_prep.sources.folder import ImageFolder
 from data_prep.sources.parquet import ParquetFiles
+from data_prep.sources.remembering import remembered
 from data_prep.sources.shapes import Shapes
 from data_prep.sources.webdataset import WebDataset
-from data_prep.storage import join, kind_of, matching_files
+from data_prep.storage import join, kind_of
 
 
 class Auto(SourceConfig):
@@ -60,10 +62,28 @@ class Auto(SourceConfig):
         return self.found(root).listing(root, split)
 
     def read(self, root: str, references: pa.Table) -> Iterator[RawRow]:
-        return self.found(root).read(root, references)
+        paths = references["path"]  # of one kind; no image file matches where Parquet files do not
+        is_parquet = any(fnmatch.fnmatchcase(paths[0].as_py(), each) for each in self._patterns)
+        return (self.parquet() if is_parquet else self._folder()).read(root, references)
 
     def state(self, root: str, split: str) -> Iterator[str]:
         return self.found(root).state(root, split)
+
+    @property
+    def _patterns(self) -> list[str]:
+        patterns: list[str] = []
+        for setting in (self.train, self.val):
+            patterns += (setting,) if isinstance(setting, str) else setting or ()
+        return patterns
+
+    def _folder(self) -> ImageFolder:
+        return ImageFolder(
+            name=self.source_name,
+            path=self.path,
+            train=self.train_folder,
+            val=self.val_folder,
+            val_labels=self.val_labels,
+        )
 
     def parquet(self) -> ParquetFiles:
         """Returns a Parquet source with the same settings."""
@@ -72,22 +92,16 @@ class Auto(SourceConfig):
 
     def found(self, root: str) -> ParquetFiles | ImageFolder:
         """Returns the source whose files exist. Raises DataError where neither's do."""
+        return remembered(("auto", self.model_dump_json(), root), lambda: self._found(root))
+
+    def _found(self, root: str) -> ParquetFiles | ImageFolder:
         home = join(root, self.path)
-        patterns: list[str] = []
-        for setting in (self.train, self.val):
-            patterns += (setting,) if isinstance(setting, str) else setting or ()
-        if any(matching_files(home, pattern) for pattern in patterns):
+        if any(matching(home, pattern) for pattern in self._patterns):
             return self.parquet()
         for folder in (self.train_folder, self.val_folder):
             if folder and kind_of(join(home, folder)) == fs.FileType.Directory:
-                return ImageFolder(
-                    name=self.source_name,
-                    path=self.path,
-                    train=self.train_folder,
-                    val=self.val_folder,
-                    val_labels=self.val_labels,
-                )
-        looked = ", ".join([*patterns, f"{self.train_folder}/", f"{self.val_folder}/"])
+                return self._folder()
+        looked = ", ".join([*self._patterns, f"{self.train_folder}/", f"{self.val_folder}/"])
         raise missing(self, f"Parquet file or image folder ({looked})", home)
 
 

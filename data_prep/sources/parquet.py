@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 from pydantic import BaseModel, Field, model_validator
 
 from data_prep.checks import Rejection, mask_values
@@ -17,17 +22,20 @@ from data_prep.errors import DataError
 from data_prep.sources.base import (
     RawRow,
     SourceConfig,
+    cells,
     class_id_of,
     digest,
     files_of_split,
     references,
     with_notes,
 )
-from data_prep.sources.class_ids import ClassIds, Labels
-from data_prep.storage import filesystem, join, unreadable
+from data_prep.sources.class_ids import CLASS_IDS, ClassIds, Labels
+from data_prep.sources.remembering import remembered
+from data_prep.storage import THREADS, filesystem, join, unreadable
 
 READ_ROWS = 64
-LABEL_ROWS = 65_536  # read at once where there are no masks
+
+Value = TypeVar("Value")
 
 
 class Presence(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=True):
@@ -40,6 +48,24 @@ class Presence(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=
     min_pixels: int = Field(default=1, ge=1)
     """Pixels of that value from which the class counts as present. By default one pixel is
     enough."""
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """What a Parquet file says of its images: its row groups as (rows, bytes), and its labels.
+
+    `labels` is None where the source has no such column. `names` are those of Hugging Face's
+    ClassLabel, where they count.
+    """
+
+    groups: list[tuple[int, int]]
+    labels: pa.Array | None
+    names: list[str]
+
+    @property
+    def rows(self) -> int:
+        """Number of rows."""
+        return sum(rows for rows, _ in self.groups)
 
 
 class ParquetFiles(SourceConfig):
@@ -87,7 +113,12 @@ class ParquetFiles(SourceConfig):
 
     def listing(self, root: str, split: str) -> pa.Table:
         labels = Labels(self.class_ids)
-        parts = [self._file_listing(root, path, labels) for path, _ in self.files(root, split)]
+        files, known = self._places(root, split), self._labelled(root, split)
+        seen = _of_each(self._presence, files) if self.presence else [[]] * len(files)
+        parts = [
+            self._file_listing(path, where, about, present, labels)
+            for (path, where), about, present in zip(files.items(), known, seen, strict=True)
+        ]
         table = pa.concat_tables([references([], [], [], [], []), *parts])
         return with_notes(table, [labels.note()])
 
@@ -108,19 +139,14 @@ class ParquetFiles(SourceConfig):
 
         Labels and masks are read in full, since others may have the same size. Images are not read.
         """
-        for path, size in self.files(root, split):
-            where = join(join(root, self.path), path)
-            with _open(where) as file:
-                _need_columns(self, where, file.schema_arrow)
-                footer = file.metadata
-                groups = [
-                    (footer.row_group(index).num_rows, footer.row_group(index).total_byte_size)
-                    for index in range(footer.num_row_groups)
-                ]
-                labels = self._labels_hash(file)
-                names = self._class_label_names(file.schema_arrow)
-            declared = f"\t{json.dumps(names)}" if names else ""
-            yield f"{path}\t{size}\t{groups}\t{labels}{declared}"
+        known = self._labelled(root, split)
+        masks = _of_each(self._mask_hashes, self._places(root, split))
+        for (path, size), about, hashes in zip(self.files(root, split), known, masks, strict=True):
+            if about.labels is not None and self.class_column is not None:
+                hashes = {**hashes, self.class_column: _hash(cells(about.labels))}
+            labels = digest(hashes[name] for name in sorted(hashes))
+            declared = f"\t{json.dumps(about.names)}" if about.names else ""
+            yield f"{path}\t{size}\t{about.groups}\t{labels}{declared}"
         presence = {name: found.model_dump() for name, found in self.presence.items()}
         read = [self.image, self.class_column, self.class_ids, self.mask_columns]
         yield json.dumps([*read, presence] if presence else read)
@@ -133,72 +159,93 @@ class ParquetFiles(SourceConfig):
         patterns = self.train if split == "train" else self.val
         return files_of_split(self, join(root, self.path), patterns, split)
 
-    def _file_listing(self, root: str, path: str, known: Labels) -> pa.Table:
-        where = join(join(root, self.path), path)
+    def _places(self, root: str, split: str) -> dict[str, str]:
+        """Returns the full address of each of the split's files by its path."""
+        home = join(root, self.path)
+        return {path: join(home, path) for path, _ in self.files(root, split)}
+
+    def _labelled(self, root: str, split: str) -> list[Labelled]:
+        """Returns what each of the split's files says of its images, read once in one_look()."""
+        key = ("labels", self.model_dump_json(), root, split)
+        return remembered(key, lambda: _of_each(self._labels_of, self._places(root, split)))
+
+    def _labels_of(self, where: str) -> Labelled:
+        """Reads the footer and the labels of a file."""
         with _open(where) as file:
             _need_columns(self, where, file.schema_arrow)
-            sizes = [
-                file.metadata.row_group(index).num_rows
-                for index in range(file.metadata.num_row_groups)
+            groups = [
+                file.metadata.row_group(index) for index in range(file.metadata.num_row_groups)
             ]
-            if self.class_column is None:
-                labels: list[Any] = [None] * sum(sizes)
-            else:
-                labels = file.read([self.class_column])[self.class_column].to_pylist()
-            seen = self._presence(file)
-            names = self._class_label_names(file.schema_arrow)
-        by_label = {str(n): str(class_id_of(name)) for n, name in enumerate(names)} or None
-        column = f"{where}, column '{self.class_column}'"
-        positions = [index for index, size in enumerate(sizes) for _ in range(size)]
-        rows = [row for size in sizes for row in range(size)]
+            labels = None
+            if self.class_column is not None:
+                column = file.read([self.class_column])[self.class_column]
+                labels = pa.concat_arrays(column.chunks or [pa.array([], column.type)])
+            return Labelled(
+                [(group.num_rows, group.total_byte_size) for group in groups],
+                labels,
+                self._class_label_names(file.schema_arrow),
+            )
+
+    def _file_listing(
+        self, path: str, where: str, about: Labelled, present: list[list[str]], known: Labels
+    ) -> pa.Table:
+        """Returns the listing of a file; `present` are the classes that its masks show by row."""
+        by_label = {str(n): str(class_id_of(name)) for n, name in enumerate(about.names)} or None
+        if about.labels is None:
+            classes = pa.array([[]], CLASS_IDS).take(pa.array(np.zeros(about.rows, np.int64)))
+        else:
+            column = f"{where}, column '{self.class_column}'"
+            classes = known.column(about.labels, column, by_label)
+        if present:
+            both = zip(cells(classes), present, strict=True)
+            classes = pa.array((own + shown for own, shown in both), CLASS_IDS)
+        sizes = [rows for rows, _ in about.groups]
+        paths = pa.repeat(pa.scalar(path, pa.string()), about.rows)
+        numbers = pa.array(np.arange(about.rows)).cast(pa.string())
         return references(
-            [f"{path}:{number}" for number in range(len(labels))],
-            [
-                known.class_ids(label, column, by_label) + present
-                for label, present in zip(labels, seen or [[]] * len(labels), strict=True)
-            ],
-            [path] * len(labels),
-            positions,
-            rows,
+            pc.binary_join_element_wise(paths, numbers, ":"),
+            classes,
+            paths,
+            pa.array(np.repeat(np.arange(len(sizes)), sizes)),
+            pa.array(np.concatenate([np.arange(0), *map(np.arange, sizes)])),
         )
 
-    def _labels_hash(self, file: pq.ParquetFile) -> str:
-        """Returns a sha256 over the cells of the columns of labels and masks."""
-        columns = list(self.mask_columns.values())
-        rows = READ_ROWS if columns else LABEL_ROWS
-        if self.class_column is not None:
-            columns.append(self.class_column)
-        hashes = {name: hashlib.sha256() for name in sorted(columns)}
-        for batch in file.iter_batches(rows, columns=list(hashes)):
-            for name, total in hashes.items():
-                total.update("".join(f"{cell!r}\n" for cell in batch[name].to_pylist()).encode())
-        return digest(each.hexdigest() for each in hashes.values())
+    def _mask_hashes(self, where: str) -> dict[str, str]:
+        """Returns a sha256 over the cells of each column of masks."""
+        hashes = {name: hashlib.sha256() for name in self.mask_columns.values()}
+        if hashes:
+            with _open(where) as file:
+                for batch in file.iter_batches(READ_ROWS, columns=list(hashes)):
+                    for name, total in hashes.items():
+                        total.update(_lines(batch[name].to_pylist()))
+        return {name: total.hexdigest() for name, total in hashes.items()}
 
-    def _presence(self, file: pq.ParquetFile) -> list[list[str]]:
-        """Returns the classes that the masks of each row show; [] where none are asked for.
+    def _presence(self, where: str) -> list[list[str]]:
+        """Returns the classes that the masks of each row of a file show.
 
         A mask that is missing or does not decode shows neither that a class is present nor that it
         is absent.
         """
-        if not self.presence:
-            return []
         names = sorted({found.mask for found in self.presence.values()})
         columns = [self.mask_columns[name] for name in names]
-        rows = []
-        for batch in file.iter_batches(READ_ROWS, columns=columns):
-            for row in batch.to_pylist():
-                masks = {
-                    name: mask_values(_encoded(row[column]) or b"")
-                    for name, column in zip(names, columns, strict=True)
-                }
-                rows.append(
-                    [
-                        name if (values == found.value).sum() >= found.min_pixels else f"no {name}"
-                        for name, found in self.presence.items()
-                        if not isinstance(values := masks[found.mask], Rejection)
-                    ]
+        with _open(where) as file:
+            return [
+                self._classes_shown(
+                    {
+                        name: mask_values(_encoded(row[column]) or b"")
+                        for name, column in zip(names, columns, strict=True)
+                    }
                 )
-        return rows
+                for batch in file.iter_batches(READ_ROWS, columns=columns)
+                for row in batch.to_pylist()
+            ]
+
+    def _classes_shown(self, masks: dict[str, NDArray[np.int64] | Rejection]) -> list[str]:
+        return [
+            name if (values == found.value).sum() >= found.min_pixels else f"no {name}"
+            for name, found in self.presence.items()
+            if not isinstance(values := masks[found.mask], Rejection)
+        ]
 
     def _class_label_names(self, schema: pa.Schema) -> list[str]:
         """Returns the class names that Hugging Face's metadata declares, [] if they do not count.
@@ -255,6 +302,24 @@ def parquet_columns(path: str) -> list[str]:
     with _open(path) as file:
         names: list[str] = file.schema_arrow.names
     return names
+
+
+def _of_each(read: Callable[[str], Value], files: Mapping[str, str]) -> list[Value]:
+    """Returns read(address) of each file, in their order; threads wait for the network."""
+    with ThreadPoolExecutor(THREADS) as pool:
+        return list(pool.map(read, files.values()))
+
+
+def _hash(values: Iterator[Any]) -> str:
+    """Returns a sha256 over cells."""
+    total = hashlib.sha256()
+    for value in values:
+        total.update(_lines([value]))
+    return total.hexdigest()
+
+
+def _lines(values: Sequence[Any]) -> bytes:
+    return "".join(f"{value!r}\n" for value in values).encode()
 
 
 @contextmanager

@@ -12,6 +12,7 @@ import json
 import posixpath
 import tarfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, Literal
@@ -30,10 +31,11 @@ from data_prep.sources.base import (
 )
 from data_prep.sources.class_ids import ClassIds, Labels
 from data_prep.sources.folder import is_image
-from data_prep.storage import filesystem, is_uri, join, unreadable
+from data_prep.sources.remembering import remembered
+from data_prep.storage import THREADS, filesystem, is_uri, join, unreadable
 
 
-@dataclass
+@dataclass(slots=True)
 class Sample:
     """One sample of a tar file: where its image lies, and its label as it is written."""
 
@@ -67,9 +69,11 @@ class WebDataset(SourceConfig):
     def listing(self, root: str, split: str) -> pa.Table:
         labels, without_image = Labels(self.class_ids), 0
         rows: list[tuple[str, list[str], str, int, int]] = []
-        for path, _ in self._tars(root, split):
+        for (path, _), samples in zip(
+            self._tars(root, split), self._all_samples(root, split), strict=True
+        ):
             where = join(join(root, self.path), path)
-            for sample in self._samples(where):
+            for sample in samples:
                 if sample.size < 0:
                     without_image += 1
                     continue
@@ -98,10 +102,12 @@ class WebDataset(SourceConfig):
 
         A tar file below a URI has no hash, because its headers cannot be read without the images.
         """
-        home = join(root, self.path)
-        for path, size in self._tars(root, split):
+        tars = self._tars(root, split)
+        remote = is_uri(join(root, self.path))
+        found = [[]] * len(tars) if remote else self._all_samples(root, split)
+        for (path, size), samples in zip(tars, found, strict=True):
             total = hashlib.sha256()
-            for sample in () if is_uri(home) else self._samples(join(home, path)):
+            for sample in samples:
                 total.update(f"{sample}\n".encode())
             yield f"{path}\t{size}\t{total.hexdigest()}"
         yield json.dumps([self.label, self.class_ids])
@@ -109,6 +115,16 @@ class WebDataset(SourceConfig):
     def _tars(self, root: str, split: str) -> list[tuple[str, int]]:
         patterns = self.train if split == "train" else self.val
         return files_of_split(self, join(root, self.path), patterns, split)
+
+    def _all_samples(self, root: str, split: str) -> list[list[Sample]]:
+        """Returns the samples of each tar file of a split, read once within one_look()."""
+
+        def look() -> list[list[Sample]]:
+            places = [join(join(root, self.path), path) for path, _ in self._tars(root, split)]
+            with ThreadPoolExecutor(THREADS) as pool:
+                return list(pool.map(self._samples, places))
+
+        return remembered(("samples", self.model_dump_json(), root, split), look)
 
     def _samples(self, where: str) -> list[Sample]:
         """Returns the samples of one tar file in its order. Raises DataError if it is none."""

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from data_prep.errors import DataError
+from data_prep.sources.remembering import forget
 from pipelines.chain.plan import Plan
 from pipelines.chain.processes import pool_of
 from pipelines.settings.errors import SettingsError
@@ -69,7 +70,11 @@ class Preflight:
         first = self.plan.specs[0]
         if prepared is None and stage_state(store, first, uri) == "done":
             prepared = first.folder
-        notes: list[str] = self._listed() if prepared is None else []
+        notes: list[str] = []
+        if prepared is None:
+            notes = self._listed()
+        else:
+            forget()  # nothing looks at the sources again
         waiting = [
             spec
             for spec in self.specs
@@ -125,6 +130,8 @@ def listed_rows(plan: Plan) -> int:
     Unreadable images count too, since only `prepare` finds them. Raises DataError where a split or
     a task has no image.
     """
+    import pyarrow.compute as pc
+
     from data_prep.prepare.listing import list_sources
     from data_prep.prepare.staging import Job
     from data_prep.storage import absolute
@@ -132,7 +139,7 @@ def listed_rows(plan: Plan) -> int:
     data = plan.settings.data
     job = Job(data, plan.table, plan.settings.seed, absolute(data.root), "")
     found = list_sources(job, ("train", "val"))
-    listed: int = found.references["split"].to_pylist().count("train")
+    listed: int = pc.sum(pc.equal(found.references["split"], "train")).as_py() or 0
     if found.divides:
         listed -= round((data.val_fraction or 0.0) * listed)
     return listed - math.ceil(data.holdout_fraction * listed)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from data_prep.sources.remembering import one_look
 from pipelines.commands.errors import (
     MISTAKE,
     Stopped,
@@ -38,6 +39,7 @@ Adopt = Annotated[
 
 
 @ending_well
+@one_look()
 def run(
     config: Config,
     arguments: Annotated[
@@ -128,7 +130,7 @@ def _stage_command(name: str, text: str) -> Callable[..., None]:
         f"{text}\n\nRuns missing stages before it and skips finished ones.\n\n"
         f"Example: mantis {name} --config configs/quickstart.yaml"
     )
-    return ending_well(command)
+    return ending_well(one_look()(command))
 
 
 COMMANDS = (

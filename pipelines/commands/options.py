@@ -68,8 +68,19 @@ def joined(overrides: Sequence[str] | None, address: str | None) -> list[str]:
 
 
 def model_folder(model: str, root: str | None) -> Path:
-    """Returns the local checkpoint folder of a MODEL argument; downloads a registered model."""
+    """Returns the local checkpoint folder of a MODEL argument; downloads a registered model.
+
+    Raises Stopped or StorageError for a URI.
+    """
     if not model.startswith("models:"):
+        if "://" in model:
+            from pipelines.storage import absolute_root
+
+            raise Stopped(
+                f"error: {absolute_root(model)} is a URI: copy that folder to this machine, or "
+                "give models:/mantis@champion",
+                MISTAKE,
+            )
         return Path(model)
     from pipelines.tracking.store.versions import resolve_model
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from data_prep.sources.remembering import one_look
 from pipelines.commands.chain import print_plan
 from pipelines.commands.errors import (
     FAILURE,
@@ -33,6 +34,7 @@ SHOWN_FAILURES = 5
 
 
 @ending_well
+@one_look()
 def tune(
     config: Config,
     space: Annotated[

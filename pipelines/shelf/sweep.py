@@ -11,7 +11,7 @@ from pipelines.shelf.contents import Shelved
 from pipelines.stages.record import StageBusy, locked
 from pipelines.storage import Store
 
-PARTIAL = re.compile(r"\..+\.(\d+\.partial|[a-z0-9_]{8})|.+\.part")
+PARTIAL = re.compile(r"\..+\.([0-9a-f]+\.partial|[a-z0-9_]{8})|.+\.part")
 """Names under which files are written before they are whole."""
 WRITING_S = 24 * 3600.0
 """Age from which a partial file, and anything on a remote root, counts as left by a dead process.

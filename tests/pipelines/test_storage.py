@@ -213,6 +213,8 @@ def test_files_for_all_nodes_lie_below_the_root_for_a_while(scheme: str, tmp_pat
         ("s3://b/a#b", "options behind"),
         ("file:///tmp/what?", r"write them as %3F and %23"),
         ("s3:/b/runs", "did you mean s3://b/runs"),
+        ("s3:/key:secret@b/runs", "did you mean s3://b/runs"),
+        ("s3://key:secret@", "names no bucket or folder"),
         ("file:/tmp/x", r"did you mean file:///tmp/x"),
         ("s3://", "names no bucket or folder"),
         ("file://", "names no bucket or folder"),

@@ -7,6 +7,7 @@ import shutil
 from collections import Counter
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -18,6 +19,7 @@ from data_prep.prepare.splitting import chosen_for_val
 from data_prep.tasks import resolve_tasks
 from tests.data_prep.conftest import encode, picture
 
+INDICES = pa.list_(pa.int32())
 PETS = TaskConfig(name="pets", classes="all")
 
 
@@ -25,10 +27,16 @@ def image(number: int) -> bytes:
     return hashlib.sha256(b"%d" % number).digest()
 
 
+def chosen(contents: list[bytes], classes: list[list[int]], fraction: float) -> list[bool]:
+    """Which rows become val."""
+    columns = pa.chunked_array([pa.array(contents)]), pa.chunked_array([classes], INDICES)
+    return chosen_for_val(*columns, fraction).tolist()
+
+
 def val_of(contents: list[bytes], classes: list[list[int]], fraction: float) -> Counter[int]:
     """How many rows of each class become val."""
-    chosen = chosen_for_val(contents, classes, fraction)
-    return Counter(own for ids, val in zip(classes, chosen, strict=True) if val for own in ids)
+    rows = zip(classes, chosen(contents, classes, fraction), strict=True)
+    return Counter(own for ids, val in rows if val for own in ids)
 
 
 @pytest.mark.parametrize(("size", "expected"), [(1, 0), (2, 1), (3, 1), (10, 2), (61, 12)])
@@ -46,15 +54,15 @@ def test_a_large_share_leaves_every_class_an_image_to_train_on() -> None:
 
 def test_an_image_of_several_classes_counts_as_its_rarest() -> None:
     classes = [[0]] * 20 + [[0, 1]] * 2 + [[]] * 5
-    chosen = chosen_for_val([image(n) for n in range(27)], classes, 0.2)
-    assert [sum(chosen[:20]), sum(chosen[20:22]), sum(chosen[22:])] == [4, 1, 1]
+    found = chosen([image(n) for n in range(27)], classes, 0.2)
+    assert [sum(found[:20]), sum(found[20:22]), sum(found[22:])] == [4, 1, 1]
 
 
 def test_equal_images_are_on_one_side_whatever_their_classes() -> None:
     contents = [image(number % 5) for number in range(10)]
-    chosen = chosen_for_val(contents, [[0]] * 5 + [[1]] * 5, 0.4)
-    assert chosen[:5] == chosen[5:]
-    assert sum(chosen[:5]) == 2
+    found = chosen(contents, [[0]] * 5 + [[1]] * 5, 0.4)
+    assert found[:5] == found[5:]
+    assert sum(found[:5]) == 2
 
 
 def flat(root: Path, **counts: int) -> DataConfig:
