@@ -17,13 +17,17 @@ from mlflow import MlflowClient
 
 from pipelines.cluster.local_cluster import LocalCluster, local_cluster
 from pipelines.commands.local_cluster import start_mlflow
+from pipelines.storage import Store
+from tests.faults.harness import kill, titled
 from tests.pipelines.experiment import last_json, mantis, paint, write_config
 from tests.pipelines.processes import family, listening
+from tests.s3 import s3_environment, s3_server
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(1800)]
 
 ROOT = Path(__file__).parents[2]
 TIMEOUT_S = 600
+WORKER = "ray::RayTrainWorker"
 
 
 @dataclass
@@ -34,6 +38,7 @@ class Site:
     tracking_uri: str
     folder: Path
     config: Path
+    root: str = ""  # of storage; below `folder` if it is empty
 
     def ray_job(
         self, *arguments: str, token: bool = True, code: int | None = 0
@@ -60,7 +65,7 @@ class Site:
         run = f"python -m pipelines run --config {self.config} tracking.uri={self.tracking_uri}"
         return self.ray_job(
             *("submit", "--submission-id", name, "--working-dir", ".", *options, "--"),
-            *(*run.split(), f"storage.root={(self.folder / 'runs').as_uri()}"),
+            *(*run.split(), f"storage.root={self.root or (self.folder / 'runs').as_uri()}"),
             token=token,
             code=code,
         )
@@ -69,6 +74,12 @@ class Site:
         deadline = time.monotonic() + TIMEOUT_S
         while not re.search(line, log := self.ray_job("logs", name, code=None).stdout):
             assert time.monotonic() < deadline, log
+            time.sleep(1)
+
+    def wait_for_status(self, name: str, status: str) -> None:
+        deadline = time.monotonic() + TIMEOUT_S
+        while status not in (told := self.ray_job("status", name).stdout.upper()):
+            assert time.monotonic() < deadline, told
             time.sleep(1)
 
     def statuses(self) -> dict[str, str]:
@@ -137,3 +148,30 @@ def test_a_registered_model_is_found_from_outside_the_cluster(
     experiment = client.get_experiment_by_name("mantis")
     assert experiment is not None
     assert experiment.artifact_location.startswith("mlflow-artifacts:")
+
+
+def test_a_failed_job_is_read_in_its_bucket_after_the_cluster_is_gone(tmp_path: Path) -> None:
+    paint(tmp_path / "images", train=130)
+    path = write_config(tmp_path)
+    config = yaml.safe_load(path.read_text())
+    config["stage1"]["epochs"] = 200
+    config["cluster"]["max_failures"] = 0
+    path.write_text(yaml.safe_dump(config))
+    with s3_server() as server, s3_environment(server):
+        with local_cluster(workers=1, cpus=2) as cluster:
+            uri = start_mlflow(cluster, tmp_path / "mlflow", None, None)
+            site = Site(cluster, uri, tmp_path, path, "s3://bucket/runs")
+            site.submit("doomed", "--no-wait")
+            site.wait_for("doomed", r"stage1: epoch 3/200")
+            pids = [process.pid for process in cluster.running]
+            kill(lambda: next(titled(pids, WORKER), None), WORKER)
+            site.wait_for("doomed", r"Resume with:")
+            printed = site.ray_job("logs", "doomed", code=None).stdout
+            log = re.search(r"Details are in (s3://bucket/runs/logs/\S+\.log)", printed)
+            assert log is not None, printed
+            assert "Traceback (most recent call last)" in printed
+            site.wait_for_status("doomed", "FAILED")
+        text = Store("s3://bucket/runs").read_bytes(f"logs/{log[1].rpartition('/')[2]}").decode()
+    assert "stage1: epoch 3/200" in text
+    assert "Traceback (most recent call last)" in text
+    assert "WorkersLost" in text
