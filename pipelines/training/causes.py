@@ -12,6 +12,9 @@ ADVICE = "\nFailed to apply UDF transform after"
 BUGS = (AssertionError, AttributeError, ImportError, LookupError, NameError, TypeError)
 """Python's errors for wrong code. What a lost worker causes in the others is none of these."""
 
+DEATH = "The actor is dead because"
+"""Begins the line of Ray's message on a lost worker that says how it ended."""
+
 
 class WorkersLost(RuntimeError):
     """Raised if a training lost its workers too often without a finished epoch in between."""
@@ -20,13 +23,19 @@ class WorkersLost(RuntimeError):
         again = f"{times} times without a finished epoch in between" if times > 1 else "once"
         super().__init__(
             f"its workers were lost {again}, and cluster.max_failures allows no further restart; "
-            f"the last time by {type(cause).__name__}: {cause}"
+            f"the last time by {type(cause).__name__}: {_in_short(cause)}"
         )
         self.times = times
         self.last = cause
 
     def __reduce__(self) -> tuple[type[WorkersLost], tuple[int, BaseException]]:
         return WorkersLost, (self.times, self.last)
+
+
+def _in_short(error: BaseException) -> str:
+    """Returns the first line of Ray's message on a lost worker, and what it says of the death."""
+    first, *others = str(error).splitlines() or [""]
+    return " ".join([first, *(line for line in others if line.startswith(DEATH))])
 
 
 def is_mistake(error: BaseException) -> bool:

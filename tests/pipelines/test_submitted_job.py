@@ -165,7 +165,7 @@ def test_a_failed_job_is_read_in_its_bucket_after_the_cluster_is_gone(tmp_path: 
             site.wait_for("doomed", r"stage1: epoch 3/200")
             pids = [process.pid for process in cluster.running]
             kill(lambda: next(titled(pids, WORKER), None), WORKER)
-            site.wait_for("doomed", r"Resume with:")
+            site.wait_for("doomed", r"To resume, submit")
             printed = site.ray_job("logs", "doomed", code=None).stdout
             log = re.search(r"Details are in (s3://bucket/runs/logs/\S+\.log)", printed)
             assert log is not None, printed

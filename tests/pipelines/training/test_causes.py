@@ -107,6 +107,15 @@ def test_without_restarts_the_first_lost_worker_ends_a_training() -> None:
     assert first_cause(lost) is lost
 
 
+def test_of_rays_message_on_a_lost_worker_two_lines_are_shown() -> None:
+    page = (
+        "A health check failed.\nWorker info: Worker(\n)\n\tpid: 7\nThe actor is dead because: OOM."
+    )
+    shown = str(WorkersLost(1, RuntimeError(page)))
+    assert shown.endswith("RuntimeError: A health check failed. The actor is dead because: OOM.")
+    assert str(WorkersLost(1, RuntimeError())).endswith("RuntimeError: ")
+
+
 def test_a_failed_stage_passes_from_process_to_process() -> None:
     failed = pickle.loads(pickle.dumps(StageFailed("stage1", NAN)))
     assert str(failed) == "stage1 failed: TrainingError: the loss is nan at step 1"
