@@ -11,6 +11,8 @@ from dataclasses import dataclass
 VAL_FRACTION = 0.2
 MOST_VAL = 10_000
 """Images to measure on. With so many, top1 has a standard error of half a point."""
+HELD_OF_A_CLASS = 5
+"""Held-back images for each class. They are drawn from all, so that few would miss some classes."""
 MOST_LISTED = 100  # classes written one by one; more are `all`
 
 
@@ -77,7 +79,9 @@ def choose(
     fraction = None if val_images else min(VAL_FRACTION, rounded(MOST_VAL / train_images))
     val = val_images or round((fraction or 0) * train_images)
     left = train_images if val_images else train_images - val
-    held = min(max(16, 2 * classes, round(0.05 * left)), 2_000, max(1, round(0.15 * left)))
+    held = min(
+        max(16, HELD_OF_A_CLASS * classes, round(0.05 * left)), 2_000, max(1, round(0.15 * left))
+    )
     rows = left - held
     row = next(row for row in ROWS if rows <= row.images)
     batch = min(row.batch_size, max(2, rows))

@@ -1,7 +1,11 @@
-"""Shows stages while they run: a live table on a terminal, plain lines in a pipe."""
+"""Shows stages while they run: a live table on a terminal, plain lines in a pipe.
+
+Both leave plain lines in the log of the command.
+"""
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -13,8 +17,9 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+logger = logging.getLogger(__name__)
 LINE_INTERVAL_S = 60.0
-"""Seconds after which a pipe gets a line about a stage that still runs."""
+"""Seconds after which a pipe and the log get a line about a stage that still runs."""
 SHOWN = ("loss", "bpp", "top1")  # last parts of the metric names that have a column
 
 SYMBOLS = {
@@ -32,7 +37,7 @@ SYMBOLS = {
 class _Row:
     state: str = "waiting"
     started: float = 0.0
-    told: float = 0.0  # when a pipe last got a line
+    told: float = 0.0  # when there last was a line
     seconds: float | None = None
     values: dict[str, Any] = field(default_factory=dict)
     summary: str = ""
@@ -107,6 +112,7 @@ class Console:
 
     def note(self, message: str) -> None:
         """Prints one message, above the live table if there is one."""
+        logger.info(message)
         self._rich.print(Text(message))
 
     def final_table(
@@ -119,9 +125,11 @@ class Console:
             table.add_column(column, justify="left" if index == 0 else "right", no_wrap=True)
         for row in rows:
             table.add_row(*row)
+        logger.info("\n".join([title, *("  ".join(row) for row in (columns, *rows))]))
         self._rich.print(table)
 
     def _line(self, message: str) -> None:
+        logger.info(message)
         if self._live is None:
             self._rich.print(Text(message))
 

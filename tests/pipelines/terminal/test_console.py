@@ -102,6 +102,25 @@ def test_a_table_of_results_holds_every_row(stream: io.StringIO) -> None:
     assert all(word in text for word in ("Results", "stage2", "0.9", "none", "0.8"))
 
 
+@pytest.mark.parametrize("live", [False, True])
+def test_the_log_has_the_lines_and_results_that_were_shown(
+    stream: io.StringIO, caplog: pytest.LogCaptureFixture, live: bool
+) -> None:
+    caplog.set_level(logging.INFO, "pipelines.terminal.console")
+    with Console(stream, live=live) as console:
+        console.plan(["stage1"])
+        console.stage_started("stage1")
+        console.note("100 % of it")
+        console.epoch("stage1", {"epoch": 1, "epochs": 2, "val/top1": 0.25})
+        console.final_table("Results", ("arm", "top1"), [["stage2", "0.9"]])
+    assert caplog.messages == [
+        "stage1: started",
+        "100 % of it",
+        "stage1: epoch 1/2, val/top1 0.25",
+        "Results\narm  top1\nstage2  0.9",
+    ]
+
+
 def test_chatter_goes_to_the_log_and_the_console_keeps_its_stream(tmp_path: Path) -> None:
     code = """
 import logging, os, sys, warnings
