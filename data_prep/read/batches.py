@@ -9,6 +9,7 @@ Ray.
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,16 +23,20 @@ import pyarrow.parquet as pq
 
 from data_prep.errors import DataError
 from data_prep.manifest import Manifest
-from data_prep.read.decoding import Batch, Decoder, Indices, concatenated
-from data_prep.read.epoch import RowGroup, Window, plan_epoch, plan_in_order
+from data_prep.read.decoding import Batch, Decoder, concatenated
+from data_prep.read.epoch import RowGroup, Window, divided, plan_epoch, plan_in_order
 from data_prep.reading import ReadingConfig
-from data_prep.storage import absolute, filesystem, join
+from data_prep.storage import absolute, filesystem, is_uri, join
 
 if TYPE_CHECKING:
     from ray.data import Dataset
 
 DECODE_ROWS = 64  # rows decoded at once
 PREFETCH_BATCHES = 4
+PARTS_PER_TASK = 4
+"""Parts of an epoch for each task that runs at once, so that none waits long for the last one."""
+LOCAL_PARTS, REMOTE_PARTS = 8, 2
+"""Most parts of a window. Each reads the window's row groups, which costs less than decoding."""
 REMOTE_WAITS_S = (1.0, 5.0)  # before a row group of a remote store is read again
 
 
@@ -66,8 +71,12 @@ def train_batches(
         window_rows=reading.shuffle_window_rows,
     )
     max_tasks = max(1, int(reading_cpus()) // world_size - 1)
+    most_parts = REMOTE_PARTS if is_uri(folder) else LOCAL_PARTS
+    parts = min(most_parts, math.ceil(PARTS_PER_TASK * max_tasks / len(windows)))
     decoder = Decoder.of(manifest, reading, (seed, epoch))
-    dataset = _dataset(folder, windows, decoder, num_cpus, max_tasks, confined=True)
+    dataset = _dataset(
+        folder, divided(windows, parts, DECODE_ROWS), decoder, num_cpus, max_tasks, confined=True
+    )
     for batch in dataset.iter_batches(
         batch_size=global_batch // world_size,
         batch_format="numpy",
@@ -188,23 +197,25 @@ def _read(folder: str, window: Window, decoder: Decoder) -> Iterator[Batch]:
 
 
 def _tables(folder: str, window: Window, columns: list[str]) -> Iterator[pa.Table]:
-    """Yields the rows of a window in order, not decoded, DECODE_ROWS at a time."""
-    groups = [_row_group(folder, group, columns) for group in window.groups]
-    starts = np.cumsum([0, *(group.rows for group in window.groups)])
-    for start in range(0, len(window.picks), DECODE_ROWS):
-        yield _taken(groups, starts, window.picks[start : start + DECODE_ROWS])
+    """Yields the rows of a window in order, not decoded, DECODE_ROWS at a time.
 
-
-def _taken(groups: list[pa.Table], starts: Indices, picks: Indices) -> pa.Table:
-    """Returns the rows `picks` of groups put end to end; `starts` are the groups' first rows.
-
-    Takes from group after group: Arrow would first copy all of a table of several chunks.
+    Of each row group it keeps the window's own rows alone, in the order of the window. So the rows
+    of a group that come next always lie side by side.
     """
-    number = np.searchsorted(starts, picks, side="right") - 1
-    used = np.unique(number)
-    parts = [groups[n].take(picks[number == n] - starts[n]) for n in used]
-    places = np.concatenate([np.flatnonzero(number == n) for n in used])
-    return pa.concat_tables(parts).take(np.argsort(places))
+    starts = np.cumsum([0, *(group.rows for group in window.groups)])
+    number = np.searchsorted(starts, window.picks, side="right") - 1
+    waiting = [
+        _row_group(folder, group, columns).take(window.picks[number == n] - starts[n])
+        for n, group in enumerate(window.groups)
+    ]
+    for start in range(0, len(number), DECODE_ROWS):
+        chunk = number[start : start + DECODE_ROWS]
+        used = np.unique(chunk)
+        places = [np.flatnonzero(chunk == n) for n in used]
+        rows = [waiting[n].slice(0, len(own)) for n, own in zip(used, places, strict=True)]
+        for n, own in zip(used, places, strict=True):
+            waiting[n] = waiting[n].slice(len(own))
+        yield pa.concat_tables(rows).take(np.argsort(np.concatenate(places)))
 
 
 def _row_group(folder: str, group: RowGroup, columns: list[str]) -> pa.Table:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -96,6 +97,20 @@ def plan_in_order(split: SplitInfo, *, rank: int = 0, world_size: int = 1) -> li
             windows.append(Window((group,), picks))
         first += group.rows
     return windows
+
+
+def divided(windows: Iterable[Window], parts: int, least_rows: int) -> list[Window]:
+    """Cuts each window into up to `parts` windows of at least `least_rows` rows, in order.
+
+    The order of the rows stays. A part names the row groups alone that hold its rows.
+    """
+    return [
+        _window(window.groups, picks)
+        for window in windows
+        for picks in np.array_split(
+            window.picks, max(1, min(parts, len(window.picks) // least_rows))
+        )
+    ]
 
 
 def _row_groups(split: SplitInfo) -> list[RowGroup]:

@@ -7,7 +7,7 @@ import pytest
 
 from data_prep.errors import DataError
 from data_prep.manifest import ShardInfo, SplitInfo
-from data_prep.read.epoch import Window, plan_epoch, plan_in_order
+from data_prep.read.epoch import Window, divided, plan_epoch, plan_in_order
 
 SPLIT = SplitInfo(
     rows=103,
@@ -129,6 +129,21 @@ def test_every_row_is_consumed_sooner_or_later() -> None:
 def test_epochs_differ_and_repeat_exactly() -> None:
     assert planned(0, 1, 0) == planned(0, 1, 0)
     assert planned(0, 1, 0) != planned(1, 1, 0)
+
+
+@pytest.mark.parametrize("parts", [1, 3, 8])
+def test_parts_of_windows_have_the_rows_of_the_windows_in_order(parts: int) -> None:
+    windows = plan_epoch(
+        SPLIT, seed=1, epoch=0, global_batch=8, rank=0, world_size=1, window_rows=30
+    )
+    found = divided(windows, parts, least_rows=4)
+    assert rows_of(found) == rows_of(windows)
+    sizes = [len(window.picks) for window in windows]
+    assert len(found) == sum(max(1, min(parts, size // 4)) for size in sizes)
+    assert min(len(part.picks) for part in found) >= min(4, *sizes)
+    for part in found:
+        ends = np.cumsum([group.rows for group in part.groups])
+        assert set(np.searchsorted(ends, part.picks, side="right")) == set(range(len(ends)))
 
 
 def test_too_few_rows_for_a_batch_are_refused() -> None:
