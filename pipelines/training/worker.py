@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from data_prep.manifest import Manifest, read_manifest
+from data_prep.read.ahead import begun_ahead
 from data_prep.read.batches import local_batches, train_batches
 from mantis_core.folders import save_training_state
 from mantis_core.tasks import Batch
@@ -91,7 +92,8 @@ def train(
         return holdout_batches(training, manifest, place)
 
     shown = None if on_step is None else partial(on_step, session)
-    for figures in fit(session, batches, holdout, on_step=shown):
+    ahead = begun_ahead(batches, steps=session.steps_per_epoch, epochs=section.epochs)
+    for figures in fit(session, ahead, holdout, on_step=shown):
         history.append(epoch_record(session, manifest, figures))
         on_epoch(session, history)
     if place.rank == 0:
