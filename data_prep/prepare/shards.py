@@ -16,7 +16,7 @@ import io
 import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import pairwise
 
 import numpy as np
@@ -96,14 +96,18 @@ def prepare(
         delete_folder(join(job.folder, part))
     listing = list_sources(job, splits)
     forget()  # it is the last to look at the sources
-    index = _staged(listing.references, job, report, run)
+    tables, total = pieces(listing.references), listing.references.num_rows
+    # Listings and indices grow with the number of images: each goes when it is used up.
+    listing = replace(listing, references=listing.references.schema.empty_table())
+    index = _staged(tables, total, job, report, run)
+    del tables
     rejected, unreadable = _reject(index, job)
     index = index.filter(pc.is_null(index["reason"]))
     index, late = _without_unassigned(index, job)
     if listing.divides:
         index = with_val(index, data)
     parts = ordered_splits(index, data, seed, splits)
-    del index  # its rows are in the parts
+    del index
     single_class, exceptions = decide_single_class(parts, data.single_class)
     found = [*listing.notes, *unreadable, *remarks(parts, table, listing.seen), *exceptions]
     if data.val_fraction is not None and "train" in splits and not listing.divides:
@@ -205,18 +209,20 @@ def run_with_ray(
     return batches
 
 
-def _staged(listing: pa.Table, job: Job, report: Progress, run: Run) -> pa.Table:
-    """Returns the index of all rows.
+def _staged(
+    tables: Sequence[pa.Table], total: int, job: Job, report: Progress, run: Run
+) -> pa.Table:
+    """Returns the index of all rows, `total` in these pieces.
 
     Raises DataError at the first row that reveals a mistake of the settings.
     """
     found, done = [], 0
-    for part in run(pieces(listing), stage_piece, job):
+    for part in run(tables, stage_piece, job):
         for row in part.filter(pc.is_valid(part["mistake"])).to_pylist():
             raise DataError(f"image {row['source_id']} of source {row['source']}: {row['mistake']}")
         found.append(part)
         done += part.num_rows
-        report("read", done, listing.num_rows)
+        report("read", done, total)
     return pa.concat_tables(found)
 
 
