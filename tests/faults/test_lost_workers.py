@@ -9,9 +9,9 @@ import pytest
 import yaml
 
 from tests.faults.harness import PATIENCE_S, Command, kill, titled
+from tests.faults.matrix import TITLES
 from tests.pipelines.experiment import paint, write_config
 
-WORKER = "ray::RayTrainWorker"
 KILLS = 5
 RESTARTS = 2
 EPOCHS_BETWEEN = 2  # an epoch is printed a moment before its checkpoint is whole
@@ -38,7 +38,10 @@ def test_a_training_goes_on_as_long_as_it_finishes_epochs(tmp_path: Path) -> Non
         for number in range(1, KILLS + 1):
             epoch = number * EPOCHS_BETWEEN
             assert command.line(f"stage1: epoch {epoch}/") is not None, command.output[-3000:]
-            kill(lambda: next(titled([command.process.pid], WORKER), None), WORKER)
+            kill(
+                lambda: next(titled([command.process.pid], TITLES["train worker"]), None),
+                TITLES["train worker"],
+            )
         assert command.end(PATIENCE_S) is not None, command.output[-3000:]
     assert command.process.returncode == 0, command.output[-3000:]
 
@@ -50,7 +53,7 @@ def test_a_training_without_progress_ends_and_says_why(tmp_path: Path) -> None:
     with Command(experiment(tmp_path), tmp_path) as command:
         assert command.line("stage1: epoch 2/") is not None, command.output[-3000:]
         while command.end(0.05) is None:
-            for process in list(titled([command.process.pid], WORKER)):
+            for process in list(titled([command.process.pid], TITLES["train worker"])):
                 process.kill()
         output = command.output
     assert command.process.returncode == 1, output[-3000:]

@@ -19,6 +19,7 @@ from pipelines.cluster.local_cluster import LocalCluster, local_cluster
 from pipelines.commands.local_cluster import start_mlflow
 from pipelines.storage import Store
 from tests.faults.harness import kill, titled
+from tests.faults.matrix import TITLES
 from tests.pipelines.experiment import last_json, mantis, paint, write_config
 from tests.pipelines.processes import family, listening
 from tests.s3 import s3_environment, s3_server
@@ -27,7 +28,6 @@ pytestmark = [pytest.mark.faults, pytest.mark.timeout(1800)]
 
 ROOT = Path(__file__).parents[2]
 TIMEOUT_S = 600
-WORKER = "ray::RayTrainWorker"
 
 
 @dataclass
@@ -164,7 +164,7 @@ def test_a_failed_job_is_read_in_its_bucket_after_the_cluster_is_gone(tmp_path: 
             site.submit("doomed", "--no-wait")
             site.wait_for("doomed", r"stage1: epoch 3/200")
             pids = [process.pid for process in cluster.running]
-            kill(lambda: next(titled(pids, WORKER), None), WORKER)
+            kill(lambda: next(titled(pids, TITLES["train worker"]), None), TITLES["train worker"])
             site.wait_for("doomed", r"To resume, submit")
             printed = site.ray_job("logs", "doomed", code=None).stdout
             log = re.search(r"Details are in (s3://bucket/runs/logs/\S+\.log)", printed)

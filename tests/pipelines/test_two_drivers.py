@@ -7,7 +7,6 @@ import signal
 from pathlib import Path
 
 import pytest
-import yaml
 
 from pipelines.commands.errors import MISTAKE
 from pipelines.lease import NAME
@@ -25,13 +24,9 @@ EPOCHS = 40
 def test_the_second_is_refused_and_goes_on_once_the_first_was_killed(tmp_path: Path) -> None:
     paint(tmp_path / "images", train=130)
     config = write_config(tmp_path)
-    settings = yaml.safe_load(config.read_text())
-    settings["stage2"]["epochs"] = EPOCHS
-    settings["cluster"]["workers"] = 1
-    settings["storage"]["root"] = ROOT
-    settings["tracking"] = {"uri": f"sqlite:///{tmp_path}/mlflow.db"}
-    config.write_text(yaml.safe_dump(settings))
-    command = ["run", "--config", str(config)]
+    settings = ["cluster.workers=1", f"stage2.epochs={EPOCHS}", f"storage.root={ROOT}"]
+    settings += [f"tracking.uri=sqlite:///{tmp_path}/mlflow.db"]
+    command = ["run", "--config", str(config), *settings]
     with s3_server() as server, s3_environment(server):
         with Command(command, tmp_path) as first:
             assert first.line(r"stage2: epoch 2/") is not None, first.output
@@ -60,8 +55,8 @@ def test_the_second_is_refused_and_goes_on_once_the_first_was_killed(tmp_path: P
         assert resumed[0] in (epochs[-1], epochs[-1] + 1)
         assert not leases(server)
         Store(ROOT).download_folder("stages", tmp_path / "runs/stages")
-    local = f"storage.root={tmp_path / 'runs'}"
-    assert result["stages"]["stage2"]["rows"]["sha256"] == planned_hashes(config, "stage2", local)
+    local = [*settings, f"storage.root={tmp_path / 'runs'}"]
+    assert result["stages"]["stage2"]["rows"]["sha256"] == planned_hashes(config, "stage2", *local)
 
 
 def leases(server: S3) -> list[str]:
