@@ -99,14 +99,11 @@ class TableSet:
         entries = self.cdf.shape[2] - 1
         lengths = np.repeat(self.lengths, self.cdf.shape[1] // self.lengths.size)
         inside = np.arange(entries) < lengths[:, None]
-        counts = np.diff(self.cdf.astype(np.int64), axis=-1)
         if (
             self.lengths.min() < 2
             or self.lengths.max() != entries
             or np.abs(self.offsets.astype(np.int64)).max() + entries > MAX_SYMBOL
-            or (self.cdf[..., 0] != 0).any()
-            or (self.cdf[..., -1] != TOTAL).any()
-            or (np.where(inside, counts < 1, counts != 0)).any()
+            or not all(_rises(row, inside) for row in self.cdf)
         ):
             raise ValueError(f"tables do not rise strictly from 0 to {TOTAL} within their lengths")
 
@@ -304,6 +301,14 @@ _ESCAPE_CLASSES = 21
 _CLASS_COUNTS = np.array([*(1 << 23 - k for k in range(20)), 1 << 4])
 GAMMA_CLASS = exact_model(_CLASS_COUNTS, _CODER_PRECISION)
 """Class k = floor(log2 n) of a number n >= 1, probability 2**-(k + 1): Elias' gamma code."""
+
+
+def _rises(row: Ints, inside: NDArray[np.bool_]) -> bool:
+    """Whether tables (C * X, L + 1) rise from 0 to TOTAL where `inside` (C * X, L), else stay."""
+    if row.min() < 0 or (row[:, 0] != 0).any() or (row[:, -1] != TOTAL).any():
+        return False
+    counts = np.diff(row)
+    return counts.min() >= 0 and bool(((counts > 0) == inside).all())
 
 
 @lru_cache(maxsize=_TABLES_IN_MEMORY)
