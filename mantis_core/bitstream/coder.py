@@ -35,6 +35,11 @@ PRECISION = 16
 TOTAL = 1 << PRECISION
 Ints: TypeAlias = NDArray[np.int32]
 _CODER_PRECISION = 24  # constriction's fixed point
+_CODER_TOTAL = 1 << _CODER_PRECISION
+_FINER = _CODER_PRECISION - PRECISION
+_ANY_MODEL = stream.model.Categorical(perfect=False)
+_AT_ONCE = 1 << 14  # entries whose models are made at once: half a megabyte
+_NO_LATENT = "the coded part is no coded latent"
 _WORD_BYTES = 4
 _STATE_BITS = 64
 _TABLES_IN_MEMORY = 256
@@ -168,13 +173,31 @@ class RangeWriter:
                 raise ValueError(f"a symbol is beyond +-{MAX_SYMBOL}")
             entries = np.where(escaped, escape, entries)
         for number in passes(table.contexts):
-            where, runs = coding_order(entries, table.offsets, symbols.shape, number)
-            ordered = entries.reshape(-1)[where]
-            for row, start, stop in runs:
-                self._encoder.encode(ordered[start:stop], table.model(row))
+            where, rows = coding_order(entries, table.offsets, symbols.shape, number)
+            self.put_entries(entries.reshape(-1)[where], rows, table)
         if some_escaped:
             channel_of = np.nonzero(escaped)[0]
             self._put_escapes(values[escaped].astype(np.int64), *_range_of(table, channel_of))
+
+    def put_entries(self, entries: Ints, rows: NDArray[np.int64], table: Table) -> None:
+        """Entries (N,) of the tables in `rows` (N,) of `table`, in a few calls.
+
+        An entry is one of three of a model of its own: what is below it, itself, what is above. At
+        an end of its table it is the first or the last, and the other side is cut in two.
+        """
+        index = rows * table.cdf.shape[1] + entries
+        flat = table.cdf.reshape(-1)
+        for start in range(0, len(index), _AT_ONCE):
+            own = index[start : start + _AT_ONCE]
+            lower, upper = flat[own] << _FINER, flat[own + 1] << _FINER
+            chosen = np.ones(len(own), np.int32)
+            first, last = np.flatnonzero(lower == 0), np.flatnonzero(upper == _CODER_TOTAL)
+            lower[first], upper[first], chosen[first] = upper[first], upper[first] + 2, 0
+            lower[last], upper[last], chosen[last] = lower[last] - 2, lower[last], 2
+            weights = np.empty((len(own), 3))
+            weights[:, 0], weights[:, 1], weights[:, 2] = lower, upper - lower, _CODER_TOTAL - upper
+            weights -= 1  # as in `exact_model`
+            self._encoder.encode(chosen, _ANY_MODEL, weights)
 
     def close(self) -> bytes:
         """The fewest bytes of the state that, with zeros behind, lie in the final interval.
@@ -219,7 +242,7 @@ class RangeReader:
         words = np.frombuffer(data + padding, ">u4").astype(np.uint32)
         self._data = data
         self._decoder = stream.queue.RangeDecoder(words)
-        self._read: list[tuple[Any, Any]] = []
+        self._again = RangeWriter()
 
     def take(self, model: Any) -> int:
         """One value under a constriction model; BitstreamError if no writer can have made it."""
@@ -236,11 +259,8 @@ class RangeReader:
             raise ValueError(f"shape {shape} does not fit a table of {len(table.lengths)} channels")
         entries = np.zeros((channels, height * width), np.int32)
         for number in passes(table.contexts):
-            where, runs = coding_order(entries, table.offsets, shape, number)
-            ordered = np.empty(len(where), np.int32)
-            for row, start, stop in runs:
-                ordered[start:stop] = self.take_row(table.model(row), stop - start)
-            entries.reshape(-1)[where] = ordered
+            where, rows = coding_order(entries, table.offsets, shape, number)
+            entries.reshape(-1)[where] = self._take_entries(rows, table)
         symbols: Ints = entries + table.offsets[:, None]
         escaped = entries == table.lengths[:, None] - 1
         if escaped.any():
@@ -254,12 +274,10 @@ class RangeReader:
     def close(self) -> None:
         """BitstreamError (corrupt) unless the data is exactly what codes the values read.
 
-        Codes the values again, and so finds what is left over, missing or spelled otherwise.
+        The values were coded again as they were read: constriction's decoder does not tell its
+        state. So all is found that is left over, missing or spelled otherwise.
         """
-        writer = RangeWriter()
-        for values, model in self._read:
-            writer.put(values, model)
-        if writer.close() != self._data:
+        if self._again.close() != self._data:
             raise BitstreamError(
                 Reason.CORRUPT, "the coded part is not the coded form of what it decodes to"
             )
@@ -268,9 +286,23 @@ class RangeReader:
         try:
             values = self._decoder.decode(model, *count)
         except AssertionError as error:  # constriction's word for a number no encoder makes
-            raise BitstreamError(Reason.CORRUPT, "the coded part is no coded latent") from error
-        self._read.append((values, model))
+            raise BitstreamError(Reason.CORRUPT, _NO_LATENT) from error
+        self._again.put(values, model)
         return values
+
+    def _take_entries(self, rows: NDArray[np.int64], table: Table) -> Ints:
+        """Entries (N,) of the tables in `rows` (N,), which only rise: a call for each of them."""
+        entries = np.empty(len(rows), np.int32)
+        ends = np.flatnonzero(np.diff(rows, append=-1)) + 1
+        decode, model, start = self._decoder.decode, table.model, 0
+        try:
+            for row, end in zip(rows[ends - 1].tolist(), ends.tolist(), strict=True):
+                entries[start:end] = decode(model(row), end - start)
+                start = end
+        except AssertionError as error:
+            raise BitstreamError(Reason.CORRUPT, _NO_LATENT) from error
+        self._again.put_entries(entries, rows, table)
+        return entries
 
     def _take_escapes(self, first: NDArray[Any], last: NDArray[Any]) -> NDArray[np.int64]:
         classes = self.take_row(GAMMA_CLASS, len(first))

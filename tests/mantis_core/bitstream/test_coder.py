@@ -1,12 +1,14 @@
 """Coding integer latents by integer tables: exactness, size, escapes, damage."""
 
+from collections import Counter
+
 import numpy as np
 import pytest
 from constriction import stream
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mantis_core.bitstream.coder import TOTAL, TableSet, to_symbols
+from mantis_core.bitstream.coder import TOTAL, RangeReader, RangeWriter, TableSet, to_symbols
 from mantis_core.bitstream.container import BitstreamError, Reason
 from mantis_core.symbols import CONTEXTS, MAX_SYMBOL, pass_of
 from tests.golden.cases import random_tables
@@ -74,6 +76,48 @@ def test_constriction_uses_the_table_probabilities_to_the_last_bit():
             shift = 32 * position
             assert width == (unit * int(row[entry + 1] - row[entry]) * 256 << shift)
             assert lower == (unit * int(row[entry]) * 256 << shift) % 2**64
+
+
+def test_entries_coded_together_are_coded_as_one_by_one():
+    """At both ends of a table and between them, and beyond what is coded at once."""
+    table = table_of(channels=6, lengths=[2, 3, 8, 40, 300, 2050], seed=4)
+    rng = np.random.default_rng(4)
+    rows = np.sort(rng.integers(0, 6, 40_000))
+    entries = rng.integers(0, table.lengths[rows], dtype=np.int32)
+    entries[::3], entries[1::5] = 0, table.lengths[rows[1::5]] - 1
+    together, alone = RangeWriter(), RangeWriter()
+    together.put_entries(entries, rows, table)
+    for row, entry in zip(rows.tolist(), entries.tolist(), strict=True):
+        alone.put(entry, table.model(row))
+    assert together.close() == alone.close()
+
+
+def test_a_latent_with_contexts_is_written_in_a_few_calls_and_read_in_one_a_table():
+    table = random_tables("shared", 1, 12, 0, contexts=CONTEXTS).table_for((True,), 0)
+    symbols = np.random.default_rng(0).integers(-1, 1, (12, 28, 28), np.int32)
+    writer, payload = RangeWriter(), encode(symbols, table)
+    writer._encoder = encoder = Counted(writer._encoder)
+    writer.put_symbols(symbols, table)
+    assert writer.close() == payload
+    assert encoder.calls["encode"] == 3
+    reader = RangeReader(payload)
+    reader._decoder = decoder = Counted(reader._decoder)
+    reader._again._encoder = again = Counted(reader._again._encoder)
+    assert (reader.take_symbols(table, symbols.shape) == symbols).all()
+    reader.close()
+    assert decoder.calls["decode"] <= 12 * CONTEXTS
+    assert again.calls["encode"] == 3
+
+
+class Counted:
+    """Passes every call on and counts it by name."""
+
+    def __init__(self, inner):
+        self.inner, self.calls = inner, Counter()
+
+    def __getattr__(self, name):
+        self.calls[name] += 1
+        return getattr(self.inner, name)
 
 
 def test_one_sided_tables_are_met_exactly_too():
