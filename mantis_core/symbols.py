@@ -75,29 +75,32 @@ def coding_order(
     offsets: NDArray[np.int32],
     shape: tuple[int, ...],
     number: int | None,
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Where the symbols of a pass lie in the flat latent, and by which table each is coded.
+) -> tuple[NDArray[np.int64], list[tuple[int, int, int]]]:
+    """Where the symbols of a pass lie in the flat latent, in coding order, and their runs.
 
-    Both (N,), in coding order; the tables are numbers of rows (C * X of them), which only rise.
-    `shape` is (C, h, w). `offsets` (C,) are the first symbols of the tables. `entries` (C, h * w)
-    are indices into the tables; only those of earlier passes are read.
+    A run is a row of the tables (C * X of them) with its first and last position (exclusive) in
+    that order. `shape` is (C, h, w). `offsets` (C,) are the first symbols of the tables. `entries`
+    (C, h * w) are indices into the tables; only those of earlier passes are read.
     """
     channels, height, width = shape
-    positions = _positions(height, width, number)
     of_channel = np.arange(channels)[:, None]
+    positions = _positions(height, width, number)
     where = (of_channel * (height * width) + positions).reshape(-1)
     if not number:
-        step = 1 if number is None else CONTEXTS
-        return where, np.repeat(of_channel * step, len(positions))
+        count, step = len(positions), 1 if number is None else CONTEXTS
+        return where, [(c * step, c * count, (c + 1) * count) for c in range(channels)]
     padded = np.zeros((channels, height + 2, width + 2), np.int8)
     symbols = (entries + offsets[:, None]).clip(-REACH, REACH)
     padded[:, 1:-1, 1:-1] = symbols.reshape(shape)
-    sums = neighbour_sums(padded, number).reshape(channels, -1)[:, positions]
-    rows = of_channel * CONTEXTS + (first_context(number) + MOST) + sums
+    sums = neighbour_sums(padded, number).reshape(channels, -1)[:, positions] + MOST
     # Of 16 bits numpy sorts by radix, which is several times as fast.
-    narrow = rows.astype(np.min_scalar_type(channels * CONTEXTS)).reshape(-1)
-    order = np.argsort(narrow, kind="stable")
-    return where[order], rows.reshape(-1)[order]
+    groups = (SUMS * of_channel + sums).astype(np.min_scalar_type(SUMS * channels)).reshape(-1)
+    counts = np.bincount(groups)
+    present = np.flatnonzero(counts)
+    ends = counts[present].cumsum()
+    rows = present // SUMS * CONTEXTS + first_context(number) + present % SUMS
+    runs = zip(rows.tolist(), (ends - counts[present]).tolist(), ends.tolist(), strict=True)
+    return where[np.argsort(groups, kind="stable")], list(runs)
 
 
 @lru_cache(maxsize=64)
