@@ -21,8 +21,9 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Any, TypeAlias, get_args
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from constriction import stream
@@ -46,7 +47,7 @@ _AT_ONCE = 1 << 14  # entries whose models are made at once: half a megabyte
 _NO_LATENT = "the coded part is no coded latent"
 _WORD_BYTES = 4
 _STATE_BITS = 64
-_TABLES_IN_MEMORY = 256
+_TABLES_IN_MEMORY = 256  # of a TableSet
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,7 +133,15 @@ class TableSet:
             rows = tuple(np.flatnonzero(np.asarray(mask)).tolist())
         if not rows or not 0 <= min(rows) <= max(rows) < len(self.cdf):
             raise ValueError(f"tasks {list(rows)}: need at least one of 0 to {len(self.cdf) - 1}")
-        return _mixture(self, rows)
+        made = _MIXTURES.setdefault(self, {})
+        table = made.get(rows)
+        if table is None:
+            total = self.cdf[list(rows)].sum(axis=0, dtype=np.int64)
+            table = Table((total // len(rows)).astype(np.int32), self.offsets, self.lengths)
+            if len(made) >= _TABLES_IN_MEMORY:  # another thread may have taken the same one out
+                made.pop(next(iter(made)), None)
+            made[rows] = table
+        return table
 
     def digest(self) -> bytes:
         """SHA-256 (32 bytes) of prior and tables, the same on every machine."""
@@ -141,6 +150,10 @@ class TableSet:
             sha.update(np.asarray(array.shape, "<i8").tobytes())
             sha.update(np.ascontiguousarray(array, "<i4").tobytes())
         return sha.digest()
+
+
+_MIXTURES: WeakKeyDictionary[TableSet, dict[tuple[int, ...], Table]] = WeakKeyDictionary()
+"""What `table_for` has made, for as long as its TableSet lives."""
 
 
 def to_symbols(latent: NDArray[np.float32]) -> Ints:
@@ -355,12 +368,6 @@ def _rises(row: Ints, inside: NDArray[np.bool_]) -> bool:
         return False
     counts = np.diff(row)
     return counts.min() >= 0 and bool(((counts > 0) == inside).all())
-
-
-@lru_cache(maxsize=_TABLES_IN_MEMORY)
-def _mixture(tables: TableSet, rows: tuple[int, ...]) -> Table:
-    total = tables.cdf[list(rows)].sum(axis=0, dtype=np.int64)
-    return Table((total // len(rows)).astype(np.int32), tables.offsets, tables.lengths)
 
 
 def _range_of(table: Table, channel: NDArray[np.int64]) -> tuple[NDArray[Any], NDArray[Any]]:

@@ -190,9 +190,12 @@ class ClientCodec:
             rest = [row for row, answer in enumerate(own) if answer is None]
             coded: dict[int, tuple[CodedImage, float]] = {}
             if rest:
-                some = View(view.stem[rest], view.detected[rest], view.logits[rest])
-                wanted = None if asked is None else asked[rest]
-                coded = dict(zip(rest, self._code(some, detected[rest], wanted), strict=True))
+                some, wanted, theirs = view, asked, detected
+                if len(rest) < len(images):
+                    some = View(view.stem[rest], view.detected[rest], view.logits[rest])
+                    wanted = None if asked is None else asked[rest]
+                    theirs = detected[rest]
+                coded = dict(zip(rest, self._code(some, theirs, wanted), strict=True))
         probabilities = detected.cpu().numpy()
         for row, answer in enumerate(own):
             image, bits = coded[row] if answer is None else (answer, 0.0)

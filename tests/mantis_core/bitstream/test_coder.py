@@ -1,5 +1,8 @@
 """Coding integer latents by integer tables: exactness, size, escapes, damage."""
 
+import gc
+import itertools
+import weakref
 from collections import Counter
 
 import numpy as np
@@ -325,6 +328,22 @@ def test_each_prior_picks_its_rows():
         per_task.table_for((False, False, False), 0)
     with pytest.raises(ValueError, match="0 to 2"):
         primary.table_for(mask, 3)
+
+
+def test_mixtures_are_kept_but_not_beyond_their_tables():
+    tables = make_tables(rows=9, channels=1, prior="per_task")
+    masks = list(itertools.product((False, True), repeat=9))[1:]
+    first = tables.table_for(masks[0], 0)
+    assert tables.table_for(masks[0], 0) is first
+    for mask in masks:
+        tables.table_for(mask, 0)
+    again = tables.table_for(masks[0], 0)
+    assert again is not first
+    assert (again.cdf == first.cdf).all()
+    kept = weakref.ref(again)
+    del tables, again
+    gc.collect()
+    assert kept() is None
 
 
 def test_the_digest_sees_every_change():
