@@ -89,11 +89,12 @@ def coding_order(
     if not number:
         count, step = len(positions), 1 if number is None else CONTEXTS
         return where, [(c * step, c * count, (c + 1) * count) for c in range(channels)]
-    padded = np.zeros((channels, height + 2, width + 2), np.int32)
-    symbols = (entries + offsets[:, None]).reshape(shape)
-    padded[:, 1:-1, 1:-1] = symbols.clip(-REACH, REACH)
+    padded = np.zeros((channels, height + 2, width + 2), np.int8)
+    symbols = (entries + offsets[:, None]).clip(-REACH, REACH)
+    padded[:, 1:-1, 1:-1] = symbols.reshape(shape)
     sums = neighbour_sums(padded, number).reshape(channels, -1)[:, positions] + MOST
-    groups = (SUMS * of_channel + sums).reshape(-1)
+    # Of 16 bits numpy sorts by radix, which is several times as fast.
+    groups = (SUMS * of_channel + sums).astype(np.min_scalar_type(SUMS * channels)).reshape(-1)
     counts = np.bincount(groups)
     present = np.flatnonzero(counts)
     ends = counts[present].cumsum()

@@ -21,8 +21,9 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Any, TypeAlias, get_args
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from constriction import stream
@@ -34,10 +35,19 @@ from mantis_core.symbols import CONTEXTS, MAX_SYMBOL, Prior, coding_order, passe
 PRECISION = 16
 TOTAL = 1 << PRECISION
 Ints: TypeAlias = NDArray[np.int32]
+Runs: TypeAlias = list[tuple[int, int, int]]
 _CODER_PRECISION = 24  # constriction's fixed point
+_CODER_TOTAL = 1 << _CODER_PRECISION
+_FINER = _CODER_PRECISION - PRECISION
+_ANY_MODEL = stream.model.Categorical(perfect=False)
+# With few tables, or this many entries a table, a call for each is faster than one for all.
+_FEW_RUNS = 16
+_LONG_RUN = 128
+_AT_ONCE = 1 << 14  # entries whose models are made at once: half a megabyte
+_NO_LATENT = "the coded part is no coded latent"
 _WORD_BYTES = 4
 _STATE_BITS = 64
-_TABLES_IN_MEMORY = 256
+_TABLES_IN_MEMORY = 256  # of a TableSet
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,14 +109,11 @@ class TableSet:
         entries = self.cdf.shape[2] - 1
         lengths = np.repeat(self.lengths, self.cdf.shape[1] // self.lengths.size)
         inside = np.arange(entries) < lengths[:, None]
-        counts = np.diff(self.cdf.astype(np.int64), axis=-1)
         if (
             self.lengths.min() < 2
             or self.lengths.max() != entries
             or np.abs(self.offsets.astype(np.int64)).max() + entries > MAX_SYMBOL
-            or (self.cdf[..., 0] != 0).any()
-            or (self.cdf[..., -1] != TOTAL).any()
-            or (np.where(inside, counts < 1, counts != 0)).any()
+            or not all(_rises(row, inside) for row in self.cdf)
         ):
             raise ValueError(f"tables do not rise strictly from 0 to {TOTAL} within their lengths")
 
@@ -126,7 +133,15 @@ class TableSet:
             rows = tuple(np.flatnonzero(np.asarray(mask)).tolist())
         if not rows or not 0 <= min(rows) <= max(rows) < len(self.cdf):
             raise ValueError(f"tasks {list(rows)}: need at least one of 0 to {len(self.cdf) - 1}")
-        return _mixture(self, rows)
+        made = _MIXTURES.setdefault(self, {})
+        table = made.get(rows)
+        if table is None:
+            total = self.cdf[list(rows)].sum(axis=0, dtype=np.int64)
+            table = Table((total // len(rows)).astype(np.int32), self.offsets, self.lengths)
+            if len(made) >= _TABLES_IN_MEMORY:  # another thread may have taken the same one out
+                made.pop(next(iter(made)), None)
+            made[rows] = table
+        return table
 
     def digest(self) -> bytes:
         """SHA-256 (32 bytes) of prior and tables, the same on every machine."""
@@ -135,6 +150,10 @@ class TableSet:
             sha.update(np.asarray(array.shape, "<i8").tobytes())
             sha.update(np.ascontiguousarray(array, "<i4").tobytes())
         return sha.digest()
+
+
+_MIXTURES: WeakKeyDictionary[TableSet, dict[tuple[int, ...], Table]] = WeakKeyDictionary()
+"""What `table_for` has made, for as long as its TableSet lives."""
 
 
 def to_symbols(latent: NDArray[np.float32]) -> Ints:
@@ -172,12 +191,43 @@ class RangeWriter:
             entries = np.where(escaped, escape, entries)
         for number in passes(table.contexts):
             where, runs = coding_order(entries, table.offsets, symbols.shape, number)
-            ordered = entries.reshape(-1)[where]
-            for row, start, stop in runs:
-                self._encoder.encode(ordered[start:stop], table.model(row))
+            self.put_entries(entries.reshape(-1)[where], runs, table)
         if some_escaped:
             channel_of = np.nonzero(escaped)[0]
             self._put_escapes(values[escaped].astype(np.int64), *_range_of(table, channel_of))
+
+    def put_entries(self, entries: Ints, runs: Runs, table: Table) -> None:
+        """Entries (N,) of tables, in runs as of `coding_order`.
+
+        Tables of many entries take a call each. Those of a few are coded together, which spares
+        calls and the making of their models, at twice the time for an entry.
+        """
+        if len(runs) <= _FEW_RUNS + len(entries) // _LONG_RUN:
+            for row, start, stop in runs:
+                self._encoder.encode(entries[start:stop], table.model(row))
+        else:
+            self._put_one_by_one(entries, runs, table)
+
+    def _put_one_by_one(self, entries: Ints, runs: Runs, table: Table) -> None:
+        """As `put_entries`, each entry by a model of its own, in one call for thousands.
+
+        An entry is one of three of its model: what is below it, itself, what is above. At an end of
+        its table it is the first or the last, and the other side is cut in two.
+        """
+        rows, starts, stops = np.array(runs).T
+        index = np.repeat(rows * table.cdf.shape[1], stops - starts) + entries
+        flat = table.cdf.reshape(-1)
+        for start in range(0, len(index), _AT_ONCE):
+            own = index[start : start + _AT_ONCE]
+            lower, upper = flat[own] << _FINER, flat[own + 1] << _FINER
+            chosen = np.ones(len(own), np.int32)
+            first, last = np.flatnonzero(lower == 0), np.flatnonzero(upper == _CODER_TOTAL)
+            lower[first], upper[first], chosen[first] = upper[first], upper[first] + 2, 0
+            lower[last], upper[last], chosen[last] = lower[last] - 2, lower[last], 2
+            weights = np.empty((len(own), 3))
+            weights[:, 0], weights[:, 1], weights[:, 2] = lower, upper - lower, _CODER_TOTAL - upper
+            weights -= 1  # as in `exact_model`
+            self._encoder.encode(chosen, _ANY_MODEL, weights)
 
     def close(self) -> bytes:
         """The fewest bytes of the state that, with zeros behind, lie in the final interval.
@@ -222,7 +272,7 @@ class RangeReader:
         words = np.frombuffer(data + padding, ">u4").astype(np.uint32)
         self._data = data
         self._decoder = stream.queue.RangeDecoder(words)
-        self._read: list[tuple[Any, Any]] = []
+        self._again = RangeWriter()
 
     def take(self, model: Any) -> int:
         """One value under a constriction model; BitstreamError if no writer can have made it."""
@@ -240,10 +290,7 @@ class RangeReader:
         entries = np.zeros((channels, height * width), np.int32)
         for number in passes(table.contexts):
             where, runs = coding_order(entries, table.offsets, shape, number)
-            ordered = np.empty(len(where), np.int32)
-            for row, start, stop in runs:
-                ordered[start:stop] = self.take_row(table.model(row), stop - start)
-            entries.reshape(-1)[where] = ordered
+            entries.reshape(-1)[where] = self._take_entries(len(where), runs, table)
         symbols: Ints = entries + table.offsets[:, None]
         escaped = entries == table.lengths[:, None] - 1
         if escaped.any():
@@ -257,12 +304,10 @@ class RangeReader:
     def close(self) -> None:
         """BitstreamError (corrupt) unless the data is exactly what codes the values read.
 
-        Codes the values again, and so finds what is left over, missing or spelled otherwise.
+        The values were coded again as they were read: constriction's decoder does not tell its
+        state. So all is found that is left over, missing or spelled otherwise.
         """
-        writer = RangeWriter()
-        for values, model in self._read:
-            writer.put(values, model)
-        if writer.close() != self._data:
+        if self._again.close() != self._data:
             raise BitstreamError(
                 Reason.CORRUPT, "the coded part is not the coded form of what it decodes to"
             )
@@ -271,9 +316,20 @@ class RangeReader:
         try:
             values = self._decoder.decode(model, *count)
         except AssertionError as error:  # constriction's word for a number no encoder makes
-            raise BitstreamError(Reason.CORRUPT, "the coded part is no coded latent") from error
-        self._read.append((values, model))
+            raise BitstreamError(Reason.CORRUPT, _NO_LATENT) from error
+        self._again.put(values, model)
         return values
+
+    def _take_entries(self, count: int, runs: Runs, table: Table) -> Ints:
+        """Entries (count,) of tables, in runs as of `coding_order`: a call for each run."""
+        entries = np.empty(count, np.int32)
+        try:
+            for row, start, stop in runs:
+                entries[start:stop] = self._decoder.decode(table.model(row), stop - start)
+        except AssertionError as error:
+            raise BitstreamError(Reason.CORRUPT, _NO_LATENT) from error
+        self._again.put_entries(entries, runs, table)
+        return entries
 
     def _take_escapes(self, first: NDArray[Any], last: NDArray[Any]) -> NDArray[np.int64]:
         classes = self.take_row(GAMMA_CLASS, len(first))
@@ -306,10 +362,12 @@ GAMMA_CLASS = exact_model(_CLASS_COUNTS, _CODER_PRECISION)
 """Class k = floor(log2 n) of a number n >= 1, probability 2**-(k + 1): Elias' gamma code."""
 
 
-@lru_cache(maxsize=_TABLES_IN_MEMORY)
-def _mixture(tables: TableSet, rows: tuple[int, ...]) -> Table:
-    total = tables.cdf[list(rows)].sum(axis=0, dtype=np.int64)
-    return Table((total // len(rows)).astype(np.int32), tables.offsets, tables.lengths)
+def _rises(row: Ints, inside: NDArray[np.bool_]) -> bool:
+    """Whether tables (C * X, L + 1) rise from 0 to TOTAL where `inside` (C * X, L), else stay."""
+    if row.min() < 0 or (row[:, 0] != 0).any() or (row[:, -1] != TOTAL).any():
+        return False
+    counts = np.diff(row)
+    return counts.min() >= 0 and bool(((counts > 0) == inside).all())
 
 
 def _range_of(table: Table, channel: NDArray[np.int64]) -> tuple[NDArray[Any], NDArray[Any]]:

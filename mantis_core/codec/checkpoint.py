@@ -1,7 +1,8 @@
 """A codec in its model folder: the whole of it, or one half alone. Knows no training.
 
 The folder of a half holds the tensors of that half under the names they have in the whole, and
-meta.json says which half it is. `folders.py` writes and reads the files.
+meta.json says which half it is. Coding tables are packed; folders of earlier versions hold them as
+they are in memory, and are read too. `folders.py` writes and reads the files.
 
 A loader imports what it loads: a client needs no torchvision, neither half needs compressai.
 """
@@ -12,13 +13,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
+import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
 from mantis_core.bitstream.coder import TableSet
+from mantis_core.bitstream.packed_tables import pack_counts, unpack_counts
 from mantis_core.codec.spec import ModelSpec
 from mantis_core.errors import ModelError
 from mantis_core.folders import load_folder, save_folder
+from mantis_core.symbols import CONTEXTS
 
 if TYPE_CHECKING:
     from mantis_core.codec.client_codec import ClientCodec
@@ -38,6 +42,7 @@ RETIRED = {
 }
 
 _TABLES = "bottleneck.table_"
+_CDF, _PACKED = _TABLES + "cdf", _TABLES + "counts"
 _THRESHOLD = "mask_threshold"
 _OF_HALF: dict[Half, tuple[str, ...]] = {
     "client": ("client.", _TABLES, _THRESHOLD),
@@ -52,14 +57,14 @@ def save_model(folder: str | Path, model: Mantis, meta: Mapping[str, Any]) -> No
     """
     client = model.client_codec()
     record = {**meta, "model_id": client.model_id.hex(), "client": client.describe()}
-    save_folder(folder, model.state_dict(), model.spec.model_dump(mode="json"), record)
+    save_folder(folder, _packed(model.state_dict()), model.spec.model_dump(mode="json"), record)
 
 
 def save_half(folder: str | Path, whole: str | Path, half: Half) -> None:
     """Writes one half of the codec in the model folder `whole` as a folder of its own."""
     tensors, config, meta = load_folder(whole, wanted=_OF_HALF[half])
     _require_half(whole, meta, half)
-    save_folder(folder, tensors, config, {**meta, "half": half})
+    save_folder(folder, _packed(tensors), config, {**meta, "half": half})
 
 
 def load_model(folder: str | Path) -> Mantis:
@@ -72,7 +77,7 @@ def load_model(folder: str | Path) -> Mantis:
     model = Mantis(_spec(folder, config))
     try:
         model.load_state_dict(tensors)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         raise ModelError(f"{folder}: weights and config do not fit: {error}") from None
     model.eval()
     if model.model_id().hex() != meta.get("model_id"):
@@ -178,11 +183,26 @@ def _load_part(
         raise ModelError(f"{folder}: weights and config do not fit: {error}") from None
 
 
+def _packed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors with packed tables, whichever form they have."""
+    packed = dict(tensors)
+    cdf = packed.pop(_CDF, None)
+    if cdf is not None:
+        lengths = packed[_TABLES + "lengths"].cpu().numpy()
+        packed[_PACKED] = torch.from_numpy(pack_counts(cdf.cpu().numpy(), lengths))
+    return packed
+
+
 def _tables(folder: str | Path, spec: ModelSpec, tensors: Mapping[str, Tensor]) -> TableSet:
+    model = spec.model
     try:
-        cdf, offsets, lengths = (
-            tensors[_TABLES + name].numpy() for name in ("cdf", "offsets", "lengths")
-        )
-        return TableSet(spec.model.prior, cdf, offsets, lengths)
+        offsets, lengths = (tensors[_TABLES + name].numpy() for name in ("offsets", "lengths"))
+        if _PACKED in tensors:
+            rows = 1 if model.prior == "shared" else len(spec.tasks)
+            contexts = CONTEXTS if model.neighbour_contexts else 1
+            cdf = unpack_counts(tensors[_PACKED].numpy(), lengths, rows, contexts)
+        else:
+            cdf = tensors[_CDF].numpy()
+        return TableSet(model.prior, cdf, offsets, lengths)
     except (KeyError, ValueError) as error:
         raise ModelError(f"{folder} holds no coding tables: {error}") from None

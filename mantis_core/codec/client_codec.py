@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from mantis_core.bitstream.coder import TableSet, to_symbols
+from mantis_core.bitstream.packed_tables import pack_counts
 from mantis_core.bitstream.task_field import TaskField, quantise_log2
 from mantis_core.bitstream.wire import CodedImage, write_stream
 from mantis_core.codec.answer import Encoded
@@ -159,7 +160,7 @@ class ClientCodec:
         return prepare_images(files, self.spec.image_size, self.spec.short_side)
 
     def describe(self) -> dict[str, Any]:
-        """Size and multiply-adds of the client for one image of the model's own size."""
+        """Size in a folder, and multiply-adds for one image of the model's own size."""
         device = next(self.client.parameters()).device
         image = torch.zeros(1, 3, *self.spec.image_size, device=device)
         counter = FlopCounterMode(display=False)
@@ -167,10 +168,12 @@ class ClientCodec:
             view = self.client(normalise(image))
             self.client.encode(view, torch.sigmoid(view.logits))
         parameters = sum(p.numel() for p in self.client.parameters())
-        tables = self.tables.cdf.nbytes + self.tables.offsets.nbytes + self.tables.lengths.nbytes
+        tables = self.tables
+        counts = pack_counts(tables.cdf, tables.lengths)
         return {
             "client_parameters": parameters,
-            "client_bytes": 4 * parameters + tables,
+            "client_bytes": 4 * parameters
+            + sum(array.nbytes for array in (counts, tables.offsets, tables.lengths)),
             "client_macs": counter.get_total_flops() // 2,
         }
 
@@ -187,9 +190,12 @@ class ClientCodec:
             rest = [row for row, answer in enumerate(own) if answer is None]
             coded: dict[int, tuple[CodedImage, float]] = {}
             if rest:
-                some = View(view.stem[rest], view.detected[rest], view.logits[rest])
-                wanted = None if asked is None else asked[rest]
-                coded = dict(zip(rest, self._code(some, detected[rest], wanted), strict=True))
+                some, wanted, theirs = view, asked, detected
+                if len(rest) < len(images):
+                    some = View(view.stem[rest], view.detected[rest], view.logits[rest])
+                    wanted = None if asked is None else asked[rest]
+                    theirs = detected[rest]
+                coded = dict(zip(rest, self._code(some, theirs, wanted), strict=True))
         probabilities = detected.cpu().numpy()
         for row, answer in enumerate(own):
             image, bits = coded[row] if answer is None else (answer, 0.0)

@@ -14,7 +14,7 @@ from torch.nn.functional import logsigmoid
 
 from mantis_core.bitstream.coder import TableSet
 from mantis_core.codec.answer import Answer, Encoded
-from mantis_core.codec.client_codec import ClientCodec
+from mantis_core.codec.client_codec import ClientCodec, Estimate
 from mantis_core.codec.mask import primary_task, select_mask
 from mantis_core.codec.server_codec import ServerCodec, decided, new_joint, new_server
 from mantis_core.codec.spec import ModelSpec
@@ -116,14 +116,7 @@ class Mantis(nn.Module):
 
     def client_codec(self) -> ClientCodec:
         """The client half of this model, sharing its weights; RuntimeError before `finish`."""
-        return ClientCodec(
-            self.spec,
-            self.client,
-            self.tables(),
-            self.mask_threshold,
-            self.model_id(),
-            estimate=self._estimate,
-        )
+        return self._client_codec(self._estimate)
 
     def server_codec(self) -> ServerCodec:
         """The server half of this model, sharing its weights; RuntimeError before `finish`."""
@@ -137,7 +130,8 @@ class Mantis(nn.Module):
         exit_confidence: float | None = None,
     ) -> list[bytes]:
         """uint8 images (B, 3, H, W) to one stream each, as ClientCodec.encode."""
-        return self.client_codec().encode(images, tasks, exit_confidence=exit_confidence)
+        codec = self._client_codec(None)  # nobody reads the estimates
+        return codec.encode(images, tasks, exit_confidence=exit_confidence)
 
     def encode_in_detail(
         self,
@@ -208,6 +202,16 @@ class Mantis(nn.Module):
             **self.client_codec().describe(),
             **self.server_codec().describe(),
         }
+
+    def _client_codec(self, estimate: Estimate | None) -> ClientCodec:
+        return ClientCodec(
+            self.spec,
+            self.client,
+            self.tables(),
+            self.mask_threshold,
+            self.model_id(),
+            estimate=estimate,
+        )
 
     def _estimate(self, latent: Tensor, mask: Tensor, primary: Tensor) -> Tensor:
         with still(self.bottleneck):

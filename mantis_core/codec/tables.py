@@ -26,23 +26,19 @@ def update_tables(bottleneck: Bottleneck) -> None:
     outside. Each table holds counts of at least 1 that sum to 2**16. Raises ValueError if the
     weights are not finite.
     """
-    edges = torch.arange(-_WIDEST, _WIDEST + 2, dtype=torch.float64) - 0.5
-    cumulative = bottleneck.cumulative(edges).numpy()  # (R, C, X, E)
-    if not np.isfinite(cumulative).all():
-        raise ValueError("the bottleneck's weights are not finite: no tables can be made")
-    # (C,): symbol s lies between edges s and s + 1; keep those with mass beyond them.
-    first = (cumulative[..., 1:] <= _TAIL_MASS).sum(-1).clip(max=2 * _WIDEST).min((0, 2))
-    last = (2 * _WIDEST - (1 - cumulative[..., :-1] <= _TAIL_MASS).sum(-1)).clip(min=0)
-    lengths = last.max((0, 2)) - first + 2
-    shape = (*cumulative.shape[:3], lengths.max() + 1)
-    cdf = np.full(shape, TOTAL, np.int32)
-    for row, channel, context in np.ndindex(shape[:3]):
-        start, stop = first[channel], first[channel] + lengths[channel]
-        mass = np.diff(cumulative[row, channel, context, start:stop])
-        counts = _integer_counts(np.append(mass, max(0.0, 1 - mass.sum())))
-        cdf[row, channel, context, 0] = 0
-        cdf[row, channel, context, 1 : len(counts) + 1] = np.cumsum(counts)
-    made = (cdf.reshape(shape[0], -1, shape[3]), first - _WIDEST, lengths)
+    first, last = _ranges(bottleneck)
+    lengths = last - first + 2
+    tables = bottleneck.num_rows, bottleneck.channels, bottleneck.num_contexts
+    cdf = np.full((*tables, lengths.max() + 1), TOTAL, np.int32)
+    for channel, (start, length) in enumerate(zip(first, lengths, strict=True)):
+        edges = np.arange(start, start + length)
+        own = _cumulative(bottleneck, edges, slice(channel, channel + 1))
+        mass = np.diff(own.reshape(-1, length))
+        outside = [max(0.0, 1 - one.sum()) for one in mass]
+        counts = _integer_counts(np.column_stack([mass, outside]))
+        cdf[:, channel, :, 0] = 0
+        cdf[:, channel, :, 1 : length + 1] = counts.cumsum(1).reshape(*tables[::2], length)
+    made = (cdf.reshape(len(cdf), -1, cdf.shape[3]), first - _WIDEST, lengths)
     bottleneck.keep_tables(*(torch.from_numpy(table.astype(np.int32)) for table in made))
 
 
@@ -55,19 +51,53 @@ def table_set(bottleneck: Bottleneck) -> TableSet:
     return TableSet(bottleneck.prior, cdf, offsets, lengths)
 
 
-def _integer_counts(mass: NDArray[np.float64]) -> NDArray[np.int64]:
-    """Counts of at least 1 that sum to TOTAL, proportional to mass (n,) by largest remainders.
+def _cumulative(
+    bottleneck: Bottleneck, edges: NDArray[np.int64], channels: slice = slice(None)
+) -> NDArray[np.float64]:
+    """What `Bottleneck.cumulative` says of edges; edge 0 lies below the symbol -_WIDEST."""
+    found = bottleneck.cumulative(torch.from_numpy(edges - (_WIDEST + 0.5)), channels).numpy()
+    if not np.isfinite(found).all():
+        raise ValueError("the bottleneck's weights are not finite: no tables can be made")
+    return found
 
-    Entries too rare for a count get 1, the others share what is left.
+
+def _ranges(bottleneck: Bottleneck) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """First and last symbol (C,) of each channel: those with mass beyond them in some table.
+
+    Found by bisection, for the lower tail and for the upper one: the density only rises.
     """
-    rare = np.zeros(len(mass), bool)
+    shape = (bottleneck.num_rows, bottleneck.channels, bottleneck.num_contexts)
+    at_least, at_most = np.empty((2, 2, *shape), np.int64)
+    at_least[0], at_least[1], at_most[:] = 1, 0, 2 * _WIDEST + 1
+    at_most[0] += 1
+    while (at_least < at_most).any():
+        middle = (at_least + at_most) // 2
+        below = _cumulative(bottleneck, np.moveaxis(middle, 0, -1))
+        found = np.stack([below[..., 0] > _TAIL_MASS, 1 - below[..., 1] <= _TAIL_MASS])
+        at_most = np.where(found, middle, at_most)
+        at_least = np.where(found, at_least, np.minimum(middle + 1, at_most))
+    first = (at_most[0] - 1).clip(max=2 * _WIDEST).min((0, 2))
+    last = (at_most[1] - 1).clip(min=0).max((0, 2))
+    return first, last
+
+
+def _integer_counts(mass: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Counts of at least 1, for each table of mass (N, L) in the same proportions.
+
+    The counts of a table sum to TOTAL, by largest remainders. Entries too rare for a count get 1,
+    the others share what is left.
+    """
+    rare = np.zeros(mass.shape, bool)
     while True:
-        share = mass * ((TOTAL - rare.sum()) / mass[~rare].sum())
+        common = [one[~skipped].sum() for one, skipped in zip(mass, rare, strict=True)]
+        share = mass * ((TOTAL - rare.sum(1)) / common)[:, None]
         newly_rare = ~rare & (share < 1)
         if not newly_rare.any():
             break
         rare |= newly_rare
     counts = np.where(rare, 1, np.floor(share)).astype(np.int64)
     remainders = np.where(rare, -1.0, share - np.floor(share))
-    counts[np.argsort(-remainders, kind="stable")[: TOTAL - counts.sum()]] += 1
+    largest = np.argsort(-remainders, axis=1, kind="stable")
+    rank = np.argsort(largest, axis=1)
+    counts += rank < TOTAL - counts.sum(1, keepdims=True)
     return counts

@@ -17,6 +17,7 @@ from compressai.ops import LowerBound
 from torch import Tensor, nn
 from torch.nn import functional
 
+from mantis_core.bitstream.packed_tables import unpack_counts
 from mantis_core.networks.blocks import without_autocast
 from mantis_core.symbols import CONTEXTS, MAX_SYMBOL, REACH, Prior, contexts, pass_of
 
@@ -26,6 +27,7 @@ _LIKELIHOOD_BOUND = 1e-9
 # CompressAI starts densities at scale 10; latents start below 1, and short trainings pay for it.
 _START_SCALE = 3.0
 _TABLES = ("table_cdf", "table_offsets", "table_lengths")
+_PACKED = "table_counts"  # in a folder, in the place of table_cdf
 
 
 class BottleneckOutput(NamedTuple):
@@ -106,6 +108,11 @@ class Bottleneck(nn.Module):
         return BottleneckOutput(y_hat, bits)
 
     @property
+    def num_contexts(self) -> int:
+        """X."""
+        return 1 if self.context_shift is None else CONTEXTS
+
+    @property
     def tables_ready(self) -> bool:
         """Whether integer tables are kept, made here or read from a checkpoint."""
         return self.table_cdf.numel() > 0
@@ -117,16 +124,23 @@ class Bottleneck(nn.Module):
             setattr(self, name, table.to(device))
 
     @torch.no_grad()
-    def cumulative(self, values: Tensor) -> Tensor:
-        """The cumulative density at float64 `values` (N,) on the CPU: (R, C, X, N)."""
-        density = copy.deepcopy(self.density).cpu().double()
-        weights = _weights(density)
-        parts = []
-        for stretched in self._values_by_context(values):  # (C, N)
-            everywhere = stretched.repeat(self.num_rows, 1)[:, None]
-            parts.append(torch.sigmoid(_cumulative_logits(everywhere, *weights)))
-        of_rows = torch.cat(parts, dim=1)  # (R * C, X, N)
-        return of_rows.reshape(self.num_rows, self.channels, len(parts), -1)
+    def cumulative(self, values: Tensor, channels: slice = slice(None)) -> Tensor:
+        """The cumulative density of `channels`, c of them, at float64 `values`, on the CPU.
+
+        `values` broadcast to (R, c, X, N), the shape of the result.
+        """
+        if self.context_shift is not None and self.context_log_scale is not None:
+            shift, log_scale = self.context_shift[channels], self.context_log_scale[channels]
+            scale = log_scale.double().cpu().exp()[..., None]
+            values = (values - shift.double().cpu()[..., None]) * scale
+        weights = [
+            [t.view(self.num_rows, -1, *t.shape[1:])[:, channels].flatten(0, 1) for t in tensors]
+            for tensors in _weights(copy.deepcopy(self.density).cpu().double())
+        ]
+        count = len(range(self.channels)[channels])
+        values = values.expand(self.num_rows, count, self.num_contexts, values.shape[-1])
+        logits = _cumulative_logits(values.flatten(0, 1).flatten(1)[:, None], *weights)
+        return torch.sigmoid(logits).view(values.shape)
 
     def _by_context(self, values: Tensor, latent: Tensor) -> tuple[Tensor, Tensor | None]:
         """Where the channel's density is asked for `values`, and half the width of a symbol there.
@@ -147,17 +161,6 @@ class Bottleneck(nn.Module):
         shift, log_scale = functional.embedding(index, weights).unbind(-1)
         scale = log_scale.exp()
         return (values - shift) * scale, 0.5 * scale
-
-    def _values_by_context(self, values: Tensor) -> list[Tensor]:
-        """For each context, where the channels' densities are asked for `values` (N,): (C, N)."""
-        if self.context_shift is None or self.context_log_scale is None:
-            return [values.expand(self.channels, -1)]
-        shifts = self.context_shift.double().cpu().unbind(1)
-        scales = self.context_log_scale.double().cpu().exp().unbind(1)
-        return [
-            (values - shift[:, None]) * scale[:, None]
-            for shift, scale in zip(shifts, scales, strict=True)
-        ]
 
     def _likelihood(
         self, values: Tensor, half: Tensor | None, mask: Tensor, primary: Tensor
@@ -212,7 +215,19 @@ class Bottleneck(nn.Module):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
-        """Takes tables of any length: those in the checkpoint replace those here."""
+        """Takes tables of any length, packed or not: those given replace those here.
+
+        Raises ValueError for packed tables that are not of this bottleneck.
+        """
+        packed, lengths = state_dict.pop(prefix + _PACKED, None), prefix + "table_lengths"
+        if packed is not None:
+            found = unpack_counts(
+                packed.cpu().numpy(),
+                state_dict[lengths].cpu().numpy(),
+                self.num_rows,
+                self.num_contexts,
+            )
+            state_dict[prefix + "table_cdf"] = torch.from_numpy(found)
         for name in _TABLES:
             if prefix + name in state_dict:
                 here = getattr(self, name)

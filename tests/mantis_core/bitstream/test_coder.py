@@ -1,12 +1,17 @@
 """Coding integer latents by integer tables: exactness, size, escapes, damage."""
 
+import gc
+import itertools
+import weakref
+from collections import Counter
+
 import numpy as np
 import pytest
 from constriction import stream
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mantis_core.bitstream.coder import TOTAL, TableSet, to_symbols
+from mantis_core.bitstream.coder import TOTAL, RangeReader, RangeWriter, TableSet, to_symbols
 from mantis_core.bitstream.container import BitstreamError, Reason
 from mantis_core.symbols import CONTEXTS, MAX_SYMBOL, pass_of
 from tests.golden.cases import random_tables
@@ -74,6 +79,50 @@ def test_constriction_uses_the_table_probabilities_to_the_last_bit():
             shift = 32 * position
             assert width == (unit * int(row[entry + 1] - row[entry]) * 256 << shift)
             assert lower == (unit * int(row[entry]) * 256 << shift) % 2**64
+
+
+def test_entries_coded_together_are_coded_as_one_by_one():
+    """At both ends of a table and between them, and beyond what is coded at once."""
+    table = table_of(channels=600, lengths=[2, 3, 8, 40, 300, 2050] * 100, seed=4)
+    rng = np.random.default_rng(4)
+    rows = np.sort(rng.integers(0, 600, 20_000))
+    entries = rng.integers(0, table.lengths[rows], dtype=np.int32)
+    entries[::3], entries[1::5] = 0, table.lengths[rows[1::5]] - 1
+    together, alone = RangeWriter(), RangeWriter()
+    edges = np.searchsorted(rows, range(601)).tolist()
+    together.put_entries(entries, list(zip(range(600), edges, edges[1:], strict=False)), table)
+    assert not table._models
+    for row, entry in zip(rows.tolist(), entries.tolist(), strict=True):
+        alone.put(entry, table.model(row))
+    assert together.close() == alone.close()
+
+
+def test_a_latent_with_contexts_is_written_in_a_few_calls_and_read_in_one_a_table():
+    table = random_tables("shared", 1, 12, 0, contexts=CONTEXTS).table_for((True,), 0)
+    symbols = np.random.default_rng(0).integers(-1, 1, (12, 12, 12), np.int32)
+    writer, payload = RangeWriter(), encode(symbols, table)
+    writer._encoder = encoder = Counted(writer._encoder)
+    writer.put_symbols(symbols, table)
+    assert writer.close() == payload
+    assert encoder.calls["encode"] == 12 + 2  # no contexts in the first pass
+    reader = RangeReader(payload)
+    reader._decoder = decoder = Counted(reader._decoder)
+    reader._again._encoder = again = Counted(reader._again._encoder)
+    assert (reader.take_symbols(table, symbols.shape) == symbols).all()
+    reader.close()
+    assert decoder.calls["decode"] <= 12 * CONTEXTS
+    assert again.calls["encode"] == 12 + 2
+
+
+class Counted:
+    """Passes every call on and counts it by name."""
+
+    def __init__(self, inner):
+        self.inner, self.calls = inner, Counter()
+
+    def __getattr__(self, name):
+        self.calls[name] += 1
+        return getattr(self.inner, name)
 
 
 def test_one_sided_tables_are_met_exactly_too():
@@ -279,6 +328,22 @@ def test_each_prior_picks_its_rows():
         per_task.table_for((False, False, False), 0)
     with pytest.raises(ValueError, match="0 to 2"):
         primary.table_for(mask, 3)
+
+
+def test_mixtures_are_kept_but_not_beyond_their_tables():
+    tables = make_tables(rows=9, channels=1, prior="per_task")
+    masks = list(itertools.product((False, True), repeat=9))[1:]
+    first = tables.table_for(masks[0], 0)
+    assert tables.table_for(masks[0], 0) is first
+    for mask in masks:
+        tables.table_for(mask, 0)
+    again = tables.table_for(masks[0], 0)
+    assert again is not first
+    assert (again.cdf == first.cdf).all()
+    kept = weakref.ref(again)
+    del tables, again
+    gc.collect()
+    assert kept() is None
 
 
 def test_the_digest_sees_every_change():

@@ -201,7 +201,7 @@ def test_a_half_holds_no_weight_of_the_other(halves: dict[Half, Path]) -> None:
         expected = {"client": {"client", "bottleneck", "mask_threshold"}}
         assert first == expected.get(half, {"server", "bottleneck"})
         assert {n for n in names if n.startswith("bottleneck.")} == {
-            f"bottleneck.table_{name}" for name in ("cdf", "offsets", "lengths")
+            f"bottleneck.table_{name}" for name in ("counts", "offsets", "lengths")
         }
         assert read_meta(folder)["half"] == half
 
@@ -238,11 +238,48 @@ def test_a_half_without_its_tables_or_threshold_is_refused(halves: dict[Half, Pa
         left = {
             key: value
             for key, value in tensors.items()
-            if key != name and (name is not None or "table_cdf" not in key)
+            if key != name and (name is not None or "table_counts" not in key)
         }
         save_folder(halves["client"], left, config, meta)
         with pytest.raises(ModelError, match=message):
             load_client(halves["client"])
+
+
+@pytest.mark.parametrize("damage", ["cut", "other"])
+def test_packed_tables_that_are_damaged_or_of_another_model_are_refused(
+    damage: str, saved: Path, halves: dict[Half, Path]
+) -> None:
+    for folder, load in ((saved, load_model), (halves["client"], load_client)):
+        tensors, config, meta = load_folder(folder)
+        counts, lengths = (tensors[f"bottleneck.table_{n}"] for n in ("counts", "lengths"))
+        if damage == "cut":
+            tensors["bottleneck.table_counts"] = counts[:-1].clone()
+        else:
+            lengths[0] += 1
+        save_folder(folder, tensors, config, meta)
+        with pytest.raises(ModelError, match="packed tables are not of this model"):
+            load(folder)
+
+
+def test_folders_of_a_version_that_did_not_pack_tables_are_read(
+    codec: Mantis, saved: Path, halves: dict[Half, Path], batch: Batch
+) -> None:
+    """Whole, halved by the earlier version, and halved by this one."""
+    state, streams = codec.state_dict(), codec.encode(batch.image)
+    answers = [answer.to_dict() for answer in codec.decode(streams)]
+    for folder in (saved, *halves.values()):
+        tensors, config, meta = load_folder(folder)
+        tensors["bottleneck.table_cdf"] = state["bottleneck.table_cdf"]
+        del tensors["bottleneck.table_counts"]
+        save_folder(folder, tensors, config, meta)
+    again = saved.with_name("again")
+    save_half(again, saved, "client")
+    assert "bottleneck.table_counts" in load_folder(again)[0]
+    assert load_model(saved).model_id() == codec.model_id()
+    for client in (load_model(saved), load_client(halves["client"]), load_client(again)):
+        assert client.encode(batch.image) == streams
+    for server in (load_model(saved), load_server(halves["server"])):
+        assert [answer.to_dict() for answer in server.decode(streams)] == answers
 
 
 def with_summary(folder: Path, channels: int) -> None:

@@ -85,6 +85,18 @@ def test_what_is_encoded_is_decoded_for_every_prior_and_conditioning(
         assert 0 < answer.class_probability <= 1
 
 
+def test_only_a_detailed_encoding_asks_the_density(
+    codec: Mantis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    detailed = [encoded.data for encoded in codec.encode_in_detail(images())]
+
+    def fail(*_: Any) -> None:
+        raise AssertionError("nobody reads this estimate")
+
+    monkeypatch.setattr(codec.bottleneck, "forward", fail)
+    assert codec.encode(images()) == detailed
+
+
 @pytest.mark.parametrize("prior", PRIORS)
 def test_estimated_bits_match_the_real_payload(
     prior: str,

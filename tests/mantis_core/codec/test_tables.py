@@ -113,6 +113,36 @@ def test_a_density_far_wider_than_a_table_codes_the_rest_by_escapes():
     assert (decoded == symbols).all()
 
 
+@pytest.mark.parametrize("known", [False, True])
+@pytest.mark.parametrize("prior", PRIORS)
+def test_a_table_covers_the_symbols_with_mass_beyond_them_and_no_others(prior, known):
+    bottleneck = build(prior, neighbour_contexts=known)
+    update_tables(bottleneck)
+    edges = torch.arange(-1024, 1026, dtype=torch.float64) - 0.5
+    below = bottleneck.cumulative(edges).numpy()
+    beyond = (below[..., 1:] > 2.0**-17) & (1 - below[..., :-1] > 2.0**-17)
+    for channel, wanted in enumerate(beyond.any((0, 2))):
+        symbols = np.flatnonzero(wanted) - 1024
+        assert bottleneck.table_offsets[channel] == symbols[0]
+        assert bottleneck.table_lengths[channel] == symbols[-1] - symbols[0] + 2
+
+
+def test_the_density_is_asked_for_little_more_than_the_tables_hold(monkeypatch):
+    """So 48 tasks take seconds, and one wide channel makes no array of 2,050 edges a table."""
+    bottleneck = build("primary", neighbour_contexts=True)
+    sizes = []
+    ask = bottleneck.cumulative
+
+    def counted(values, *channels):
+        sizes.append(ask(values, *channels).numel())
+        return ask(values, *channels)
+
+    monkeypatch.setattr(bottleneck, "cumulative", counted)
+    update_tables(bottleneck)
+    tables = TASKS * CONTEXTS
+    assert sum(sizes) <= tables * (int(bottleneck.table_lengths.sum()) + 2 * 12 * CHANNELS)
+
+
 def test_weights_that_are_not_finite_make_no_tables():
     bottleneck = build()
     with torch.no_grad():

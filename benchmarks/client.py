@@ -1,0 +1,213 @@
+"""Measures a client on one thread: its time from image to stream, what of it is coding, its folder.
+
+    python -m benchmarks.client [--config configs/imagenet.yaml] [--tasks 12] [--pairs 15] [--json]
+
+The client has the shape of the config and random weights; the latent's channels have scales from
+0.1 to 4, and the densities are fitted to such latents. It codes one drawn image, in turn with its
+parts, ResNet-50's and MobileNetV3-Large's forward, and JPEG and WebP of the same image. Reading the
+image file is not measured. The last line is one JSON object. A ratio is a median time divided by
+that of ResNet-50.
+"""
+
+import argparse
+import io
+import json
+import statistics
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn.functional import avg_pool2d, interpolate, one_hot
+from torchvision.models import mobilenet_v3_large, resnet50
+
+from benchmarks.coder import draw, seconds_of
+from benchmarks.program import count, one_message, say
+
+warnings.filterwarnings("ignore", category=FutureWarning)  # torch-geometric warns at import
+
+from mantis_core.codec.checkpoint import load_client, save_half, save_model  # noqa: E402
+from mantis_core.codec.client_codec import ClientCodec  # noqa: E402
+from mantis_core.codec.mantis import Mantis  # noqa: E402  (imports CompressAI)
+from mantis_core.codec.spec import ModelSpec  # noqa: E402
+from mantis_core.config import ModelConfig  # noqa: E402
+from mantis_core.networks.bottleneck import Bottleneck  # noqa: E402
+from mantis_core.networks.client import latent_size  # noqa: E402
+from mantis_core.networks.inference import one_thread, still  # noqa: E402
+from mantis_core.networks.preprocessing import normalise  # noqa: E402
+from mantis_core.tasks import TaskSpec  # noqa: E402
+from pipelines.settings.reading import load_settings  # noqa: E402
+
+LABELS = 30  # of a task
+QUALITY = 75
+BATCH, SIDE = 12, 8  # latents of a step of the fit
+STEPS = 200
+
+
+def drawn_image(size: tuple[int, int]) -> Tensor:
+    """Returns uint8 (1, 3, *size): noise of equal strength in all octaves, as photographs have."""
+    noise = torch.zeros(1, 3, *size)
+    for octave in range(1, 8):
+        cells = torch.randn(1, 3, 2**octave, 2**octave)
+        noise += interpolate(cells, size=size, mode="bilinear")
+    return (128 + 25 * noise).clamp(0, 255).to(torch.uint8)
+
+
+def spec_of(model: ModelConfig, num_tasks: int, size: tuple[int, int]) -> ModelSpec:
+    """Returns a codec's spec with `num_tasks` tasks, a small teacher and images of `size`."""
+    names = [f"label {label}" for label in range(num_tasks * LABELS)]
+    tasks = []
+    for k in range(num_tasks):
+        own = range(k * LABELS, (k + 1) * LABELS)
+        labels = tuple(names[label] for label in own)
+        tasks.append(TaskSpec(f"task{k}", "classification", LABELS, tuple(own), labels))
+    return ModelSpec(
+        model=model,
+        tasks=tuple(tasks),
+        classes=tuple(names),
+        class_names=tuple(names),
+        single_class=True,
+        image_size=size,
+        short_side=min(size),
+        teacher="resnet18",
+        split="layer2",
+        split_shape=(128, *latent_size(size, 8)),
+        last_shape=(512, *latent_size(size, 32)),
+    )
+
+
+def fit(bottleneck: Bottleneck, scales: Tensor, steps: int) -> None:
+    """Trains the density on Laplace latents with smooth neighbours and scales (C, 1, 1).
+
+    Each task's are up to twice as large or small.
+    """
+    tasks = bottleneck.num_tasks
+    own = torch.exp(0.4 * torch.randn(tasks, bottleneck.channels, 1, 1)) * scales
+    parameters = [p for p in bottleneck.parameters() if p.requires_grad]
+    optimiser = torch.optim.Adam(parameters, lr=3e-2)
+    for _ in range(steps):
+        primary = torch.randint(tasks, (BATCH,))
+        sharp = draw(torch.ones(1), (BATCH, bottleneck.channels, SIDE + 2, SIDE + 2))
+        smooth = sharp[..., 1:-1, 1:-1] + 3 * avg_pool2d(sharp, 3, 1)
+        mask = one_hot(primary, tasks).bool()
+        optimiser.zero_grad()
+        bottleneck(0.6 * own[primary] * smooth, mask, primary).bits.mean().backward()
+        optimiser.step()
+
+
+@torch.no_grad()
+def scale_latent(codec: Mantis, image: Tensor, scales: Tensor) -> None:
+    """Gives the latent of `image` mean 0 and the deviations `scales` (C, 1, 1)."""
+    view = codec.client(normalise(image))
+    latent = codec.client.encode(view, torch.sigmoid(view.logits))
+    mean, factor = latent.mean((0, 2, 3)), scales.flatten() / latent.std((0, 2, 3))
+    last = codec.client.encoder.to_latent
+    assert last.bias is not None
+    last.weight *= factor[:, None, None, None]
+    last.bias.copy_((last.bias - mean) * factor)
+
+
+def network_of(codec: ClientCodec, image: Tensor) -> Callable[[], object]:
+    """Returns a call that computes the latent of `image` (1, 3, H, W) as `encode` does."""
+
+    @torch.no_grad()
+    def call() -> object:
+        with one_thread(), still(codec.client):
+            view = codec.client(normalise(image))
+            return codec.client.encode(view, torch.sigmoid(view.logits))
+
+    return call
+
+
+def picture_coder(image: Tensor, form: str) -> Callable[[], int]:
+    """Returns a call that encodes `image` with Pillow and returns its bytes."""
+    picture = Image.fromarray(image[0].permute(1, 2, 0).contiguous().numpy())
+
+    def call() -> int:
+        buffer = io.BytesIO()
+        picture.save(buffer, form, quality=QUALITY)
+        return buffer.tell()
+
+    return call
+
+
+def measure(
+    model: ModelConfig, num_tasks: int, size: tuple[int, int], pairs: int, steps: int
+) -> dict[str, float | str]:
+    """Measures the client of a codec of `num_tasks` tasks in `pairs` rounds of all calls."""
+    torch.manual_seed(0)
+    codec, image = Mantis(spec_of(model, num_tasks, size)).eval(), drawn_image(size)
+    scales = torch.logspace(-1, 0.6, model.encoder.latent_channels)[:, None, None]
+    scale_latent(codec, image, scales)
+    fit(codec.bottleneck.train(), scales, steps)
+    codec.finish()
+    with tempfile.TemporaryDirectory() as scratch:
+        whole, folder = Path(scratch) / "whole", Path(scratch) / "client"
+        save_model(whole, codec, {})
+        save_half(folder, whole, "client")
+        folder_bytes = sum(path.stat().st_size for path in folder.iterdir())
+        client = load_client(folder)
+    described = client.describe()
+    (seen,) = client.look(image)
+    pictures = normalise(image)
+    resnet, mobilenet = resnet50().eval(), mobilenet_v3_large().eval()
+    jpeg, webp = picture_coder(image, "JPEG"), picture_coder(image, "WEBP")
+    calls: dict[str, Callable[[], object]] = {
+        "resnet50": torch.no_grad()(lambda: resnet(pictures)),
+        "image_to_stream": lambda: client.encode(image),
+        "network": network_of(client, image),
+        "coding": lambda: client.write_together([seen]),
+        "mobilenet_v3_large": torch.no_grad()(lambda: mobilenet(pictures)),
+        "jpeg": jpeg,
+        "webp": webp,
+    }
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(pairs):
+        for name, call in calls.items():
+            times[name].append(seconds_of(call))
+    median = {name: statistics.median(values) for name, values in times.items()}
+    base = median.pop("resnet50")
+    own = median["image_to_stream"]
+    network_bytes = 4 * described["client_parameters"]
+    return {
+        "latent": "x".join(map(str, seen.image.map.shape)),
+        "tasks": num_tasks,
+        **{name: round(value / base, 4) for name, value in median.items()},
+        "coding_share": round(median["coding"] / own, 3),
+        "rest_share": round(1 - (median["coding"] + median["network"]) / own, 3),
+        "folder_bytes": folder_bytes,
+        "network_bytes": network_bytes,
+        "table_bytes": described["client_bytes"] - network_bytes,
+        "stream_bytes": len(client.encode(image)[0]),
+        "jpeg_bytes": jpeg(),
+        "webp_bytes": webp(),
+        "pairs": pairs,
+    }
+
+
+@one_message
+def main() -> None:
+    """Measures the client of a config, then prints one line a figure and one JSON object."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--config", default="configs/imagenet.yaml", help="a config's model section"
+    )
+    parser.add_argument("--tasks", type=count, help="number of tasks; the config's")
+    parser.add_argument("--pairs", type=count, default=15, help="rounds of all calls in turn")
+    parser.add_argument("--json", action="store_true", help="print the JSON object only")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    settings = load_settings(arguments.config)
+    tasks = arguments.tasks or len(settings.tasks)
+    result = measure(settings.model, tasks, settings.data.size, arguments.pairs, STEPS)
+    if not arguments.json:
+        for name, value in result.items():
+            say(f"{name:20} {value}")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
