@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mantis_core.networks.blocks import without_autocast
+from mantis_core.networks.stacked import end_to_end
 from mantis_core.symbols import CONTEXTS, MAX_SYMBOL, REACH, Prior, contexts
 
 Quantizer: TypeAlias = Literal["noise", "ste"]
@@ -216,19 +217,27 @@ class Bottleneck(nn.Module):
     def _weights_of(self, rows: Tensor) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """The density's weights for `rows` (P,), each (P * C, ...) in place of (R * C, ...)."""
         density: Any = self.density
-        groups = [list(group) for group in (density.matrices, density.biases, density.factors)]
-        tensors = [tensor for group in groups for tensor in group]
-        sizes = [tensor[0].numel() for tensor in tensors]
-        table = torch.cat([tensor.flatten(1) for tensor in tensors], dim=1)
-        matrices, biases, factors = torch.split(
-            table, [sum(tensor[0].numel() for tensor in group) for group in groups], dim=1
+        layers = len(density.factors)
+        # All layers but the last have as many outputs: their weights stand side by side.
+        inner = [*density.matrices[:layers], *density.biases[:layers], *density.factors]
+        inputs = [tensor.shape[2] for tensor in inner]
+        sizes = [sum(inputs[:layers]), layers, layers]
+        parts = [_as_applied(end_to_end(inner, 2), sizes)]
+        parts.append(
+            _as_applied(
+                end_to_end([density.matrices[layers], density.biases[layers]], 2),
+                [density.matrices[layers].shape[2], 1, 0],
+            )
         )
-        table = torch.cat([functional.softplus(matrices), biases, torch.tanh(factors)], dim=1)
         # An embedding's gradient is summed in one order; an index's, on a GPU, in any.
-        picked = functional.embedding(rows, table.view(self.num_rows, -1)).view(-1, sum(sizes))
-        parts = zip(torch.split(picked, sizes, dim=1), tensors, strict=True)
-        shaped = iter([part.view(-1, *tensor.shape[1:]) for part, tensor in parts])
-        return tuple([next(shaped) for _ in group] for group in groups)  # type: ignore[return-value]
+        picked, last = (
+            functional.embedding(rows, part.view(self.num_rows, -1)).view(-1, *part.shape[1:])
+            for part in parts
+        )
+        each = torch.split(picked, inputs, dim=2)
+        matrix, bias = torch.split(last, [last.shape[2] - 1, 1], dim=2)
+        biases = each[layers : 2 * layers]
+        return [*each[:layers], matrix], [*biases, bias], list(each[2 * layers :])
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
@@ -254,6 +263,15 @@ def _weights(density: Any) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         list(density.biases),
         [torch.tanh(factor) for factor in density.factors],
     )
+
+
+def _as_applied(side_by_side: Tensor, sizes: list[int]) -> Tensor:
+    """As `_weights`, of matrices, biases and factors that stand side by side, (..., sum of sizes).
+
+    `sizes` are those of the three.
+    """
+    matrices, biases, factors = torch.split(side_by_side, sizes, dim=2)
+    return torch.cat([functional.softplus(matrices), biases, torch.tanh(factors)], dim=2)
 
 
 def _cumulative_logits(

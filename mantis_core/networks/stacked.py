@@ -95,24 +95,24 @@ def as_stacked(outputs: Mapping[str, Tensor], layout: TaskLayout) -> TaskOutputs
     return TaskOutputs(layout, log_p, others)
 
 
-def end_to_end(parameters: Sequence[Tensor]) -> Tensor:
-    """Parameters of several tasks joined along their first dimension, as torch.cat does it.
+def end_to_end(parameters: Sequence[Tensor], dim: int = 0) -> Tensor:
+    """Several parameters joined along a dimension, as torch.cat does it.
 
     In the backward pass they share one split of the gradient; torch.cat's would cut it by an
     operation for each of them.
     """
-    return _EndToEnd.apply(*parameters)  # type: ignore[no-any-return,no-untyped-call]
+    return _EndToEnd.apply(dim, *parameters)  # type: ignore[no-any-return,no-untyped-call]
 
 
 class _EndToEnd(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, *parameters: Tensor) -> Tensor:
-        ctx.sizes = [len(parameter) for parameter in parameters]
-        return torch.cat(parameters)
+    def forward(ctx: Any, dim: int, *parameters: Tensor) -> Tensor:
+        ctx.dim, ctx.sizes = dim, [parameter.shape[dim] for parameter in parameters]
+        return torch.cat(parameters, dim)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
-        return torch.split(gradients[0], ctx.sizes)
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return (None, *torch.split(gradients[0], ctx.sizes, ctx.dim))
 
 
 def stacked_logits(logits: Sequence[Tensor], width: int) -> Tensor | None:
