@@ -19,7 +19,8 @@ from torch.nn import functional
 
 from mantis_core.bitstream.packed_tables import unpack_counts
 from mantis_core.networks.blocks import without_autocast
-from mantis_core.symbols import CONTEXTS, MAX_SYMBOL, REACH, Prior, contexts, pass_of
+from mantis_core.networks.stacked import end_to_end
+from mantis_core.symbols import CONTEXTS, MAX_SYMBOL, REACH, Prior, contexts
 
 Quantizer: TypeAlias = Literal["noise", "ste"]
 
@@ -56,6 +57,9 @@ class Bottleneck(nn.Module):
     With `neighbour_contexts` a symbol's density is its channel's, shifted and stretched by the
     context that its neighbours give, in training as in the tables:
     P(y) = F(s (y + 1/2 - m)) - F(s (y - 1/2 - m)), m and s of the channel and context.
+
+    `most_active` is the largest number of active tasks that masks have in training. Only `per_task`
+    reads it; None if it is not known.
     """
 
     table_cdf: Tensor
@@ -77,6 +81,7 @@ class Bottleneck(nn.Module):
         self.prior: Prior = prior
         self.quantizer: Quantizer = quantizer
         self.num_rows = 1 if prior == "shared" else num_tasks
+        self.most_active: int | None = None
         self.density = EntropyBottleneck(self.channels * self.num_rows, init_scale=_START_SCALE)
         self.density.quantiles.requires_grad_(False)  # medians stay 0, tails are searched
         self.context_shift: nn.Parameter | None = None
@@ -92,8 +97,9 @@ class Bottleneck(nn.Module):
         """Quantises a latent (B, C, h, w) and estimates its size; float32, under autocast too.
 
         `mask` (B, K) bool are the active tasks, `primary` (B,) int64 the most probable of them;
-        each is read only by the prior that needs it. ValueError if an image has no row. In training
-        mode every parameter gets a gradient (zero for the rows of tasks that are absent).
+        each is read only by the prior that needs it. ValueError if an image has no row, unless
+        `most_active` is set: then its bits are nan. In training mode every parameter gets a
+        gradient (zero for the rows of tasks that are absent).
         """
         with without_autocast(latent):
             y = latent.float()
@@ -152,7 +158,7 @@ class Bottleneck(nn.Module):
             return values, None
         symbols = latent.detach().round().clamp(-REACH, REACH)
         padded = functional.pad(symbols, (1, 1, 1, 1)).to(torch.int64)
-        passes = torch.from_numpy(pass_of(*values.shape[2:])).to(values.device)
+        passes = _passes(*values.shape[2:], device=values.device)
         own = CONTEXTS * torch.arange(values.shape[1], device=values.device)[:, None, None]
         index = contexts(padded, passes) + own
         weights = torch.stack(
@@ -167,50 +173,74 @@ class Bottleneck(nn.Module):
     ) -> Tensor:
         """P(value) of each element of values (B, C, h, w), mixed over the image's rows.
 
-        `half` is as `_by_context` gives it. Each pair of row and image that occurs is evaluated
-        once, row by row.
-        """
-        rows, images, rows_per_image = self._pairs(values, mask, primary)
-        weights = [
-            [t.view(self.num_rows, self.channels, *t.shape[1:]).unbind(0) for t in tensors]
-            for tensors in _weights(self.density)
-        ]
-
-        def by_row(x: Tensor) -> tuple[Tensor, ...]:  # (C, pairs, h * w) of each row
-            gathered = x.flatten(2).index_select(0, images).transpose(0, 1)
-            return torch.split(gathered, rows, dim=1)
-
-        halves = [None] * len(rows) if half is None else by_row(half)
-        parts = []
-        for row, (part, width) in enumerate(zip(by_row(values), halves, strict=True)):
-            if part.shape[1]:
-                of_row = [[t[row] for t in tensors] for tensors in weights]
-                flat = part.reshape(len(part), 1, -1)
-                own = 0.5 if width is None else width.reshape(len(part), 1, -1)
-                parts.append(_interval_mass(flat, own, *of_row).view_as(part))
-        pairs = torch.cat(parts, dim=1).transpose(0, 1)
-        mixed = torch.zeros_like(values).flatten(2).index_add(0, images, pairs)
-        return (mixed / rows_per_image[:, None, None]).view_as(values)
-
-    def _pairs(
-        self, values: Tensor, mask: Tensor, primary: Tensor
-    ) -> tuple[list[int], Tensor, Tensor]:
-        """How many images use each row (R), those images row after row, and rows per image (B,).
-
-        Counted on the CPU, so that a GPU waits once and not for every row.
+        `half` is as `_by_context` gives it. All pairs of image and row are evaluated at once, so
+        the number of kernels does not grow with rows.
         """
         if self.prior == "shared":
-            uses = torch.ones(len(values), 1, dtype=torch.bool)
-        elif self.prior == "primary":
-            uses = functional.one_hot(primary.cpu(), self.num_tasks).bool()
-        else:
-            uses = mask.cpu()
-        per_image = uses.sum(1)
-        if not per_image.all():
-            raise ValueError("an image has no active task: the mask must never be empty")
-        images = uses.T.nonzero()[:, 1]
-        on = values.device
-        return uses.sum(0).tolist(), images.to(on), per_image.to(on)
+
+            def of_channel(x: Tensor) -> Tensor:  # (C, 1, B * h * w)
+                return x.transpose(0, 1).reshape(self.channels, 1, -1)
+
+            own = 0.5 if half is None else of_channel(half)
+            mass = _interval_mass(of_channel(values), own, *_weights(self.density))
+            return mass.view(self.channels, len(values), *values.shape[2:]).transpose(0, 1)
+        rows, shares = self._rows(mask, primary)
+        count = rows.shape[1]
+
+        def of_pair(x: Tensor) -> Tensor:  # (B * M * C, 1, h * w)
+            return (
+                x.unsqueeze(1)
+                .expand(-1, count, -1, -1, -1)
+                .reshape(-1, 1, *x[0, 0].shape)
+                .flatten(2)
+            )
+
+        own = 0.5 if half is None else of_pair(half)
+        mass = _interval_mass(of_pair(values), own, *self._weights_of(rows.flatten()))
+        mass = mass.view(len(values), count, *values.shape[1:])
+        return mass[:, 0] if shares is None else (mass * shares[:, :, None, None, None]).sum(1)
+
+    def _rows(self, mask: Tensor, primary: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Which rows each image uses, (B, M) int64, and the share of each (B, M), None if M is 1.
+
+        An image of fewer than M rows has others with a share of 0. M is `most_active` in training,
+        if that is set. Else it is read from the mask, for which a GPU has to wait.
+        """
+        if self.prior == "primary":
+            return primary[:, None], None
+        per_image = mask.sum(1, keepdim=True)
+        most = self.most_active if self.training else None
+        if most is None:
+            least, most = torch.stack(per_image.aminmax()).tolist()
+            if least == 0:
+                raise ValueError("an image has no active task: the mask must never be empty")
+        found = mask.float().topk(min(most, self.num_tasks), dim=1)
+        return found.indices, found.values / per_image
+
+    def _weights_of(self, rows: Tensor) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """The density's weights for `rows` (P,), each (P * C, ...) in place of (R * C, ...)."""
+        density: Any = self.density
+        layers = len(density.factors)
+        # All layers but the last have as many outputs: their weights stand side by side.
+        inner = [*density.matrices[:layers], *density.biases[:layers], *density.factors]
+        inputs = [tensor.shape[2] for tensor in inner]
+        sizes = [sum(inputs[:layers]), layers, layers]
+        parts = [_as_applied(end_to_end(inner, 2), sizes)]
+        parts.append(
+            _as_applied(
+                end_to_end([density.matrices[layers], density.biases[layers]], 2),
+                [density.matrices[layers].shape[2], 1, 0],
+            )
+        )
+        # An embedding's gradient is summed in one order; an index's, on a GPU, in any.
+        picked, last = (
+            functional.embedding(rows, part.view(self.num_rows, -1)).view(-1, *part.shape[1:])
+            for part in parts
+        )
+        each = torch.split(picked, inputs, dim=2)
+        matrix, bias = torch.split(last, [last.shape[2] - 1, 1], dim=2)
+        biases = each[layers : 2 * layers]
+        return [*each[:layers], matrix], [*biases, bias], list(each[2 * layers :])
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
@@ -235,6 +265,12 @@ class Bottleneck(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
+def _passes(height: int, width: int, *, device: torch.device) -> Tensor:
+    """`symbols.pass_of` (h, w), made on the device: a copy to it would make the CPU wait."""
+    rows, columns = (torch.arange(side, device=device) % 2 for side in (height, width))
+    return torch.where(rows[:, None] != columns, 2, rows[:, None])
+
+
 def _weights(density: Any) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """The density's matrices, biases and factors as applied: constrained to be monotone."""
     return (
@@ -244,14 +280,23 @@ def _weights(density: Any) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     )
 
 
+def _as_applied(side_by_side: Tensor, sizes: list[int]) -> Tensor:
+    """As `_weights`, of matrices, biases and factors that stand side by side, (..., sum of sizes).
+
+    `sizes` are those of the three.
+    """
+    matrices, biases, factors = torch.split(side_by_side, sizes, dim=2)
+    return torch.cat([functional.softplus(matrices), biases, torch.tanh(factors)], dim=2)
+
+
 def _cumulative_logits(
     values: Tensor, matrices: list[Tensor], biases: list[Tensor], factors: list[Tensor]
 ) -> Tensor:
     """Logit of the cumulative density at values (channels, 1, N), as CompressAI defines it."""
     for i, (matrix, bias) in enumerate(zip(matrices, biases, strict=True)):
-        values = matrix @ values + bias
+        values = torch.baddbmm(bias, matrix, values)
         if i < len(factors):
-            values = values + factors[i] * torch.tanh(values)
+            values = torch.addcmul(values, factors[i], torch.tanh(values))
     return values
 
 
@@ -268,7 +313,7 @@ def _interval_mass(
     cannot tell two sigmoids apart. CompressAI 1.2.8 does not mirror, and loses likelihood and
     gradient in the right tail.
     """
-    lower = _cumulative_logits(values - half, matrices, biases, factors)
-    upper = _cumulative_logits(values + half, matrices, biases, factors)
+    both = torch.cat([values - half, values + half], dim=2)
+    lower, upper = _cumulative_logits(both, matrices, biases, factors).chunk(2, dim=2)
     sign = torch.where(lower + upper > 0, -1.0, 1.0).detach()
     return (torch.sigmoid(sign * upper) - torch.sigmoid(sign * lower)).abs()

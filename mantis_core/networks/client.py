@@ -118,16 +118,16 @@ def task_logits(class_logits: Tensor, own: Tensor, members: Tensor) -> Tensor:
     `class_logits` (B, n + 1), `members` (K, n); tasks without classes have logits of their `own`,
     (B, those tasks).
     """
-    outside = torch.ones_like(members[:, :1])
-    columns = []
-    classless = iter(own.unbind(dim=1))
-    for inside in torch.cat([members, ~outside], dim=1):
-        if not inside.any():
-            columns.append(next(classless))
-            continue
-        mine, others = class_logits[:, inside], class_logits[:, ~inside]
-        columns.append(mine.logsumexp(dim=1) - others.logsumexp(dim=1))
-    return torch.stack(columns, dim=1)
+    classless = ~members.any(dim=1)
+    # A task without classes has "none of them", so that its sums, which nobody reads, are finite.
+    inside = torch.cat([members, classless[:, None]], dim=1)
+    scores = class_logits[:, None].expand(-1, len(inside), -1)
+    mine = scores.masked_fill(~inside, -torch.inf).logsumexp(dim=2)
+    others = scores.masked_fill(inside, -torch.inf).logsumexp(dim=2)
+    if not own.shape[1]:
+        return mine - others
+    place = (classless.cumsum(0) - 1).clamp_min(0)  # among the logits of their own
+    return torch.where(classless, own.index_select(1, place), mine - others)
 
 
 class FiLMedEncoder(nn.Module):

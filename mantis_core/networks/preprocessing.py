@@ -16,8 +16,7 @@ NAMED = 5  # unreadable images that a message names
 
 def normalise(images: Tensor) -> Tensor:
     """uint8 (B, 3, H, W) to float32 with ImageNet mean and deviation, on the images' device."""
-    mean = torch.tensor(IMAGENET_MEAN, device=images.device).view(1, 3, 1, 1)
-    deviation = torch.tensor(IMAGENET_STD, device=images.device).view(1, 3, 1, 1)
+    mean, deviation = (_by_channel(values, images) for values in (IMAGENET_MEAN, IMAGENET_STD))
     return ((images.float() / 255 - mean) / deviation).contiguous(memory_format=torch.channels_last)
 
 
@@ -51,3 +50,9 @@ def prepare_images(files: Sequence[bytes], image_size: tuple[int, int], short_si
             f"({'; '.join(wrong[:NAMED] + more)})"
         )
     return images
+
+
+def _by_channel(values: tuple[float, float, float], images: Tensor) -> Tensor:
+    """float32 (1, 3, 1, 1), made on the device of `images`: a copy would make the CPU wait."""
+    parts = [torch.full((1, 1, 1, 1), value, device=images.device) for value in values]
+    return torch.cat(parts, dim=1)

@@ -5,14 +5,17 @@ Shapes: B batch, K tasks, C channels, H W input pixels, h w latent size, n label
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import conv2d
+from torch.nn.functional import group_norm as normalised_groups
 
 from mantis_core.config import DecoderConfig
 from mantis_core.networks.blocks import ResidualBlock, SegmentationHead, TaskModules, group_norm
+from mantis_core.networks.stacked import TaskLayout, TaskOutputs, as_stacked, end_to_end
 from mantis_core.tasks import TaskSpec, class_slots
 
 
@@ -95,6 +98,34 @@ class TaskDecoder(nn.Module):
         return rebuilt if self.signed else torch.relu(rebuilt)
 
 
+def pooled_features(decoders: Sequence[Any], deep: Tensor) -> Tensor:
+    """The means over space of what N task decoders make of (B, C, h, w): (N, B, C).
+
+    As each would give by itself, but all run as one: parameters are stacked, and products batched.
+    """
+    count, channels, norm = len(decoders), deep.shape[1], decoders[0].norm
+
+    def joined(name: str) -> Tensor:  # one parameter of each, end to end
+        return end_to_end([decoder.get_parameter(name) for decoder in decoders])
+
+    hidden = normalised_groups(
+        conv2d(deep, joined("first.weight")),
+        count * norm.num_groups,
+        joined("norm.weight"),
+        joined("norm.bias"),
+        norm.eps,
+    )
+    hidden = torch.relu(hidden).permute(0, 2, 3, 1).reshape(-1, count, norm.num_channels)
+    weight = joined("last.weight").view(count, channels, -1)
+    own = torch.bmm(hidden.transpose(0, 1), weight.transpose(1, 2))  # (N, B h w, C)
+    shift = joined("shift").view(count, 1, -1) + joined("last.bias").view(count, 1, -1)
+    flat = deep.permute(0, 2, 3, 1).reshape(1, -1, channels)
+    rebuilt = torch.addcmul(shift, flat, joined("scale").view(count, 1, -1)).add_(own)
+    if not decoders[0].signed:
+        rebuilt = rebuilt.relu_()
+    return rebuilt.view(count, len(deep), -1, channels).mean(dim=2)
+
+
 class ClassificationTail(nn.Module):
     """Pooled feature to the log-probability of each label and, last, of "not mine"."""
 
@@ -117,6 +148,8 @@ class Server(nn.Module):
     `trunk` is a copy of the teacher's blocks behind its split, fine-tuned in stage 2; its batch
     norms keep the teacher's statistics.
     """
+
+    tail_rows: Tensor
 
     def __init__(
         self,
@@ -157,6 +190,8 @@ class Server(nn.Module):
                 if task.is_classification
                 else SegmentationHead(split_shape[0], last_shape[0], task.num_classes)
             )
+        self.layout = TaskLayout(tasks)
+        self.register_buffer("tail_rows", _rows_of(self.layout), persistent=False)
 
     def features(self, latent: Tensor) -> tuple[Tensor, Tensor]:
         """The received latent (B, C, h, w) to the split feature and the deep one."""
@@ -170,13 +205,37 @@ class Server(nn.Module):
             return self.tails[task.name](own)  # type: ignore[no-any-return]
         return self.tails[task.name](split, own, size)  # type: ignore[no-any-return]
 
-    def forward(self, latent: Tensor, size: tuple[int, int]) -> dict[str, Tensor]:
+    def forward(self, latent: Tensor, size: tuple[int, int]) -> TaskOutputs:
         """The received latent (B, C, h, w) to every task's output, of images of `size` (H, W).
 
-        For training: all decoders take part in every step.
+        For training: all decoders take part in every step. Those of the classification tasks run
+        as one; what grows with the number of tasks is the arithmetic, and a view and a gradient for
+        each of a task's nine parameters. Each segmentation runs by itself.
         """
         split, last = self.features(latent)
-        return {task.name: self.answer(task, split, last, size) for task in self.tasks}
+        segmentation = {
+            task.name: self.answer(task, split, last, size)
+            for task in self.tasks
+            if not task.is_classification
+        }
+        log_p = self._classify(last) if len(self.layout) else None
+        return TaskOutputs(self.layout, log_p, segmentation)
+
+    def _classify(self, last: Tensor) -> Tensor:
+        """What `answer` gives of the N classification tasks, side by side: (B, N, W), float32."""
+        decoders = [self.task_decoders[name] for name in self.layout.places]
+        pooled = pooled_features(decoders, last)
+        tails: list[Any] = [self.tails[name] for name in self.layout.places]
+        weight, bias = (
+            end_to_end([tail.linear.get_parameter(name) for tail in tails]).index_select(
+                0, self.tail_rows
+            )
+            for name in ("weight", "bias")
+        )
+        weight = weight.view(len(tails), self.layout.width, -1).transpose(1, 2)
+        logits = torch.baddbmm(bias.view(len(tails), 1, -1), pooled, weight)
+        logits = logits.float().transpose(0, 1).masked_fill(~self.layout.is_output, -torch.inf)
+        return torch.log_softmax(logits, dim=2)
 
     def train(self, mode: bool = True) -> Server:
         """Switches the mode; batch norms of the trunk keep the teacher's statistics."""
@@ -195,9 +254,9 @@ class JointDecision(nn.Module):
 
     def __init__(self, tasks: Sequence[TaskSpec], num_classes: int) -> None:
         super().__init__()
-        self.tasks = tuple(task for task in tasks if task.is_classification)
-        self.columns = tuple(k for k, task in enumerate(tasks) if task.is_classification)
-        self.register_buffer("slots", class_slots(tasks, num_classes), persistent=False)
+        self.layout = TaskLayout(tasks)
+        places = _label_places(tasks)
+        self.register_buffer("slots", places[class_slots(tasks, num_classes)], persistent=False)
 
     def forward(self, outputs: Mapping[str, Tensor], log_p: Tensor) -> Tensor:
         """Scores of all classes, (B, classes), not normalised.
@@ -205,13 +264,31 @@ class JointDecision(nn.Module):
         `outputs` holds log P (B, n + 1) by task; `log_p` (B, K) is the natural logarithm of each
         task's probability, -inf for tasks that were not decoded.
         """
-        parts = [
-            outputs[task.name][:, :-1] + log_p[:, k, None]
-            for k, task in zip(self.columns, self.tasks, strict=True)
-        ]
-        floor = parts[0].new_full((parts[0].shape[0], 1), -math.inf)
-        scores = torch.cat([*parts, floor], dim=1)[:, self.slots]  # (B, classes, M)
+        stacked = as_stacked(outputs, self.layout)
+        assert stacked.log_p is not None
+        labels = (stacked.log_p + stacked.layout.own(log_p)[:, :, None]).flatten(1)
+        floor = labels.new_full((len(labels), 1), -torch.inf)
+        scores = torch.cat([labels, floor], dim=1)[:, self.slots]  # (B, classes, M)
         return scores[..., 0] if scores.shape[-1] == 1 else scores.logsumexp(dim=-1)
+
+
+def _rows_of(layout: TaskLayout) -> Tensor:
+    """For each place of stacked outputs the row of all tails' weights laid end to end, (N W,).
+
+    Padding names the first row: it gets no gradient from there.
+    """
+    return (layout.is_output.flatten().cumsum(0) - 1) * layout.is_output.flatten()
+
+
+def _label_places(tasks: Sequence[TaskSpec]) -> Tensor:
+    """For each label of all tasks laid end to end its place in flattened stacked outputs (N W,).
+
+    One more at the end: the place behind all of them.
+    """
+    counts = [task.num_classes for task in tasks if task.is_classification]
+    width = max(counts, default=0) + 1
+    places = [row * width + label for row, count in enumerate(counts) for label in range(count)]
+    return torch.tensor([*places, len(counts) * width])
 
 
 def _doublings(latent_size: tuple[int, int], target: tuple[int, int]) -> int:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mantis_core.networks.stacked import TaskLayout, as_stacked
 from mantis_core.tasks import Batch, TaskSpec
 
 
@@ -24,18 +25,20 @@ def label_hits(
         known = batch.class_label >= 0
         hits = (outputs["logits"].argmax(dim=1) == batch.class_label) & known
         return {"top1/hits": hits.sum(), "top1/asked": known.sum()}
-    found = asked = torch.zeros((), dtype=torch.long, device=batch.labels.device)
-    for k, task in enumerate(tasks):
-        key = f"logits/{task.name}"
-        if task.is_classification and key in outputs:
-            active = batch.task_mask[:, k]
-            right = outputs[key].argmax(dim=1) == batch.labels[:, k]
-            found, asked = found + (right & active).sum(), asked + active.sum()
-    return {"top1/hits": found, "top1/asked": asked}
+    said = [
+        outputs[f"logits/{task.name}"].argmax(dim=1)
+        if task.is_classification and f"logits/{task.name}" in outputs
+        else torch.full_like(batch.class_label, -1)
+        for task in tasks
+    ]
+    answers = torch.stack(said, dim=1)
+    asked = batch.task_mask & (answers >= 0)
+    right = (answers == batch.labels) & asked
+    return {"top1/hits": right.sum(), "top1/asked": asked.sum()}
 
 
 def decision_hits(
-    outputs: Mapping[str, Any], tasks: Sequence[TaskSpec], batch: Batch
+    outputs: Mapping[str, Any], layout: TaskLayout, batch: Batch
 ) -> dict[str, Tensor]:
     """As `label_hits`, but of a codec: through the mask, and joint where images have one class."""
     mask = outputs["mask"]
@@ -47,11 +50,11 @@ def decision_hits(
         known = batch.class_label >= 0
         hits = (outputs["decision"] == batch.class_label) & known
         return {**sums, "top1/hits": hits.sum(), "top1/asked": known.sum()}
-    found = asked = torch.zeros((), dtype=torch.long, device=batch.labels.device)
-    for k, task in enumerate(tasks):
-        if task.is_classification:
-            active = batch.task_mask[:, k]
-            right = outputs["tasks"][task.name][:, :-1].argmax(dim=1) == batch.labels[:, k]
-            found = found + (right & active & mask[:, k]).sum()
-            asked = asked + active.sum()
-    return {**sums, "top1/hits": found, "top1/asked": asked}
+    answers = as_stacked(outputs["tasks"], layout)
+    if answers.log_p is None:
+        nothing = torch.zeros_like(exact)
+        return {**sums, "top1/hits": nothing, "top1/asked": nothing}
+    labels = answers.log_p.masked_fill(~layout.is_label, -torch.inf).argmax(dim=2)
+    asked = layout.own(batch.task_mask)
+    right = (labels == layout.own(batch.labels)) & asked & layout.own(mask)
+    return {**sums, "top1/hits": right.sum(), "top1/asked": asked.sum()}

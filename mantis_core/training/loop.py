@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -19,9 +20,9 @@ from mantis_core.config import TrainingConfig
 from mantis_core.tasks import Batch
 from mantis_core.training.meter import Meter, consumed_rows, hash_of_rows
 from mantis_core.training.optim import (
+    MovingAverage,
     build_optimizer,
     lr_factor,
-    moving_average,
     parameter_groups,
     set_lr,
 )
@@ -38,6 +39,41 @@ class TrainingError(RuntimeError):
     """
 
     exit_code = 2
+
+
+class LossReader:
+    """Losses on their way from the device to the CPU; one that is not finite is an error.
+
+    A loss on a GPU is copied while the GPU goes on. One on the CPU is read when it is sent.
+    """
+
+    def __init__(self) -> None:
+        self.sent: deque[tuple[int, Tensor, torch.cuda.Event | None]] = deque()
+
+    def send(self, step: int, loss: Tensor) -> None:
+        """Takes the loss () of a step, without a gradient. TrainingError as `read` raises it."""
+        if not loss.is_cuda:
+            self.sent.append((step, loss.cpu(), None))
+            return self.read(left=0)
+        host = torch.empty((), dtype=loss.dtype, pin_memory=True)
+        host.copy_(loss, non_blocking=True)
+        arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        arrived.record()
+        self.sent.append((step, host, arrived))
+        return None
+
+    def read(self, *, left: int) -> None:
+        """Waits for all but the last `left` losses. TrainingError for one that is not finite."""
+        while len(self.sent) > left:
+            step, loss, arrived = self.sent.popleft()
+            if arrived is not None:
+                arrived.synchronize()
+            value = float(loss.numpy())
+            if not math.isfinite(value):
+                raise TrainingError(
+                    f"the loss is {value} at step {step}: lower the learning rate or the loss "
+                    "weights"
+                )
 
 
 class Session:
@@ -67,11 +103,10 @@ class Session:
         groups = parameter_groups(recipe.student, loaded=recipe.loaded)
         self.optimizer = build_optimizer(groups, config.optim)
         self.trained = [p for group in self.optimizer.param_groups for p in group["params"]]
-        self.average = (
-            moving_average(recipe.student, config.ema_decay) if config.ema_decay else None
-        )
+        self.average = MovingAverage(recipe.student, config.ema_decay) if config.ema_decay else None
         self.module: nn.Module = self.recipe
         self.step_index = 0
+        self.losses = LossReader()
         self.rows_sha256 = ""  # of the last epoch trained, see hash_of_rows
         self.best: dict[str, float] = {}
         self.best_weights: dict[str, Tensor] = {}
@@ -84,7 +119,7 @@ class Session:
     @property
     def shipped(self) -> nn.Module:
         """The student as it would be shipped: its moving average, where there is one."""
-        if self.average is None or int(self.average.n_averaged) == 0:
+        if self.average is None or self.average.updates == 0:
             return self.recipe.student
         return self.average.module
 
@@ -95,24 +130,22 @@ class Session:
     def step(self, batch: Batch) -> StepOutput:
         """Forward, loss, backward, clip, update. TrainingError on a loss that is not finite.
 
-        All workers get that error at the same step, whichever worker's loss it was.
+        All workers get that error at the same step, whichever worker's loss it was. On a GPU that
+        is a step later, and the weights are then spoilt: no step waits for its loss.
         """
         progress = self.step_index / self.total_steps
         set_lr(self.optimizer, lr_factor(self.step_index, self.total_steps, self.config.optim))
         torch.manual_seed(step_seed(self.seed, self.step_index, self.rank))
         with self._autocast():
             output: StepOutput = self.module(batch, progress)
-        if not torch.isfinite(output.loss):
-            raise TrainingError(
-                f"the loss is {float(output.loss.detach())} at step {self.step_index}: lower the "
-                "learning rate or the loss weights"
-            )
+        self.losses.send(self.step_index, output.loss.detach())
         self.optimizer.zero_grad(set_to_none=True)
         output.loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(self.trained, self.config.optim.clip_norm)
         self.optimizer.step()
         if self.average is not None:
             self.average.update_parameters(self.recipe.student)
+        self.losses.read(left=1)
         self.step_index += 1
         return output
 
@@ -145,6 +178,7 @@ class Session:
                 f"the data ended {goal - self.step_index} batches before the epoch did: a shard is "
                 "missing or a worker was given less than its share"
             )
+        self.losses.read(left=0)
         average_buffers(self.recipe.student)
         if self.average is not None:
             copy_buffers(self.recipe.student, self.average.module)

@@ -3,7 +3,8 @@
 A criterion is called with (student io, teacher io, batch). An io dict maps a module path to
 {"output": tensor}, as torchdistill's ForwardHookManager gives it, and holds what the recipe itself
 computed under "outputs". Each criterion tells means and how many entries are behind each, so that
-its value over all workers' rows can be told too. Shapes: B batch, K tasks, n labels of a task.
+its value over all workers' rows can be told too. All classification tasks are compared at once,
+segmentations one by one. Shapes: B batch, K tasks, n labels of a task.
 """
 
 from __future__ import annotations
@@ -14,21 +15,25 @@ from typing import Any
 import torch
 import torchvision.datasets  # noqa: F401  (torchdistill looks for it among the loaded modules)
 from torch import Tensor, nn
-from torch.nn.functional import (
-    binary_cross_entropy_with_logits,
-    cross_entropy,
-    kl_div,
-    log_softmax,
-    nll_loss,
-    softmax,
-)
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, softmax
 from torchdistill.losses.high_level import WeightedSumLoss
 from torchdistill.losses.mid_level import SimpleLossWrapper
 from torchdistill.losses.registry import LOSS_DICT
 
 from mantis_core.config import LossTerm
 from mantis_core.errors import ModelError
-from mantis_core.tasks import IGNORE, Batch, TaskSpec
+from mantis_core.networks.blocks import without_autocast
+from mantis_core.networks.stacked import TaskLayout, TaskOutputs, as_stacked
+from mantis_core.tasks import Batch, TaskSpec, class_members
+from mantis_core.training.masked import (
+    RelativeMSE,
+    divergence,
+    divergences,
+    label_losses,
+    mean_over,
+    pixel_loss,
+    smoothed_losses,
+)
 from mantis_core.training.means import Mean
 
 Io = Mapping[str, Any]
@@ -37,52 +42,80 @@ Io = Mapping[str, Any]
 class Criterion(nn.Module):
     """A loss term of what a recipe computed: the sum of means, each over entries of its own."""
 
+    reads_teacher = False  # the teacher's logits, which are not made if no term reads them
+
     def means(self, student: Io, teacher: Io, batch: Batch) -> list[Mean]:
         """The means on these rows; as many for every batch, at the same places."""
         raise NotImplementedError
 
     def forward(self, student: Io, teacher: Io, batch: Batch) -> Tensor:
         """Their sum (), the term's value on these rows alone; 0 where nothing is compared."""
-        values = [mean.value for mean in self.means(student, teacher, batch)]
+        values = [mean.value.sum() for mean in self.means(student, teacher, batch)]
         return torch.stack(values).sum() if values else torch.zeros((), device=batch.image.device)
 
 
-class RelativeMSE(nn.Module):
-    """Mean squared error over the mean square of the target: layers of any scale compare."""
+class TaskCriterion(Criterion):
+    """A criterion that compares task by task: it knows where the tasks' labels stand."""
 
-    def forward(self, value: Tensor, target: Tensor) -> Tensor:
-        """Two tensors of one shape (B, ...) to a scalar; no gradient to the target."""
-        return self.mean(value, target).value
+    def __init__(self, tasks: tuple[TaskSpec, ...]) -> None:
+        super().__init__()
+        self.tasks, self.layout = tasks, TaskLayout(tasks)
+        self.segmentations = [(k, t) for k, t in enumerate(tasks) if not t.is_classification]
 
-    def mean(self, value: Tensor, target: Tensor) -> Mean:
-        """The quotient with its divisor, summed over images: both are means over all images."""
-        target = target.detach().float()
-        scale = target.square().mean().clamp_min(1e-6)
-        return Mean((value.float() - target).square().mean() / scale, scale * len(target))
+    def heads(
+        self, outputs: Io, batch: Batch, otherwise: Mapping[str, Tensor] | None = None
+    ) -> TaskOutputs:
+        """The logits of heads, "logits/<task>", by task.
+
+        A classification without a head has the logits of `otherwise`, or 0; a segmentation none.
+        """
+        found = {}
+        for task in self.tasks:
+            if f"logits/{task.name}" in outputs:
+                found[task.name] = outputs[f"logits/{task.name}"]
+            elif task.is_classification:
+                size = (len(batch), task.num_classes)
+                nothing = torch.zeros(size, device=batch.image.device)
+                found[task.name] = otherwise[task.name] if otherwise else nothing
+        return as_stacked(found, self.layout)
+
+    def divergences(
+        self, ours: TaskOutputs, theirs: TaskOutputs, keep: Tensor, temperature: float
+    ) -> list[Mean]:
+        """KL of each task that `theirs` has, over its kept images and pixels; `keep` is (B, K)."""
+        means = []
+        if ours.log_p is not None and theirs.log_p is not None:
+            pair, active = (ours.log_p, theirs.log_p), self.layout.own(keep)
+            means.append(divergences(*pair, self.layout.is_label, active, temperature))
+        means += [
+            divergence(ours[task.name], theirs[task.name], keep[:, k], temperature)
+            for k, task in self.segmentations
+            if task.name in theirs
+        ]
+        return means
 
 
-class TeacherLogits(Criterion):
+class TeacherLogits(TaskCriterion):
     """KL from the teacher's distributions to the student's, flat or summed over tasks' heads.
 
     Hinton et al. 2014, with temperature squared in front. For heads a task, over its own images;
     a segmentation's is the mean over all their pixels.
     """
 
+    reads_teacher = True
+
     def __init__(self, tasks: tuple[TaskSpec, ...], temperature: float = 1.0) -> None:
-        super().__init__()
-        self.tasks, self.temperature = tasks, temperature
+        super().__init__(tasks)
+        self.temperature = temperature
 
     def means(self, student: Io, teacher: Io, batch: Batch) -> list[Mean]:
         ours, theirs = student["outputs"], teacher["outputs"]
         if "logits" in theirs:
             everyone = torch.ones(len(batch), dtype=torch.bool, device=batch.image.device)
-            return [_divergence(ours["logits"], theirs["logits"], everyone, self.temperature)]
-        keys = {f"logits/{task.name}": k for k, task in enumerate(self.tasks)}
-        return [
-            _divergence(ours[key], theirs[key], batch.task_mask[:, k], self.temperature)
-            for key, k in keys.items()
-            if key in theirs
-        ]
+            return [divergence(ours["logits"], theirs["logits"], everyone, self.temperature)]
+        mine = self.heads(ours, batch)
+        target = self.heads(theirs, batch, mine)
+        return self.divergences(mine, target, batch.task_mask, self.temperature)
 
 
 class TaskDetection(Criterion):
@@ -92,22 +125,22 @@ class TaskDetection(Criterion):
     sum of its flat softmax over the task's classes.
     """
 
+    members: Tensor
+
     def __init__(self, tasks: tuple[TaskSpec, ...], distill: float = 0.0) -> None:
         super().__init__()
-        self.tasks, self.distill = tasks, distill
+        self.distill, self.reads_teacher = distill, distill > 0
+        count = 1 + max((c for task in tasks for c in task.classes), default=0)
+        self.register_buffer("members", class_members(tasks, count), persistent=False)
 
     def means(self, student: Io, teacher: Io, batch: Batch) -> list[Mean]:
         logits = student["outputs"]["task_logits"].float()
         target = batch.task_mask.float()
         if self.distill and "logits" in teacher["outputs"]:
             soft = softmax(teacher["outputs"]["logits"].float(), dim=1)
-            posterior = torch.stack(
-                [
-                    soft[:, list(task.classes)].sum(dim=1) if task.classes else target[:, k]
-                    for k, task in enumerate(self.tasks)
-                ],
-                dim=1,
-            )
+            with without_autocast(soft):
+                of_task = soft[:, : self.members.shape[1]] @ self.members.T.float()
+            posterior = torch.where(self.members.any(dim=1), of_task, target)
             target = (1 - self.distill) * target + self.distill * posterior.clamp(0, 1)
         loss = binary_cross_entropy_with_logits(logits, target, reduction="none")
         return [Mean(loss.sum(dim=1).mean(), len(batch))]
@@ -122,7 +155,7 @@ class ClassDetection(Criterion):
 
     def __init__(self, tasks: tuple[TaskSpec, ...], distill: float = 0.5) -> None:
         super().__init__()
-        self.distill = distill
+        self.distill, self.reads_teacher = distill, distill > 0
 
     def means(self, student: Io, teacher: Io, batch: Batch) -> list[Mean]:
         logits = student["outputs"]["class_logits"]
@@ -132,11 +165,11 @@ class ClassDetection(Criterion):
         if "logits" not in teacher["outputs"]:
             return [loss]
         theirs = teacher["outputs"]["logits"]
-        kl = _divergence(logits[:, : theirs.shape[1]], theirs, known, 1.0)
+        kl = divergence(logits[:, : theirs.shape[1]], theirs, known, 1.0)
         return [loss.times(1 - self.distill), kl.times(self.distill)]
 
 
-class TaskLosses(Criterion):
+class TaskLosses(TaskCriterion):
     """Sum over tasks of the mean cross-entropy over the task's own images (0 where it has none).
 
     A classification tail also learns to say "not mine" on the others' images, with the weight
@@ -144,21 +177,22 @@ class TaskLosses(Criterion):
     """
 
     def __init__(self, tasks: tuple[TaskSpec, ...], not_mine: float = 0.2) -> None:
-        super().__init__()
-        self.tasks, self.not_mine = tasks, not_mine
+        super().__init__(tasks)
+        self.not_mine = not_mine
 
     def means(self, student: Io, teacher: Io, batch: Batch) -> list[Mean]:
-        ours, means = student["outputs"], []
-        for k, task in enumerate(self.tasks):
-            output = ours["tasks"][task.name].float()
-            active = ours["loss_mask"][:, k]
-            if task.is_classification:
-                loss = nll_loss(output, batch.labels[:, k].clamp_min(0), reduction="none")
-                means.append(_mean_over(loss, active))
-                others = ~batch.task_mask[:, k]
-                means.append(_mean_over(-output[:, -1], others).times(self.not_mine))
-            else:
-                means.append(_pixel_loss(output, batch.segmentation[task.name], active))
+        ours, layout = student["outputs"], self.layout
+        outputs, means = as_stacked(ours["tasks"], layout), []
+        if outputs.log_p is not None:
+            log_p = outputs.log_p.float()
+            loss = label_losses(log_p, layout.own(batch.labels))
+            means.append(mean_over(loss, layout.own(ours["loss_mask"]), dim=0))
+            loss = label_losses(log_p, layout.not_mine.expand(len(batch), -1))
+            others = ~layout.own(batch.task_mask)
+            means.append(mean_over(loss, others, dim=0).times(self.not_mine))
+        for k, task in self.segmentations:
+            truth, active = batch.segmentation[task.name], ours["loss_mask"][:, k]
+            means.append(pixel_loss(outputs[task.name].float(), truth, active))
         return means
 
 
@@ -174,10 +208,10 @@ class JointDecision(Criterion):
         scores = student["outputs"]["joint"].float()
         known = batch.class_label >= 0
         loss = cross_entropy(scores, batch.class_label.clamp_min(0), reduction="none")
-        return [_mean_over(loss, known)]
+        return [mean_over(loss, known)]
 
 
-class TeacherDecision(Criterion):
+class TeacherDecision(TaskCriterion):
     """KL from the teacher's flat distribution to the joint decision, or task by task.
 
     Without a joint decision a task is compared with the teacher's head of that task, or with the
@@ -185,41 +219,42 @@ class TeacherDecision(Criterion):
     all pixels of its images. A task that the teacher does not know costs nothing.
     """
 
+    reads_teacher = True
+    classes: Tensor
+
     def __init__(self, tasks: tuple[TaskSpec, ...], temperature: float = 1.0) -> None:
-        super().__init__()
-        self.tasks, self.temperature = tasks, temperature
+        super().__init__(tasks)
+        self.temperature = temperature
+        flat = torch.tensor([c for task in tasks for c in task.classes], dtype=torch.int64)
+        classes = torch.zeros(self.layout.is_label.shape, dtype=torch.int64)
+        classes = classes.masked_scatter(self.layout.is_label, flat) if len(flat) else classes
+        self.register_buffer("classes", classes, persistent=False)
 
     def means(self, student: Io, teacher: Io, batch: Batch) -> list[Mean]:
         ours, theirs = student["outputs"], teacher["outputs"]
         if "logits" in theirs and "joint" in ours:
             everyone = torch.ones(len(batch), dtype=torch.bool, device=batch.image.device)
-            return [_divergence(ours["joint"], theirs["logits"], everyone, self.temperature)]
-        means = []
-        for k, task in enumerate(self.tasks):
-            target = theirs.get(f"logits/{task.name}")
-            if target is None and "logits" in theirs and task.is_classification:
-                target = theirs["logits"][:, list(task.classes)]
-            if target is not None:
-                mine = ours["tasks"][task.name]
-                if task.is_classification:
-                    mine = mine[:, :-1]
-                active = ours["loss_mask"][:, k]
-                means.append(_divergence(mine, target, active, self.temperature))
-        return means
+            return [divergence(ours["joint"], theirs["logits"], everyone, self.temperature)]
+        mine = as_stacked(ours["tasks"], self.layout)
+        if "logits" in theirs:
+            target = TaskOutputs(self.layout, theirs["logits"][:, self.classes], {})
+        else:
+            target = self.heads(theirs, batch, mine)
+        return self.divergences(mine, target, ours["loss_mask"], self.temperature)
 
 
-class FlatLabels(Criterion):
+class FlatLabels(TaskCriterion):
     """Cross-entropy of flat logits with the image's class, or of each head with its task's labels.
 
     What a teacher and the individual models are trained with.
     """
 
     def __init__(self, tasks: tuple[TaskSpec, ...], label_smoothing: float = 0.0) -> None:
-        super().__init__()
-        self.tasks, self.label_smoothing = tasks, label_smoothing
+        super().__init__(tasks)
+        self.label_smoothing = label_smoothing
 
     def means(self, student: Io, teacher: Io, batch: Batch) -> list[Mean]:
-        ours, means = student["outputs"], []
+        ours, layout = student["outputs"], self.layout
         if "logits" in ours:
             known = batch.class_label >= 0
             loss = cross_entropy(
@@ -228,19 +263,15 @@ class FlatLabels(Criterion):
                 reduction="none",
                 label_smoothing=self.label_smoothing,
             )
-            return [_mean_over(loss, known)]
-        for k, task in enumerate(self.tasks):
-            output, active = ours[f"logits/{task.name}"].float(), batch.task_mask[:, k]
-            if task.is_classification:
-                loss = cross_entropy(
-                    output,
-                    batch.labels[:, k].clamp_min(0),
-                    reduction="none",
-                    label_smoothing=self.label_smoothing,
-                )
-                means.append(_mean_over(loss, active))
-            else:
-                means.append(_pixel_loss(output, batch.segmentation[task.name], active))
+            return [mean_over(loss, known)]
+        outputs, means = self.heads(ours, batch), []
+        if outputs.log_p is not None:
+            labels, active = layout.own(batch.labels), layout.own(batch.task_mask)
+            loss = smoothed_losses(outputs.log_p, labels, layout.is_label, self.label_smoothing)
+            means.append(mean_over(loss, active, dim=0))
+        for k, task in self.segmentations:
+            truth, active = batch.segmentation[task.name], batch.task_mask[:, k]
+            means.append(pixel_loss(outputs[task.name].float(), truth, active))
         return means
 
 
@@ -349,32 +380,6 @@ def _wiring(name: str, term: LossTerm, *, split: str, last: str) -> dict[str, An
 
 def _teacher_path(path: str | None, split: str, last: str) -> str:
     return {"@split": split, "@last": last}.get(path or "", path or "")
-
-
-def _pixel_loss(logits: Tensor, truth: Tensor, active: Tensor) -> Mean:
-    """Mean cross-entropy (B, n, H, W) over labelled pixels (B, H, W) of active images (B,)."""
-    valid = (truth != IGNORE) & active[:, None, None]
-    target = truth.long().masked_fill(~valid, 0)
-    return _mean_over(cross_entropy(logits, target, reduction="none"), valid)
-
-
-def _mean_over(values: Tensor, keep: Tensor) -> Mean:
-    """Sum over the kept entries / their count; 0, in the graph, where there is none."""
-    weight = keep.to(values.dtype)
-    count = weight.sum()
-    return Mean((values * weight).sum() / count.clamp_min(1), count)
-
-
-def _divergence(ours: Tensor, theirs: Tensor, keep: Tensor, temperature: float) -> Mean:
-    """Mean over kept images, and pixels, of logits (B, n) or (B, n, H, W); `keep` is (B,)."""
-    divergence = kl_div(
-        log_softmax(ours.float() / temperature, dim=1),
-        log_softmax(theirs.detach().float() / temperature, dim=1),
-        reduction="none",
-        log_target=True,
-    ).sum(dim=1)
-    everywhere = keep.reshape(-1, *[1] * (divergence.dim() - 1)).expand_as(divergence)
-    return _mean_over(divergence, everywhere).times(temperature**2)
 
 
 CRITERIA: dict[str, Callable[..., nn.Module]] = {

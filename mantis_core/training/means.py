@@ -25,7 +25,8 @@ class Mean:
     """A mean over some entries of a batch, such as the images of one task.
 
     `value` () is in the graph, and 0 where there are no entries. `count`, a number or () without a
-    gradient, says how many entries there are; for a quotient it is the divisor.
+    gradient, says how many entries there are; for a quotient it is the divisor. Both may be (N,):
+    N means side by side, as of N tasks.
     """
 
     value: Tensor
@@ -96,16 +97,18 @@ def loss_over_workers(objectives: Sequence[Objective]) -> tuple[Tensor, dict[str
     with torch.no_grad():
         means = [mean for objective in objectives for mean in objective.means()]
         shares = [each.share for each in objectives if each.share is not None]
-        counts = torch.stack([_number(mean) for mean in (*means, *shares)])
-        values = torch.stack([mean.value.double() for mean in (*means, *shares)])
-        parts = (values * counts)[len(means) :]
+        sizes = [mean.value.numel() for mean in means]
+        counts = torch.cat([_number(mean).flatten() for mean in (*means, *shares)])
+        values = torch.cat([mean.value.double().flatten() for mean in (*means, *shares)])
+        parts = (values * counts)[sum(sizes) :]
         alarm = values.sum()
         alarm = torch.where(alarm.isfinite(), torch.zeros_like(alarm), alarm)
         packed = torch.cat([counts, parts, alarm[None]])
         dist.all_reduce(packed)
         totals, alarm = packed[: len(counts)].clamp_min(_SMALLEST), packed[-1]
-        factors = iter((workers * counts / totals).float().unbind())
-        whole = iter((packed[len(counts) : -1] / totals[len(means) :]).float().unbind())
+        factor = torch.split((workers * counts / totals).float()[: sum(sizes)], sizes)
+        factors = (own.view_as(mean.value) for own, mean in zip(factor, means, strict=True))
+        whole = iter((packed[len(counts) : -1] / totals[sum(sizes) :]).float().unbind())
     joined = [
         replace(
             objective.mapped(lambda mean: mean.times(next(factors))),
@@ -140,18 +143,25 @@ class Pool:
 
     def reduce(self, device: torch.device | str) -> None:
         """Adds up the sums of all workers; every worker must call it, also one without a batch."""
-        self.sums = add_up(self.sums, 2, device)
+        each = {
+            (*name, str(place)): pair
+            for name, pairs in self.sums.items()
+            for place, pair in enumerate(pairs.reshape(2, -1).unbind(1))
+        }
+        self.sums = add_up(each, 2, device)
 
     def figures(self) -> dict[str, float]:
         """The loss over all rows as "loss", and each weighted term as "loss/<term>"."""
         if not self.sums:
             return {}
-        pairs = torch.stack(list(self.sums.values()))
-        means = (pairs[:, 0] / pairs[:, 1].clamp_min(_SMALLEST)).tolist()
-        by_name = dict(zip(self.sums, means, strict=True))
-        shares = {name[0]: mean for name, mean in by_name.items() if name[1] == _SHARE}
+        pairs = [pairs.reshape(2, -1) for pairs in self.sums.values()]
+        names = [name for name, own in zip(self.sums, pairs, strict=True) for _ in own[0]]
+        sums, counts = torch.cat(pairs, dim=1)
+        means = (sums / counts.clamp_min(_SMALLEST)).tolist()
+        by_name = list(zip(names, means, strict=True))
+        shares = {name[0]: mean for name, mean in by_name if name[1] == _SHARE}
         figures: dict[str, float] = defaultdict(float)
-        for (objective, kind, *term), mean in by_name.items():
+        for (objective, kind, *term), mean in by_name:
             if kind != _SHARE:
                 value = mean * shares.get(objective, 1.0)
                 figures["loss"] += value
@@ -187,14 +197,14 @@ _SMALLEST = torch.finfo(torch.float64).tiny  # no division by 0, and a count ove
 
 
 def _total(means: Sequence[Mean]) -> Tensor:
-    total = means[0].value
+    total = means[0].value.sum()
     for mean in means[1:]:
-        total = total + mean.value
+        total = total + mean.value.sum()
     return total
 
 
 def _number(mean: Mean) -> Tensor:
-    """The count as a float64 tensor () beside the value."""
+    """The count as a float64 tensor beside the value, of its shape."""
     if isinstance(mean.count, Tensor):
-        return mean.count.detach().double()
-    return mean.value.new_full((), mean.count, dtype=torch.float64)
+        return mean.count.detach().double().expand_as(mean.value)
+    return torch.full_like(mean.value, mean.count, dtype=torch.float64, requires_grad=False)

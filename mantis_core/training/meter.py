@@ -34,7 +34,7 @@ class Meter:
         self.pixels = pixels
         sums = {"loss": output.loss.detach() * output.count, **output.sums}
         for name, value in sums.items():
-            self.sums[name] = self.sums.get(name, torch.zeros_like(value)) + value
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
         self.pool.add(output.objectives)
 
     def reduce(self) -> None:
@@ -61,7 +61,9 @@ class Meter:
         The loss and its terms are those of the step outputs, each over its images; of objectives
         where outputs have them, over all rows.
         """
-        values = {name: float(value) for name, value in self.sums.items()}
+        each = [value.double() for value in self.sums.values()]
+        sums = torch.stack(each).tolist() if each else []  # a GPU is waited for once
+        values = dict(zip(self.sums, sums, strict=True))
         asked = values.pop("top1/asked", None)
         hits = values.pop("top1/hits", None)
         out = {f"{prefix}/{name}": value / max(1, self.count) for name, value in values.items()}

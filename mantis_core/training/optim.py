@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
 
 from mantis_core.config import OptimConfig
 
@@ -85,19 +85,43 @@ def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> None:
         group["lr"] = group["peak_lr"] * factor
 
 
-def moving_average(student: nn.Module, decay: float) -> AveragedModel:
-    """Exponential moving average of the weights, warmed up so that short runs work too.
+class MovingAverage(nn.Module):
+    """A copy of the student, `module`, whose weights are a moving average of the student's.
 
-    The decay after n updates is min(decay, (1 + n) / (10 + n)), as in TensorFlow's
-    ExponentialMovingAverage. Buffers are copied, not averaged.
+    Exponential, warmed up so that short runs work too: the decay after n updates is
+    min(decay, (1 + n) / (10 + n)), as in TensorFlow's ExponentialMovingAverage. Buffers are copied,
+    not averaged. The state dict is that of torch's AveragedModel. The number of updates is kept on
+    the CPU as well, so that no step waits for a GPU.
     """
 
-    def average(
-        averaged: Iterable[Tensor], current: Iterable[Tensor], num_averaged: Tensor | int
-    ) -> None:
-        n = int(num_averaged)
-        weight = 1 - min(decay, (1 + n) / (10 + n))
-        pairs = [(a, c) for a, c in zip(averaged, current, strict=True) if a.is_floating_point()]
-        torch._foreach_lerp_([a for a, _ in pairs], [c for _, c in pairs], weight)
+    n_averaged: Tensor
 
-    return AveragedModel(student, multi_avg_fn=average, use_buffers=False)
+    def __init__(self, student: nn.Module, decay: float) -> None:
+        super().__init__()
+        self.module = copy.deepcopy(student)
+        self.decay, self.updates = decay, 0
+        device = next(student.parameters()).device
+        self.register_buffer("n_averaged", torch.zeros((), dtype=torch.long, device=device))
+        self.register_load_state_dict_post_hook(_read_updates)  # type: ignore[no-untyped-call]
+
+    @torch.no_grad()
+    def update_parameters(self, student: nn.Module) -> None:
+        """Takes in the student's weights as they are now; frozen ones are what they were."""
+        pairs = zip(self.module.parameters(), student.parameters(), strict=True)
+        trained = [(average, own) for average, own in pairs if own.requires_grad]
+        averages: list[Tensor] = [average for average, _ in trained]
+        current: list[Tensor] = [own for _, own in trained]
+        if not self.updates:
+            torch._foreach_copy_(averages, current)
+        else:
+            decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+            torch._foreach_lerp_(averages, current, 1 - decay)
+        buffers = list(self.module.buffers())
+        if buffers:
+            torch._foreach_copy_(buffers, list(student.buffers()))
+        self.updates += 1
+        self.n_averaged.fill_(self.updates)
+
+
+def _read_updates(average: MovingAverage, _: object) -> None:
+    average.updates = int(average.n_averaged)

@@ -5,19 +5,19 @@ No optimiser, no loop, no data: `loop.py` drives any recipe. Shapes: B batch, H 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
-from torchdistill.core.forward_hook import ForwardHookManager
 
 from mantis_core.config import LossTerm, Stage1Config, Stage2Config
 from mantis_core.errors import ModelError
 from mantis_core.folders import save_folder
+from mantis_core.networks.frozen import FrozenTeacher, watched
 from mantis_core.networks.teacher import Teacher, freeze
 from mantis_core.tasks import Batch, TaskSpec
 from mantis_core.training.losses import build_criterion, hooked_paths, measured_terms
@@ -68,16 +68,20 @@ class Recipe(nn.Module):
         """Takes the frozen teacher and wires the loss terms to its modules and the student's."""
         self.teacher = None if teacher is None else freeze(teacher)  # type: ignore[assignment]
         self.criterion = build_criterion(self.losses, self.tasks, split=split, last=last)
+        self.terms = nn.ModuleList(term for term, _ in self.criterion.term_dict.values())
         self.paths = hooked_paths(self.losses, split=split, last=last)
         _require_modules("student", self.student, self.paths[0])
         if teacher is not None:
             _require_modules("teacher", teacher.backbone.net, self.paths[1])
+            answers = any(getattr(term, "reads_teacher", False) for term in self.terms)
+            self.frozen = FrozenTeacher(teacher, self.paths[1], answers=answers)
 
     def train(self, mode: bool = True) -> Self:
         """Switches the mode; the teacher stays in eval mode."""
         super().train(mode)
         if self.teacher is not None:
             self.teacher.eval()
+            self.frozen.eval()
         return self
 
     def forward(self, batch: Batch, progress: float) -> StepOutput:
@@ -114,18 +118,15 @@ class Recipe(nn.Module):
 
     def teach(self, images: Tensor) -> dict[str, Any]:
         """The teacher's io dict on normalised images (B, 3, H, W): hooked modules and outputs."""
-        assert self.teacher is not None
-        net = self.teacher.backbone.net
-        with torch.no_grad(), _watched(net, self.paths[1], images.device) as io:
-            io["outputs"] = self.teacher(images)
-        return io
+        with torch.no_grad():
+            return self.frozen(images, self.teacher)  # type: ignore[no-any-return]
 
-    def watch_student(self, device: torch.device) -> AbstractContextManager[dict[str, Any]]:
+    def watch_student(self) -> AbstractContextManager[dict[str, Any]]:
         """A context that gives the student's io dict, to which the caller adds "outputs".
 
-        On leaving, the dict holds what those modules returned that the loss terms read.
+        It comes to hold what those modules return that the loss terms read.
         """
-        return _watched(self.student, self.paths[0], device)
+        return watched({path: self.student.get_submodule(path) for path in self.paths[0]})
 
     def objective(
         self,
@@ -157,17 +158,3 @@ def _require_modules(whose: str, module: nn.Module, paths: Sequence[str]) -> Non
                 f"a loss term compares {whose} module {path!r}, which this model lacks; at its top "
                 f"are {has}. A term set to null is left out"
             ) from None
-
-
-@contextmanager
-def _watched(module: nn.Module, paths: list[str], device: torch.device) -> Iterator[dict[str, Any]]:
-    """A dict that, on leaving, holds what the submodules of `module` at `paths` have returned."""
-    hooks = ForwardHookManager(device)
-    for path in paths:
-        hooks.add_hook(module, path, requires_input=False, requires_output=True)
-    io: dict[str, Any] = {}
-    try:
-        yield io
-        io.update(hooks.pop_io_dict())
-    finally:
-        hooks.clear()

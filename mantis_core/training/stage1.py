@@ -151,7 +151,7 @@ class Stage1Recipe(Recipe):
     def measure(self, batch: Batch, progress: float) -> Measured:
         images = normalise(batch.image)
         teacher_io = self.teach(images)
-        with self.watch_student(images.device) as student_io:
+        with self.watch_student() as student_io:
             output: Stage1Output = self.student(images)
         assert self.teacher is not None
         logits = self.teacher.decide(output.split, output.last, (images.shape[2], images.shape[3]))

@@ -148,6 +148,8 @@ class Stage2Recipe(Recipe):
         self.loaded = loaded
         self.config = config
         freeze(student.client.stem)
+        if student.spec.single_class:
+            student.bottleneck.most_active = _most_active(student)
         names_classes = student.client.detector.members is not None
         check_detection(config.losses, names_classes=names_classes)
         self._check_reach(teacher)
@@ -200,7 +202,7 @@ class Stage2Recipe(Recipe):
         batch = self._own(batch)
         images, student = normalise(batch.image), self.student
         teacher_io = self.teach(images)
-        with self.watch_student(images.device) as student_io:
+        with self.watch_student() as student_io:
             view = student.client(images)
             detected = torch.sigmoid(view.logits.float()).detach()
             condition, mask, loss_mask = self._condition(detected, batch, progress)
@@ -209,7 +211,7 @@ class Stage2Recipe(Recipe):
         student_io["outputs"] = {**computed, "loss_mask": loss_mask}
         rate = rate_weight(self.config, progress, training=self.training) * output.bits.mean()
         objective = self.objective(student_io, teacher_io, batch, rate)
-        sums = decision_hits(computed, self.tasks, batch)
+        sums = decision_hits(computed, student.server.layout, batch)
         return Measured((objective,), {**sums, "bits": output.bits.detach().sum()})
 
     def calibrate(self, student: nn.Module, holdout: Iterable[Batch], gather: Gather) -> None:
@@ -276,3 +278,10 @@ class Stage2Recipe(Recipe):
 def _knows(teacher: Teacher, task: TaskSpec) -> bool:
     """Whether the teacher has logits of a task's labels."""
     return task.is_classification if teacher.flat_classes else task.name in teacher.heads
+
+
+def _most_active(codec: Mantis) -> int:
+    """The most tasks in a mask in training, of images of one class: detected, or of one class."""
+    members = codec.spec.class_members()
+    shared = 1 if members is None else int(members.sum(dim=0).max())
+    return max(codec.spec.model.max_active_tasks, shared)

@@ -1,12 +1,19 @@
 """The bottleneck: quantisation, rate and gradients."""
 
+from functools import partial
+
 import pytest
 import torch
 from compressai.entropy_models import EntropyBottleneck
 
 from mantis_core.bitstream.coder import to_symbols
-from mantis_core.networks.bottleneck import Bottleneck
-from mantis_core.symbols import MAX_SYMBOL
+from mantis_core.networks.bottleneck import (
+    Bottleneck,
+    _cumulative_logits,
+    _passes,
+    _weights,
+)
+from mantis_core.symbols import MAX_SYMBOL, pass_of
 from tests.mantis_core.bottlenecks import BATCH, CHANNELS, PRIORS, TASKS, batch, build
 
 
@@ -161,3 +168,52 @@ def test_contexts_learn_what_neighbours_tell():
             optimiser.step()
         bits[known] = bottleneck.eval()(y, mask, primary).bits.mean().item()
     assert bits[True] < 0.9 * bits[False]
+
+
+def row_after_row(bottleneck, values, half, mask, primary):
+    """The likelihood by a loop over images and rows."""
+    density, rows = bottleneck.density, bottleneck.num_rows
+    likelihood = []
+    for i, value in enumerate(values):
+        used = {"shared": [0], "primary": [int(primary[i])]}.get(
+            bottleneck.prior, mask[i].nonzero()[:, 0].tolist()
+        )
+        own = 0.5 if half is None else half[i].flatten(1)[:, None]
+        masses = []
+        for row in used:
+            weights = [
+                [t.view(rows, CHANNELS, *t.shape[1:])[row] for t in group]
+                for group in _weights(density)
+            ]
+            flat = value.flatten(1)[:, None]
+            low, high = (_cumulative_logits(flat + side * own, *weights) for side in (-1, 1))
+            sign = torch.where(low + high > 0, -1.0, 1.0)
+            masses.append((torch.sigmoid(sign * high) - torch.sigmoid(sign * low)).abs())
+        likelihood.append((sum(masses) / len(used)).view_as(value))
+    return torch.stack(likelihood)
+
+
+@pytest.mark.parametrize("most", [None, 2, TASKS])
+@pytest.mark.parametrize("known", [False, True])
+@pytest.mark.parametrize("prior", PRIORS)
+def test_one_pass_over_all_rows_gives_what_row_after_row_does(prior, known, most):
+    bottleneck = build(prior, neighbour_contexts=known).train()
+    bottleneck.most_active = most
+    y, mask, primary = batch()
+    mask = torch.nn.functional.one_hot(primary, TASKS).bool()
+    mask[::2, 0] = True  # one or two rows an image
+    trained = [p for p in bottleneck.parameters() if p.requires_grad]
+    found = []
+    for likelihood in (bottleneck._likelihood, partial(row_after_row, bottleneck)):
+        latent = y.clone().requires_grad_()
+        values, half = bottleneck._by_context(latent, latent)
+        bits = -likelihood(values, half, mask, primary).log2().sum()
+        found.append([bits, *torch.autograd.grad(bits, [latent, *trained])])
+    for value, expected in zip(*found, strict=True):
+        torch.testing.assert_close(value, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_passes_are_made_on_the_device_as_the_coder_knows_them():
+    for height, width in ((1, 1), (4, 5), (7, 2)):
+        made = _passes(height, width, device=torch.device("cpu"))
+        assert made.tolist() == pass_of(height, width).tolist()

@@ -197,3 +197,27 @@ def test_the_threshold_is_never_over_a_half_and_stops_at_what_can_be_reached() -
     everything = torch.ones(1, 3, dtype=torch.bool)
     assert coverage_threshold(p, everything, 1.0, limit=2) == pytest.approx(0.4, rel=1e-4)
     assert coverage_threshold(p, torch.zeros_like(everything), 0.9, limit=2) == 0.5
+
+
+def test_task_logits_are_those_of_a_loop_over_tasks() -> None:
+    members = torch.rand(5, 7, generator=torch.Generator().manual_seed(0)) < 0.4
+    members[3] = False
+    values = torch.randn(6, 8), torch.randn(6, 1)
+    weights = torch.randn(6, 5)
+
+    def loop(class_logits: Tensor, own: Tensor) -> Tensor:
+        columns = []
+        for k, of_task in enumerate(members):
+            inside = torch.cat([of_task, of_task.new_zeros(1)])
+            mine, others = class_logits[:, inside], class_logits[:, ~inside]
+            columns.append(own[:, 0] if k == 3 else mine.logsumexp(1) - others.logsumexp(1))
+        return torch.stack(columns, dim=1)
+
+    found = []
+    for of_tasks in (loop, lambda *given: task_logits(*given, members)):
+        given = [value.clone().requires_grad_() for value in values]
+        logits = of_tasks(*given)
+        (logits * weights).sum().backward()
+        found.append((logits.detach(), *(value.grad for value in given)))
+    for expected, value in zip(*found, strict=True):
+        torch.testing.assert_close(value, expected, atol=1e-5, rtol=1e-5)

@@ -8,15 +8,16 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from mantis_core.config import OptimConfig
 from mantis_core.networks.server import TaskDecoder
 from mantis_core.tasks import Problem
 from mantis_core.training.optim import (
     GROUPS,
+    MovingAverage,
     build_optimizer,
     lr_factor,
-    moving_average,
     parameter_groups,
     set_lr,
 )
@@ -150,7 +151,7 @@ def test_setting_the_rate_twice_starts_from_the_peak_both_times() -> None:
 
 def test_the_moving_average_warms_up_then_has_its_decay() -> None:
     student = nn.Linear(1, 1, bias=False)
-    average = moving_average(student, 0.5)
+    average = MovingAverage(student, 0.5)
     expected, values = 0.0, [1.0, 2.0, -3.0, 5.0, 4.0, 0.5, 7.0, 1.5, 2.5, 3.5, 9.0]
     for n, value in enumerate(values):
         with torch.no_grad():
@@ -163,8 +164,23 @@ def test_the_moving_average_warms_up_then_has_its_decay() -> None:
 
 def test_the_moving_average_takes_buffers_as_they_are() -> None:
     student = nn.BatchNorm1d(2)
-    average = moving_average(student, 0.999)
+    average = MovingAverage(student, 0.999)
     for _ in range(3):
         student(torch.randn(8, 2))
         average.update_parameters(student)
     assert torch.equal(average.module.running_mean, student.running_mean)
+
+
+def test_the_moving_average_is_stored_as_torchs_own_and_goes_on_where_it_was() -> None:
+    student = nn.Linear(1, 1)
+    average, again = MovingAverage(student, 0.9), MovingAverage(student, 0.9)
+    assert list(average.state_dict()) == list(AveragedModel(student).state_dict())
+    for value in (1.0, 2.0, 3.0):
+        nn.init.constant_(student.weight, value)
+        average.update_parameters(student)
+    again.load_state_dict(average.state_dict())
+    assert again.updates == int(again.n_averaged) == 3
+    for each in (average, again):
+        nn.init.constant_(student.weight, 7.0)
+        each.update_parameters(student)
+    assert torch.equal(average.module.weight, again.module.weight)
