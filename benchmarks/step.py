@@ -45,11 +45,11 @@ PLACES = {"_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equa
 """Operations whose result, or its shape, the CPU reads from the device."""
 
 
-class Counter(TorchDispatchMode):
+class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts operations while it is entered: all of them, views, and synchronisations by name."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.operations = self.views = 0
         self.synchronisations: dict[str, int] = {}
 
