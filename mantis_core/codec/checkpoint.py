@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from mantis_core.bitstream.coder import TableSet
 from mantis_core.bitstream.packed_tables import pack_counts, unpack_counts
 from mantis_core.codec.spec import ModelSpec
+from mantis_core.config import ModelConfig
 from mantis_core.errors import ModelError
 from mantis_core.folders import load_folder, save_folder
 from mantis_core.symbols import CONTEXTS
@@ -74,10 +75,11 @@ def load_model(folder: str | Path) -> Mantis:
     tensors, config, meta = load_folder(folder)
     if "half" in meta:
         raise ModelError(f"{folder} holds the {meta['half']} alone, this needs the whole codec")
-    model = Mantis(_spec(folder, config))
+    spec = _spec(folder, config)
+    model = Mantis(spec)
     try:
-        model.load_state_dict(tensors)
-    except (RuntimeError, ValueError) as error:
+        model.load_state_dict(_unpacked(tensors, spec.model, len(spec.tasks)))
+    except (KeyError, RuntimeError, ValueError) as error:
         raise ModelError(f"{folder}: weights and config do not fit: {error}") from None
     model.eval()
     if model.model_id().hex() != meta.get("model_id"):
@@ -193,16 +195,28 @@ def _packed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return packed
 
 
+def _unpacked(
+    tensors: Mapping[str, Tensor], model: ModelConfig, num_tasks: int
+) -> dict[str, Tensor]:
+    """The tensors with tables as the bottleneck holds them, whichever form they have.
+
+    Raises ValueError for packed tables that are not of this model, KeyError where some lack.
+    """
+    unpacked = dict(tensors)
+    packed = unpacked.pop(_PACKED, None)
+    if packed is not None:
+        lengths = unpacked[_TABLES + "lengths"].cpu().numpy()
+        rows = 1 if model.prior == "shared" else num_tasks
+        contexts = CONTEXTS if model.neighbour_contexts else 1
+        cdf = unpack_counts(packed.cpu().numpy(), lengths, rows, contexts)
+        unpacked[_CDF] = torch.from_numpy(cdf)
+    return unpacked
+
+
 def _tables(folder: str | Path, spec: ModelSpec, tensors: Mapping[str, Tensor]) -> TableSet:
-    model = spec.model
     try:
-        offsets, lengths = (tensors[_TABLES + name].numpy() for name in ("offsets", "lengths"))
-        if _PACKED in tensors:
-            rows = 1 if model.prior == "shared" else len(spec.tasks)
-            contexts = CONTEXTS if model.neighbour_contexts else 1
-            cdf = unpack_counts(tensors[_PACKED].numpy(), lengths, rows, contexts)
-        else:
-            cdf = tensors[_CDF].numpy()
-        return TableSet(model.prior, cdf, offsets, lengths)
+        whole = _unpacked(tensors, spec.model, len(spec.tasks))
+        parts = (whole[_TABLES + name].numpy() for name in ("cdf", "offsets", "lengths"))
+        return TableSet(spec.model.prior, *parts)
     except (KeyError, ValueError) as error:
         raise ModelError(f"{folder} holds no coding tables: {error}") from None

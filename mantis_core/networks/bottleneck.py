@@ -17,7 +17,6 @@ from compressai.ops import LowerBound
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mantis_core.bitstream.packed_tables import unpack_counts
 from mantis_core.networks.blocks import without_autocast
 from mantis_core.networks.stacked import end_to_end
 from mantis_core.symbols import CONTEXTS, MAX_SYMBOL, REACH, Prior, contexts
@@ -28,7 +27,6 @@ _LIKELIHOOD_BOUND = 1e-9
 # CompressAI starts densities at scale 10; latents start below 1, and short trainings pay for it.
 _START_SCALE = 3.0
 _TABLES = ("table_cdf", "table_offsets", "table_lengths")
-_PACKED = "table_counts"  # in a folder, in the place of table_cdf
 
 
 class BottleneckOutput(NamedTuple):
@@ -245,19 +243,7 @@ class Bottleneck(nn.Module):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
-        """Takes tables of any length, packed or not: those given replace those here.
-
-        Raises ValueError for packed tables that are not of this bottleneck.
-        """
-        packed, lengths = state_dict.pop(prefix + _PACKED, None), prefix + "table_lengths"
-        if packed is not None:
-            found = unpack_counts(
-                packed.cpu().numpy(),
-                state_dict[lengths].cpu().numpy(),
-                self.num_rows,
-                self.num_contexts,
-            )
-            state_dict[prefix + "table_cdf"] = torch.from_numpy(found)
+        """Takes tables of any length: those given replace those here."""
         for name in _TABLES:
             if prefix + name in state_dict:
                 here = getattr(self, name)
