@@ -38,6 +38,10 @@ ACTOR_BYTES = 2**30
 """Memory of an actor on a CPU: 0.5 to 0.75 GB for a process with torch, and the arms' weights."""
 
 
+ACTOR_CPUS = 0.75
+"""CPUs that an actor claims of Ray. It keeps one busy; the rest is for a task that reads rows."""
+ACTORS_PER_GPU = 4
+"""Actors that share a GPU: while one codes streams on its CPU, the others compute."""
 MUCH = 2**60  # bytes, where Ray does not know the memory of a node
 
 
@@ -95,7 +99,7 @@ def evaluate_split(
     import ray
 
     rows, batch_size = manifest.split(SPLIT).rows, settings.evaluate.batch_size
-    gpus = settings.cluster.gpus_per_worker
+    gpus = gpus_of_actor(settings.cluster.gpus_per_worker)
     room = room_for_actors(ray.nodes(), gpus)
     wanted = settings.cluster.evaluation_actors or room
     actors = max(1, min(wanted, room, -(-rows // batch_size)))
@@ -110,7 +114,7 @@ def evaluate_split(
         batch_size=batch_size,
         batch_format="numpy",
         compute=ray.data.ActorPoolStrategy(size=actors),
-        num_cpus=1,
+        num_cpus=ACTOR_CPUS,
         num_gpus=gpus or None,
     )
     parts: list[Arrays] = []
@@ -123,22 +127,26 @@ def evaluate_split(
     return collected(parts, sources, manifest)
 
 
+def gpus_of_actor(gpus_per_worker: float) -> float:
+    """Returns the GPUs that an actor claims: a part of one where a training worker has a whole."""
+    return 1 / ACTORS_PER_GPU if gpus_per_worker >= 1 else gpus_per_worker
+
+
 def room_for_actors(nodes: Iterable[Mapping[str, Any]], gpus: float) -> int:
     """Returns how many actors the nodes have room for, at least 1. `nodes` is as `ray.nodes()`.
 
-    With `gpus` for each actor their number decides. On CPUs one stays free, because with actors on
-    all of them none would be left to read rows; and each actor is a process with torch and all
-    arms, so a machine of many CPUs and little memory holds fewer.
+    Each keeps a CPU of its own busy, and claims `gpus` where that is not 0. Each is a process with
+    torch and all arms, so a machine of many CPUs and little memory holds fewer.
     """
     alive = [node["Resources"] for node in nodes if node["Alive"]]
-    if gpus:
-        return max(1, sum(int(has.get("GPU", 0.0) / gpus) for has in alive))
-    by_memory = sum(
-        min(has["CPU"], max(1, int(has.get("memory", MUCH) // ACTOR_BYTES)))
-        for has in alive
-        if has.get("CPU")
-    )
-    return max(1, int(min(by_memory, sum(has.get("CPU", 0.0) for has in alive) - 1)))
+    return max(1, sum(_room(has, gpus) for has in alive))
+
+
+def _room(has: Mapping[str, float], gpus: float) -> int:
+    """Returns the number of actors of a node with these resources."""
+    by_gpu = has.get("GPU", 0.0) / gpus if gpus else MUCH
+    by_memory = max(1, has.get("memory", MUCH) // ACTOR_BYTES)
+    return int(min(has.get("CPU", 0.0), by_gpu, by_memory))
 
 
 def actors_on_nodes(nodes: Iterable[Mapping[str, Any]], kind: str, actors: int) -> dict[str, int]:

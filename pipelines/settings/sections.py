@@ -125,7 +125,7 @@ class ClusterConfig(_Section):
     restarts. The default exceeds the pauses of a busy machine."""
     evaluation_actors: int | None = Field(default=None, ge=1)
     """Largest number of actors that measure images at the same time. Left out, it is one for
-    each GPU, or on CPUs one for each CPU but the one that reads images."""
+    each CPU, on GPUs at most four for each of them, and fewer where memory is short."""
     autoscaling: bool = False
     """Whether the cluster at `address` adds nodes on demand. The command then waits up to
     `start_timeout_s` for them."""

@@ -141,7 +141,7 @@ def test_arms_stay_on_the_cpu_unless_training_workers_have_gpus(
     cluster = settings.cluster.model_copy(update={"gpus_per_worker": 1.0})
     evaluate_split(*own, settings=settings.model_copy(update={"cluster": cluster}))
     assert reader.evaluator.device.type == "cuda"
-    assert reader.asked["num_gpus"] == 1
+    assert reader.asked["num_gpus"] == 1 / split_pass.ACTORS_PER_GPU
 
 
 def test_a_pass_says_what_it_was_computed_on_and_computes_without_tf32(
@@ -173,13 +173,13 @@ def test_a_pass_says_what_it_was_computed_on_and_computes_without_tf32(
     ("resources", "gpus", "expected"),
     [
         ([{"CPU": 16, "memory": 8e9}], 0, 7),
-        ([{"CPU": 16, "memory": 64e9}], 0, 15),
-        ([{"CPU": 16}], 0, 15),
+        ([{"CPU": 16, "memory": 64e9}], 0, 16),
+        ([{"CPU": 2}], 0, 2),
         ([{"CPU": 1, "memory": 1e8}], 0, 1),
         ([{"CPU": 4, "memory": 1e8}, {"CPU": 8, "memory": 6e9}, {"memory": 9e9}], 0, 6),
-        ([{"CPU": 16, "GPU": 2, "memory": 1e9}, {"CPU": 16, "GPU": 1}], 1, 3),
-        ([{"CPU": 16, "GPU": 3}], 2, 1),
-        ([{"CPU": 16, "GPU": 1}], 0.25, 4),
+        ([{"CPU": 16, "GPU": 2}, {"CPU": 16, "GPU": 1}, {"CPU": 8}], 0.25, 12),
+        ([{"CPU": 3, "GPU": 2}], 0.25, 3),
+        ([{"CPU": 16, "GPU": 1, "memory": 2.5e9}], 0.25, 2),
     ],
 )
 def test_there_are_as_many_actors_as_gpus_cpus_and_memory_hold(
@@ -188,6 +188,13 @@ def test_there_are_as_many_actors_as_gpus_cpus_and_memory_hold(
     nodes = [{"Alive": True, "Resources": has} for has in resources]
     dead = {"Alive": False, "Resources": {"CPU": 64, "GPU": 8}}
     assert split_pass.room_for_actors([*nodes, dead], gpus) == expected
+
+
+@pytest.mark.parametrize(
+    ("of_worker", "of_actor"), [(0, 0), (0.125, 0.125), (0.5, 0.5), (1, 0.25), (8, 0.25)]
+)
+def test_several_actors_share_a_gpu(of_worker: float, of_actor: float) -> None:
+    assert split_pass.gpus_of_actor(of_worker) == of_actor
 
 
 def test_actors_share_the_cpus_of_their_own_node() -> None:
