@@ -15,7 +15,7 @@ from pydantic import BaseModel, Field, field_validator, model_validator
 
 from data_prep.checks import IGNORE, StoredFormat
 from data_prep.manifest import TaskKind
-from data_prep.reading import Augmentation, Fraction, ReadingConfig, reading_field
+from data_prep.reading import Augmentation, Cache, Fraction, ReadingConfig, reading_field
 from data_prep.sources.base import class_id_of
 from data_prep.sources.kinds import AnySource
 from mantis_core.pixels import MAX_PIXELS
@@ -154,6 +154,8 @@ class DataConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstring
     crop_padding: int = reading_field("crop_padding")
     min_crop_area: Fraction = reading_field("min_crop_area")
     flip: bool = reading_field("flip")
+    cache: Cache = reading_field("cache")
+    cache_gib: float = reading_field("cache_gib")
     shard_bytes: int = Field(default=64 * 2**20, ge=1024)
     """Size to aim at for one shard, in bytes. One task holds one shard in memory while it
     writes; the default of 64 MiB keeps both that and the number of files low."""

@@ -65,13 +65,16 @@ class Batch:
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, Any], device: torch.device | str = "cpu") -> Batch:
-        """A batch from the reader's dict of numpy arrays (keys `segmentation/<task>` for masks)."""
+        """A batch from the reader's dict of numpy arrays (keys `segmentation/<task>` for masks).
+
+        On its way to a GPU an array is copied to pinned memory first: so the CPU need not wait.
+        """
+        on_gpu = torch.device(device).type == "cuda"
 
         def tensor(value: np.ndarray[Any, Any]) -> Tensor:
-            array = np.ascontiguousarray(value)
-            if not array.flags.writeable:
-                array = array.copy()
-            return torch.from_numpy(array).to(device, non_blocking=True)
+            array = value if value.flags.writeable else value.copy(order="K")
+            own = torch.from_numpy(array)
+            return (own.pin_memory() if on_gpu else own).to(device, non_blocking=True)
 
         prefix = "segmentation/"
         return cls(

@@ -297,6 +297,11 @@ def cache_folder() -> Path:
     return Path(tempfile.gettempdir()) / f"mantis-{os.getuid()}"
 
 
+def decoded_folder() -> Path:
+    """Returns the folder of decoded images, see `data.cache`."""
+    return cache_folder() / "decoded"
+
+
 def private_folder(folder: Path) -> Path:
     """Makes a folder that only this user can enter, with those of the cache above it.
 

@@ -89,7 +89,12 @@ ALONE = {  # packages of others, and the only rooms that may import them
 NEVER = {  # rooms, and what they reach neither directly nor through others of ours
     "mantis_core.bitstream": ("torch", "torchvision", "compressai"),
     "mantis_core.pixels": ("torch", "mantis_core", "data_prep"),
-    "data_prep": ("torch", "torchvision"),
+    # Readers scale crops with torch; whatever prepares or names data needs none.
+    **{
+        f"data_prep.{room}": ("torch", "torchvision")
+        for room in ROOMS["data_prep"]
+        if room != "read"
+    },
     "data_prep.read": ("data_prep.sources",),
 }
 MAX_FILES = 13

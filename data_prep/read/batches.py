@@ -12,17 +12,21 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.fs as fs
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from data_prep.errors import DataError
-from data_prep.manifest import Manifest
+from data_prep.manifest import Manifest, SplitInfo
+from data_prep.read.decoded import Chunk, DecodedRows, decoded_rows
 from data_prep.read.decoding import Batch, Decoder, concatenated
 from data_prep.read.epoch import RowGroup, Window, divided, plan_epoch, plan_in_order
 from data_prep.reading import ReadingConfig
@@ -31,6 +35,8 @@ from data_prep.storage import absolute, filesystem, is_uri, join
 if TYPE_CHECKING:
     from ray.data import Dataset
 
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 DECODE_ROWS = 64  # rows decoded at once
 PREFETCH_BATCHES = 4
 PARTS_PER_TASK = 4
@@ -55,8 +61,8 @@ def train_batches(
     """Yields augmented batches of exactly global_batch / world_size rows (see Decoder.decode).
 
     Each worker calls it for its rank; Ray must be initialised. A reading task claims `num_cpus`,
-    which workers must leave free. A rank runs one task fewer at once than its share of the
-    cluster's CPUs.
+    which workers must leave free. A rank runs as many at once as its share of the cluster's CPUs:
+    tasks yield to training, since Ray runs them at a lower priority.
     """
     # Imported here and in _dataset alone: local_batches works without Ray.
     from data_prep.ray_data import reading_cpus
@@ -70,25 +76,29 @@ def train_batches(
         world_size=world_size,
         window_rows=reading.shuffle_window_rows,
     )
-    max_tasks = max(1, int(reading_cpus()) // world_size - 1)
+    max_tasks = max(1, int(reading_cpus()) // world_size)
     most_parts = REMOTE_PARTS if is_uri(folder) else LOCAL_PARTS
     parts = min(most_parts, math.ceil(PARTS_PER_TASK * max_tasks / len(windows)))
+    windows = divided(windows, parts, DECODE_ROWS)
     decoder = Decoder.of(manifest, reading, (seed, epoch))
-    dataset = _dataset(
-        folder, divided(windows, parts, DECODE_ROWS), decoder, num_cpus, max_tasks, confined=True
-    )
+    at_once = min(max_tasks, len(windows))  # Ray warns of more
+    dataset = _dataset(folder, windows, decoder, num_cpus, at_once, confined=True)
     for batch in dataset.iter_batches(
         batch_size=global_batch // world_size,
         batch_format="numpy",
         prefetch_batches=PREFETCH_BATCHES,
     ):
-        yield {name: np.require(values, requirements="W") for name, values in batch.items()}
+        writeable = {name: np.require(v, requirements="W") for name, v in batch.items()}
+        yield channels_first(writeable)
 
 
 def eval_rows(
     folder: str, manifest: Manifest, reading: ReadingConfig, split: str, *, num_cpus: float = 0.25
 ) -> Dataset:
-    """Returns all rows of a split once, in order, cut to their centre, as a lazy Ray Dataset."""
+    """Returns all rows of a split once, in order, cut to their centre, as a lazy Ray Dataset.
+
+    Its images are (B, H, W, 3); see `channels_first`.
+    """
     windows = plan_in_order(manifest.split(split))
     decoder = Decoder.of(manifest, reading, None)
     return _dataset(folder, windows, decoder, num_cpus, None, confined=False)
@@ -106,12 +116,14 @@ def local_batches(
     rank: int = 0,
     world_size: int = 1,
     threads: int = 0,
+    cache: Path | None = None,
 ) -> Iterator[Batch]:
     """Yields the batches of train_batches, or those of an evaluation, without Ray.
 
     With `epoch` None it reads the rank's rows of the split once, in order, cut to their centre; the
     last batch may be short, and a rank may have no rows. `threads` decode ahead of the consumer,
-    two parts each at most; with 0 this thread decodes.
+    two parts each at most; with 0 this thread decodes. With `cache`, a folder on a local disk, rows
+    are decoded once and kept there (see decoded.py).
     """
     info = manifest.split(split)
     if epoch is None:
@@ -128,15 +140,28 @@ def local_batches(
             window_rows=reading.shuffle_window_rows,
         )
     decoder = Decoder.of(manifest, reading, augment)
-    parts = _parts(absolute(folder), windows, decoder, threads)
+    kept = None if cache is None else _kept(cache, folder, manifest, split, decoder, threads)
+    if kept is None:
+        tables = (t for w in windows for t in _tables(absolute(folder), w, decoder.columns))
+        parts = _mapped(decoder.decode, tables, threads)
+    else:
+        parts = _mapped(partial(kept.decode, decoder=decoder), _numbers(info, windows), threads)
     yield from _rebatched(parts, global_batch // world_size)
+
+
+def channels_first(batch: Batch) -> Batch:
+    """Returns the batch with its images (B, H, W, 3) as (B, 3, H, W), without a copy."""
+    return {**batch, "image": batch["image"].transpose(0, 3, 1, 2)}
 
 
 def read_window(plan: pa.Table, *, folder: str, decoder: Decoder) -> Iterator[Batch]:
     """Decodes one window, part by part, in a Ray task; `plan` is made by _plan_table."""
     for row in plan.to_pylist():
         groups = tuple(RowGroup(**group) for group in row["groups"])
-        yield from _read(folder, Window(groups, np.array(row["picks"], np.int64)), decoder)
+        window = Window(groups, np.array(row["picks"], np.int64))
+        for batch in map(decoder.decode, _tables(folder, window, decoder.columns)):
+            # Ray copies arrays whose memory is in another order.
+            yield {**batch, "image": batch["image"].transpose(0, 2, 3, 1)}
 
 
 def _dataset(
@@ -168,32 +193,61 @@ def _plan_table(window: Window) -> pa.Table:
     return pa.table({"groups": [groups], "picks": [window.picks]})
 
 
-def _parts(
-    folder: str, windows: Sequence[Window], decoder: Decoder, threads: int
-) -> Iterator[Batch]:
-    """Yields the decoded rows of all windows in order; threads, if any, decode ahead."""
+def _kept(
+    cache: Path, folder: str, manifest: Manifest, split: str, decoder: Decoder, threads: int
+) -> DecodedRows | None:
+    """Returns the decoded rows of a split, which the first call on this machine makes."""
+    info, (height, width) = manifest.split(split), manifest.image_size
+
+    def chunks(function: Callable[[pa.Table], Chunk]) -> Iterator[Chunk]:
+        windows = plan_in_order(info)
+        tables = (t for w in windows for t in _tables(absolute(folder), w, decoder.columns))
+        return _mapped(function, tables, threads)
+
+    return decoded_rows(
+        cache / f"{manifest.fingerprint[:32]}-{split}-{height}x{width}",
+        decoder.reading.cache_gib * 2**30,
+        info.rows,
+        decoder,
+        chunks,
+    )
+
+
+def _numbers(split: SplitInfo, windows: Iterable[Window]) -> Iterator[NDArray[np.int64]]:
+    """Yields the places of the windows' rows in their split, DECODE_ROWS at a time."""
+    groups = [
+        (shard.path, index, rows)
+        for shard in split.shards
+        for index, rows in enumerate(shard.row_group_rows)
+    ]
+    starts = np.cumsum([0, *(rows for _, _, rows in groups)]).tolist()
+    start_of = {(path, index): s for (path, index, _), s in zip(groups, starts[:-1], strict=True)}
+    for window in windows:
+        rows = [start_of[each.shard, each.index] + np.arange(each.rows) for each in window.groups]
+        picked = np.concatenate(rows)[window.picks]
+        for start in range(0, len(picked), DECODE_ROWS):
+            yield picked[start : start + DECODE_ROWS]
+
+
+def _mapped(
+    function: Callable[[Item], Result], items: Iterable[Item], threads: int
+) -> Iterator[Result]:
+    """Yields function(item) of all items in order; threads, if any, work ahead."""
     if not threads:
-        for window in windows:
-            yield from _read(folder, window, decoder)
+        yield from map(function, items)
         return
-    waiting: deque[Future[Batch]] = deque()
+    waiting: deque[Future[Result]] = deque()
     with ThreadPoolExecutor(threads) as pool:
         try:
-            for window in windows:
-                for rows in _tables(folder, window, decoder.columns):
-                    waiting.append(pool.submit(decoder.decode, rows))
-                    if len(waiting) > 2 * threads:
-                        yield waiting.popleft().result()
+            for item in items:
+                waiting.append(pool.submit(function, item))
+                if len(waiting) > 2 * threads:
+                    yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
         finally:
             for future in waiting:
                 future.cancel()
-
-
-def _read(folder: str, window: Window, decoder: Decoder) -> Iterator[Batch]:
-    """Yields the decoded rows of a window in order, DECODE_ROWS at a time."""
-    yield from map(decoder.decode, _tables(folder, window, decoder.columns))
 
 
 def _tables(folder: str, window: Window, columns: list[str]) -> Iterator[pa.Table]:
@@ -266,7 +320,7 @@ def _rebatched(parts: Iterable[Batch], batch_rows: int) -> Iterator[Batch]:
         waiting.append(part)
         held += len(part["row_id"])
         if held >= batch_rows:
-            joined, start = concatenated(waiting), 0
+            joined, start = waiting[0] if len(waiting) == 1 else concatenated(waiting), 0
             while held >= batch_rows:
                 yield {name: v[start : start + batch_rows] for name, v in joined.items()}
                 start, held = start + batch_rows, held - batch_rows

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -22,9 +23,18 @@ from data_prep.reading import ReadingConfig
 from mantis_core.pixels import cover
 
 Batch = dict[str, NDArray[np.generic]]
-Indices = NDArray[np.int64]
+Pixels = NDArray[np.uint8]
 
 CROP_TRIES = 10
+
+
+class Box(NamedTuple):
+    """A part of an image in px. It may reach over the edges, where the image is mirrored."""
+
+    top: int
+    left: int
+    height: int
+    width: int
 
 
 @dataclass(frozen=True)
@@ -58,62 +68,87 @@ class Decoder:
     def decode(self, rows: pa.Table) -> Batch:
         """Decodes rows to one batch.
 
-        `image` uint8 (B, 3, H, W), `class_label` int64 (B,), `labels` int64 (B, K), `task_mask`
-        bool (B, K), `row_id` int64 (B,), `segmentation/<task>` uint8 (B, H, W), 255 = ignore.
+        `image` uint8 (B, 3, H, W), in memory (B, H, W, 3), `class_label` int64 (B,), `labels` int64
+        (B, K), `task_mask` bool (B, K), `row_id` int64 (B,), `segmentation/<task>` uint8 (B, H, W),
+        255 = ignore.
         """
-        count, (height, width) = rows.num_rows, self.size
-        images = np.empty((count, 3, height, width), np.uint8)
-        masks = {
-            name: np.full((count, height, width), IGNORE, np.uint8) for name in self.segmentations
-        }
-        row_ids = rows["row_id"].to_pylist()
+        return self.cut(self.opened_rows(rows), labels_of(rows, self.num_tasks))
+
+    def opened_rows(self, rows: pa.Table) -> Iterator[tuple[Pixels, dict[str, Pixels]]]:
+        """Yields what `opened` returns for each row."""
         encoded = {name: rows[f"mask_{name}"].to_pylist() for name in self.segmentations}
         for index, data in enumerate(rows["image"].to_pylist()):
-            layers = {
-                name: _open(column[index]) for name, column in encoded.items() if column[index]
-            }
-            image, cut = self.view(_open(data).convert("RGB"), layers, row_ids[index])
-            images[index] = image.transpose(2, 0, 1)
+            masks = {name: own[index] for name, own in encoded.items() if own[index]}
+            yield self.opened(data, masks)
+
+    def opened(self, data: bytes, masks: Mapping[str, bytes]) -> tuple[Pixels, dict[str, Pixels]]:
+        """Decodes the files of a row to (h, w, 3), and (h, w) by mask, of at least `size`."""
+        image = cover(_open(data).convert("RGB"), self.size)
+        nearest = Image.Resampling.NEAREST
+        return np.asarray(image, np.uint8), {
+            name: np.asarray(cover(_open(mask), self.size, nearest), np.uint8)
+            for name, mask in masks.items()
+        }
+
+    def cut(self, layers: Iterable[tuple[Pixels, Mapping[str, Pixels]]], labels: Batch) -> Batch:
+        """Joins the views of opened rows to one batch with their `labels`; see `decode`."""
+        row_ids = labels["row_id"].tolist()
+        images = np.empty((len(row_ids), *self.size, 3), np.uint8)
+        masks = {
+            name: np.full((len(row_ids), *self.size), IGNORE, np.uint8)
+            for name in self.segmentations
+        }
+        for index, (row_id, (pixels, own)) in enumerate(zip(row_ids, layers, strict=True)):
+            images[index], cut = self.view(pixels, own, row_id)
             for name, layer in cut.items():
                 masks[name][index] = layer
         return {
-            "image": images,
-            "class_label": rows["class_label"].to_numpy().astype(np.int64),
-            "labels": _matrix(rows["labels"], self.num_tasks).astype(np.int64),
-            "task_mask": _matrix(rows["task_mask"], self.num_tasks).astype(np.bool_),
-            "row_id": np.array(row_ids, np.int64),
+            "image": images.transpose(0, 3, 1, 2),
+            **labels,
             **{f"segmentation/{name}": mask for name, mask in masks.items()},
         }
 
     def view(
-        self, image: Image.Image, masks: dict[str, Image.Image], row_id: int
-    ) -> tuple[NDArray[np.uint8], dict[str, NDArray[np.uint8]]]:
-        """Crops and mirrors an image and its masks alike; returns (H, W, 3), and (H, W) by mask."""
-        height, width = self.size
-        image = cover(image, self.size)
-        masks = {
-            name: cover(mask, self.size, Image.Resampling.NEAREST) for name, mask in masks.items()
-        }
+        self, pixels: Pixels, masks: Mapping[str, Pixels], row_id: int
+    ) -> tuple[Pixels, dict[str, Pixels]]:
+        """Crops and mirrors an opened row alike in all layers; returns (H, W, 3), (H, W) by mask.
+
+        The layers are at least as large as `size`.
+        """
         random = None
         if self.augment is not None:
             random = np.random.default_rng([*self.augment, row_id])
         mirror = random is not None and self.reading.flip and random.random() < 0.5
-        if random is not None and self.reading.augmentation == "random_resized_crop":
-            box = crop_box(random, image.size, self.reading.min_crop_area)
-            image = image.resize((width, height), Image.Resampling.BICUBIC, box=box)
-            masks = {
-                name: mask.resize((width, height), Image.Resampling.NEAREST, box=box)
-                for name, mask in masks.items()
-            }
-            random = None  # what is left is to mirror
-        padding = self.reading.crop_padding if self.reading.augmentation == "padded_crop" else 0
-        rows = _window(image.height, height, padding, random)
-        columns = _window(image.width, width, padding, random)
-        if mirror:
-            columns = columns[::-1]
-        return _taken(image, rows, columns), {
-            name: _taken(mask, rows, columns) for name, mask in masks.items()
+        box = self._box((pixels.shape[0], pixels.shape[1]), random)
+        turn = slice(None, None, -1 if mirror else 1)
+        image = _scaled(_part(pixels, box), self.size)
+        return image[:, turn], {
+            name: _nearest(_part(mask, box), self.size)[:, turn] for name, mask in masks.items()
         }
+
+    def _box(self, available: tuple[int, int], random: np.random.Generator | None) -> Box:
+        """Returns the part of an image of (height, width) to show, the middle without `random`."""
+        height, width = self.size
+        if random is None:
+            return Box((available[0] - height) // 2, (available[1] - width) // 2, height, width)
+        if self.reading.augmentation == "random_resized_crop":
+            return crop_box(random, available, self.reading.min_crop_area)
+        padding = self.reading.crop_padding if self.reading.augmentation == "padded_crop" else 0
+        top, left = (
+            int(random.integers(-padding, side - wanted + padding + 1))
+            for side, wanted in zip(available, self.size, strict=True)
+        )
+        return Box(top, left, height, width)
+
+
+def labels_of(rows: pa.Table, num_tasks: int) -> Batch:
+    """Returns what a batch has of rows beside their pixels; see `Decoder.decode`."""
+    return {
+        "class_label": rows["class_label"].to_numpy().astype(np.int64),
+        "labels": _matrix(rows["labels"], num_tasks).astype(np.int64),
+        "task_mask": _matrix(rows["task_mask"], num_tasks).astype(np.bool_),
+        "row_id": rows["row_id"].to_numpy().astype(np.int64),
+    }
 
 
 def concatenated(batches: Sequence[Batch]) -> Batch:
@@ -121,48 +156,69 @@ def concatenated(batches: Sequence[Batch]) -> Batch:
     return {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
 
 
-def crop_box(
-    random: np.random.Generator, size: tuple[int, int], min_area: float
-) -> tuple[float, float, float, float]:
-    """Draws (left, top, right, bottom) in an image of (width, height), all in px.
+def crop_box(random: np.random.Generator, size: tuple[int, int], min_area: float) -> Box:
+    """Draws a part of an image of (height, width).
 
-    The box has at least the share `min_area` of the image and a side ratio of 3/4 to 4/3
-    ("Inception" crop, arXiv 1409.4842; the ratios as in torchvision).
+    It has at least the share `min_area` of the image, up to whole pixels, and a side ratio of 3/4
+    to 4/3 ("Inception" crop, arXiv 1409.4842; ratios and whole pixels as in torchvision).
     """
-    width, height = size
+    height, width = size
     for _ in range(CROP_TRIES):
         area = width * height * random.uniform(min_area, 1.0)
         ratio = math.exp(random.uniform(math.log(3 / 4), math.log(4 / 3)))
-        crop_width, crop_height = math.sqrt(area * ratio), math.sqrt(area / ratio)
-        if crop_width <= width and crop_height <= height:
-            left = random.uniform(0, width - crop_width)
-            top = random.uniform(0, height - crop_height)
-            return (left, top, left + crop_width, top + crop_height)
+        crop_width, crop_height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < crop_width <= width and 0 < crop_height <= height:
+            left = int(random.integers(0, width - crop_width + 1))
+            top = int(random.integers(0, height - crop_height + 1))
+            return Box(top, left, crop_height, crop_width)
     side = min(width, height)
-    left, top = (width - side) / 2, (height - side) / 2
-    return (left, top, left + side, top + side)
+    return Box((height - side) // 2, (width - side) // 2, side, side)
 
 
-def _window(
-    available: int, wanted: int, padding: int, random: np.random.Generator | None
-) -> Indices:
-    """Returns `wanted` neighbouring indices: the middle ones, or random ones, mirrored at edges.
+def _part(layer: Pixels, box: Box) -> Pixels:
+    """Returns a part of (h, w, ...), a view where it lies inside."""
+    bottom, right = box.top + box.height, box.left + box.width
+    if box.top >= 0 and box.left >= 0 and bottom <= layer.shape[0] and right <= layer.shape[1]:
+        return layer[box.top : bottom, box.left : right]
+    rows = _mirrored(box.top, box.height, layer.shape[0])
+    columns = _mirrored(box.left, box.width, layer.shape[1])
+    return layer.take(rows, axis=0).take(columns, axis=1)  # faster than layer[np.ix_(..)]
 
-    A padding beyond the other edge is mirrored there again.
-    """
-    if random is None:
-        start = (available - wanted) // 2
-    else:
-        start = int(random.integers(-padding, available - wanted + padding + 1))
+
+def _mirrored(start: int, wanted: int, available: int) -> NDArray[np.int64]:
+    """Returns `wanted` neighbouring indices from `start`, mirrored at edges, however far beyond."""
     last = available - 1
     period = (start + np.arange(wanted)) % max(1, 2 * last)  # there and back again
-    mirrored: Indices = last - np.abs(last - period)
+    mirrored: NDArray[np.int64] = last - np.abs(last - period)
     return mirrored
 
 
-def _taken(image: Image.Image, rows: Indices, columns: Indices) -> NDArray[np.uint8]:
-    pixels = np.asarray(image, np.uint8)
-    return pixels.take(rows, axis=0).take(columns, axis=1)  # faster than pixels[np.ix_(..)]
+def _scaled(pixels: Pixels, size: tuple[int, int]) -> Pixels:
+    """Resizes (h, w, 3) to `size` by the bicubic filter, which also smooths where it shrinks.
+
+    PyTorch's kernel for bytes takes less than half of Pillow's time. It is imported here alone,
+    because processes that resize nothing need no PyTorch.
+    """
+    if pixels.shape[:2] == size:
+        return pixels
+    import torch
+    from torch.nn.functional import interpolate
+
+    image = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None]
+    scaled = interpolate(image, size, mode="bicubic", antialias=True)
+    resized: Pixels = scaled[0].permute(1, 2, 0).numpy()
+    return resized
+
+
+def _nearest(mask: Pixels, size: tuple[int, int]) -> Pixels:
+    """Resizes (h, w) to `size` by the nearest pixel's value."""
+    if mask.shape == size:
+        return mask
+    rows, columns = (
+        ((np.arange(wanted) + 0.5) * side / wanted).astype(np.int64)
+        for wanted, side in zip(size, mask.shape, strict=True)
+    )
+    return mask.take(rows, axis=0).take(columns, axis=1)
 
 
 def _open(data: bytes) -> Image.Image:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from data_prep.manifest import Manifest
-from data_prep.read.batches import eval_rows, local_batches
+from data_prep.read.batches import channels_first, eval_rows, local_batches
 from data_prep.reading import ReadingConfig
 from mantis_core.measure.metrics import (
     ImageRecords,
@@ -64,7 +64,7 @@ class ArmActor:
         self.evaluator = ArmEvaluator(**arguments)
 
     def __call__(self, batch: Arrays) -> Arrays:
-        return self.evaluator(batch)
+        return self.evaluator(channels_first(batch))
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,9 @@ def evaluate_locally(
     """
     from torch.cuda import is_available
 
-    actor = ArmActor(
+    from pipelines.evaluation.answers import ArmEvaluator
+
+    evaluator = ArmEvaluator(
         **_actor_arguments(manifest, sources, settings),
         threads=threads,
         device="cuda" if is_available() else "cpu",
@@ -182,7 +184,7 @@ def evaluate_locally(
     )
     size = settings.evaluate.batch_size
     batches = local_batches(folder, manifest, reading, split=SPLIT, global_batch=size)
-    return collected([actor(batch) for batch in batches], sources, manifest)
+    return collected([evaluator(batch) for batch in batches], sources, manifest)
 
 
 def _actor_arguments(

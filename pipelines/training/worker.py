@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from mantis_core.tasks import Batch
 from mantis_core.training.loop import Session, TrainingError, fit, steps_per_epoch
 from pipelines.cluster.machine import usable_cpus
 from pipelines.settings.sections import ClusterConfig
-from pipelines.storage import Store, scratch, writing
+from pipelines.storage import Store, decoded_folder, scratch, writing
 from pipelines.training.checkpoints import Checkpoint, newest_intact, read_checkpoint
 from pipelines.training.files import (
     BEST,
@@ -114,7 +115,11 @@ def ray_worker(config: dict[str, Any]) -> None:
     place = Place(device, run.get_world_rank(), run.get_world_size())
     manifest = read_manifest(training.prepared)
 
+    threads = torch.get_num_threads()
+
     def batches(epoch: int) -> Iterator[Batch]:
+        if settings.data.cache == "decoded":
+            return kept_batches(training, manifest, place, epoch=epoch, threads=threads)
         arrays = train_batches(
             training.prepared,
             manifest,
@@ -144,21 +149,11 @@ def train_plainly(
 ) -> History:
     """Trains in this process without Ray, with `threads` threads for torch and for reading."""
     torch.set_num_threads(threads)
-    settings = training.settings
     place = Place(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     manifest = read_manifest(training.prepared)
 
     def batches(epoch: int) -> Iterator[Batch]:
-        arrays = local_batches(
-            training.prepared,
-            manifest,
-            settings.data.reading,
-            global_batch=training.section.batch_size,
-            seed=training.seed,
-            epoch=epoch,
-            threads=threads,
-        )
-        return (Batch.from_arrays(each, place.device) for each in arrays)
+        return kept_batches(training, manifest, place, epoch=epoch, threads=threads)
 
     return train(training, manifest, place, batches, on_epoch=on_epoch)
 
@@ -196,6 +191,29 @@ def epoch_record(
     return {**finite, ROWS_LEFT_OUT: left_out, ROWS_SHA256: session.rows_sha256}
 
 
+def kept_batches(
+    training: Training, manifest: Manifest, place: Place, *, epoch: int, threads: int
+) -> Iterator[Batch]:
+    """Yields this worker's batches of an epoch, read in this process by `threads` threads."""
+    arrays = local_batches(
+        training.prepared,
+        manifest,
+        training.settings.data.reading,
+        global_batch=training.section.batch_size,
+        seed=training.seed,
+        epoch=epoch,
+        rank=place.rank,
+        world_size=place.world,
+        threads=threads,
+        cache=_cache(training),
+    )
+    return (Batch.from_arrays(each, place.device) for each in arrays)
+
+
+def _cache(training: Training) -> Path | None:
+    return decoded_folder() if training.settings.data.cache == "decoded" else None
+
+
 def holdout_batches(training: Training, manifest: Manifest, place: Place) -> Iterator[Batch]:
     """Yields this worker's rows of the holdout, if it has any. Each row is one worker's."""
     arrays = local_batches(
@@ -206,6 +224,8 @@ def holdout_batches(training: Training, manifest: Manifest, place: Place) -> Ite
         global_batch=training.section.batch_size,
         rank=place.rank,
         world_size=place.world,
+        threads=torch.get_num_threads(),
+        cache=_cache(training),
     )
     return (Batch.from_arrays(each, place.device) for each in arrays)
 
