@@ -4,12 +4,13 @@
 
 SHARDS is a folder that `mantis prepare` wrote; its training rows are read. One pass is one epoch
 from the call that makes the iterator to the last batch. `ray` is what trainings on Ray read,
-`plain` what `mantis run --plain` reads with `--workers` threads. The DataLoader has `--workers`
-processes, which stay from epoch to epoch, and holds the encoded images in memory. It makes the same
-crops by the same code. Passes alternate; figures are medians of the pairs' ratios, DataLoader's
-time over ours. `epoch_start_s` is the wait for an epoch's first batch in a sequence of epochs, each
-begun ahead as a training does it. The last line is one JSON object, whose keys have the image's
-side: `reading_64`.
+`plain` what `mantis run --plain` reads with `--workers` threads, `cached` the same with
+`data.cache: decoded`, whose first epoch is not timed. The DataLoader has `--workers` processes,
+which stay from epoch to epoch, and holds the encoded images in memory. It makes the same crops by
+the same code, image by image, and stacks them. Passes alternate; figures are medians of the pairs'
+ratios, DataLoader's time over ours. `epoch_start_s` is the wait for an epoch's first batch in a
+sequence of epochs, each begun ahead as a training does it. The last line is one JSON object, whose
+keys have the image's side: `reading_64`.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pyarrow as pa
@@ -32,7 +35,7 @@ from benchmarks.program import count, one_message, say
 from data_prep.manifest import Manifest, read_manifest
 from data_prep.read.ahead import begun_ahead
 from data_prep.read.batches import local_batches, train_batches
-from data_prep.read.decoding import Batch, Decoder, concatenated
+from data_prep.read.decoding import Batch, Decoder, labels_of
 from data_prep.reading import ReadingConfig
 from data_prep.storage import filesystem, join
 
@@ -40,21 +43,27 @@ SEED = 0
 EPOCHS_AHEAD = 4
 
 
-class Rows(Dataset[Batch]):
+class Rows(Dataset[dict[str, torch.Tensor]]):
     """The training rows of a prepared folder in memory, decoded one at a time."""
 
     def __init__(self, folder: str, manifest: Manifest, reading: ReadingConfig) -> None:
         self._decoder = Decoder.of(manifest, reading, (SEED, 0))
-        self._rows = pa.concat_tables(
+        rows = pa.concat_tables(
             _shard(join(folder, shard.path), self._decoder.columns)
             for shard in manifest.split("train").shards
         ).combine_chunks()
+        self._files = rows["image"].chunk(0)
+        labels = labels_of(rows, len(manifest.tasks))
+        self._labels = {name: torch.from_numpy(values) for name, values in labels.items()}
 
     def __len__(self) -> int:
-        return int(self._rows.num_rows)
+        return len(self._files)
 
-    def __getitem__(self, index: int) -> Batch:
-        return self._decoder.decode(self._rows.slice(index, 1))
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        labels = {name: values[index] for name, values in self._labels.items()}
+        pixels, _ = self._decoder.opened(self._files[index].as_py(), {})
+        image, _ = self._decoder.view(pixels, {}, int(labels["row_id"]))
+        return {**labels, "image": torch.from_numpy(image.copy()).permute(2, 0, 1)}
 
 
 def _shard(path: str, columns: list[str]) -> pa.Table:
@@ -64,13 +73,13 @@ def _shard(path: str, columns: list[str]) -> pa.Table:
     return rows.set_column(rows.schema.get_field_index("image"), "image", images)
 
 
-def collate(rows: list[Batch]) -> dict[str, torch.Tensor]:
-    """Joins decoded rows to a batch of tensors."""
-    return {name: torch.from_numpy(values) for name, values in concatenated(rows).items()}
+def measure(
+    folder: str, *, pairs: int, batch: int, workers: int, cache: Path
+) -> dict[str, float]:
+    """Returns the ratios and the start of an epoch for one prepared folder. Needs a running Ray.
 
-
-def measure(folder: str, *, pairs: int, batch: int, workers: int) -> dict[str, float]:
-    """Returns the ratios and the start of an epoch for one prepared folder. Needs a running Ray."""
+    Decoded images are kept in `cache`.
+    """
     manifest, reading = read_manifest(folder), ReadingConfig(augmentation="random_resized_crop")
     rows = manifest.split("train").rows // batch * batch
     loader = DataLoader(
@@ -78,7 +87,6 @@ def measure(folder: str, *, pairs: int, batch: int, workers: int) -> dict[str, f
         batch_size=batch,
         shuffle=True,
         num_workers=workers,
-        collate_fn=collate,
         drop_last=True,
         persistent_workers=True,
     )
@@ -86,7 +94,7 @@ def measure(folder: str, *, pairs: int, batch: int, workers: int) -> dict[str, f
     def ray_epoch(epoch: int) -> Iterator[Batch]:
         return train_batches(folder, manifest, reading, seed=SEED, epoch=epoch, global_batch=batch)
 
-    def plain_epoch(epoch: int) -> Iterator[Batch]:
+    def plain_epoch(epoch: int, cache: Path | None = None) -> Iterator[Batch]:
         return local_batches(
             folder,
             manifest,
@@ -95,13 +103,16 @@ def measure(folder: str, *, pairs: int, batch: int, workers: int) -> dict[str, f
             epoch=epoch,
             global_batch=batch,
             threads=workers,
+            cache=cache,
         )
 
     sides: dict[str, Callable[[int], Iterable[Any]]] = {
         "ray": ray_epoch,
         "plain": plain_epoch,
+        "cached": lambda epoch: plain_epoch(epoch, cache),
         "loader": lambda epoch: loader,
     }
+    next(iter(sides["cached"](0)))
     times: dict[str, list[float]] = {name: [] for name in sides}
     for epoch in range(pairs):
         for name, side in sides.items():
@@ -112,7 +123,7 @@ def measure(folder: str, *, pairs: int, batch: int, workers: int) -> dict[str, f
             name: statistics.median(
                 theirs / ours for theirs, ours in zip(times["loader"], times[name], strict=True)
             )
-            for name in ("ray", "plain")
+            for name in ("ray", "plain", "cached")
         },
         "images_per_s": rows / statistics.median(times["ray"]),
         "epoch_start_s": statistics.median(epoch_starts(ray_epoch, rows // batch)),
@@ -157,18 +168,19 @@ def main() -> None:
     arguments = parser.parse_args()
     ray.init(log_to_driver=False, include_dashboard=False, logging_level="error")
     result: dict[str, float] = {}
-    table = Table("images", "rows", "ray", "plain", "ray images/s", "epoch start, s")
+    table = Table("images", "rows", "ray", "plain", "cached", "ray images/s", "epoch start, s")
     for folder in arguments.shards:
         manifest = read_manifest(folder)
         side, rows = manifest.image_size[0], manifest.split("train").rows
         say(f"{folder}: {rows:,} images, {side} px")
-        found = measure(
-            folder, pairs=arguments.pairs, batch=arguments.batch, workers=arguments.workers
-        )
+        how = {"pairs": arguments.pairs, "batch": arguments.batch, "workers": arguments.workers}
+        with TemporaryDirectory() as cache:
+            found = measure(folder, **how, cache=Path(cache))
         table.add_row(str(side), f"{rows:,}", *(f"{value:.3g}" for value in found.values()))
         result |= {
             f"reading_{side}": round(found["ray"], 3),
             f"plain_{side}": round(found["plain"], 3),
+            f"cached_{side}": round(found["cached"], 3),
             f"images_per_s_{side}": round(found["images_per_s"], 1),
             f"epoch_start_s_{side}": round(found["epoch_start_s"], 3),
         }

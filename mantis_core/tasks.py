@@ -57,6 +57,12 @@ class Batch:
     def __len__(self) -> int:
         return int(self.image.shape[0])
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all its tensors."""
+        own = (self.image, self.class_label, self.labels, self.task_mask, self.row_id)
+        return sum(tensor.nbytes for tensor in (*own, *self.segmentation.values()))
+
     def as_one_task(self) -> Batch:
         """The same images with one task of all classes, active where an image has a class."""
         return replace(

@@ -114,6 +114,8 @@ def _data(found: Found, numbers: Numbers) -> str:
         f"  holdout_fraction: {numbers.holdout_fraction}    # of the training images, to choose "
         "epochs on",
     ]
+    if numbers.cached:
+        lines.append("  cache: decoded    # images are decoded once and kept on this machine's disk")
     return "\n".join(lines) + "\n"
 
 

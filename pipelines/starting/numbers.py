@@ -13,6 +13,8 @@ MOST_VAL = 10_000
 """Images to measure on. With so many, top1 has a standard error of half a point."""
 HELD_OF_A_CLASS = 5
 """Held-back images for each class. They are drawn from all, so that few would miss some classes."""
+MOST_CACHED = 10 * 2**30
+"""Bytes of decoded images up to which a config keeps them on disk: half of what may lie there."""
 MOST_LISTED = 100  # classes written one by one; more are `all`
 
 
@@ -64,6 +66,11 @@ class Numbers:
     stage2_epochs: int
     pretrained: bool
     gpus: int
+
+    @property
+    def cached(self) -> bool:
+        """Whether the decoded images are few enough to be kept on disk."""
+        return 3 * self.image_size**2 * self.train_rows <= MOST_CACHED
 
     @property
     def steps(self) -> tuple[int, int, int]:

@@ -43,6 +43,9 @@ from pipelines.training.weights import SavedWeights
 DATA_CPUS = 0.25
 """Share of a CPU that Ray reserves for one reading task."""
 
+HELD_BYTES = 2**30
+"""Most bytes of held-back images that a worker keeps between epochs, on the device that trains."""
+
 History = list[dict[str, Any]]
 """The figures of all epochs so far."""
 
@@ -89,9 +92,7 @@ def train(
 
         session.distribute(lambda module: DistributedDataParallel(module, broadcast_buffers=False))
 
-    def holdout() -> Iterator[Batch]:
-        return holdout_batches(training, manifest, place)
-
+    holdout = read_once(lambda: holdout_batches(training, manifest, place), HELD_BYTES)
     shown = None if on_step is None else partial(on_step, session)
     ahead = begun_ahead(batches, steps=session.steps_per_epoch, epochs=section.epochs)
     for figures in fit(session, ahead, holdout, on_step=shown):
@@ -228,6 +229,32 @@ def holdout_batches(training: Training, manifest: Manifest, place: Place) -> Ite
         cache=_cache(training),
     )
     return (Batch.from_arrays(each, place.device) for each in arrays)
+
+
+def read_once(
+    batches: Callable[[], Iterator[Batch]], most_bytes: float
+) -> Callable[[], Iterator[Batch]]:
+    """Returns `batches`, which are kept where they have at most `most_bytes`.
+
+    Held-back images are the same in each epoch, and an epoch goes over them twice.
+    """
+    kept: list[Batch] | None = None
+
+    def reading() -> Iterator[Batch]:
+        nonlocal kept
+        found: list[Batch] = []
+        size = 0
+        for batch in batches():
+            size += batch.nbytes
+            if size <= most_bytes:
+                found.append(batch)
+            else:
+                found.clear()
+            yield batch
+        if size <= most_bytes:
+            kept = found
+
+    return lambda: reading() if kept is None else iter(kept)
 
 
 def report_checkpoint(

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from torch.utils.data import default_collate
 
-from benchmarks.reading import SEED, Rows, collate, measure, seconds_of
+from benchmarks.reading import SEED, Rows, measure, seconds_of
 from data_prep.config import DataConfig, TaskConfig
 from data_prep.manifest import read_manifest
 from data_prep.prepare.shards import prepare
@@ -42,7 +43,7 @@ def test_the_loader_makes_the_crops_of_a_training(folder: str) -> None:
         for row_id, image in zip(batch["row_id"], batch["image"], strict=True)
     }
     assert len(rows) == manifest.split("train").rows
-    theirs = collate([rows[index] for index in range(len(rows))])
+    theirs = default_collate([rows[index] for index in range(len(rows))])
     shown = 0
     for row_id, image in zip(theirs["row_id"].tolist(), theirs["image"].numpy(), strict=True):
         if row_id in ours:
@@ -57,7 +58,7 @@ def test_a_pass_that_is_no_whole_epoch_is_not_timed() -> None:
         seconds_of(lambda epoch: range(3), 0, 4)
 
 
-def test_each_side_has_a_figure(folder: str) -> None:
-    found = measure(folder, pairs=1, batch=BATCH, workers=1)
-    assert set(found) == {"ray", "plain", "images_per_s", "epoch_start_s"}
+def test_each_side_has_a_figure(folder: str, tmp_path: Path) -> None:
+    found = measure(folder, pairs=1, batch=BATCH, workers=1, cache=tmp_path)
+    assert set(found) == {"ray", "plain", "cached", "images_per_s", "epoch_start_s"}
     assert min(found.values()) > 0

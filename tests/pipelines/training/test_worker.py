@@ -3,6 +3,7 @@ test_end_to_end.py."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +20,7 @@ from pipelines.settings.sections import Settings
 from pipelines.storage import Store
 from pipelines.training import worker
 from pipelines.training.job import Training
-from pipelines.training.worker import Place, holdout_batches
+from pipelines.training.worker import Place, holdout_batches, read_once
 from tests.mantis_core.conftest import make_batch, make_problem, make_stage1
 
 
@@ -112,9 +113,35 @@ def test_a_worker_reads_the_holdout_rows_of_its_rank_alone(monkeypatch: pytest.M
     training: Any = SimpleNamespace(
         prepared="nowhere",
         section=SimpleNamespace(batch_size=8),
-        settings=SimpleNamespace(data=SimpleNamespace(reading=None)),
+        settings=SimpleNamespace(data=SimpleNamespace(reading=None, cache="none")),
     )
     place = Place(torch.device("cpu"), rank=1, world=4)
     (batch,) = holdout_batches(training, None, place)  # type: ignore[arg-type]
     assert batch.row_id.tolist() == [0, 1]
-    assert asked == {"split": "holdout", "global_batch": 8, "rank": 1, "world_size": 4}
+    threads = torch.get_num_threads()
+    how = {"split": "holdout", "global_batch": 8, "rank": 1, "world_size": 4}
+    assert asked == {**how, "threads": threads, "cache": None}
+
+
+@pytest.mark.parametrize(("most_bytes", "times"), [(10**9, 1), (3000, 3), (0, 3)])
+def test_held_back_rows_are_read_once_where_they_fit(most_bytes: float, times: int) -> None:
+    batches = [make_batch(make_problem(), count=1, seed=seed) for seed in range(3)]
+    assert batches[0].nbytes > 3000
+    read = 0
+
+    def holdout() -> Iterator[Batch]:
+        nonlocal read
+        read += 1
+        yield from batches
+
+    again = read_once(holdout, most_bytes)
+    for _ in range(3):
+        assert list(again()) == batches
+    assert read == times
+
+
+def test_rows_that_were_not_all_read_are_not_kept() -> None:
+    batches = [make_batch(make_problem(), count=1, seed=seed) for seed in range(3)]
+    again = read_once(lambda: iter(batches), 10**9)
+    next(again())
+    assert list(again()) == batches
