@@ -73,9 +73,7 @@ def _shard(path: str, columns: list[str]) -> pa.Table:
     return rows.set_column(rows.schema.get_field_index("image"), "image", images)
 
 
-def measure(
-    folder: str, *, pairs: int, batch: int, workers: int, cache: Path
-) -> dict[str, float]:
+def measure(folder: str, *, pairs: int, batch: int, workers: int, cache: Path) -> dict[str, float]:
     """Returns the ratios and the start of an epoch for one prepared folder. Needs a running Ray.
 
     Decoded images are kept in `cache`.

@@ -6,11 +6,12 @@ Shapes: B batch, K tasks, C latent channels, H W input pixels, h w latent size.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from mantis_core.bitstream.coder import TableSet
@@ -23,6 +24,7 @@ from mantis_core.networks.client import latent_size
 from mantis_core.networks.inference import still
 from mantis_core.networks.server import JointDecision, Server
 from mantis_core.networks.teacher import Backbone
+from mantis_core.tasks import TaskSpec
 
 
 class ServerCodec:
@@ -101,70 +103,72 @@ class ServerCodec:
     ) -> list[dict[str, Any]]:
         """Answers for images of one shape, without the stream's sizes."""
         device = next(self.server.parameters()).device
-        mask = torch.tensor([image.tasks.mask for image in images], device=device)
-        log_p = torch.tensor([_log_probabilities(image.tasks) for image in images], device=device)
+        mask = np.array([image.tasks.mask for image in images], bool)
+        log_p = torch.tensor([_log_probabilities(image.tasks) for image in images]).to(device)
         maps = torch.from_numpy(np.stack([image.map for image in images])).to(device).float()
         with still(self.server):
             latent = maps.contiguous(memory_format=torch.channels_last)
             split, last = self.server.features(latent)
-            outputs = {
-                task.name: self._task_output(k, mask, split, last, shape)
-                for k, task in enumerate(self.spec.tasks)
-            }
+            outputs: dict[str, Tensor] = {}
+            answers: dict[str, dict[int, Any]] = {}
+            for k, task in enumerate(self.spec.tasks):
+                rows = np.flatnonzero(mask[:, k])
+                own = self._task_output(k, rows, split, last, shape)
+                places = torch.from_numpy(rows).to(device)
+                outputs[task.name] = _at_rows(own, places, len(images))
+                answers[task.name] = dict(zip(rows.tolist(), _said(task, own), strict=True))
             decisions = [(-1, 0.0)] * len(images)
             if self.joint is not None:
                 scores = self.joint(outputs, log_p)
                 sure = torch.softmax(scores, dim=1).max(dim=1).values
                 decisions = list(zip(decided(scores).tolist(), sure.tolist(), strict=True))
+        probabilities = log_p.exp().tolist()
         return [
-            self._answer(i, image.tasks, outputs, log_p, decisions[i])
+            self._answer(i, image.tasks, answers, probabilities[i], decisions[i])
             for i, image in enumerate(images)
         ]
 
     def _task_output(
-        self, k: int, mask: Tensor, split: Tensor, last: Tensor, shape: tuple[int, int]
+        self,
+        k: int,
+        rows: NDArray[np.int64],
+        split: Tensor,
+        last: Tensor,
+        shape: tuple[int, int],
     ) -> Tensor:
-        """One task's output for all images (B, ...), -inf for those in which it is not active."""
+        """One task's output for the images `rows` (N,) in which it is active: (N, ...)."""
         task = self.spec.tasks[k]
-        rows = mask[:, k].nonzero()[:, 0]
-        size = (task.num_classes + 1,) if task.is_classification else (task.num_classes, *shape)
-        output = torch.full((len(mask), *size), -math.inf, device=mask.device)
-        if len(rows):
-            output[rows] = self.server.answer(task, split[rows], last[rows], shape).float()
-        return output
+        if not len(rows):
+            size = (task.num_classes + 1,) if task.is_classification else (task.num_classes, *shape)
+            return torch.empty((0, *size), device=last.device)
+        places = torch.from_numpy(rows).to(last.device)
+        return self.server.answer(task, split[places], last[places], shape).float()
 
     def _answer(
         self,
         i: int,
         field: TaskField,
-        outputs: dict[str, Tensor],
-        log_p: Tensor,
+        answers: Mapping[str, Mapping[int, Any]],
+        probabilities: Sequence[float],
         decision: tuple[int, float],
     ) -> dict[str, Any]:
         """One image's answer. `decision` is its class and the class's probability, -1 for none."""
         active = [self.spec.tasks[k] for k in field.active]
         named = [task for task in active if task.is_classification]
-        labels = {t.name: int(outputs[t.name][i, :-1].argmax()) for t in named}
+        labels = {t.name: answers[t.name][i][0] for t in named}
         index, sure = decision
         return {
             "tasks": tuple(task.name for task in active),
             "task_probability": {
-                task.name: float(log_p[i, k].exp())
-                for k, task in zip(field.active, active, strict=True)
+                task.name: probabilities[k] for k, task in zip(field.active, active, strict=True)
             },
             "labels": labels,
             "label_names": {t.name: t.labels[labels[t.name]] for t in named if t.labels},
-            "label_probability": {
-                t.name: float(outputs[t.name][i, labels[t.name]].exp()) for t in named
-            },
+            "label_probability": {t.name: answers[t.name][i][1] for t in named},
             "class_index": index,
             "class_name": self.spec.class_names[index] if index >= 0 else None,
             "class_probability": sure if index >= 0 else 0.0,
-            "segmentation": {
-                t.name: outputs[t.name][i].argmax(dim=0).to(torch.uint8).cpu().numpy()
-                for t in active
-                if not t.is_classification
-            },
+            "segmentation": {t.name: answers[t.name][i] for t in active if not t.is_classification},
         }
 
 
@@ -186,6 +190,21 @@ def new_server(spec: ModelSpec, trunk: nn.Module | None = None) -> Server:
 def new_joint(spec: ModelSpec) -> JointDecision | None:
     """The joint decision, where each image has one class."""
     return JointDecision(spec.tasks, len(spec.classes)) if spec.single_class else None
+
+
+def _at_rows(own: Tensor, rows: Tensor, count: int) -> Tensor:
+    """Values (N, ...) of the images `rows` (N,) among all images (B, ...), -inf at the others."""
+    if len(own) == count:
+        return own
+    return own.new_full((count, *own.shape[1:]), -math.inf).index_copy(0, rows, own)
+
+
+def _said(task: TaskSpec, own: Tensor) -> list[Any]:
+    """What each of a task's outputs (N, ...) says: its label and the probability, or its mask."""
+    if task.is_classification:
+        best = own[:, :-1].max(dim=1)
+        return list(zip(best.indices.tolist(), best.values.exp().tolist(), strict=True))
+    return list(own.argmax(dim=1).to(torch.uint8).cpu().numpy())
 
 
 def decided(scores: Tensor) -> Tensor:

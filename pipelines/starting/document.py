@@ -115,7 +115,9 @@ def _data(found: Found, numbers: Numbers) -> str:
         "epochs on",
     ]
     if numbers.cached:
-        lines.append("  cache: decoded    # images are decoded once and kept on this machine's disk")
+        lines.append(
+            "  cache: decoded    # images are decoded once and kept on this machine's disk"
+        )
     return "\n".join(lines) + "\n"
 
 
