@@ -140,7 +140,9 @@ def local_batches(
             window_rows=reading.shuffle_window_rows,
         )
     decoder = Decoder.of(manifest, reading, augment)
-    kept = None if cache is None else _kept(cache, folder, manifest, split, decoder, threads)
+    kept = None
+    if cache is not None:
+        kept = kept_rows(cache, folder, manifest, reading, split=split, threads=threads)
     if kept is None:
         tables = (t for w in windows for t in _tables(absolute(folder), w, decoder.columns))
         parts = _mapped(decoder.decode, tables, threads)
@@ -193,11 +195,21 @@ def _plan_table(window: Window) -> pa.Table:
     return pa.table({"groups": [groups], "picks": [window.picks]})
 
 
-def _kept(
-    cache: Path, folder: str, manifest: Manifest, split: str, decoder: Decoder, threads: int
+def kept_rows(
+    cache: Path,
+    folder: str,
+    manifest: Manifest,
+    reading: ReadingConfig,
+    *,
+    split: str,
+    threads: int = 0,
 ) -> DecodedRows | None:
-    """Returns the decoded rows of a split, which the first call on this machine makes."""
+    """Returns the decoded rows of a split, which the first call on this machine makes.
+
+    None where they have no room; see `decoded_rows`.
+    """
     info, (height, width) = manifest.split(split), manifest.image_size
+    decoder = Decoder.of(manifest, reading, None)
 
     def chunks(function: Callable[[pa.Table], Chunk]) -> Iterator[Chunk]:
         windows = plan_in_order(info)
@@ -206,7 +218,7 @@ def _kept(
 
     return decoded_rows(
         cache / f"{manifest.fingerprint[:32]}-{split}-{height}x{width}",
-        decoder.reading.cache_gib * 2**30,
+        reading.cache_gib * 2**30,
         info.rows,
         decoder,
         chunks,

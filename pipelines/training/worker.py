@@ -18,7 +18,7 @@ import torch
 
 from data_prep.manifest import Manifest, read_manifest
 from data_prep.read.ahead import begun_ahead
-from data_prep.read.batches import local_batches, train_batches
+from data_prep.read.batches import kept_rows, local_batches, train_batches
 from mantis_core.folders import save_training_state
 from mantis_core.tasks import Batch
 from mantis_core.training.loop import Session, TrainingError, fit, steps_per_epoch
@@ -38,6 +38,7 @@ from pipelines.training.files import (
 from pipelines.training.hardware import computed_on
 from pipelines.training.job import Training
 from pipelines.training.problem import problem_of
+from pipelines.training.waiting import all_do
 from pipelines.training.weights import SavedWeights
 
 DATA_CPUS = 0.25
@@ -92,6 +93,7 @@ def train(
 
         session.distribute(lambda module: DistributedDataParallel(module, broadcast_buffers=False))
 
+    keep_decoded(training, manifest, place)
     holdout = read_once(lambda: holdout_batches(training, manifest, place), HELD_BYTES)
     shown = None if on_step is None else partial(on_step, session)
     ahead = begun_ahead(batches, steps=session.steps_per_epoch, epochs=section.epochs)
@@ -209,6 +211,29 @@ def kept_batches(
         cache=_cache(training),
     )
     return (Batch.from_arrays(each, place.device) for each in arrays)
+
+
+def keep_decoded(training: Training, manifest: Manifest, place: Place) -> None:
+    """Decodes this machine's images once, if `data.cache` says so and they are not there yet.
+
+    Returns when every worker has them: no worker waits for images in the middle of a step.
+    """
+    cache = _cache(training)
+    if cache is None:
+        return
+
+    def work() -> None:
+        for split in ("train", "holdout"):
+            kept_rows(
+                cache,
+                training.prepared,
+                manifest,
+                training.settings.data.reading,
+                split=split,
+                threads=torch.get_num_threads(),
+            )
+
+    all_do(work, place.device, place.world)
 
 
 def _cache(training: Training) -> Path | None:
