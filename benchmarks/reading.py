@@ -63,7 +63,7 @@ class Rows(Dataset[dict[str, torch.Tensor]]):
         labels = {name: values[index] for name, values in self._labels.items()}
         pixels, _ = self._decoder.opened(self._files[index].as_py(), {})
         image, _ = self._decoder.view(pixels, {}, int(labels["row_id"]))
-        return {**labels, "image": torch.from_numpy(image.copy()).permute(2, 0, 1)}
+        return {**labels, "image": torch.from_numpy(image.copy())}
 
 
 def _shard(path: str, columns: list[str]) -> pa.Table:

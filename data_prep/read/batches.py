@@ -88,17 +88,13 @@ def train_batches(
         batch_format="numpy",
         prefetch_batches=PREFETCH_BATCHES,
     ):
-        writeable = {name: np.require(v, requirements="W") for name, v in batch.items()}
-        yield channels_first(writeable)
+        yield {name: np.require(values, requirements="W") for name, values in batch.items()}
 
 
 def eval_rows(
     folder: str, manifest: Manifest, reading: ReadingConfig, split: str, *, num_cpus: float = 0.25
 ) -> Dataset:
-    """Returns all rows of a split once, in order, cut to their centre, as a lazy Ray Dataset.
-
-    Its images are (B, H, W, 3); see `channels_first`.
-    """
+    """Returns all rows of a split once, in order, cut to their centre, as a lazy Ray Dataset."""
     windows = plan_in_order(manifest.split(split))
     decoder = Decoder.of(manifest, reading, None)
     return _dataset(folder, windows, decoder, num_cpus, None, confined=False)
@@ -151,19 +147,12 @@ def local_batches(
     yield from _rebatched(parts, global_batch // world_size)
 
 
-def channels_first(batch: Batch) -> Batch:
-    """Returns the batch with its images (B, H, W, 3) as (B, 3, H, W), without a copy."""
-    return {**batch, "image": batch["image"].transpose(0, 3, 1, 2)}
-
-
 def read_window(plan: pa.Table, *, folder: str, decoder: Decoder) -> Iterator[Batch]:
     """Decodes one window, part by part, in a Ray task; `plan` is made by _plan_table."""
     for row in plan.to_pylist():
         groups = tuple(RowGroup(**group) for group in row["groups"])
         window = Window(groups, np.array(row["picks"], np.int64))
-        for batch in map(decoder.decode, _tables(folder, window, decoder.columns)):
-            # Ray copies arrays whose memory is in another order.
-            yield {**batch, "image": batch["image"].transpose(0, 2, 3, 1)}
+        yield from map(decoder.decode, _tables(folder, window, decoder.columns))
 
 
 def _dataset(

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from data_prep.manifest import Manifest
-from data_prep.read.batches import channels_first, eval_rows, local_batches
+from data_prep.read.batches import eval_rows, local_batches
 from data_prep.reading import ReadingConfig
 from mantis_core.measure.metrics import (
     ImageRecords,
@@ -64,7 +64,7 @@ class ArmActor:
         self.evaluator = ArmEvaluator(**arguments)
 
     def __call__(self, batch: Arrays) -> Arrays:
-        return self.evaluator(channels_first(batch))
+        return self.evaluator(batch)
 
 
 @dataclass(frozen=True)

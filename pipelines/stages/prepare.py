@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from pipelines.stages.spec import READER, Inputs, Stage, StageContext, StageSpec
+from pipelines.stages.spec import CACHE, READER, Inputs, Stage, StageContext, StageSpec
 
 if TYPE_CHECKING:
     from data_prep.manifest import Manifest
@@ -57,7 +57,7 @@ PREPARE = Stage(
     help="Turn images and labels into Parquet shards.",
     after=(),
     reads=("seed", "tasks", "data"),
-    leaves_out=("data.root", *READER),
+    leaves_out=("data.root", *READER, *CACHE),
     identities=identities,
     code=("data_prep.prepare.shards", "data_prep.sources.kinds", "data_prep.tasks"),
     run=run,

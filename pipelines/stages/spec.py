@@ -27,6 +27,8 @@ READER = tuple(
     for name in ("augmentation", "crop_padding", "min_crop_area", "flip", "shuffle_window_rows")
 )
 """Fields of `data` that shape batches in training. A prepared folder does not depend on them."""
+CACHE = ("data.cache", "data.cache_gib")
+"""Fields of `data` that decide no result: what a machine keeps of its images."""
 
 
 @dataclass(frozen=True)

@@ -53,6 +53,8 @@ def test_the_fields_that_shape_batches_are_those_of_reading() -> None:
         "crop_padding": 1,
         "min_crop_area": 0.5,
         "flip": False,
+        "cache": "decoded",
+        "cache_gib": 1.5,
         "shuffle_window_rows": 7,
     }
     data = DataConfig(sources=({"kind": "shapes"},), **values)

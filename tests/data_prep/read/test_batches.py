@@ -14,7 +14,7 @@ import pytest
 
 from data_prep.errors import DataError
 from data_prep.read import batches
-from data_prep.read.batches import channels_first, eval_rows, local_batches, train_batches
+from data_prep.read.batches import eval_rows, local_batches, train_batches
 from data_prep.read.decoding import Batch
 from data_prep.read.epoch import RowGroup, Window
 from data_prep.reading import ReadingConfig
@@ -99,7 +99,7 @@ def test_evaluation_sees_every_row_once_in_order(shapes: Any) -> None:
         dataset = eval_rows(shapes.folder, shapes.manifest, shapes.data.reading, split)
         with_ray = list(dataset.iter_batches(batch_size=32, batch_format="numpy"))
         for left, right in zip(local, with_ray, strict=True):
-            same(left, channels_first(right))
+            same(left, right)
     ids = np.concatenate([batch["row_id"] for batch in local])
     assert (np.diff(ids) == 1).all()
 

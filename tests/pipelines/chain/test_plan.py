@@ -217,6 +217,8 @@ FIRST_CHANGED: dict[str, tuple[str, ...]] = {
     "tune": (),
     "data": CHAIN,
     "data.root": (),
+    "data.cache": (),
+    "data.cache_gib": (),
     **dict.fromkeys(READER, CHAIN[1:]),
     "tasks": CHAIN,
     "teacher": CHAIN[1:],
