@@ -22,13 +22,19 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.fs as fs
 import pyarrow.parquet as pq
-from numpy.typing import NDArray
 
 from data_prep.errors import DataError
-from data_prep.manifest import Manifest, SplitInfo
+from data_prep.manifest import Manifest
 from data_prep.read.decoded import Chunk, DecodedRows, decoded_rows
 from data_prep.read.decoding import Batch, Decoder, concatenated
-from data_prep.read.epoch import RowGroup, Window, divided, plan_epoch, plan_in_order
+from data_prep.read.epoch import (
+    RowGroup,
+    Window,
+    divided,
+    plan_epoch,
+    plan_in_order,
+    row_numbers,
+)
 from data_prep.reading import ReadingConfig
 from data_prep.storage import absolute, filesystem, is_uri, join
 
@@ -140,10 +146,14 @@ def local_batches(
     if cache is not None:
         kept = kept_rows(cache, folder, manifest, reading, split=split, threads=threads)
     if kept is None:
-        tables = (t for w in windows for t in _tables(absolute(folder), w, decoder.columns))
-        parts = _mapped(decoder.decode, tables, threads)
+        parts = _mapped(decoder.decode, _all_tables(folder, windows, decoder), threads)
     else:
-        parts = _mapped(partial(kept.decode, decoder=decoder), _numbers(info, windows), threads)
+        numbers = (
+            rows[start : start + DECODE_ROWS]
+            for rows in row_numbers(info, windows)
+            for start in range(0, len(rows), DECODE_ROWS)
+        )
+        parts = _mapped(partial(kept.decode, decoder=decoder), numbers, threads)
     yield from _rebatched(parts, global_batch // world_size)
 
 
@@ -201,9 +211,7 @@ def kept_rows(
     decoder = Decoder.of(manifest, reading, None)
 
     def chunks(function: Callable[[pa.Table], Chunk]) -> Iterator[Chunk]:
-        windows = plan_in_order(info)
-        tables = (t for w in windows for t in _tables(absolute(folder), w, decoder.columns))
-        return _mapped(function, tables, threads)
+        return _mapped(function, _all_tables(folder, plan_in_order(info), decoder), threads)
 
     return decoded_rows(
         cache / f"{manifest.fingerprint[:32]}-{split}-{height}x{width}",
@@ -212,22 +220,6 @@ def kept_rows(
         decoder,
         chunks,
     )
-
-
-def _numbers(split: SplitInfo, windows: Iterable[Window]) -> Iterator[NDArray[np.int64]]:
-    """Yields the places of the windows' rows in their split, DECODE_ROWS at a time."""
-    groups = [
-        (shard.path, index, rows)
-        for shard in split.shards
-        for index, rows in enumerate(shard.row_group_rows)
-    ]
-    starts = np.cumsum([0, *(rows for _, _, rows in groups)]).tolist()
-    start_of = {(path, index): s for (path, index, _), s in zip(groups, starts[:-1], strict=True)}
-    for window in windows:
-        rows = [start_of[each.shard, each.index] + np.arange(each.rows) for each in window.groups]
-        picked = np.concatenate(rows)[window.picks]
-        for start in range(0, len(picked), DECODE_ROWS):
-            yield picked[start : start + DECODE_ROWS]
 
 
 def _mapped(
@@ -249,6 +241,12 @@ def _mapped(
         finally:
             for future in waiting:
                 future.cancel()
+
+
+def _all_tables(folder: str, windows: Iterable[Window], decoder: Decoder) -> Iterator[pa.Table]:
+    """Yields the rows of all windows as `_tables` does."""
+    for window in windows:
+        yield from _tables(absolute(folder), window, decoder.columns)
 
 
 def _tables(folder: str, window: Window, columns: list[str]) -> Iterator[pa.Table]:

@@ -104,17 +104,23 @@ class _TooLargeError(Exception):
 _TOO_LARGE: set[Path] = set()  # not tried again by this process
 
 
+_OPEN: dict[Path, DecodedRows] = {}
+"""What this process has opened. It is read on although another one has removed the folder since."""
+
+
 def _opened(folder: Path) -> DecodedRows | None:
     """Returns what a whole folder holds, and marks it as used."""
+    with contextlib.suppress(OSError):
+        os.utime(folder)
+    if folder in _OPEN:
+        return _OPEN[folder]
     try:
         with np.load(folder / ROWS) as file:
             table = {name: file[name] for name in file.files}
         pixels = np.asarray(np.memmap(folder / PIXELS, np.uint8, mode="r"))
     except FileNotFoundError:
         return None
-    with contextlib.suppress(OSError):
-        os.utime(folder)
-    return DecodedRows(pixels, table)
+    return _OPEN.setdefault(folder, DecodedRows(pixels, table))
 
 
 def _make(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -111,6 +111,16 @@ def divided(windows: Iterable[Window], parts: int, least_rows: int) -> list[Wind
             window.picks, max(1, min(parts, len(window.picks) // least_rows))
         )
     ]
+
+
+def row_numbers(split: SplitInfo, windows: Iterable[Window]) -> Iterator[NDArray[np.int64]]:
+    """Yields the places of each window's rows among all rows of the split."""
+    groups = _row_groups(split)
+    starts = np.cumsum([0, *(group.rows for group in groups)]).tolist()
+    start_of = dict(zip(groups, starts[:-1], strict=True))
+    for window in windows:
+        rows = [start_of[group] + np.arange(group.rows) for group in window.groups]
+        yield np.concatenate(rows)[window.picks]
 
 
 def _row_groups(split: SplitInfo) -> list[RowGroup]:

@@ -24,7 +24,7 @@ from mantis_core.tasks import Batch
 from mantis_core.training.loop import Session, TrainingError, fit, steps_per_epoch
 from pipelines.cluster.machine import usable_cpus
 from pipelines.settings.sections import ClusterConfig
-from pipelines.storage import Store, decoded_folder, scratch, writing
+from pipelines.storage import Store, decoded_folder, private_folder, scratch, writing
 from pipelines.training.checkpoints import Checkpoint, newest_intact, read_checkpoint
 from pipelines.training.files import (
     BEST,
@@ -93,7 +93,6 @@ def train(
 
         session.distribute(lambda module: DistributedDataParallel(module, broadcast_buffers=False))
 
-    keep_decoded(training, manifest, place)
     holdout = read_once(lambda: holdout_batches(training, manifest, place), HELD_BYTES)
     shown = None if on_step is None else partial(on_step, session)
     ahead = begun_ahead(batches, steps=session.steps_per_epoch, epochs=section.epochs)
@@ -119,9 +118,10 @@ def ray_worker(config: dict[str, Any]) -> None:
     manifest = read_manifest(training.prepared)
 
     threads = torch.get_num_threads()
+    kept = keep_decoded(training, manifest, place)
 
     def batches(epoch: int) -> Iterator[Batch]:
-        if settings.data.cache == "decoded":
+        if kept:
             return kept_batches(training, manifest, place, epoch=epoch, threads=threads)
         arrays = train_batches(
             training.prepared,
@@ -213,31 +213,28 @@ def kept_batches(
     return (Batch.from_arrays(each, place.device) for each in arrays)
 
 
-def keep_decoded(training: Training, manifest: Manifest, place: Place) -> None:
-    """Decodes this machine's images once, if `data.cache` says so and they are not there yet.
+def keep_decoded(training: Training, manifest: Manifest, place: Place) -> bool:
+    """Decodes this machine's training images once, if `data.cache` says so, and says if they fit.
 
-    Returns when every worker has them: no worker waits for images in the middle of a step.
+    Returns when every worker has done so: none waits for another's images in the middle of a step.
     """
     cache = _cache(training)
     if cache is None:
-        return
+        return False
+    reading, threads = training.settings.data.reading, torch.get_num_threads()
 
-    def work() -> None:
-        for split in ("train", "holdout"):
-            kept_rows(
-                cache,
-                training.prepared,
-                manifest,
-                training.settings.data.reading,
-                split=split,
-                threads=torch.get_num_threads(),
-            )
+    def work() -> bool:
+        own = (cache, training.prepared, manifest, reading)
+        return kept_rows(*own, split="train", threads=threads) is not None
 
-    all_do(work, place.device, place.world)
+    return all_do(work, place.device, place.world)
 
 
 def _cache(training: Training) -> Path | None:
-    return decoded_folder() if training.settings.data.cache == "decoded" else None
+    """Returns the folder of decoded images, which only this user can enter; None without one."""
+    if training.settings.data.cache == "none":
+        return None
+    return private_folder(decoded_folder())
 
 
 def holdout_batches(training: Training, manifest: Manifest, place: Place) -> Iterator[Batch]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -65,6 +66,14 @@ def test_a_file_is_decoded_once(
     same(read(shapes, tmp_path), first)
     with pytest.raises(TypeError):
         read(shapes, tmp_path / "elsewhere")
+
+
+def test_rows_are_read_on_although_their_folder_is_removed(shapes: Any, tmp_path: Path) -> None:
+    first = read(shapes, tmp_path)
+    for folder in tmp_path.glob("[!.]*"):
+        shutil.rmtree(folder)
+    same(read(shapes, tmp_path), first)
+    assert not list(tmp_path.glob("[!.]*"))
 
 
 SCRIPT = """

@@ -20,7 +20,7 @@ from pipelines.settings.sections import Settings
 from pipelines.storage import Store
 from pipelines.training import worker
 from pipelines.training.job import Training
-from pipelines.training.worker import Place, holdout_batches, read_once
+from pipelines.training.worker import Place, holdout_batches, keep_decoded, read_once
 from tests.mantis_core.conftest import make_batch, make_problem, make_stage1
 
 
@@ -121,6 +121,27 @@ def test_a_worker_reads_the_holdout_rows_of_its_rank_alone(monkeypatch: pytest.M
     threads = torch.get_num_threads()
     how = {"split": "holdout", "global_batch": 8, "rank": 1, "world_size": 4}
     assert asked == {**how, "threads": threads, "cache": None}
+
+
+@pytest.mark.parametrize(("room", "fits"), [("decoded", True), ("decoded", False), ("none", False)])
+def test_a_worker_reads_decoded_images_where_they_fit(
+    room: str, fits: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+
+    def kept_rows(cache: Path, *given: Any, **how: Any) -> Any:
+        asked.append((cache, how["split"]))
+        return object() if fits else None
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(worker, "kept_rows", kept_rows)
+    data = SimpleNamespace(reading=None, cache=room)
+    training: Any = SimpleNamespace(prepared="here", settings=SimpleNamespace(data=data))
+    assert keep_decoded(training, None, Place(torch.device("cpu"))) is fits  # type: ignore[arg-type]
+    folder = tmp_path / "mantis" / "decoded"
+    assert asked == ([(folder, "train")] if room == "decoded" else [])
+    if room == "decoded":
+        assert folder.stat().st_mode & 0o077 == 0  # nobody else puts images there
 
 
 @pytest.mark.parametrize(("most_bytes", "times"), [(10**9, 1), (3000, 3), (0, 3)])
