@@ -62,8 +62,9 @@ class Rows(Dataset[dict[str, torch.Tensor]]):
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         labels = {name: values[index] for name, values in self._labels.items()}
         pixels, _ = self._decoder.opened(self._files[index].as_py(), {})
-        image, _ = self._decoder.view(pixels, {}, int(labels["row_id"]))
-        return {**labels, "image": torch.from_numpy(image.copy())}
+        image = np.empty((3, *self._decoder.size), np.uint8)
+        self._decoder.view(pixels, {}, int(labels["row_id"]), image)
+        return {**labels, "image": torch.from_numpy(image)}
 
 
 def _shard(path: str, columns: list[str]) -> pa.Table:

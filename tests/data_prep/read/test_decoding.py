@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import io
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +26,12 @@ def opened(decoder: Decoder, image: Any, mask: Any) -> Any:
     return decoder.opened(png(image), {"m": png(mask)})
 
 
+def view(decoder: Decoder, pixels: Any, masks: Any, row_id: int) -> tuple[Any, Any]:
+    """The image (3, H, W) and the masks that a decoder makes of an opened row."""
+    image = np.zeros((3, *decoder.size), np.uint8)
+    return image, decoder.view(pixels, masks, row_id, image)
+
+
 @pytest.mark.parametrize("augmentation", ["none", "padded_crop", "random_resized_crop"])
 @pytest.mark.parametrize("stored", [(24, 16), (16, 24), (12, 40)])
 def test_an_image_and_its_mask_are_cut_alike(
@@ -33,7 +42,7 @@ def test_an_image_and_its_mask_are_cut_alike(
     left[:, : stored[0] // 3] = 200
     image = np.stack([left] * 3, axis=2)
     for row_id in range(8):
-        pixels, masks = decoder.view(*opened(decoder, image, left), row_id)
+        pixels, masks = view(decoder, *opened(decoder, image, left), row_id)
         assert pixels.shape == (3, 16, 16)
         agree = (pixels[0] > 100) == (masks["m"] > 100)
         assert agree.mean() > 0.9
@@ -58,7 +67,7 @@ def test_a_padded_crop_mirrors_at_the_edges_however_wide_the_padding(padding: in
     padded = np.pad(pixels, padding, mode="reflect")
     windows = np.lib.stride_tricks.sliding_window_view(padded, (side, side))
     for row_id in range(10):
-        cut, _ = Decoder((side, side), 1, (), reading, (0, 0)).view(image, {}, row_id)
+        cut, _ = view(Decoder((side, side), 1, (), reading, (0, 0)), image, {}, row_id)
         assert (windows == cut[0]).all(axis=(2, 3)).any(), row_id
 
 
@@ -66,7 +75,7 @@ def test_without_augmentation_the_centre_is_cut_whatever_the_settings() -> None:
     pixels = np.arange(24 * 16, dtype=np.uint16).reshape(16, 24).astype(np.uint8)
     image = np.stack([pixels] * 3, axis=2)
     for reading in (ReadingConfig(), ReadingConfig(augmentation="random_resized_crop")):
-        cut, _ = Decoder((16, 16), 1, (), reading, None).view(image, {}, 7)
+        cut, _ = view(Decoder((16, 16), 1, (), reading, None), image, {}, 7)
         np.testing.assert_array_equal(cut[0], pixels[:, 4:20])
 
 
@@ -78,10 +87,36 @@ def test_crops_are_scaled_as_pillow_scales_them() -> None:
         box = crop_box(after_the_mirror(row_id), (48, 60), reading.min_crop_area)
         area = (box.left, box.top, box.left + box.width, box.top + box.height)
         theirs = smooth.crop(area).resize((32, 40), Image.Resampling.BICUBIC)
-        ours, _ = Decoder((40, 32), 1, (), reading, (0, 0)).view(np.asarray(smooth), {}, row_id)
+        decoder = Decoder((40, 32), 1, (), reading, (0, 0))
+        ours, _ = view(decoder, np.asarray(smooth), {}, row_id)
         assert (
             np.abs(ours.transpose(1, 2, 0).astype(int) - np.asarray(theirs).astype(int)).max() <= 1
         )
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are counted by Linux")
+def test_a_reading_thread_starts_no_threads_of_its_own() -> None:
+    script = """
+import os, numpy as np, torch
+from data_prep.read.decoding import Decoder
+from data_prep.reading import ReadingConfig
+torch.set_num_threads(4)
+reading = ReadingConfig(augmentation="random_resized_crop")
+pixels = np.zeros((300, 280, 3), np.uint8)
+def threads():
+    return len(os.listdir("/proc/self/task"))
+def decode(side):
+    for row_id in range(8):
+        image = np.zeros((3, side, side), np.uint8)
+        Decoder((side, side), 1, (), reading, (0, 0)).view(pixels, {}, row_id, image)
+decode(8)
+before = threads()
+decode(224)
+assert threads() == before, f"{threads()} threads instead of {before}"
+torch.zeros(3, 224, 224, dtype=torch.uint8).transpose(0, 2).contiguous()
+assert threads() > before, "PyTorch starts none for a large copy: the count shows nothing"
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
 
 
 def after_the_mirror(row_id: int) -> np.random.Generator:
