@@ -7,15 +7,17 @@ from the call that makes the iterator to the last batch. `ray` is what trainings
 `plain` what `mantis run --plain` reads with `--workers` threads, `cached` the same with
 `data.cache: decoded`, whose first epoch is not timed. The DataLoader has `--workers` processes,
 which stay from epoch to epoch, and holds the encoded images in memory. It makes the same crops by
-the same code, image by image, and stacks them. Passes alternate; figures are medians of the pairs'
-ratios, DataLoader's time over ours. `epoch_start_s` is the wait for an epoch's first batch in a
-sequence of epochs, each begun ahead as a training does it. The last line is one JSON object, whose
-keys have the image's side: `reading_64`.
+the same code, image by image, and stacks them. `torchvision` is a DataLoader as torchvision's
+ImageNet example has it: Pillow, RandomResizedCrop, RandomHorizontalFlip. Passes alternate; figures
+are medians of the pairs' ratios, the first DataLoader's time over another's. `epoch_start_s` is the
+wait for an epoch's first batch in a sequence of epochs, each begun ahead as a training does it. The
+last line is one JSON object, whose keys have the image's side: `reading_64`.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import statistics
 import time
@@ -24,12 +26,15 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from PIL import Image
 from rich.console import Console
 from rich.table import Table
 from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
 
 from benchmarks.program import count, one_message, say
 from data_prep.manifest import Manifest, read_manifest
@@ -67,6 +72,29 @@ class Rows(Dataset[dict[str, torch.Tensor]]):
         return {**labels, "image": torch.from_numpy(image)}
 
 
+class TorchvisionRows(Rows):
+    """The same rows by the transforms of torchvision's ImageNet example."""
+
+    def __init__(self, folder: str, manifest: Manifest, reading: ReadingConfig) -> None:
+        super().__init__(folder, manifest, reading)
+        self._transform = transforms.Compose(
+            [
+                transforms.RandomResizedCrop(
+                    manifest.image_size,
+                    scale=(reading.min_crop_area, 1.0),
+                    interpolation=transforms.InterpolationMode.BICUBIC,
+                ),
+                transforms.RandomHorizontalFlip(),
+                transforms.PILToTensor(),
+            ]
+        )
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        labels = {name: values[index] for name, values in self._labels.items()}
+        image = Image.open(io.BytesIO(self._files[index].as_py())).convert("RGB")
+        return {**labels, "image": self._transform(image)}
+
+
 def _shard(path: str, columns: list[str]) -> pa.Table:
     store, inner = filesystem(path)
     rows = pq.read_table(inner, filesystem=store, columns=columns)
@@ -81,14 +109,18 @@ def measure(folder: str, *, pairs: int, batch: int, workers: int, cache: Path) -
     """
     manifest, reading = read_manifest(folder), ReadingConfig(augmentation="random_resized_crop")
     rows = manifest.split("train").rows // batch * batch
-    loader = DataLoader(
-        Rows(folder, manifest, reading),
-        batch_size=batch,
-        shuffle=True,
-        num_workers=workers,
-        drop_last=True,
-        persistent_workers=True,
-    )
+
+    def loader(kind: type[Rows]) -> DataLoader[dict[str, torch.Tensor]]:
+        return DataLoader(
+            kind(folder, manifest, reading),
+            batch_size=batch,
+            shuffle=True,
+            num_workers=workers,
+            drop_last=True,
+            persistent_workers=True,
+        )
+
+    own_code, torchvision = loader(Rows), loader(TorchvisionRows)
 
     def ray_epoch(epoch: int) -> Iterator[Batch]:
         return train_batches(folder, manifest, reading, seed=SEED, epoch=epoch, global_batch=batch)
@@ -109,7 +141,8 @@ def measure(folder: str, *, pairs: int, batch: int, workers: int, cache: Path) -
         "ray": ray_epoch,
         "plain": plain_epoch,
         "cached": lambda epoch: plain_epoch(epoch, cache),
-        "loader": lambda epoch: loader,
+        "torchvision": lambda epoch: torchvision,
+        "loader": lambda epoch: own_code,
     }
     next(iter(sides["cached"](0)))
     times: dict[str, list[float]] = {name: [] for name in sides}
@@ -122,7 +155,7 @@ def measure(folder: str, *, pairs: int, batch: int, workers: int, cache: Path) -
             name: statistics.median(
                 theirs / ours for theirs, ours in zip(times["loader"], times[name], strict=True)
             )
-            for name in ("ray", "plain", "cached")
+            for name in ("ray", "plain", "cached", "torchvision")
         },
         "images_per_s": rows / statistics.median(times["ray"]),
         "epoch_start_s": statistics.median(epoch_starts(ray_epoch, rows // batch)),
@@ -167,7 +200,8 @@ def main() -> None:
     arguments = parser.parse_args()
     ray.init(log_to_driver=False, include_dashboard=False, logging_level="error")
     result: dict[str, float] = {}
-    table = Table("images", "rows", "ray", "plain", "cached", "ray images/s", "epoch start, s")
+    sides = ("ray", "plain", "cached", "torchvision")
+    table = Table("images", "rows", *sides, "ray images/s", "epoch start, s")
     for folder in arguments.shards:
         manifest = read_manifest(folder)
         side, rows = manifest.image_size[0], manifest.split("train").rows
@@ -180,6 +214,7 @@ def main() -> None:
             f"reading_{side}": round(found["ray"], 3),
             f"plain_{side}": round(found["plain"], 3),
             f"cached_{side}": round(found["cached"], 3),
+            f"torchvision_{side}": round(found["torchvision"], 3),
             f"images_per_s_{side}": round(found["images_per_s"], 1),
             f"epoch_start_s_{side}": round(found["epoch_start_s"], 3),
         }

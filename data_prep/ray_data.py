@@ -16,8 +16,8 @@ from ray.data import Dataset, TaskPoolStrategy
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 
 BLOCK_BYTES = 8 * 2**20
-"""Least size of a block but the last. Blocks leave a task while it still runs. A reading task yields
-64 rows at once: at 224 px these are one block, which smaller blocks would cut with a copy.
+"""Least size of a block but the last. Blocks leave a task while it still runs. A reading task
+yields 64 rows at once: at 224 px these are one block, which smaller blocks would cut with a copy.
 """
 STEP_SECONDS = 0.05
 DATA_LABEL = {"ray-subcluster": "data"}

@@ -212,10 +212,10 @@ def _scale(pixels: Pixels, image: Pixels, *, mirror: bool) -> None:
     layers = torch.from_numpy(pixels.copy())[None].permute(0, 3, 1, 2)
     scaled = interpolate(layers, image.shape[1:], mode="bicubic", antialias=True)[0]
     rows = max(1, SERIAL_VALUES // (3 * image.shape[2]))
-    for part, out in zip(
-        scaled.split(rows, 1), torch.from_numpy(image).split(rows, 1), strict=True
-    ):
-        out.copy_(part.flip(2) if mirror else part)
+    for top in range(0, image.shape[1], rows):
+        part = scaled[:, top : top + rows]
+        own = torch.from_numpy(image[:, top : top + rows])
+        own.copy_(part.flip(2) if mirror else part)
 
 
 def _nearest(mask: Pixels, size: tuple[int, int]) -> Pixels:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from torch.utils.data import default_collate
 
-from benchmarks.reading import SEED, Rows, measure, seconds_of
+from benchmarks.reading import SEED, Rows, TorchvisionRows, measure, seconds_of
 from data_prep.config import DataConfig, TaskConfig
 from data_prep.manifest import read_manifest
 from data_prep.prepare.shards import prepare
@@ -52,6 +52,15 @@ def test_the_loader_makes_the_crops_of_a_training(folder: str) -> None:
     assert shown == len(ours) == len(rows) // BATCH * BATCH
 
 
+def test_the_loader_of_torchvision_has_the_same_rows_and_shapes(folder: str) -> None:
+    manifest, reading = read_manifest(folder), ReadingConfig(augmentation="random_resized_crop")
+    ours, theirs = (kind(folder, manifest, reading)[5] for kind in (Rows, TorchvisionRows))
+    assert {name: (value.shape, value.dtype) for name, value in ours.items()} == {
+        name: (value.shape, value.dtype) for name, value in theirs.items()
+    }
+    assert ours["row_id"] == theirs["row_id"]
+
+
 def test_a_pass_that_is_no_whole_epoch_is_not_timed() -> None:
     assert seconds_of(lambda epoch: range(3), 0, 3) >= 0
     with pytest.raises(AssertionError, match="3 batches instead of 4"):
@@ -60,5 +69,6 @@ def test_a_pass_that_is_no_whole_epoch_is_not_timed() -> None:
 
 def test_each_side_has_a_figure(folder: str, tmp_path: Path) -> None:
     found = measure(folder, pairs=1, batch=BATCH, workers=1, cache=tmp_path)
-    assert set(found) == {"ray", "plain", "cached", "images_per_s", "epoch_start_s"}
+    sides = {"ray", "plain", "cached", "torchvision"}
+    assert set(found) == {*sides, "images_per_s", "epoch_start_s"}
     assert min(found.values()) > 0
