@@ -117,6 +117,10 @@ class ClusterConfig(_Section):
     """How often a training restarts from its checkpoint, after a worker was lost, without a
     finished epoch in between. With finished epochs there is no limit: on spot instances a long
     training loses many workers and still ends."""
+    checkpoint_every_s: float = Field(default=0, ge=0)
+    """Least seconds between two checkpoints of a training on Ray. The default writes one after each
+    epoch. More saves time where epochs are short; a training that is killed repeats what it did
+    since the last one."""
     start_timeout_s: float = Field(default=120, gt=0)
     """Seconds in which workers must start. With `autoscaling` also the seconds in which new
     nodes must join."""

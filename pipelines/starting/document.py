@@ -17,6 +17,7 @@ from pipelines.starting.reading import SPLIT_WORDS, some
 
 TEACHER = "resnet18"
 WIDTH = 100
+CHECKPOINT_EVERY_S = 30
 PLAIN = re.compile(r"[A-Za-z][A-Za-z_/-]*( [A-Za-z_-]+)*")
 RESERVED = {"true", "false", "null", "yes", "no", "on", "off", "y", "n", "inf", "nan"}
 
@@ -161,11 +162,14 @@ def _trainings(numbers: Numbers) -> str:
 
 
 def _rest(numbers: Numbers) -> str:
-    gpus = "cluster: {gpus_per_worker: 1}    # one of the GPUs here\n" if numbers.gpus else ""
+    gpus = "  gpus_per_worker: 1    # one of the GPUs here\n" if numbers.gpus else ""
     return (
         "evaluate:\n"
         "  baselines: [oracle, teacher]    # the codec with the true tasks given; no codec at all\n"
         "  codecs: {webp: [0, 50]}    # WebP files in front of the teacher\n"
+        "cluster:\n"
+        f"  checkpoint_every_s: {CHECKPOINT_EVERY_S}    # fewer where "
+        "epochs are short\n"
         f"{gpus}"
     )
 

@@ -40,7 +40,7 @@ class StageCallback(UserCallback):
     """Runs in the Train controller. An error here ends the training, without a restart.
 
     Only a listener raises one, and `after_exception`: for a worker's error that would come again,
-    and once workers were lost more than `max_failures` times since the last report.
+    and once workers were lost more than `max_failures` times since the last new epoch.
     A report may have the figures of all epochs so far as JSON text in `history`. An epoch whose
     report was lost with a killed driver is then logged with the next report. The writer skips
     epochs that it has already logged.
@@ -51,7 +51,7 @@ class StageCallback(UserCallback):
         self._writer: MetricWriter | None = None
         self._last_epoch = -1.0
         self._max_failures = max_failures
-        self._failures = 0  # since the last finished epoch
+        self._failures = 0  # since the last epoch that was finished for the first time
         self._listener = _listener.get()
 
     def after_report(
@@ -59,7 +59,6 @@ class StageCallback(UserCallback):
     ) -> None:
         from pipelines.tracking.metric_writer import MetricWriter
 
-        self._failures = 0
         if self._writer is None:
             self._writer = MetricWriter(*self._address)
         newest = metrics[0]
@@ -68,6 +67,8 @@ class StageCallback(UserCallback):
             for epoch in json.loads(newest.get("history", "[]")) or [newest]
             if epoch["epoch"] > self._last_epoch
         ]
+        if news:
+            self._failures = 0
         for epoch in news:
             self._writer.write(epoch)
             self._last_epoch = epoch["epoch"]

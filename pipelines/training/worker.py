@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -141,7 +142,7 @@ def ray_worker(config: dict[str, Any]) -> None:
         manifest,
         place,
         batches,
-        on_epoch=lambda session, history: report_checkpoint(session, history, training, place),
+        on_epoch=EpochReports(training, place),
         on_step=_reporter(training.name) if place.rank == 0 else None,
         checkpoint=agreed_checkpoint(training, place),
     )
@@ -279,30 +280,50 @@ def read_once(
     return lambda: reading() if kept is None else iter(kept)
 
 
-def report_checkpoint(
-    session: Session, history: Sequence[Mapping[str, Any]], training: Training, place: Place
-) -> None:
-    """Reports the epoch's figures to Ray Train and, from rank 0, a resumable checkpoint.
+class EpochReports:
+    """Reports each epoch's figures to Ray Train and, from rank 0, a resumable checkpoint.
 
-    Every report has the figures of all epochs so far. If a report is lost with its driver, the next
-    one logs its epoch.
+    Epochs that end within `cluster.checkpoint_every_s` seconds after the last checkpoint have none,
+    but for the last epoch. Every report has the figures of all epochs so far. If a report is lost
+    with its driver, the next one logs its epoch.
     """
-    from ray import train as ray_train
 
-    from pipelines.terminal.progress import report_epoch
+    def __init__(self, training: Training, place: Place) -> None:
+        self._training, self._place = training, place
+        self._written = time.monotonic()  # when the last checkpoint was
 
-    metrics = {**history[-1], HISTORY: json.dumps(list(history))}
-    if place.rank != 0:
-        ray_train.report(metrics)
-        return
-    with scratch(training.settings.storage.root, "mantis-epoch") as folder:
-        tensors, record = session.state()
-        record = {**record, "key": training.key, "history": list(history)}
-        save_training_state(folder, tensors, record)
-        with writing(training.checkpoints):
-            ray_train.report(metrics, checkpoint=ray_train.Checkpoint.from_directory(folder))
-    shown = {name: value for name, value in history[-1].items() if not name.startswith(ROWS)}
-    report_epoch(training.name, {"epochs": session.config.epochs, **shown})
+    def __call__(self, session: Session, history: Sequence[Mapping[str, Any]]) -> None:
+        """Reports the epoch that has ended."""
+        from ray import train as ray_train
+
+        from pipelines.terminal.progress import report_epoch
+
+        metrics = {**history[-1], HISTORY: json.dumps(list(history))}
+        if self._place.rank != 0:
+            ray_train.report(metrics)
+            return
+        passed = time.monotonic() - self._written
+        is_last = session.epoch == session.config.epochs
+        if is_last or passed >= self._training.settings.cluster.checkpoint_every_s:
+            self._report_checkpoint(session, history, metrics)
+            self._written = time.monotonic()
+        else:
+            ray_train.report(metrics)
+        shown = {name: value for name, value in history[-1].items() if not name.startswith(ROWS)}
+        report_epoch(self._training.name, {"epochs": session.config.epochs, **shown})
+
+    def _report_checkpoint(
+        self, session: Session, history: Sequence[Mapping[str, Any]], metrics: dict[str, Any]
+    ) -> None:
+        from ray import train as ray_train
+
+        training = self._training
+        with scratch(training.settings.storage.root, "mantis-epoch") as folder:
+            tensors, record = session.state()
+            record = {**record, "key": training.key, "history": list(history)}
+            save_training_state(folder, tensors, record)
+            with writing(training.checkpoints):
+                ray_train.report(metrics, checkpoint=ray_train.Checkpoint.from_directory(folder))
 
 
 def ship(

@@ -98,6 +98,16 @@ def test_finished_epochs_give_a_training_new_restarts() -> None:
         callback.after_exception(None, {0: LOST})
 
 
+def test_an_epoch_that_was_finished_before_gives_no_new_restart() -> None:
+    """Without a checkpoint of its own an epoch is trained again, and could be so for ever."""
+    callback = reporting(max_failures=1)
+    callback.after_report(None, [{"epoch": 1.0}], None)
+    callback.after_exception(None, {0: LOST})
+    callback.after_report(None, [{"epoch": 1.0}], None)
+    with pytest.raises(WorkersLost, match="2 times"):
+        callback.after_exception(None, {0: LOST})
+
+
 def test_without_restarts_the_first_lost_worker_ends_a_training() -> None:
     with pytest.raises(WorkersLost, match=r"lost once, and cluster.max_failures"):
         reporting(max_failures=0).after_exception(None, {0: LOST})

@@ -3,6 +3,7 @@ test_end_to_end.py."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,23 +14,32 @@ import pytest
 import torch
 
 from mantis_core.config import TrainingConfig
-from mantis_core.folders import read_meta
+from mantis_core.folders import load_training_state, read_meta
 from mantis_core.tasks import Batch, Problem
 from mantis_core.training.loop import Session
 from pipelines.settings.sections import Settings
 from pipelines.storage import Store
+from pipelines.terminal import progress
 from pipelines.training import worker
 from pipelines.training.job import Training
-from pipelines.training.worker import Place, holdout_batches, keep_decoded, read_once
+from pipelines.training.worker import (
+    EpochReports,
+    Place,
+    holdout_batches,
+    keep_decoded,
+    read_once,
+)
 from tests.mantis_core.conftest import make_batch, make_problem, make_stage1
 
 
-def training_of(kind: str, folder: Path, seed: int = 0) -> Training:
+def training_of(kind: str, folder: Path, seed: int = 0, **cluster: Any) -> Training:
     settings = Settings.model_validate(
         {
             "seed": seed,
             "data": {"sources": [{"kind": "shapes"}]},
             "tasks": [{"name": "outline", "classes_from": "shapes"}],
+            "cluster": cluster,
+            "storage": {"root": str(folder)},
         }
     )
     return Training(
@@ -166,3 +176,40 @@ def test_rows_that_were_not_all_read_are_not_kept() -> None:
     again = read_once(lambda: iter(batches), 10**9)
     next(again())
     assert list(again()) == batches
+
+
+class FiveEpochs:
+    """A session whose epochs end; `epoch` of them have."""
+
+    config, epoch = SimpleNamespace(epochs=5), 0
+
+    def state(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        return {"weight": torch.tensor([float(self.epoch)])}, {"step": self.epoch}
+
+
+@pytest.mark.parametrize(
+    ("every_s", "kept"), [(0, [1, 2, 3, 4, 5]), (25, [3, 5]), (10, [1, 2, 3, 4, 5]), (1e9, [5])]
+)
+def test_a_checkpoint_is_written_when_it_is_due_and_at_the_end(
+    every_s: float, kept: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ray import train as ray_train
+
+    told: list[int] = []
+    stored: list[int] = []
+
+    def report(metrics: dict[str, Any], checkpoint: Any = None) -> None:
+        told.append(len(json.loads(metrics["history"])))
+        if checkpoint is not None:
+            stored.append(load_training_state(checkpoint.path)[1]["step"])
+
+    clock = iter(range(0, 1000, 10))
+    monkeypatch.setattr(ray_train, "report", report)
+    monkeypatch.setattr(progress, "report_epoch", lambda *_: None)
+    monkeypatch.setattr(worker, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    training = training_of("stage1", tmp_path, checkpoint_every_s=every_s)
+    reports, session = EpochReports(training, Place(torch.device("cpu"))), FiveEpochs()
+    for session.epoch in range(1, 6):
+        reports(session, [{"epoch": float(each)} for each in range(session.epoch)])  # type: ignore[arg-type]
+    assert told == [1, 2, 3, 4, 5]
+    assert stored == kept
