@@ -167,7 +167,7 @@ def _rest(numbers: Numbers) -> str:
         "evaluate:\n"
         "  baselines: [oracle, teacher]    # the codec with the true tasks given; no codec at all\n"
         "  codecs: {webp: [0, 50]}    # WebP files in front of the teacher\n"
-        "cluster:\n"
+        "\ncluster:\n"
         f"  checkpoint_every_s: {CHECKPOINT_EVERY_S}    # fewer where "
         "epochs are short\n"
         f"{gpus}"
