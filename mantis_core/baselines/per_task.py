@@ -65,7 +65,7 @@ class PerTaskCodecs(TaskModules):
     """A codec for each task, under its name; its classes are the labels of that task, in order."""
 
     def finish(self) -> None:
-        """Makes the integer tables of every codec; training is over."""
+        """Makes the tables of every codec and rounds its client; training is over."""
         for _, codec in self.items():
             codec.finish()  # type: ignore[operator]
 

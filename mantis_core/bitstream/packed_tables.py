@@ -5,28 +5,25 @@ R prior rows, C channels, X contexts of a channel, L table entries of the longes
 
 from __future__ import annotations
 
-import zlib
-
 import numpy as np
 from numpy.typing import NDArray
 
+from mantis_core.bitstream.byte_planes import deflate_planes, inflate_planes
 from mantis_core.bitstream.coder import TOTAL, Ints
 
-_COUNT_BYTES = 2
 _SHORTEST = 2
 
 
 def pack_counts(cdf: Ints, lengths: Ints) -> NDArray[np.uint8]:
     """Packs the tables `cdf` (R, C * X, L + 1) with `lengths` (C,) into bytes.
 
-    These are zlib's of all counts, channel by channel, row by row, context by context: first the
-    low bytes, then the high bytes. A count is below 2**16, since the others are at least 1.
+    These hold all counts, channel by channel, row by row, context by context. A count is below
+    2**16, since the others are at least 1.
     """
     rows, channels = len(cdf), len(lengths)
     counts = np.diff(cdf).reshape(rows, channels, -1, cdf.shape[2] - 1)
     used = [counts[:, c, :, :length].ravel() for c, length in enumerate(lengths.tolist())]
-    planes = np.concatenate(used).astype("<u2").view(np.uint8).reshape(-1, _COUNT_BYTES).T
-    return np.frombuffer(zlib.compress(planes.tobytes(), 9), np.uint8).copy()
+    return deflate_planes(np.concatenate(used).astype(np.uint16))
 
 
 def unpack_counts(packed: NDArray[np.uint8], lengths: Ints, rows: int, contexts: int) -> Ints:
@@ -37,9 +34,7 @@ def unpack_counts(packed: NDArray[np.uint8], lengths: Ints, rows: int, contexts:
     if not lengths.size or not _SHORTEST <= lengths.min() <= lengths.max() <= TOTAL:
         raise ValueError(f"tables have lengths that are not {_SHORTEST} to {TOTAL}")
     tables = rows * contexts
-    planes = _inflated(packed.tobytes(), _COUNT_BYTES * tables * int(lengths.sum(dtype=np.int64)))
-    bytewise = np.frombuffer(planes, np.uint8).reshape(_COUNT_BYTES, -1).T
-    counts = np.ascontiguousarray(bytewise).view("<u2").ravel()
+    counts = inflate_planes(packed, tables * int(lengths.sum(dtype=np.int64)), "tables")
     cdf = np.full((tables, lengths.size, int(lengths.max()) + 1), TOTAL, np.int32)
     cdf[..., 0] = 0
     ends = tables * lengths.cumsum(dtype=np.int64)
@@ -48,15 +43,3 @@ def unpack_counts(packed: NDArray[np.uint8], lengths: Ints, rows: int, contexts:
         np.cumsum(own, axis=1, dtype=np.int32, out=cdf[:, channel, 1 : own.shape[1] + 1])
     of_rows = cdf.reshape(rows, contexts, lengths.size, -1).swapaxes(1, 2)
     return np.ascontiguousarray(of_rows).reshape(rows, -1, cdf.shape[-1])
-
-
-def _inflated(data: bytes, size: int) -> bytes:
-    """Returns what `data` deflates, exactly `size` bytes; never makes many more."""
-    inflate = zlib.decompressobj()
-    try:
-        found = inflate.decompress(data, size + 1)
-    except zlib.error as error:
-        raise ValueError(f"the packed tables are damaged: {error}") from None
-    if len(found) != size or not inflate.eof or inflate.unused_data:
-        raise ValueError("the packed tables are not of this model")
-    return found

@@ -1,8 +1,9 @@
 """A codec in its model folder: the whole of it, or one half alone. Knows no training.
 
 The folder of a half holds the tensors of that half under the names they have in the whole, and
-meta.json says which half it is. Coding tables are packed; folders of earlier versions hold them as
-they are in memory, and are read too. `folders.py` writes and reads the files.
+meta.json says which half it is. Coding tables are packed, and so are weights in the folder of a
+client that float16 holds exactly; folders of earlier versions hold them as they are in memory, and
+are read too. `folders.py` writes and reads the files.
 
 A loader imports what it loads: a client needs no torchvision, neither half needs compressai.
 """
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from mantis_core.bitstream.coder import TableSet
 from mantis_core.bitstream.packed_tables import pack_counts, unpack_counts
+from mantis_core.codec.packed_weights import pack_weights, unpack_weights
 from mantis_core.codec.spec import ModelSpec
 from mantis_core.config import ModelConfig
 from mantis_core.errors import ModelError
@@ -42,11 +44,12 @@ RETIRED = {
     ("decoder", "summary_hidden"): None,
 }
 
+_CLIENT = "client."
 _TABLES = "bottleneck.table_"
 _CDF, _PACKED = _TABLES + "cdf", _TABLES + "counts"
 _THRESHOLD = "mask_threshold"
 _OF_HALF: dict[Half, tuple[str, ...]] = {
-    "client": ("client.", _TABLES, _THRESHOLD),
+    "client": (_CLIENT, _TABLES, _THRESHOLD),
     "server": ("server.", _TABLES),
 }
 
@@ -65,6 +68,9 @@ def save_half(folder: str | Path, whole: str | Path, half: Half) -> None:
     """Writes one half of the codec in the model folder `whole` as a folder of its own."""
     tensors, config, meta = load_folder(whole, wanted=_OF_HALF[half])
     _require_half(whole, meta, half)
+    weights = pack_weights(_part(tensors, _CLIENT))
+    others = {name: t for name, t in tensors.items() if not name.startswith(_CLIENT)}
+    tensors = {**others, **{_CLIENT + name: weight for name, weight in weights.items()}}
     save_folder(folder, _packed(tensors), config, {**meta, "half": half})
 
 
@@ -119,7 +125,7 @@ def load_client(folder: str | Path) -> ClientCodec:
 
     tensors, spec, model_id = _load_half(folder, "client")
     client = Client(spec.model, len(spec.tasks), spec.class_members())
-    _load_part(folder, client, tensors, "client.")
+    _load_part(folder, client, _part(tensors, _CLIENT))
     return ClientCodec(
         spec, client.eval(), _tables(folder, spec, tensors), tensors[_THRESHOLD], model_id
     )
@@ -134,7 +140,7 @@ def load_server(folder: str | Path) -> ServerCodec:
 
     tensors, spec, model_id = _load_half(folder, "server")
     server = new_server(spec)
-    _load_part(folder, server, tensors, "server.")
+    _load_part(folder, server, _part(tensors, "server."))
     tables = _tables(folder, spec, tensors)
     return ServerCodec(spec, server.eval(), new_joint(spec), tables, model_id)
 
@@ -175,13 +181,14 @@ def _spec(folder: str | Path, config: Any) -> ModelSpec:
         ) from None
 
 
-def _load_part(
-    folder: str | Path, module: nn.Module, tensors: Mapping[str, Tensor], prefix: str
-) -> None:
-    part = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+
+
+def _load_part(folder: str | Path, module: nn.Module, part: Mapping[str, Tensor]) -> None:
     try:
-        module.load_state_dict(part)
-    except RuntimeError as error:
+        module.load_state_dict(unpack_weights(part, module.state_dict()))
+    except (RuntimeError, ValueError) as error:
         raise ModelError(f"{folder}: weights and config do not fit: {error}") from None
 
 

@@ -21,6 +21,7 @@ from mantis_core.bitstream.task_field import TaskField, quantise_log2
 from mantis_core.bitstream.wire import CodedImage, write_stream
 from mantis_core.codec.answer import Encoded
 from mantis_core.codec.mask import primary_task, select_mask
+from mantis_core.codec.packed_weights import pack_weights
 from mantis_core.codec.spec import ModelSpec
 from mantis_core.errors import ModelError
 from mantis_core.networks.client import Client, View
@@ -167,12 +168,12 @@ class ClientCodec:
         with torch.no_grad(), still(self.client), counter:
             view = self.client(normalise(image))
             self.client.encode(view, torch.sigmoid(view.logits))
-        parameters = sum(p.numel() for p in self.client.parameters())
         tables = self.tables
         counts = pack_counts(tables.cdf, tables.lengths)
+        weights = pack_weights(self.client.state_dict())
         return {
-            "client_parameters": parameters,
-            "client_bytes": 4 * parameters
+            "client_parameters": sum(p.numel() for p in self.client.parameters()),
+            "client_bytes": sum(weight.nbytes for weight in weights.values())
             + sum(array.nbytes for array in (counts, tables.offsets, tables.lengths)),
             "client_macs": counter.get_total_flops() // 2,
         }

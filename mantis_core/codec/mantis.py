@@ -16,6 +16,7 @@ from mantis_core.bitstream.coder import TableSet
 from mantis_core.codec.answer import Answer, Encoded
 from mantis_core.codec.client_codec import ClientCodec, Estimate
 from mantis_core.codec.mask import primary_task, select_mask
+from mantis_core.codec.packed_weights import round_weights
 from mantis_core.codec.server_codec import ServerCodec, decided, new_joint, new_server
 from mantis_core.codec.spec import ModelSpec
 from mantis_core.codec.tables import table_set, update_tables
@@ -165,8 +166,12 @@ class Mantis(nn.Module):
         return self._model_id
 
     def finish(self) -> None:
-        """Makes the integer tables from the weights as they are; training is over."""
+        """Makes the integer tables, and rounds the client's weights to float16; training is over.
+
+        What is evaluated is then what is shipped. See `round_weights` for weights it leaves.
+        """
         update_tables(self.bottleneck)
+        round_weights(self.client)
         self.eval()
         self._model_id = self._tables = None
 

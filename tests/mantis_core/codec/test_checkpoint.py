@@ -282,6 +282,55 @@ def test_folders_of_a_version_that_did_not_pack_tables_are_read(
         assert [answer.to_dict() for answer in server.decode(streams)] == answers
 
 
+def test_a_client_is_saved_as_float16_and_loaded_bit_for_bit(
+    codec: Mantis, halves: dict[Half, Path]
+) -> None:
+    names = {name for name in load_folder(halves["client"])[0] if name.startswith("client.")}
+    assert names == {"client.float16"}
+    loaded = load_client(halves["client"])
+    for name, weight in codec.client.state_dict().items():
+        assert torch.equal(loaded.client.state_dict()[name], weight), name
+    assert loaded.describe()["client_bytes"] < 3 * loaded.describe()["client_parameters"]
+
+
+def test_a_client_that_was_never_rounded_is_saved_and_loaded_bit_for_bit(
+    codec: Mantis, batch: Batch, tmp_path: Path
+) -> None:
+    """As earlier versions finished it. Their folders of a client held each weight in float32."""
+    with torch.no_grad():
+        for weight in codec.client.parameters():
+            weight.mul_(1 + 1e-3 * torch.rand_like(weight))
+    codec.load_state_dict(codec.state_dict())  # the id is that of these weights
+    whole, client, old, again = (tmp_path / name for name in ("whole", "client", "old", "again"))
+    save_model(whole, codec, {})
+    save_half(client, whole, "client")
+    wanted = ("client.", "bottleneck.table_", "mask_threshold")
+    tensors, config, meta = load_folder(whole, wanted=wanted)
+    save_folder(old, tensors, config, {**meta, "half": "client"})
+    save_half(again, old, "client")
+    assert "client.stem.0.weight" in load_folder(client)[0]
+    streams = codec.encode(batch.image)
+    for folder in (whole, client, old, again):
+        loaded = load_client(folder)
+        assert loaded.encode(batch.image) == streams
+        for name, weight in codec.client.state_dict().items():
+            assert torch.equal(loaded.client.state_dict()[name], weight), name
+
+
+@pytest.mark.parametrize("damage", ["cut", "lacking"])
+def test_packed_weights_that_are_damaged_or_of_another_model_are_refused(
+    damage: str, halves: dict[Half, Path]
+) -> None:
+    tensors, config, meta = load_folder(halves["client"])
+    if damage == "cut":
+        tensors["client.float16"] = tensors["client.float16"][:-1].clone()
+    else:
+        del tensors["client.float16"]
+    save_folder(halves["client"], tensors, config, meta)
+    with pytest.raises(ModelError, match="client: weights and config do not fit: "):
+        load_client(halves["client"])
+
+
 def with_summary(folder: Path, channels: int) -> None:
     """Gives config.yaml the fields of a version that could send a summary of the whole image."""
     config = yaml.safe_load((folder / "config.yaml").read_text())
