@@ -12,9 +12,10 @@ import os
 import posixpath
 import stat
 import uuid
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple, TypeVar
 from urllib.parse import unquote
 
 import pyarrow as pa
@@ -23,6 +24,7 @@ from pyarrow import fs
 from data_prep.errors import DataError
 
 THREADS = 16  # that wait for the disk or the network
+AHEAD = 2 * THREADS  # items begun whose results nobody has taken
 CLIENTS = ("s3", "gs", "gcs", "abfs", "abfss", "hdfs", "viewfs")
 """Schemes whose file system is a client of a server."""
 CLIENT_VARIABLES = ("AWS_", "AZURE_", "CLOUDSDK_", "CLOUD_STORAGE_", "GOOGLE_", "HADOOP_")
@@ -30,6 +32,9 @@ CLIENT_VARIABLES = ("AWS_", "AZURE_", "CLOUDSDK_", "CLOUD_STORAGE_", "GOOGLE_", 
 WHOLE_ON_CLOSE = ("s3", "gcs")
 """Types of file system where a file appears, or replaces another, when it is closed."""
 S3_OPTIONS = "?allow_delayed_open=true"  # one request for a small file instead of three
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 class Found(NamedTuple):
@@ -222,8 +227,27 @@ def folders_in(folder: str) -> list[str]:
 
 def files_of_each(folder: str, names: list[str]) -> Iterator[list[Found]]:
     """Yields the files below each of the folders of these names in a folder."""
+    return in_threads(lambda name: files_below(join(folder, name)), names)
+
+
+def in_threads(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+    """Yields function(item) of each item, in their order; THREADS of them wait at once.
+
+    Few results are in memory: threads are at most AHEAD items ahead of who takes them. The error of
+    the first item in the order that has one is raised, and no further item is begun.
+    """
+    begun: deque[Future[Result]] = deque()
     with ThreadPoolExecutor(THREADS) as pool:
-        yield from pool.map(lambda name: files_below(join(folder, name)), names)
+        try:
+            for item in items:
+                begun.append(pool.submit(function, item))
+                if len(begun) > AHEAD:
+                    yield begun.popleft().result()
+            while begun:
+                yield begun.popleft().result()
+        finally:
+            for each in begun:
+                each.cancel()
 
 
 def read_bytes(path: str) -> bytes:

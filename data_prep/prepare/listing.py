@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 from data_prep.errors import DataError
 from data_prep.manifest import SourceInfo, TaskTable
 from data_prep.prepare.staging import Job, hashes
-from data_prep.sources.base import cells, counted, listing_of, notes_of, values_of
+from data_prep.sources.base import cells, counted, listing_of, notes_of, repeated, values_of
 from data_prep.tasks import did_you_mean
 
 SHOWN = 5  # names in a sentence
@@ -67,12 +67,12 @@ def list_sources(job: Job, splits: Sequence[str]) -> Listing:
             if data.unassigned == "drop" and not wanted_masks & set(source.mask_names):
                 assigned = np.zeros(listed.num_rows, bool)
                 assigned[row_of.filter(pc.is_in(ids, known))] = True
-                unassigned[split] += int((~assigned).sum())
-                notes += _left_out(listed.filter(pa.array(~assigned)), place)
-                listed = listed.filter(pa.array(assigned))
+                if not assigned.all():  # a filter copies
+                    unassigned[split] += int((~assigned).sum())
+                    notes += _left_out(listed.filter(pa.array(~assigned)), place)
+                    listed = listed.filter(pa.array(assigned))
             for name, value in (("source", source.source_name), ("split", split)):
-                same = pa.repeat(pa.scalar(value, pa.string()), listed.num_rows)
-                listed = listed.append_column(name, same)
+                listed = listed.append_column(name, repeated(value, listed.num_rows))
             kept[split].append(listed)
         sources.append(SourceInfo(name=source.source_name, kind=source.kind, rows=rows))
     if "train" in splits:
@@ -115,8 +115,6 @@ def _need_every_task(seen: set[str], table: TaskTable, notes: Sequence[str]) -> 
 
 def _left_out(rows: pa.Table, place: str) -> Iterator[str]:
     """Yields a sentence on rows of no task, with the classes that they carry."""
-    if not rows.num_rows:
-        return
     counts = Counter(each for ids in cells(rows["class_ids"]) for each in ids or [NO_CLASS])
     most = counts.most_common()
     shown = [f"{name} ({count})" for name, count in most[:SHOWN]]

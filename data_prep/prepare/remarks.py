@@ -17,8 +17,9 @@ import pyarrow.compute as pc
 from data_prep.config import DataConfig
 from data_prep.errors import DataError
 from data_prep.manifest import Task, TaskTable
+from data_prep.prepare.index import Part, active_tasks, first_bytes
 from data_prep.prepare.listing import list_sources
-from data_prep.prepare.staging import Job, active_tasks
+from data_prep.prepare.staging import Job
 from data_prep.sources.base import counted, values_of
 from data_prep.storage import absolute
 from data_prep.tasks import did_you_mean
@@ -35,7 +36,7 @@ EFFECTS = {
 }
 
 SingleClass = Literal["auto"] | bool
-Parts = Mapping[str, pa.Table]  # the final index of each split
+Parts = Mapping[str, Part]  # the final rows of each split
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,8 @@ def remarks(parts: Parts, table: TaskTable, seen: Collection[str]) -> list[str]:
     """
     held = {
         split: Held(
-            set(pc.unique(pc.list_flatten(part["class_indices"])).to_pylist()),
-            active_tasks(part, len(table.tasks)).any(axis=0).tolist(),
+            set(pc.unique(values_of(part.column("class_indices"))[0]).to_pylist()),
+            active_tasks(part, table),
         )
         for split, part in parts.items()
     }
@@ -154,17 +155,18 @@ def _absences(held: Mapping[str, Held], table: TaskTable, seen: Collection[str])
 def _repetitions(parts: Parts, table: TaskTable) -> Iterable[str]:
     """Yields a sentence on val images that are training images too, and one on contradictions."""
     columns = ["content", "class_indices", "source_id"]
-    rows = pa.concat_tables(
-        part.select(columns).append_column(
-            "split", pa.repeat(pa.scalar(split, pa.string()), part.num_rows)
-        )
+    starts = {
+        split: first_bytes(part.index["content"])[part.rows.to_numpy()]
         for split, part in parts.items()
-    )
-    counts = pc.value_counts(rows["content"])
-    repeated = counts.field("values").filter(pc.greater(counts.field("counts"), 1))
+    }
+    ordered = np.sort(np.concatenate([*starts.values()]))
+    repeated = np.unique(ordered[1:][ordered[1:] == ordered[:-1]])
     by_content: dict[bytes, list[dict[str, Any]]] = defaultdict(list)
-    for row in rows.filter(pc.is_in(rows["content"], repeated)).to_pylist():
-        by_content[row["content"]].append(row)
+    for split, part in parts.items():
+        chosen = np.isin(starts[split], repeated)
+        rows = pa.table([part.column(name, chosen) for name in columns], columns)
+        for row in rows.to_pylist():
+            by_content[row["content"]].append({**row, "split": split})
     trained, contradictory = [], []
     for equal in by_content.values():
         others = [row["source_id"] for row in equal if row["split"] != "val"]
@@ -192,14 +194,14 @@ def _classes(tasks: Sequence[Task]) -> list[int]:
     return list(dict.fromkeys(index for task in tasks for index in task.class_indices))
 
 
-def _class_counts(part: pa.Table) -> np.ndarray[Any, Any]:
+def _class_counts(part: Part) -> np.ndarray[Any, Any]:
     """Returns the number of classes of each row."""
-    counts: np.ndarray[Any, Any] = pc.list_value_length(part["class_indices"]).to_numpy()
+    counts: np.ndarray[Any, Any] = pc.list_value_length(part.column("class_indices")).to_numpy()
     return counts
 
 
-def _ids(part: pa.Table, chosen: np.ndarray[Any, Any]) -> list[str]:
-    ids: list[str] = part["source_id"].filter(pa.array(chosen)).to_pylist()
+def _ids(part: Part, chosen: np.ndarray[Any, Any]) -> list[str]:
+    ids: list[str] = part.column("source_id", chosen).to_pylist()
     return ids
 
 

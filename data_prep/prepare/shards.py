@@ -17,6 +17,7 @@ import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -34,18 +35,20 @@ from data_prep.manifest import (
     TaskTable,
     write_manifest,
 )
+from data_prep.prepare.index import Part, Tables, index_schema, sizes_of, with_task
 from data_prep.prepare.listing import list_sources
 from data_prep.prepare.remarks import decide_single_class, remarks
 from data_prep.prepare.splitting import ordered_splits, with_val
 from data_prep.prepare.staging import (
     STAGING,
     Job,
-    active_tasks,
     pieces,
     segmentation_tasks,
     stage_piece,
+    staging_file,
+    task_labels,
 )
-from data_prep.sources.base import counted, values_of
+from data_prep.sources.base import counted, repeated
 from data_prep.sources.remembering import forget
 from data_prep.storage import (
     absolute,
@@ -99,10 +102,9 @@ def prepare(
     tables, total = pieces(listing.references), listing.references.num_rows
     # Listings and indices grow with the number of images: each goes when it is used up.
     listing = replace(listing, references=listing.references.schema.empty_table())
-    index = _staged(tables, total, job, report, run)
+    index, rejects = _staged(tables, total, job, report, run)
     del tables
-    rejected, unreadable = _reject(index, job)
-    index = index.filter(pc.is_null(index["reason"]))
+    rejected, unreadable = _reject(rejects, total, job)
     index, late = _without_unassigned(index, job)
     if listing.divides:
         index = with_val(index, data)
@@ -158,17 +160,18 @@ def row_schema(table: TaskTable) -> pa.Schema:
 def write_shard(plan: pa.Table, *, job: Job) -> pa.Table:
     """Writes one shard from the staging files; returns its entry for the manifest."""
     names = [name for name, *_ in segmentation_tasks(job.table)]
-    blobs = _fetch(plan, job)
-    class_labels = [
-        indices[0] if len(indices) == 1 else -1 for indices in plan["class_indices"].to_pylist()
+    blobs, indices = _fetch(plan, job), plan["class_indices"].to_pylist()
+    labels = [
+        task_labels(own, map(bool, row[1:]), job.table)
+        for own, row in zip(indices, blobs, strict=True)
     ]
     columns = [
         plan["row_id"],
-        plan["source_id"],
+        plan["source_id"].cast(pa.string()),
         [row[0] for row in blobs],
-        class_labels,
-        plan["labels"].combine_chunks(),
-        plan["task_mask"].combine_chunks(),
+        [own[0] if len(own) == 1 else -1 for own in indices],
+        [of_tasks for of_tasks, _ in labels],
+        [active for _, active in labels],
         *([row[1 + number] or None for row in blobs] for number in range(len(names))),
     ]
     rows = pa.table(columns, schema=row_schema(job.table))
@@ -211,30 +214,40 @@ def run_with_ray(
 
 def _staged(
     tables: Sequence[pa.Table], total: int, job: Job, report: Progress, run: Run
-) -> pa.Table:
-    """Returns the index of all rows, `total` in these pieces.
+) -> tuple[pa.Table, pa.Table]:
+    """Returns the index of the `total` rows in these pieces, without refused ones, and those.
 
     Raises DataError at the first row that reveals a mistake of the settings.
     """
-    found, done = [], 0
+    schema = index_schema(sum(1 for _ in segmentation_tasks(job.table)))
+    rejects, done = [schema.empty_table()], 0
+    found: dict[str, list[pa.Array]] = {
+        name: [pa.array([], schema.field(name).type)]
+        for name in schema.names
+        if name not in ("reason", "mistake")
+    }
     for part in run(tables, stage_piece, job):
         for row in part.filter(pc.is_valid(part["mistake"])).to_pylist():
             raise DataError(f"image {row['source_id']} of source {row['source']}: {row['mistake']}")
-        found.append(part)
         done += part.num_rows
         report("read", done, total)
-    return pa.concat_tables(found)
+        if part["reason"].null_count < part.num_rows:
+            rejects.append(part.filter(pc.is_valid(part["reason"])))
+            part = part.filter(pc.is_null(part["reason"]))
+        for name, arrays in found.items():
+            arrays += part[name].chunks
+    # Column by column, so that no more than one is there twice.
+    index = pa.table({name: pa.concat_arrays(found.pop(name)) for name in list(found)})
+    return index, pa.concat_tables(rejects)
 
 
-def _reject(index: pa.Table, job: Job) -> tuple[int, list[str]]:
+def _reject(rejects: pa.Table, total: int, job: Job) -> tuple[int, list[str]]:
     """Writes rejected.parquet; returns the number of rejects and a sentence on them.
 
-    Raises DataError where there are too many. One image is not, unless none may be.
+    Raises DataError where there are too many of `total`. One image is not, unless none may be.
     """
-    rejects = index.filter(pc.is_valid(index["reason"]))
-    rejects = rejects.select(["source", "source_id", "reason"]).rename_columns(
-        ["source", "id", "reason"]
-    )
+    columns = [rejects[name].cast(pa.string()) for name in ("source", "source_id", "reason")]
+    rejects = pa.table(columns, ["source", "id", "reason"])
     where = join(job.folder, REJECTED_NAME)
     stream = io.BytesIO()
     rejects = rejects.sort_by([("source", "ascending"), ("id", "ascending")])
@@ -245,9 +258,9 @@ def _reject(index: pa.Table, job: Job) -> tuple[int, list[str]]:
         return 0, []
     first = rejects.slice(0, 1).to_pylist()[0]
     example = f"such as {first['id']} ({first['reason']})"
-    if count > (max(1, share * index.num_rows) if share else 0):
+    if count > (max(1, share * total) if share else 0):
         raise DataError(
-            f"{count} of {index.num_rows} images are unreadable, {example}: more than "
+            f"{count} of {total} images are unreadable, {example}: more than "
             f"data.max_bad_fraction {share:g}. Repair them or raise that field; {where} lists all"
         )
     return count, [
@@ -257,17 +270,17 @@ def _reject(index: pa.Table, job: Job) -> tuple[int, list[str]]:
 
 def _without_unassigned(index: pa.Table, job: Job) -> tuple[pa.Table, dict[str, int]]:
     """Returns the index without rows of no task, unless kept, and their number by split."""
-    active = pa.array(active_tasks(index, len(job.table.tasks)).any(axis=1))
-    counts = pc.value_counts(index["split"].filter(pc.invert(active))).to_pylist()
+    active = with_task(index)
+    if active.all():  # a filter copies
+        return index, {}
+    counts = pc.value_counts(index["split"].filter(pa.array(~active))).to_pylist()
     late = {each["values"]: each["counts"] for each in counts}
-    return (index.filter(active) if job.data.unassigned == "drop" else index), late
+    return (index.filter(pa.array(active)) if job.data.unassigned == "drop" else index), late
 
 
-def _written(
-    parts: dict[str, pa.Table], job: Job, report: Progress, run: Run
-) -> dict[str, SplitInfo]:
+def _written(parts: dict[str, Part], job: Job, report: Progress, run: Run) -> dict[str, SplitInfo]:
     """Writes the shards of all splits; returns their entries for the manifest."""
-    plans = [plan for split, part in parts.items() for plan in _plans(split, part, job.data)]
+    plans = Tables([plan for split, part in parts.items() for plan in _plans(split, part, job)])
     shards: dict[str, list[ShardInfo]] = {split: [] for split in parts}
     done, total = 0, sum(part.num_rows for part in parts.values())
     for entries in run(plans, write_shard, job):
@@ -286,21 +299,27 @@ def _written(
     }
 
 
-def _plans(split: str, part: pa.Table, data: DataConfig) -> Iterator[pa.Table]:
-    """Cuts a split into shards of about `shard_bytes` each, with the columns write_shard needs."""
+def _plans(split: str, part: Part, job: Job) -> Iterator[Callable[[], pa.Table]]:
+    """Cuts a split into shards of about `shard_bytes` each; yields what makes the plan of each."""
     if not part.num_rows:
         return
-    values, row_of = values_of(part["sizes"])
-    sizes = np.zeros(part.num_rows, np.int64)
-    np.add.at(sizes, row_of.to_numpy(), values.to_numpy())
-    count = min(part.num_rows, max(1, round(sizes.sum() / data.shard_bytes)))
+    sizes = sizes_of(part.index)[part.rows.to_numpy()].sum(axis=1, dtype=np.int64)
+    count = min(part.num_rows, max(1, round(sizes.sum() / job.data.shard_bytes)))
     ends = np.searchsorted(np.cumsum(sizes), sizes.sum() * np.arange(1, count + 1) / count) + 1
     cuts = sorted({0, *np.minimum(ends, part.num_rows).tolist()})
     for number, (first, end) in enumerate(pairwise(cuts)):
-        plan = part.slice(first, end - first)
-        path = f"{SHARDS}/{split}-{number:05d}.parquet"
-        same = pa.repeat(pa.scalar(path, pa.string()), plan.num_rows)
-        yield plan.append_column("shard", same)
+        yield partial(_plan, split, part, f"{SHARDS}/{split}-{number:05d}.parquet", first, end)
+
+
+def _plan(split: str, part: Part, path: str, first: int, end: int) -> pa.Table:
+    """Returns rows of a split with the columns that write_shard needs."""
+    columns = ["source_id", "part", "offset", "sizes", "class_indices"]
+    plan = part.index.select(columns).take(part.rows.slice(first, end - first))
+    return (
+        plan.append_column("row_id", pa.array(np.arange(first, end) + part.first_id))
+        .append_column("split", repeated(split, end - first))
+        .append_column("shard", repeated(path, end - first))
+    )
 
 
 def _group_cuts(sizes: Sequence[int], group_rows: int) -> list[int]:
@@ -320,11 +339,11 @@ def _fetch(plan: pa.Table, job: Job) -> list[list[bytes]]:
     parts, offsets = plan["part"].to_pylist(), plan["offset"].to_pylist()
     sizes = plan["sizes"].to_pylist()
     found: list[list[bytes]] = [[] for _ in parts]
-    wanted: dict[str, list[int]] = {}
+    wanted: dict[int, list[int]] = {}
     for row in sorted(range(len(parts)), key=lambda row: (parts[row], offsets[row])):
         wanted.setdefault(parts[row], []).append(row)
     for part, rows in wanted.items():
-        store, inner = filesystem(join(job.folder, part))
+        store, inner = filesystem(join(job.folder, staging_file(part)))
         with store.open_input_file(inner) as file:
             for row in rows:
                 blob = file.read_at(sum(sizes[row]), offsets[row])

@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 from data_prep.config import DataConfig
 from data_prep.errors import DataError
 from data_prep.manifest import SPLITS
+from data_prep.prepare.index import ROW, Part
 from data_prep.prepare.staging import hashes
-from data_prep.sources.base import cells, values_of
+from data_prep.sources.base import CELLS, cells, joined, values_of
 
 
 def with_val(index: pa.Table, data: DataConfig) -> pa.Table:
@@ -28,14 +29,16 @@ def with_val(index: pa.Table, data: DataConfig) -> pa.Table:
     """
     assert data.val_fraction is not None
     chosen = chosen_for_val(index["content"], index["class_indices"], data.val_fraction)
-    names = pc.if_else(pa.array(chosen), "val", "train")
+    names = pa.DictionaryArray.from_arrays(pa.array(chosen.astype(np.int32)), ["train", "val"])
+    index = index.drop_columns(["split"]).append_column("split", names)
+    if data.train_rows is None and data.val_rows is None:
+        return index
     order = pc.sort_indices(index, sort_keys=[("key", "ascending")])
     sorted_names = names.take(order)
     rows = [
         order.filter(pc.equal(sorted_names, split)).slice(0, cap)
         for split, cap in (("train", data.train_rows), ("val", data.val_rows))
     ]
-    index = index.drop_columns(["split"]).append_column("split", names)
     return index.take(pa.concat_arrays(rows))
 
 
@@ -50,7 +53,7 @@ def chosen_for_val(
     of its own kind. Of each class the share `fraction` is chosen, rounded: at least one image if it
     has two, and never all.
     """
-    coded = contents.combine_chunks().dictionary_encode()
+    coded = joined(contents).dictionary_encode()
     image_of, images = coded.indices.to_numpy(), coded.dictionary
     rarest = _rarest_class(image_of, classes, len(images))
     order = np.argsort(hashes(b"val\0" + content for content in cells(images)))
@@ -84,40 +87,45 @@ def _rarest_class(
 
 def ordered_splits(
     index: pa.Table, data: DataConfig, seed: int, splits: Sequence[str]
-) -> dict[str, pa.Table]:
-    """Returns train, holdout and val in their final order, with `split` and unique `row_id`.
+) -> dict[str, Part]:
+    """Returns train, holdout and val in their final order, with ids that go on through them.
 
     Raises DataError where train or val is empty.
     """
-    order = pc.sort_indices(index, sort_keys=[("key", "ascending")])
+    order = pc.sort_indices(index, sort_keys=[("key", "ascending")]).cast(ROW)
     names = index["split"].take(order)
-    index = index.drop_columns(["split"])
     rows = {split: order.filter(pc.equal(names, split)) for split in splits}
     if "train" in rows:
         train = rows["train"]
-        held = pa.array(_held_out(index["content"].take(train), data, seed))
+        held = pa.array(_held_out(index["content"], train, data, seed))
         rows |= {"train": train.filter(pc.invert(held)), "holdout": train.filter(held)}
+    index = index.drop_columns(["key", "split"])
     ordered, first_id = {}, 0
     for split in (name for name in SPLITS if name in rows):
-        part = index.take(rows[split])
+        part = ordered[split] = Part(index, rows[split], first_id)
         if not part.num_rows and split != "holdout":
             raise DataError(
                 f"no readable {split} image of any task is left; check rejected.parquet, "
                 "data.unassigned, data.holdout_fraction and data.val_fraction, which takes no "
                 "image of a class that has one image"
             )
-        ids = pa.array(np.arange(first_id, first_id + part.num_rows))
-        same = pa.repeat(pa.scalar(split, pa.string()), part.num_rows)
-        ordered[split] = part.append_column("split", same).append_column("row_id", ids)
         first_id += part.num_rows
     return ordered
 
 
-def _held_out(contents: pa.ChunkedArray, data: DataConfig, seed: int) -> NDArray[np.bool_]:
-    """Chooses the rows kept out of training by content hash: equal images go together."""
-    wanted = math.ceil(data.holdout_fraction * len(contents))
-    keys = hashes(b"holdout\0%d\0" % seed + content for content in cells(contents))
+def _held_out(
+    contents: pa.ChunkedArray, rows: pa.Array, data: DataConfig, seed: int
+) -> NDArray[np.bool_]:
+    """Chooses which of the rows are kept out of training (len(rows),), by their images' hashes.
+
+    Equal images go together.
+    """
+    wanted = math.ceil(data.holdout_fraction * len(rows))
     if not wanted:
-        return np.zeros(len(keys), bool)
-    found: NDArray[np.bool_] = keys <= np.sort(keys)[wanted - 1]
+        return np.zeros(len(rows), bool)
+    some = (rows.slice(start, CELLS) for start in range(0, len(rows), CELLS))
+    own = (content for few in some for content in contents.take(few).to_pylist())
+    keys = hashes(b"holdout\0%d\0" % seed + content for content in own)
+    last = keys[np.argpartition(keys, wanted - 1)[wanted - 1]]
+    found: NDArray[np.bool_] = keys <= last
     return found

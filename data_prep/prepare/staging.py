@@ -8,8 +8,10 @@ bytes lie, its labels, its content hash, or why it was refused. A bad image take
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
 
 import numpy as np
 import pyarrow as pa
@@ -20,6 +22,7 @@ from data_prep.checks import CleanImage, Rejection, clean_image, clean_mask
 from data_prep.config import DataConfig
 from data_prep.errors import DataError
 from data_prep.manifest import TaskTable
+from data_prep.prepare.index import Tables, index_schema
 from data_prep.sources.base import RawRow
 from data_prep.storage import join, write_bytes
 
@@ -38,71 +41,34 @@ class Job:
     folder: str
 
 
-@dataclass(frozen=True)
-class Labels:
-    """Labels of a row: the global indices of its classes; by task the label or -1, and activity."""
-
-    class_indices: list[int]
-    labels: list[int]
-    task_mask: list[bool]
-
-
-def index_schema(num_tasks: int) -> pa.Schema:
-    """Returns the columns of the index.
-
-    `sizes` are the bytes of the image and of each segmentation mask, which lie one after the other
-    from `offset` in `part`. `reason` is why a row was refused, `mistake` a fault of the settings
-    that it revealed; both are null for a good row.
-    """
-    return pa.schema(
-        [
-            ("key", pa.binary()),
-            ("content", pa.binary()),
-            ("source", pa.string()),
-            ("source_id", pa.string()),
-            ("split", pa.string()),
-            ("part", pa.string()),
-            ("offset", pa.int64()),
-            ("sizes", pa.list_(pa.int64())),
-            ("class_indices", pa.list_(pa.int32())),
-            ("labels", pa.list_(pa.int16(), num_tasks)),
-            ("task_mask", pa.list_(pa.bool_(), num_tasks)),
-            ("reason", pa.string()),
-            ("mistake", pa.string()),
-        ]
-    )
-
-
-def pieces(listing: pa.Table) -> list[pa.Table]:
+def pieces(listing: pa.Table) -> Tables:
     """Cuts the listing into pieces of one source and split, about PIECE_ROWS each.
 
     Cuts fall between row groups; only a group of more than four times PIECE_ROWS is cut itself. A
-    piece carries its number in `piece`.
+    piece carries its number in `piece`, and its text as it is, not as REPEATED: it travels.
     """
-    other_source = _changes(listing, ("source", "split"))
-    other_group = other_source | _changes(listing, ("path", "position"))
-    cuts, start = [0], 0
-    for row, (is_other_source, is_other_group) in enumerate(
-        zip(other_source.tolist(), other_group.tolist(), strict=True), start=1
-    ):
-        size = row - start
-        if is_other_source or (size >= PIECE_ROWS and is_other_group) or size >= 4 * PIECE_ROWS:
-            cuts.append(row)
-            start = row
-    ends = [*cuts[1:], listing.num_rows]
-    return [
-        listing.slice(first, end - first)
-        .append_column("piece", pa.array([number] * (end - first), pa.int32()))
-        .combine_chunks()
-        for number, (first, end) in enumerate(zip(cuts, ends, strict=True))
-        if end > first
-    ]
+    rows = listing.num_rows
+    sources = np.append(_changes(listing, ("source", "split")), rows)
+    groups = np.union1d(sources, _changes(listing, ("path", "position")))
+    cuts = [0]
+    while cuts[-1] < rows:
+        start = cuts[-1]
+        other_source = sources[np.searchsorted(sources, start, side="right")]
+        full = groups[np.searchsorted(groups, min(start + PIECE_ROWS, rows))]
+        cuts.append(int(min(other_source, full, start + 4 * PIECE_ROWS)))
+    return Tables(
+        [
+            partial(_piece, listing, number, first, end)
+            for number, (first, end) in enumerate(pairwise(cuts))
+        ]
+    )
 
 
 def stage_piece(piece: pa.Table, *, job: Job) -> pa.Table:
     """Cleans one piece into its staging file; returns its index (see index_schema)."""
     source = {s.source_name: s for s in job.data.sources}[piece["source"][0].as_py()]
-    part = f"{STAGING}/{piece['piece'][0].as_py():06d}.bin"
+    positions = {class_id: index for index, class_id in enumerate(job.table.classes)}
+    part, num_masks = piece["piece"][0].as_py(), sum(1 for _ in segmentation_tasks(job.table))
     chunks: list[bytes] = []
     rows = []
     offset = 0
@@ -111,7 +77,6 @@ def stage_piece(piece: pa.Table, *, job: Job) -> pa.Table:
     for reference, raw in zip(references, raw_rows, strict=True):
         blobs, reason, mistake = _clean_row(raw, job)
         content = hashlib.sha256(raw.image).digest()
-        labels = row_labels(reference.pop("class_ids"), [bool(b) for b in blobs[1:]], job.table)
         sizes = [len(blob) for blob in blobs]
         rows.append(
             reference
@@ -121,31 +86,25 @@ def stage_piece(piece: pa.Table, *, job: Job) -> pa.Table:
                 "part": part,
                 "offset": offset,
                 "sizes": sizes,
-                "class_indices": labels.class_indices,
-                "labels": labels.labels,
-                "task_mask": labels.task_mask,
+                "class_indices": indices_of(reference.pop("class_ids"), positions),
                 "reason": reason,
                 "mistake": mistake,
             }
         )
         chunks += blobs
         offset += sum(sizes)
-    write_bytes(join(job.folder, part), b"".join(chunks))
-    return pa.Table.from_pylist(rows, schema=index_schema(len(job.table.tasks)))
+    write_bytes(join(job.folder, staging_file(part)), b"".join(chunks))
+    return pa.Table.from_pylist(rows, schema=index_schema(num_masks))
+
+
+def staging_file(number: int) -> str:
+    """Returns the path of a staging file, below the folder of the preparation."""
+    return f"{STAGING}/{number:06d}.bin"
 
 
 def hashes(texts: Iterable[bytes]) -> NDArray[np.bytes_]:
     """Returns the sha256 of each text, as an array that compares and sorts as the hashes do."""
     return np.fromiter((hashlib.sha256(text).digest() for text in texts), "S32")
-
-
-def active_tasks(index: pa.Table, num_tasks: int) -> NDArray[np.bool_]:
-    """Returns which tasks each row of an index is active in (rows, tasks)."""
-    column = index["task_mask"].combine_chunks()
-    parts = column.chunks if isinstance(column, pa.ChunkedArray) else [column]
-    flat = [np.zeros(0, bool), *(part.flatten().to_numpy(zero_copy_only=False) for part in parts)]
-    found: NDArray[np.bool_] = np.concatenate(flat).reshape(-1, num_tasks)
-    return found
 
 
 def order_key(seed: int, content: bytes, source: str, source_id: str) -> bytes:
@@ -155,21 +114,29 @@ def order_key(seed: int, content: bytes, source: str, source_id: str) -> bytes:
     ).digest()
 
 
-def row_labels(class_ids: list[str], masks: list[bool], table: TaskTable) -> Labels:
-    """Returns the labels of a row; `masks` says of each segmentation task whether it has a mask."""
-    position = {class_id: index for index, class_id in enumerate(table.classes)}
-    indices = list(dict.fromkeys(position[c] for c in class_ids if c in position))
+def indices_of(class_ids: Iterable[str], positions: Mapping[str, int]) -> list[int]:
+    """Returns the global indices of a row's classes, each once, without those of no task."""
+    return list(dict.fromkeys(positions[each] for each in class_ids if each in positions))
+
+
+def task_labels(
+    class_indices: Sequence[int], masks: Iterable[bool], table: TaskTable
+) -> tuple[list[int], list[bool]]:
+    """Returns the label of each task or -1, and whether it is active, for one row.
+
+    `masks` says of each segmentation task whether the row has its mask.
+    """
     present = iter(masks)
-    labels, task_mask = [], []
+    labels, active = [], []
     for task in table.tasks:
         if task.kind == "segmentation":
             labels.append(-1)
-            task_mask.append(next(present))
+            active.append(next(present))
             continue
-        first = next((index for index in indices if index in task.class_indices), None)
+        first = next((index for index in class_indices if index in task.class_indices), None)
         labels.append(-1 if first is None else task.class_indices.index(first))
-        task_mask.append(first is not None)
-    return Labels(indices, labels, task_mask)
+        active.append(first is not None)
+    return labels, active
 
 
 def segmentation_tasks(table: TaskTable) -> Iterator[tuple[str, str, int, tuple[int, ...]]]:
@@ -179,15 +146,32 @@ def segmentation_tasks(table: TaskTable) -> Iterator[tuple[str, str, int, tuple[
             yield task.name, mask, task.num_classes, ignored
 
 
-def _changes(listing: pa.Table, columns: Sequence[str]) -> NDArray[np.bool_]:
-    """Returns for each row but the first whether it differs from the one before."""
-    found = np.zeros(max(0, listing.num_rows - 1), bool)
+def _piece(listing: pa.Table, number: int, first: int, end: int) -> pa.Table:
+    piece = listing.slice(first, end - first)
+    plain = [
+        ("class_ids", pa.list_(pa.string())),
+        ("source", pa.string()),
+        ("split", pa.string()),
+    ]
+    for name, kind in plain:
+        place = piece.column_names.index(name)
+        piece = piece.set_column(place, name, piece[name].cast(kind))
+    numbers = pa.array(np.full(end - first, number, np.int32))
+    return piece.append_column("piece", numbers).combine_chunks()
+
+
+def _changes(listing: pa.Table, columns: Sequence[str]) -> NDArray[np.int64]:
+    """Returns the rows that differ from the one before in any of the columns, sorted."""
+    found = np.zeros(listing.num_rows, bool)
     for name in columns:
-        cells = listing[name].combine_chunks()
-        found |= pc.not_equal(cells.slice(1), cells.slice(0, len(found))).to_numpy(
-            zero_copy_only=False
-        )
-    return found
+        start, last = 0, None
+        for chunk in filter(len, listing[name].chunks):  # joined, they would be copied
+            values = chunk.indices if pa.types.is_dictionary(chunk.type) else chunk
+            others = pc.not_equal(values.slice(1), values.slice(0, len(values) - 1))
+            found[start] |= start > 0 and chunk[0].as_py() != last
+            found[start + 1 : start + len(chunk)] |= others.to_numpy(zero_copy_only=False)
+            start, last = start + len(chunk), chunk[-1].as_py()
+    return np.flatnonzero(found)
 
 
 def _clean_row(raw: RawRow, job: Job) -> tuple[list[bytes], str | None, str | None]:

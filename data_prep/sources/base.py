@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import BaseModel, ConfigDict, model_validator
@@ -24,13 +25,15 @@ NOTES = b"notes"  # key in the metadata of a listing's schema
 SPLIT_PLACES = ("train", "val", "train_folder", "val_folder")
 """Fields of some sources that say where a split lies."""
 CELLS = 65_536  # of a column that are Python objects at once
+REPEATED = pa.dictionary(pa.int32(), pa.string())
+"""Text that many rows have in common: each is stored once, a row has its number."""
 # A listing refers to images without reading them. `path` is relative to the source's own folder;
 # `position` is what the source needs beside it: the row group of a Parquet file, the index of a
 # generated image, 0 for an image file. `row` is the row within a row group.
 REFERENCES = pa.schema(
     [
         ("source_id", pa.string()),
-        ("class_ids", pa.list_(pa.string())),
+        ("class_ids", pa.list_(REPEATED)),
         ("path", pa.string()),
         ("position", pa.int64()),
         ("row", pa.int64()),
@@ -229,10 +232,20 @@ def cells(column: pa.Array | pa.ChunkedArray) -> Iterator[Any]:
 
 def values_of(lists: pa.ChunkedArray) -> tuple[pa.Array, pa.Array]:
     """Returns the values of a column of lists, one behind the other, and the row of each."""
-    joined = lists.combine_chunks()
-    if isinstance(joined, pa.ChunkedArray):
-        joined = pa.concat_arrays(joined.chunks)
-    return joined.flatten(), pc.list_parent_indices(joined)
+    one = joined(lists)
+    return one.flatten(), pc.list_parent_indices(one)
+
+
+def joined(column: pa.ChunkedArray) -> pa.Array:
+    """Returns a column as one array, without a copy if it is one already."""
+    if column.num_chunks == 1:
+        return column.chunk(0)
+    return pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
+
+
+def repeated(text: str, rows: int) -> pa.Array:
+    """Returns a column of the same text in each row, of the type REPEATED."""
+    return pa.DictionaryArray.from_arrays(pa.array(np.zeros(rows, np.int32)), [text])
 
 
 def digest(lines: Iterable[str]) -> str:

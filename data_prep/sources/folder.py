@@ -20,14 +20,16 @@ from pyarrow import fs
 
 from data_prep.errors import DataError
 from data_prep.sources.base import (
-    REFERENCES,
+    REPEATED,
     RawRow,
     SourceConfig,
     cells,
     class_id_of,
     counted,
+    joined,
     missing,
     references,
+    repeated,
     with_notes,
 )
 from data_prep.sources.labels import read_labels
@@ -53,7 +55,7 @@ HASHED_FILES = 10_000
 SHOWN = 6  # suffixes in a sentence
 UNNAMED = 1  # position of an image whose name is not UTF-8: it cannot be opened by its path
 IMAGES = pa.schema(
-    [("path", pa.string()), ("class_id", pa.string()), ("size", pa.int64()), ("named", pa.bool_())]
+    [("path", pa.string()), ("class_id", REPEATED), ("size", pa.int64()), ("named", pa.bool_())]
 )
 """Columns of listed images: the path below the source's `path`, the class id, the bytes."""
 
@@ -88,13 +90,11 @@ class ImageFolder(SourceConfig):
 
     def listing(self, root: str, split: str) -> pa.Table:
         listed, notes = self._listed(root, split)
-        paths, class_ids = listed["path"], listed["class_id"].combine_chunks()
-        if isinstance(class_ids, pa.ChunkedArray):
-            class_ids = pa.concat_arrays(class_ids.chunks)
-        ends = pa.array(np.arange(listed.num_rows + 1, dtype=np.int32))
-        classes = pa.ListArray.from_arrays(ends, class_ids).cast(REFERENCES.field("class_ids").type)
-        positions = pc.if_else(listed["named"], 0, UNNAMED).cast(pa.int64())
-        rows = pa.array(np.zeros(listed.num_rows, np.int64))
+        paths, ends = listed["path"], pa.array(np.arange(listed.num_rows + 1, dtype=np.int32))
+        classes = pa.ListArray.from_arrays(ends, joined(listed["class_id"]))
+        rows = positions = pa.array(np.zeros(listed.num_rows, np.int64))
+        if not pc.all(listed["named"]).as_py():
+            positions = pc.if_else(listed["named"], 0, UNNAMED).cast(pa.int64())
         return with_notes(references(paths, classes, paths, positions, rows), notes)
 
     def read(self, root: str, references: pa.Table) -> Iterator[RawRow]:
@@ -161,11 +161,11 @@ class ImageFolder(SourceConfig):
             found = [_labelled(images, *labels, folder, prefix)]
             others = [each for each in others if join(where, each.path) != labels[1]]
             notes = [_other_kinds(others)]
-        listed = pa.concat_tables([IMAGES.empty_table(), *found]).combine_chunks()
+        listed = pa.concat_tables([IMAGES.empty_table(), *found])
         if not listed.num_rows:
             error = missing(self, f"images in folders named by class ({split})", where)
             raise DataError(". ".join([str(error), *filter(None, notes)]))
-        return Images(listed.sort_by([(name, "ascending") for name in IMAGES.names]), notes)
+        return Images(listed.combine_chunks(), notes)
 
     def _label_file(self, home: str, folder: str, split: str) -> tuple[bytes, str] | None:
         """Returns (content, path) of a flat folder's label file, None for class folders."""
@@ -191,18 +191,19 @@ def is_image(path: str) -> bool:
 
 def _by_folder(where: str, prefix: str) -> tuple[list[pa.Table], list[str]]:
     """Returns the images whose first folder names their class, and sentences on other files."""
-    names, listed, others = folders_in(where), [], []
+    names, listed, others = folders_in(where), {}, []
     for name, below in zip(names, files_of_each(where, names), strict=True):
         images, rest = _divided(below)
         class_id, start = str(class_id_of(name)), f"{prefix}{name}/"
-        listed.append(_table(images, start, [class_id] * len(images)))
+        listed[start] = _table(images, start, repeated(class_id, len(images)))
         others += rest
     loose, _ = _divided(files_below(where, recursive=False))
-    return listed, [_other_kinds(others), _in_no_folder(loose)]
+    in_order = [listed[start] for start in sorted(listed)]
+    return in_order, [_other_kinds(others), _in_no_folder(loose)]
 
 
-def _table(images: Sequence[Found], prefix: str, class_ids: Sequence[str]) -> pa.Table:
-    """Returns images (IMAGES) of these class ids, whose paths begin with `prefix`."""
+def _table(images: Sequence[Found], prefix: str, class_ids: Sequence[str] | pa.Array) -> pa.Table:
+    """Returns images (IMAGES) of these class ids, whose paths begin with `prefix`, as they come."""
     columns = [
         [prefix + each.path for each in images],
         class_ids,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,7 @@ from data_prep.errors import DataError
 from data_prep.finding import source_for_path
 from data_prep.manifest import read_manifest
 from data_prep.sources.kinds import SOURCES
-from data_prep.storage import absolute, filesystem, uri_fault
+from data_prep.storage import AHEAD, THREADS, absolute, filesystem, in_threads, uri_fault
 
 DATA = DataConfig(sources=({"kind": "shapes"},))
 SECRET = "s3://key:hidden@bucket/images"
@@ -54,6 +55,43 @@ def test_options_and_keys_in_a_uri_are_refused_and_not_repeated(
 def test_a_plain_uri_is_taken(uri: str) -> None:
     assert uri_fault(uri) == ""
     assert absolute(f"{uri}/") == uri
+
+
+def test_threads_keep_the_order_and_do_not_run_far_ahead() -> None:
+    begun = []
+
+    def square(number: int) -> int:
+        begun.append(number)
+        return number**2
+
+    found = in_threads(square, range(1000))
+    assert [next(found) for _ in range(10)] == [number**2 for number in range(10)]
+    assert len(begun) <= 10 + AHEAD
+    assert list(found) == [number**2 for number in range(10, 1000)]
+    assert sorted(begun) == list(range(1000))
+
+
+def test_threads_wait_at_once() -> None:
+    both = threading.Barrier(THREADS, timeout=60)  # it opens when all of them wait
+    assert list(in_threads(lambda item: both.wait() >= 0, range(THREADS))) == [True] * THREADS
+
+
+def test_the_error_of_the_first_bad_item_in_the_order_is_raised() -> None:
+    later = threading.Event()
+
+    def fail(number: int) -> int:
+        if number == 7:
+            assert later.wait(60)
+        if number == 9:
+            later.set()
+        if number in (7, 9):
+            raise DataError(f"file {number} is bad")
+        return number
+
+    found = in_threads(fail, range(1000))
+    assert [next(found) for _ in range(7)] == list(range(7))
+    with pytest.raises(DataError, match="file 7 is bad"):
+        next(found)
 
 
 PLACES = ("path", "train", "val", "train_folder", "val_folder", "train_labels", "val_labels")

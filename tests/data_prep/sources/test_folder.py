@@ -27,6 +27,18 @@ def test_a_class_folder_is_the_class_id(image_folder: Path) -> None:
     assert rows == sorted(rows)
 
 
+def test_rows_are_sorted_by_path_whatever_the_classes_are_called(tmp_path: Path) -> None:
+    names = ("a", "a b", "a-b", "a0", "B", "é", "日", "a/below")
+    for name in names:
+        (tmp_path / "train" / name).mkdir(parents=True)
+        for file in ("10.png", "9.png", "z.png"):
+            (tmp_path / "train" / name / file).touch()
+    paths = [path for path, _ in listed(ImageFolder(), tmp_path)]
+    assert paths == sorted(
+        f"train/{name}/{file}" for name in names for file in ("10.png", "9.png", "z.png")
+    )
+
+
 def test_a_bare_folder_of_classes_is_one_split(image_folder: Path) -> None:
     source = ImageFolder(path="val", train=None, val=".")
     assert len(listed(source, image_folder, "val")) == 12
