@@ -78,8 +78,8 @@ class Store:
         """Reads a file. Raises FileNotFoundError with the full address."""
         if self._info(path).type != fs.FileType.File:
             raise FileNotFoundError(f"no such file: {self.join(path)}")
-        with self.filesystem.open_input_stream(self._inside(path), compression=None) as stream:
-            return bytes(stream.read())
+        with self.filesystem.open_input_file(self._inside(path)) as file:
+            return bytes(file.read())
 
     def write_bytes(self, path: str, data: bytes) -> None:
         """Writes atomically: after a crash too, a reader finds the whole old or the whole new file.

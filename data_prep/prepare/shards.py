@@ -55,6 +55,7 @@ from data_prep.storage import (
     delete_file,
     delete_folder,
     filesystem,
+    in_threads,
     join,
     write_bytes,
 )
@@ -335,22 +336,25 @@ def _group_cuts(sizes: Sequence[int], group_rows: int) -> list[int]:
 
 
 def _fetch(plan: pa.Table, job: Job) -> list[list[bytes]]:
-    """Reads the image and masks of each row, file by file, each file from front to back."""
+    """Reads the image and masks of each row: staging files in threads, each from front to back."""
     parts, offsets = plan["part"].to_pylist(), plan["offset"].to_pylist()
     sizes = plan["sizes"].to_pylist()
-    found: list[list[bytes]] = [[] for _ in parts]
     wanted: dict[int, list[int]] = {}
     for row in sorted(range(len(parts)), key=lambda row: (parts[row], offsets[row])):
         wanted.setdefault(parts[row], []).append(row)
-    for part, rows in wanted.items():
+
+    def read(part: int) -> list[bytes]:
         store, inner = filesystem(join(job.folder, staging_file(part)))
         with store.open_input_file(inner) as file:
-            for row in rows:
-                blob = file.read_at(sum(sizes[row]), offsets[row])
-                ends = np.cumsum(sizes[row]).tolist()
-                found[row] = [
-                    blob[end - size : end] for size, end in zip(sizes[row], ends, strict=True)
-                ]
+            return [file.read_at(sum(sizes[row]), offsets[row]) for row in wanted[part]]
+
+    found: list[list[bytes]] = [[] for _ in parts]
+    for rows, blobs in zip(wanted.values(), in_threads(read, wanted), strict=True):
+        for row, blob in zip(rows, blobs, strict=True):
+            ends = np.cumsum(sizes[row]).tolist()
+            found[row] = [
+                blob[end - size : end] for size, end in zip(sizes[row], ends, strict=True)
+            ]
     return found
 
 

@@ -10,7 +10,6 @@ import hashlib
 import posixpath
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -35,12 +34,12 @@ from data_prep.sources.base import (
 from data_prep.sources.labels import read_labels
 from data_prep.sources.remembering import remembered
 from data_prep.storage import (
-    THREADS,
     Found,
     files_below,
     files_of_each,
     filesystem,
     folders_in,
+    in_threads,
     join,
     kind_of,
     read_bytes,
@@ -49,7 +48,6 @@ from data_prep.storage import (
 
 IMAGE_SUFFIXES = (".jpeg", ".jpg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 TINY_IMAGENET_LABELS = "val_annotations.txt"
-READ_AHEAD = 64  # files
 HASHED_BYTES = 256 * 2**20  # of a split whose content enters its state: a second of reading
 HASHED_FILES = 10_000
 SHOWN = 6  # suffixes in a sentence
@@ -99,7 +97,7 @@ class ImageFolder(SourceConfig):
 
     def read(self, root: str, references: pa.Table) -> Iterator[RawRow]:
         unnamed = [position == UNNAMED for position in references["position"].to_pylist()]
-        yield from self._files(root, references["path"].to_pylist(), unnamed)
+        return self._files(root, references["path"].to_pylist(), unnamed)
 
     def state(self, root: str, split: str) -> Iterator[str]:
         """Yields a line for each image: path, class id, size.
@@ -123,21 +121,19 @@ class ImageFolder(SourceConfig):
         """Yields the files at these paths below `path`, in order."""
         store, base = filesystem(join(root, self.path))
 
-        def read_one(path: str, without_name: bool) -> RawRow:
+        def read_one(file: tuple[str, bool]) -> RawRow:
+            path, without_name = file
             if without_name:
                 return RawRow(b"", {}, error="its name is not UTF-8; rename it")
             try:
-                with store.open_input_stream(f"{base}/{path}", compression=None) as stream:
+                with store.open_input_file(f"{base}/{path}") as stream:
                     return RawRow(stream.read(), {})
             except FileNotFoundError:
                 return RawRow(b"", {}, error="file is gone")
             except OSError as error:
                 return RawRow(b"", {}, error=f"cannot be read: {error.strerror or error}")
 
-        with ThreadPoolExecutor(THREADS) as pool:
-            for start in range(0, len(paths), READ_AHEAD):
-                end = start + READ_AHEAD
-                yield from pool.map(read_one, paths[start:end], unnamed[start:end])
+        return in_threads(read_one, zip(paths, unnamed, strict=True))
 
     def _listed(self, root: str, split: str) -> Images:
         """Returns the images of a split. Within one_look() its folders are listed once."""

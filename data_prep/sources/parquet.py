@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
@@ -31,7 +30,7 @@ from data_prep.sources.base import (
 )
 from data_prep.sources.class_ids import CLASS_IDS, ClassIds, Labels
 from data_prep.sources.remembering import remembered
-from data_prep.storage import THREADS, filesystem, join, unreadable
+from data_prep.storage import filesystem, in_threads, join, unreadable
 
 READ_ROWS = 64
 
@@ -123,16 +122,14 @@ class ParquetFiles(SourceConfig):
         return with_notes(table, [labels.note()])
 
     def read(self, root: str, references: pa.Table) -> Iterator[RawRow]:
-        groups: dict[tuple[str, int], list[int]] = {}  # rows come in listing order: by group
-        for path, position, row in zip(
-            references["path"].to_pylist(),
-            references["position"].to_pylist(),
-            references["row"].to_pylist(),
-            strict=True,
-        ):
-            groups.setdefault((path, position), []).append(row)
-        for (path, position), rows in groups.items():
-            yield from self._read_rows(join(join(root, self.path), path), position, rows)
+        files: dict[str, dict[int, list[int]]] = {}  # rows come in listing order: by group
+        columns = (references[name].to_pylist() for name in ("path", "position", "row"))
+        for path, position, row in zip(*columns, strict=True):
+            files.setdefault(path, {}).setdefault(position, []).append(row)
+        for path, groups in files.items():
+            with _open(join(join(root, self.path), path)) as file:  # and its footer read, once
+                for position, rows in groups.items():
+                    yield from self._read_rows(file, position, rows)
 
     def state(self, root: str, split: str) -> Iterator[str]:
         """Yields a line for each file: path, bytes, row groups, a hash of all labels and masks.
@@ -259,17 +256,16 @@ class ParquetFiles(SourceConfig):
             kind = kind.value_type
         return class_label_names(schema, self.class_column) if pa.types.is_integer(kind) else []
 
-    def _read_rows(self, where: str, group: int, rows: list[int]) -> Iterator[RawRow]:
+    def _read_rows(self, file: pq.ParquetFile, group: int, rows: list[int]) -> Iterator[RawRow]:
         wanted, start = set(rows), 0
         columns = [self.image, *self.mask_columns.values()]
-        with _open(where) as file:
-            for batch in file.iter_batches(READ_ROWS, row_groups=[group], columns=columns):
-                for offset in range(batch.num_rows):
-                    if start + offset in wanted:
-                        yield self._row({name: batch[name][offset].as_py() for name in columns})
-                start += batch.num_rows
-                if start > rows[-1]:
-                    return
+        for batch in file.iter_batches(READ_ROWS, row_groups=[group], columns=columns):
+            for offset in range(batch.num_rows):
+                if start + offset in wanted:
+                    yield self._row({name: batch[name][offset].as_py() for name in columns})
+            start += batch.num_rows
+            if start > rows[-1]:
+                return
 
     def _row(self, values: dict[str, Any]) -> RawRow:
         image = _encoded(values[self.image])
@@ -306,8 +302,7 @@ def parquet_columns(path: str) -> list[str]:
 
 def _of_each(read: Callable[[str], Value], files: Mapping[str, str]) -> list[Value]:
     """Returns read(address) of each file, in their order; threads wait for the network."""
-    with ThreadPoolExecutor(THREADS) as pool:
-        return list(pool.map(read, files.values()))
+    return list(in_threads(read, files.values()))
 
 
 def _hash(values: Iterator[Any]) -> str:

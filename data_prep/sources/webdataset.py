@@ -12,7 +12,6 @@ import json
 import posixpath
 import tarfile
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, Literal
@@ -32,7 +31,7 @@ from data_prep.sources.base import (
 from data_prep.sources.class_ids import ClassIds, Labels
 from data_prep.sources.folder import is_image
 from data_prep.sources.remembering import remembered
-from data_prep.storage import THREADS, filesystem, is_uri, join, unreadable
+from data_prep.storage import filesystem, in_threads, is_uri, join, unreadable
 
 
 @dataclass(slots=True)
@@ -121,8 +120,7 @@ class WebDataset(SourceConfig):
 
         def look() -> list[list[Sample]]:
             places = [join(join(root, self.path), path) for path, _ in self._tars(root, split)]
-            with ThreadPoolExecutor(THREADS) as pool:
-                return list(pool.map(self._samples, places))
+            return list(in_threads(self._samples, places))
 
         return remembered(("samples", self.model_dump_json(), root, split), look)
 
