@@ -6,8 +6,6 @@ A latent (C, h, w) is coded in three passes: the positions with even row and col
 row and column; the rest. Pass 1 looks at the four diagonal neighbours of a position, pass 2 at the
 four beside, above and below it. All of them are decoded by then. Each neighbour counts from -REACH
 to REACH, and as 0 outside the latent. Their sum, from -MOST to MOST, is the context.
-
-`neighbour_sums` and `contexts` serve numpy arrays and torch tensors alike, shaped (..., h, w).
 """
 
 from __future__ import annotations
@@ -55,14 +53,6 @@ def neighbour_sums(padded: Any, number: int) -> Any:
 def first_context(number: int) -> int:
     """The context of the lowest sum in a pass."""
     return 0 if number == 0 else 1 + SUMS * (number - 1)
-
-
-def contexts(padded: Any, of_pass: Any) -> Any:
-    """Context of each position, (..., h, w), where all symbols are known; `of_pass` (h, w)."""
-    return sum(
-        (of_pass == number) * (first_context(number) + MOST + neighbour_sums(padded, number))
-        for number in (1, 2)
-    )
 
 
 def passes(tables: int) -> Sequence[int | None]:

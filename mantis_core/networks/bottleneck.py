@@ -9,6 +9,7 @@ channel (1, or those of `symbols.py`), N values.
 from __future__ import annotations
 
 import copy
+from functools import lru_cache
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
@@ -19,7 +20,7 @@ from torch.nn import functional
 
 from mantis_core.networks.blocks import without_autocast
 from mantis_core.networks.stacked import end_to_end
-from mantis_core.symbols import CONTEXTS, MAX_SYMBOL, REACH, Prior, contexts
+from mantis_core.symbols import CONTEXTS, MAX_SYMBOL, MOST, REACH, Prior, first_context
 
 Quantizer: TypeAlias = Literal["noise", "ste"]
 
@@ -154,15 +155,9 @@ class Bottleneck(nn.Module):
         """
         if self.context_shift is None or self.context_log_scale is None:
             return values, None
-        symbols = latent.detach().round().clamp(-REACH, REACH)
-        padded = functional.pad(symbols, (1, 1, 1, 1)).to(torch.int64)
-        passes = _passes(*values.shape[2:], device=values.device)
-        own = CONTEXTS * torch.arange(values.shape[1], device=values.device)[:, None, None]
-        index = contexts(padded, passes) + own
-        weights = torch.stack(
-            [self.context_shift.flatten(), self.context_log_scale.flatten()], dim=1
-        )
-        shift, log_scale = functional.embedding(index, weights).unbind(-1)
+        pair = self.context_shift.view(-1, 1), self.context_log_scale.view(-1, 1)
+        rows = _context_rows(latent.detach())
+        shift, log_scale = functional.embedding(rows, end_to_end(pair, 1)).unbind(-1)
         scale = log_scale.exp()
         return (values - shift) * scale, 0.5 * scale
 
@@ -186,17 +181,15 @@ class Bottleneck(nn.Module):
         count = rows.shape[1]
 
         def of_pair(x: Tensor) -> Tensor:  # (B * M * C, 1, h * w)
-            return (
-                x.unsqueeze(1)
-                .expand(-1, count, -1, -1, -1)
-                .reshape(-1, 1, *x[0, 0].shape)
-                .flatten(2)
-            )
+            each = x if count == 1 else x.unsqueeze(1).expand(-1, count, -1, -1, -1)
+            return each.reshape(-1, 1, x.shape[2] * x.shape[3])
 
         own = 0.5 if half is None else of_pair(half)
         mass = _interval_mass(of_pair(values), own, *self._weights_of(rows.flatten()))
+        if shares is None:
+            return mass.view(values.shape)
         mass = mass.view(len(values), count, *values.shape[1:])
-        return mass[:, 0] if shares is None else (mass * shares[:, :, None, None, None]).sum(1)
+        return (mass * shares[:, :, None, None, None]).sum(1)
 
     def _rows(self, mask: Tensor, primary: Tensor) -> tuple[Tensor, Tensor | None]:
         """Which rows each image uses, (B, M) int64, and the share of each (B, M), None if M is 1.
@@ -251,10 +244,40 @@ class Bottleneck(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
-def _passes(height: int, width: int, *, device: torch.device) -> Tensor:
-    """`symbols.pass_of` (h, w), made on the device: a copy to it would make the CPU wait."""
+def _context_rows(latent: Tensor) -> Tensor:
+    """The row of each position's context among those of all channels, int64 (B, C, h, w).
+
+    As `symbols.py` defines it, of the rounded latent. Sums of so few small integers are exact.
+    """
+    compiling = torch.compiler.is_compiling()  # then the compiler keeps what is constant
+    neighbours, chosen, lowest = (_context_map if compiling else _kept_context_map)(
+        *latent.shape[1:], latent.device
+    )
+    symbols = latent.round().clamp(-REACH, REACH).reshape(-1, 1, *latent.shape[2:])
+    sums = functional.conv2d(symbols, neighbours, padding=1).clamp(-MOST, MOST)
+    return (sums * chosen).sum(dim=1).view(latent.shape).add(lowest).long()
+
+
+def _context_map(
+    channels: int, height: int, width: int, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What `_context_rows` needs, float32, made on the device: a copy to it makes the CPU wait.
+
+    A kernel for each of the passes 1 and 2 (2, 1, 3, 3), where it applies (2, h, w), and the row of
+    the sum 0 (C, h, w).
+    """
+    odd = torch.arange(9, device=device) % 2
+    kernels = torch.stack([1 - odd, odd])
+    kernels[0, 4] = 0
     rows, columns = (torch.arange(side, device=device) % 2 for side in (height, width))
-    return torch.where(rows[:, None] != columns, 2, rows[:, None])
+    last = rows[:, None] != columns
+    chosen = torch.stack([rows[:, None] * columns, last]).float()
+    base = chosen[0] * (first_context(1) + MOST) + chosen[1] * (first_context(2) + MOST)
+    lowest = base + CONTEXTS * torch.arange(channels, device=device)[:, None, None]
+    return kernels.view(2, 1, 3, 3).float(), chosen, lowest
+
+
+_kept_context_map = lru_cache(maxsize=64)(_context_map)
 
 
 def _weights(density: Any) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
@@ -300,6 +323,7 @@ def _interval_mass(
     gradient in the right tail.
     """
     both = torch.cat([values - half, values + half], dim=2)
-    lower, upper = _cumulative_logits(both, matrices, biases, factors).chunk(2, dim=2)
-    sign = torch.where(lower + upper > 0, -1.0, 1.0).detach()
-    return (torch.sigmoid(sign * upper) - torch.sigmoid(sign * lower)).abs()
+    ends = _cumulative_logits(both, matrices, biases, factors).view(len(values), 2, -1)
+    sign = (ends.sum(dim=1, keepdim=True) > 0).mul(-2.0).add(1.0)  # -1 where mirrored
+    lower, upper = torch.sigmoid(sign * ends).unbind(1)
+    return (upper - lower).abs()

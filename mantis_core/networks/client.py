@@ -62,6 +62,7 @@ class TaskDetector(nn.Module):
     """
 
     members: Tensor | None
+    sides: Tensor | None
 
     def __init__(
         self,
@@ -77,6 +78,8 @@ class TaskDetector(nn.Module):
         super().__init__()
         self.channels = channels + deep_channels
         self.register_buffer("members", members, persistent=False)
+        sides = None if members is None else sides_of(members)
+        self.register_buffer("sides", sides, persistent=False)
         outputs = num_tasks
         if members is not None:
             classless = int((~members.any(dim=1)).sum())
@@ -105,27 +108,34 @@ class TaskDetector(nn.Module):
             detected = torch.cat([detected, deep], dim=1)
         with without_autocast(stem):
             logits = self.mlp(pool(detected.float()))
-        if self.members is None:
+        if self.sides is None:
             return View(stem, detected, logits)
-        count = self.members.shape[1] + 1
+        count = self.sides.shape[2]
         class_logits, own = logits[:, :count], logits[:, count:]
-        return View(stem, detected, task_logits(class_logits, own, self.members), class_logits)
+        return View(stem, detected, task_logits(class_logits, own, self.sides), class_logits)
 
 
-def task_logits(class_logits: Tensor, own: Tensor, members: Tensor) -> Tensor:
+def sides_of(members: Tensor) -> Tensor:
+    """What `task_logits` leaves out, (2, K, n + 1): places outside a task's classes, inside them.
+
+    `members` (K, n). A task without classes has "none of them", so that its sums, which nobody
+    reads, are finite.
+    """
+    inside = torch.cat([members, ~members.any(dim=1, keepdim=True)], dim=1)
+    return torch.stack([~inside, inside])
+
+
+def task_logits(class_logits: Tensor, own: Tensor, sides: Tensor) -> Tensor:
     """log p - log(1 - p) of each task (B, K), p being the softmax summed over the task's classes.
 
-    `class_logits` (B, n + 1), `members` (K, n); tasks without classes have logits of their `own`,
-    (B, those tasks).
+    `class_logits` (B, n + 1), `sides` (2, K, n + 1); tasks without classes have logits of their
+    `own`, (B, those tasks).
     """
-    classless = ~members.any(dim=1)
-    # A task without classes has "none of them", so that its sums, which nobody reads, are finite.
-    inside = torch.cat([members, classless[:, None]], dim=1)
-    scores = class_logits[:, None].expand(-1, len(inside), -1)
-    mine = scores.masked_fill(~inside, -torch.inf).logsumexp(dim=2)
-    others = scores.masked_fill(inside, -torch.inf).logsumexp(dim=2)
+    scores = class_logits[:, None, None].masked_fill(sides, -torch.inf)
+    mine, others = scores.logsumexp(dim=3).unbind(1)
     if not own.shape[1]:
         return mine - others
+    classless = sides[1, :, -1]
     place = (classless.cumsum(0) - 1).clamp_min(0)  # among the logits of their own
     return torch.where(classless, own.index_select(1, place), mine - others)
 

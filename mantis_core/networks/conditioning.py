@@ -52,12 +52,9 @@ class FiLMGenerator(nn.Module):
     def forward(self, probabilities: Tensor) -> Modulation:
         """(B, K) task probabilities, or a multi-hot, to gamma and beta per layer."""
         values = self.last(torch.relu(self.first(probabilities)))
-        parts = values.split([2 * c for c in self.channels], dim=1)
-        modulation: Modulation = []
-        for part in parts:
-            delta, beta = part[:, :, None, None].float().chunk(2, dim=1)
-            modulation.append((1 + delta, beta))
-        return modulation
+        sizes = [c for channels in self.channels for c in (channels, channels)]
+        parts = values[:, :, None, None].float().split(sizes, dim=1)
+        return [(1 + delta, beta) for delta, beta in zip(parts[::2], parts[1::2], strict=True)]
 
 
 class FiLMConditioning(nn.Module):

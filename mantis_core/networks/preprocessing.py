@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -16,7 +17,8 @@ NAMED = 5  # unreadable images that a message names
 
 def normalise(images: Tensor) -> Tensor:
     """uint8 (B, 3, H, W) to float32 with ImageNet mean and deviation, on the images' device."""
-    mean, deviation = (_by_channel(values, images) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    compiling = torch.compiler.is_compiling()  # then the compiler keeps what is constant
+    mean, deviation = (_scale if compiling else _kept_scale)(images.device)
     return ((images.float() / 255 - mean) / deviation).contiguous(memory_format=torch.channels_last)
 
 
@@ -52,7 +54,13 @@ def prepare_images(files: Sequence[bytes], image_size: tuple[int, int], short_si
     return images
 
 
-def _by_channel(values: tuple[float, float, float], images: Tensor) -> Tensor:
-    """float32 (1, 3, 1, 1), made on the device of `images`: a copy would make the CPU wait."""
-    parts = [torch.full((1, 1, 1, 1), value, device=images.device) for value in values]
-    return torch.cat(parts, dim=1)
+def _scale(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Mean and deviation, float32 (1, 3, 1, 1), made on the device: a copy makes the CPU wait."""
+    mean, deviation = (
+        torch.cat([torch.full((1, 1, 1, 1), value, device=device) for value in values], dim=1)
+        for values in (IMAGENET_MEAN, IMAGENET_STD)
+    )
+    return mean, deviation
+
+
+_kept_scale = lru_cache(_scale)

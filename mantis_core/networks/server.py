@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import conv2d
+from torch.nn.functional import conv2d, pad
 from torch.nn.functional import group_norm as normalised_groups
 
 from mantis_core.config import DecoderConfig
@@ -256,7 +256,8 @@ class JointDecision(nn.Module):
         super().__init__()
         self.layout = TaskLayout(tasks)
         places = _label_places(tasks)
-        self.register_buffer("slots", places[class_slots(tasks, num_classes)], persistent=False)
+        slots = places[class_slots(tasks, num_classes)]  # (classes, M)
+        self.register_buffer("slots", slots.squeeze(1), persistent=False)
 
     def forward(self, outputs: Mapping[str, Tensor], log_p: Tensor) -> Tensor:
         """Scores of all classes, (B, classes), not normalised.
@@ -267,9 +268,8 @@ class JointDecision(nn.Module):
         stacked = as_stacked(outputs, self.layout)
         assert stacked.log_p is not None
         labels = (stacked.log_p + stacked.layout.own(log_p)[:, :, None]).flatten(1)
-        floor = labels.new_full((len(labels), 1), -torch.inf)
-        scores = torch.cat([labels, floor], dim=1)[:, self.slots]  # (B, classes, M)
-        return scores[..., 0] if scores.shape[-1] == 1 else scores.logsumexp(dim=-1)
+        scores = pad(labels, (0, 1), value=-torch.inf)[:, self.slots]
+        return scores if scores.dim() == 2 else scores.logsumexp(dim=2)
 
 
 def _rows_of(layout: TaskLayout) -> Tensor:

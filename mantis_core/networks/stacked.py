@@ -99,7 +99,8 @@ def end_to_end(parameters: Sequence[Tensor], dim: int = 0) -> Tensor:
     """Several parameters joined along a dimension, as torch.cat does it.
 
     In the backward pass they share one split of the gradient; torch.cat's would cut it by an
-    operation for each of them.
+    operation for each of them. Along a later dimension the parts are copied at once, for a
+    parameter's gradient has the parameter's strides.
     """
     return _EndToEnd.apply(dim, *parameters)  # type: ignore[no-any-return,no-untyped-call]
 
@@ -112,7 +113,8 @@ class _EndToEnd(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        return (None, *torch.split(gradients[0], ctx.sizes, ctx.dim))
+        split = torch.split_with_sizes_copy if ctx.dim else torch.split_with_sizes
+        return (None, *split(gradients[0], ctx.sizes, ctx.dim))
 
 
 def stacked_logits(logits: Sequence[Tensor], width: int) -> Tensor | None:

@@ -111,8 +111,7 @@ class TeacherLogits(TaskCriterion):
     def means(self, student: Io, teacher: Io, batch: Batch) -> list[Mean]:
         ours, theirs = student["outputs"], teacher["outputs"]
         if "logits" in theirs:
-            everyone = torch.ones(len(batch), dtype=torch.bool, device=batch.image.device)
-            return [divergence(ours["logits"], theirs["logits"], everyone, self.temperature)]
+            return [divergence(ours["logits"], theirs["logits"], None, self.temperature)]
         mine = self.heads(ours, batch)
         target = self.heads(theirs, batch, mine)
         return self.divergences(mine, target, batch.task_mask, self.temperature)
@@ -126,12 +125,15 @@ class TaskDetection(Criterion):
     """
 
     members: Tensor
+    has_classes: Tensor
 
     def __init__(self, tasks: tuple[TaskSpec, ...], distill: float = 0.0) -> None:
         super().__init__()
         self.distill, self.reads_teacher = distill, distill > 0
         count = 1 + max((c for task in tasks for c in task.classes), default=0)
-        self.register_buffer("members", class_members(tasks, count), persistent=False)
+        members = class_members(tasks, count)
+        self.register_buffer("members", members.T.float(), persistent=False)
+        self.register_buffer("has_classes", members.any(dim=1), persistent=False)
 
     def means(self, student: Io, teacher: Io, batch: Batch) -> list[Mean]:
         logits = student["outputs"]["task_logits"].float()
@@ -139,8 +141,8 @@ class TaskDetection(Criterion):
         if self.distill and "logits" in teacher["outputs"]:
             soft = softmax(teacher["outputs"]["logits"].float(), dim=1)
             with without_autocast(soft):
-                of_task = soft[:, : self.members.shape[1]] @ self.members.T.float()
-            posterior = torch.where(self.members.any(dim=1), of_task, target)
+                of_task = soft[:, : len(self.members)] @ self.members
+            posterior = torch.where(self.has_classes, of_task, target)
             target = (1 - self.distill) * target + self.distill * posterior.clamp(0, 1)
         loss = binary_cross_entropy_with_logits(logits, target, reduction="none")
         return [Mean(loss.sum(dim=1).mean(), len(batch))]
@@ -184,12 +186,12 @@ class TaskLosses(TaskCriterion):
         ours, layout = student["outputs"], self.layout
         outputs, means = as_stacked(ours["tasks"], layout), []
         if outputs.log_p is not None:
-            log_p = outputs.log_p.float()
-            loss = label_losses(log_p, layout.own(batch.labels))
-            means.append(mean_over(loss, layout.own(ours["loss_mask"]), dim=0))
-            loss = label_losses(log_p, layout.not_mine.expand(len(batch), -1))
-            others = ~layout.own(batch.task_mask)
-            means.append(mean_over(loss, others, dim=0).times(self.not_mine))
+            labels = layout.own(batch.labels)
+            answers = torch.stack([labels, layout.not_mine.expand_as(labels)], dim=2)
+            kept = [layout.own(ours["loss_mask"]), ~layout.own(batch.task_mask)]
+            loss = label_losses(outputs.log_p.float(), answers)  # (B, N, 2)
+            mine, others = mean_over(loss, torch.stack(kept, dim=2), dim=0).apart()
+            means += [mine, others.times(self.not_mine)]
         for k, task in self.segmentations:
             truth, active = batch.segmentation[task.name], ours["loss_mask"][:, k]
             means.append(pixel_loss(outputs[task.name].float(), truth, active))
@@ -233,8 +235,7 @@ class TeacherDecision(TaskCriterion):
     def means(self, student: Io, teacher: Io, batch: Batch) -> list[Mean]:
         ours, theirs = student["outputs"], teacher["outputs"]
         if "logits" in theirs and "joint" in ours:
-            everyone = torch.ones(len(batch), dtype=torch.bool, device=batch.image.device)
-            return [divergence(ours["joint"], theirs["logits"], everyone, self.temperature)]
+            return [divergence(ours["joint"], theirs["logits"], None, self.temperature)]
         mine = as_stacked(ours["tasks"], self.layout)
         if "logits" in theirs:
             target = TaskOutputs(self.layout, theirs["logits"][:, self.classes], {})

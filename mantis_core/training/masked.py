@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, kl_div, log_softmax, nll_loss
+from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 from mantis_core.tasks import IGNORE
 from mantis_core.training.means import Mean
@@ -41,9 +41,8 @@ def mean_over(values: Tensor, keep: Tensor, dim: int | None = None) -> Mean:
 
 
 def label_losses(log_p: Tensor, labels: Tensor) -> Tensor:
-    """-log P of each task's label (B, N), from log P (B, N, W). A label of -1 is read as 0."""
-    flat = nll_loss(log_p.flatten(0, 1), labels.clamp_min(0).flatten(), reduction="none")
-    return flat.view(labels.shape)
+    """-log P of M labels of each task (B, N, M), from log P (B, N, W). -1 is read as 0."""
+    return -log_p.gather(2, labels.clamp_min(0))
 
 
 def pixel_loss(logits: Tensor, truth: Tensor, active: Tensor) -> Mean:
@@ -53,16 +52,22 @@ def pixel_loss(logits: Tensor, truth: Tensor, active: Tensor) -> Mean:
     return mean_over(cross_entropy(logits, target, reduction="none"), valid)
 
 
-def divergence(ours: Tensor, theirs: Tensor, keep: Tensor, temperature: float) -> Mean:
-    """KL of logits (B, n) or (B, n, H, W), the mean over kept images and pixels; `keep` is (B,)."""
+def divergence(ours: Tensor, theirs: Tensor, keep: Tensor | None, temperature: float) -> Mean:
+    """KL of logits (B, n) or (B, n, H, W), the mean over kept images and pixels.
+
+    `keep` is (B,), or None for all images.
+    """
     of_entry = kl_div(
-        log_softmax(ours.float() / temperature, dim=1),
-        log_softmax(theirs.detach().float() / temperature, dim=1),
+        log_softmax(_warmed(ours.float(), temperature), dim=1),
+        log_softmax(_warmed(theirs.detach().float(), temperature), dim=1),
         reduction="none",
         log_target=True,
     ).sum(dim=1)
-    everywhere = keep.reshape(-1, *[1] * (of_entry.dim() - 1)).expand_as(of_entry)
-    return mean_over(of_entry, everywhere).times(temperature**2)
+    if keep is None:
+        return Mean(of_entry.mean(), of_entry.numel()).times(temperature**2)
+    if of_entry.dim() > 1:
+        keep = keep.reshape(-1, *[1] * (of_entry.dim() - 1)).expand_as(of_entry)
+    return mean_over(of_entry, keep).times(temperature**2)
 
 
 def divergences(
@@ -73,8 +78,8 @@ def divergences(
     `is_label` (N, W) and `keep` (B, N) are bool.
     """
     of_entry = kl_div(
-        _label_log_softmax(ours / temperature, is_label),
-        _label_log_softmax(theirs.detach() / temperature, is_label),
+        _label_log_softmax(_warmed(ours, temperature), is_label),
+        _label_log_softmax(_warmed(theirs.detach(), temperature), is_label),
         reduction="none",
         log_target=True,
     ).sum(dim=2)
@@ -89,11 +94,15 @@ def smoothed_losses(
     As torch's, `label_smoothing` is the share of the target that all labels of a task have equally.
     """
     log_p = _label_log_softmax(logits, is_label)
-    loss = label_losses(log_p, labels)
+    loss = label_losses(log_p, labels[:, :, None])[:, :, 0]
     if not label_smoothing:
         return loss
     equally = -log_p.sum(dim=2) / is_label.sum(dim=1)
     return (1 - label_smoothing) * loss + label_smoothing * equally
+
+
+def _warmed(logits: Tensor, temperature: float) -> Tensor:
+    return logits if temperature == 1 else logits / temperature
 
 
 def _label_log_softmax(logits: Tensor, is_label: Tensor) -> Tensor:

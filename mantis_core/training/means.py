@@ -34,7 +34,15 @@ class Mean:
 
     def times(self, factor: float | Tensor) -> Mean:
         """The same entries, each `factor` times as large."""
+        if isinstance(factor, (int, float)) and factor == 1:
+            return self
         return Mean(factor * self.value, self.count)
+
+    def apart(self) -> list[Mean]:
+        """The means along the last dimension, each by itself; the count is a tensor."""
+        assert isinstance(self.count, Tensor)
+        pairs = zip(self.value.unbind(-1), self.count.unbind(-1), strict=True)
+        return [Mean(value, count) for value, count in pairs]
 
 
 @dataclass(frozen=True)
@@ -71,7 +79,9 @@ def loss_of(objectives: Sequence[Objective]) -> tuple[Tensor, dict[str, Tensor]]
     losses: list[Tensor] = []
     terms: dict[str, Tensor] = {}
     for objective in objectives:
-        own = {name: weight * _total(means) for name, (weight, means) in objective.terms.items()}
+        totals = [_total(means) for _, means in objective.terms.values()]
+        weights = [weight for weight, _ in objective.terms.values()]
+        own = dict(zip(objective.terms, torch._foreach_mul(totals, weights), strict=True))
         loss = torch.stack([value.float() for value in own.values()]).sum()
         if objective.rate is not None:
             loss = loss + objective.rate.value
@@ -197,9 +207,10 @@ _SMALLEST = torch.finfo(torch.float64).tiny  # no division by 0, and a count ove
 
 
 def _total(means: Sequence[Mean]) -> Tensor:
-    total = means[0].value.sum()
-    for mean in means[1:]:
-        total = total + mean.value.sum()
+    values = [mean.value.sum() if mean.value.ndim else mean.value for mean in means]
+    total = values[0]
+    for value in values[1:]:
+        total = total + value
     return total
 
 

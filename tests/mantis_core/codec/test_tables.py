@@ -7,7 +7,8 @@ from safetensors.torch import load_file, save_file
 
 from mantis_core.bitstream.coder import TOTAL, to_symbols
 from mantis_core.codec.tables import table_set, update_tables
-from mantis_core.symbols import CONTEXTS, REACH, contexts, pass_of
+from mantis_core.networks.bottleneck import _context_rows
+from mantis_core.symbols import CONTEXTS
 from tests.mantis_core.bottlenecks import BATCH, CHANNELS, PRIORS, TASKS, batch, build
 from tests.mantis_core.payloads import decode, encode
 
@@ -69,11 +70,10 @@ def test_contexts_of_the_rate_are_those_of_the_coder():
     latent, mask, primary = batch(side=5, scale=1.0)
     table = table_set(bottleneck).table_for((True,) * TASKS, 0)
     symbols = to_symbols(latent[0].numpy())
-    padded = np.pad(symbols.clip(-REACH, REACH), ((0, 0), (1, 1), (1, 1)))
-    index = contexts(padded, pass_of(5, 5))
+    rows = _context_rows(torch.from_numpy(symbols)[None].float())[0]
     bits = 0.0
     for channel, row, column in np.ndindex(symbols.shape):
-        own = table.cdf[channel * CONTEXTS + index[channel, row, column]]
+        own = table.cdf[rows[channel, row, column]]
         entry = symbols[channel, row, column] - table.offsets[channel]
         bits -= np.log2((own[entry + 1] - own[entry]) / TOTAL)
     estimate = bottleneck(latent[:1], mask[:1], primary[:1]).bits.item()

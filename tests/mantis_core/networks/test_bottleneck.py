@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from compressai.entropy_models import EntropyBottleneck
@@ -9,11 +10,19 @@ from compressai.entropy_models import EntropyBottleneck
 from mantis_core.bitstream.coder import to_symbols
 from mantis_core.networks.bottleneck import (
     Bottleneck,
+    _context_rows,
     _cumulative_logits,
-    _passes,
     _weights,
 )
-from mantis_core.symbols import MAX_SYMBOL, pass_of
+from mantis_core.symbols import (
+    CONTEXTS,
+    MAX_SYMBOL,
+    MOST,
+    REACH,
+    first_context,
+    neighbour_sums,
+    pass_of,
+)
 from tests.mantis_core.bottlenecks import BATCH, CHANNELS, PRIORS, TASKS, batch, build
 
 
@@ -213,7 +222,15 @@ def test_one_pass_over_all_rows_gives_what_row_after_row_does(prior, known, most
         torch.testing.assert_close(value, expected, atol=1e-4, rtol=1e-4)
 
 
-def test_passes_are_made_on_the_device_as_the_coder_knows_them():
+def test_contexts_are_those_of_the_coder():
     for height, width in ((1, 1), (4, 5), (7, 2)):
-        made = _passes(height, width, device=torch.device("cpu"))
-        assert made.tolist() == pass_of(height, width).tolist()
+        latent = 3 * torch.randn(2, 3, height, width)
+        symbols = latent.round().clamp(-REACH, REACH).numpy().astype(int)
+        padded = np.pad(symbols, ((0, 0), (0, 0), (1, 1), (1, 1)))
+        own = sum(
+            (pass_of(height, width) == number)
+            * (first_context(number) + MOST + neighbour_sums(padded, number))
+            for number in (1, 2)
+        )
+        rows = own + CONTEXTS * np.arange(3)[:, None, None]
+        assert _context_rows(latent).tolist() == rows.tolist()

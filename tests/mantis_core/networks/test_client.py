@@ -12,7 +12,7 @@ from mantis_core.codec.mask import coverage_threshold
 from mantis_core.config import ConditioningConfig, DetectorConfig, EncoderConfig, ModelConfig
 from mantis_core.errors import ModelError
 from mantis_core.networks.blocks import ResidualBlock, group_norm
-from mantis_core.networks.client import Client, latent_size, task_logits
+from mantis_core.networks.client import Client, latent_size, sides_of, task_logits
 
 
 @pytest.fixture
@@ -92,7 +92,7 @@ def test_features_are_attention_that_is_not_told_the_tasks(
 def test_a_task_is_as_probable_as_its_classes_together() -> None:
     members = torch.tensor([[1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 0, 0]], dtype=torch.bool)
     class_logits, own = torch.randn(5, 5), torch.randn(5, 1)
-    p = torch.sigmoid(task_logits(class_logits, own, members))
+    p = torch.sigmoid(task_logits(class_logits, own, sides_of(members)))
     of_class = class_logits.softmax(dim=1)
     torch.testing.assert_close(p[:, 0], of_class[:, 0] + of_class[:, 1])
     torch.testing.assert_close(p[:, 1], of_class[:, 1] + of_class[:, 2])
@@ -102,14 +102,14 @@ def test_a_task_is_as_probable_as_its_classes_together() -> None:
 def test_a_task_of_all_classes_is_what_is_not_none_of_them() -> None:
     members = torch.ones(1, 4, dtype=torch.bool)
     class_logits = torch.randn(5, 5)
-    p = torch.sigmoid(task_logits(class_logits, torch.empty(5, 0), members))
+    p = torch.sigmoid(task_logits(class_logits, torch.empty(5, 0), sides_of(members)))
     torch.testing.assert_close(p[:, 0], 1 - class_logits.softmax(dim=1)[:, -1])
 
 
 def test_a_sure_detector_stays_finite() -> None:
     members = torch.eye(3, dtype=torch.bool)
     class_logits = torch.tensor([[200.0, 0, 0, -200]], requires_grad=True)
-    logits = task_logits(class_logits, torch.empty(1, 0), members)
+    logits = task_logits(class_logits, torch.empty(1, 0), sides_of(members))
     torch.testing.assert_close(logits, torch.tensor([[200.0, -200, -200]]), atol=1, rtol=0)
     logits.sum().backward()
     assert torch.isfinite(class_logits.grad).all()
@@ -214,7 +214,7 @@ def test_task_logits_are_those_of_a_loop_over_tasks() -> None:
         return torch.stack(columns, dim=1)
 
     found = []
-    for of_tasks in (loop, lambda *given: task_logits(*given, members)):
+    for of_tasks in (loop, lambda *given: task_logits(*given, sides_of(members))):
         given = [value.clone().requires_grad_() for value in values]
         logits = of_tasks(*given)
         (logits * weights).sum().backward()
