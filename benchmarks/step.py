@@ -8,6 +8,8 @@ neither the size of images nor the device changes an operation. The optimiser is
 
 - `forward`, `backward` and `update`: operations that reach PyTorch's dispatcher. `update` is
   clipping, optimiser and moving average. `views` are those of all three that compute nothing.
+- `graphs`, of both stages with the smallest number of tasks: into how many parts torch.compile cuts
+  forward pass and loss. Nothing is compiled.
 - `synchronisations`: operations of a step that would make the CPU wait for a GPU, such as reading
   a number or selecting rows by a boolean mask.
 
@@ -134,6 +136,19 @@ def counted(session: Session, batch: Batch) -> dict[str, Any]:
     }
 
 
+def graphs_of(session: Session, batch: Batch) -> int:
+    """Into how many graphs torch.compile cuts a step's forward pass and loss."""
+    found: list[Callable[..., Any]] = []
+
+    def uncompiled(graph: Any, inputs: Any) -> Any:
+        found.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    torch.compile(session.recipe.forward, backend=uncompiled)(batch, 0.0)
+    return len(found)
+
+
 def timed(session: Session, batch: Batch) -> dict[str, float]:
     """Returns images per second, and the share of the time in which the GPU runs a kernel."""
     for _ in range(WARM_UP):
@@ -170,6 +185,13 @@ def main() -> int:
         session = session_of(settings, "stage2", problem, "cpu")
         counts[tasks] = counted(session, random_batch(problem, 4, "cpu"))
         say(f"{tasks} tasks: {counts[tasks]}")
+    problem = problem_with(min(arguments.tasks), 64)
+    batch = random_batch(problem, 4, "cpu")
+    graphs = {
+        stage: graphs_of(session_of(settings, stage, problem, "cpu"), batch)
+        for stage in ("stage1", "stage2")
+    }
+    say(f"graphs: {graphs}")
     gpu = None
     if torch.cuda.is_available():
         tasks = max((k for k in arguments.tasks if k <= 12), default=min(arguments.tasks))
@@ -182,7 +204,7 @@ def main() -> int:
             say(f"{stage}: {gpu[stage]}")
     else:
         say("there is no GPU here, so no step is timed")
-    print(json.dumps({"counts": counts, "gpu": gpu}))
+    print(json.dumps({"counts": counts, "graphs": graphs, "gpu": gpu}))
     return 0
 
 

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -33,7 +34,7 @@ class FrozenTeacher(nn.Module):
         net = folded(backbone.net, keep=paths)
         self.names = _needed(backbone, paths, answers=answers)
         self.blocks = freeze(nn.ModuleList(net.get_submodule(name) for name in self.names))
-        self.read = {path: net.get_submodule(path) for path in paths}
+        self.watch = Watch({path: net.get_submodule(path) for path in paths})
 
     def forward(self, images: Tensor, teacher: Teacher) -> dict[str, Any]:
         """Normalised images (B, 3, H, W) to an io dict; `teacher` answers from the features.
@@ -42,7 +43,7 @@ class FrozenTeacher(nn.Module):
         gives; nothing is there if no term reads it.
         """
         x, split = images, images
-        with watched(self.read) as io:
+        with self.watch.on() as io:
             for name, block in zip(self.names, self.blocks, strict=True):  # type: ignore[call-overload]
                 x = block(x)
                 split = x if name == self.split else split
@@ -50,22 +51,42 @@ class FrozenTeacher(nn.Module):
         return {**io, "outputs": teacher.decide(split, x, size) if self.answers else {}}
 
 
+class Watch:
+    """What modules return, kept in an io dict while `on` is entered.
+
+    Its hooks are set once: torch.compile cannot trace a step that sets them.
+    """
+
+    def __init__(self, modules: Mapping[str, nn.Module]) -> None:
+        self.io: dict[str, Any] | None = None
+        self.hooks = [
+            module.register_forward_hook(partial(self._keep, name))
+            for name, module in modules.items()
+        ]
+
+    @contextmanager
+    def on(self) -> Iterator[dict[str, Any]]:
+        """An io dict that comes to hold {"output": ...} under the modules' names."""
+        self.io = io = {}
+        try:
+            yield io
+        finally:
+            self.io = None
+
+    def _keep(self, name: str, module: nn.Module, inputs: Any, output: Any) -> None:
+        if self.io is not None:
+            self.io[name] = {"output": output}
+
+
 @contextmanager
 def watched(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, Any]]:
-    """An io dict that comes to hold what `modules` return, {"output": ...} under their names."""
-    io: dict[str, Any] = {}
-
-    def kept(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            io[name] = {"output": output}
-
-        return hook
-
-    hooks = [module.register_forward_hook(kept(name)) for name, module in modules.items()]
+    """As `Watch.on`, with hooks that are removed at the end."""
+    watch = Watch(modules)
     try:
-        yield io
+        with watch.on() as io:
+            yield io
     finally:
-        for hook in hooks:
+        for hook in watch.hooks:
             hook.remove()
 
 

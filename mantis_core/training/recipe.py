@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from mantis_core.config import LossTerm, Stage1Config, Stage2Config
 from mantis_core.errors import ModelError
 from mantis_core.folders import save_folder
-from mantis_core.networks.frozen import FrozenTeacher, watched
+from mantis_core.networks.frozen import FrozenTeacher, Watch, watched
 from mantis_core.networks.teacher import Teacher, freeze
 from mantis_core.tasks import Batch, TaskSpec
 from mantis_core.training.losses import build_criterion, hooked_paths, measured_terms
@@ -71,6 +71,7 @@ class Recipe(nn.Module):
         self.terms = nn.ModuleList(term for term, _ in self.criterion.term_dict.values())
         self.paths = hooked_paths(self.losses, split=split, last=last)
         _require_modules("student", self.student, self.paths[0])
+        self.watching = (self.student, Watch(self._read_of_student()))
         if teacher is not None:
             _require_modules("teacher", teacher.backbone.net, self.paths[1])
             answers = any(getattr(term, "reads_teacher", False) for term in self.terms)
@@ -92,7 +93,9 @@ class Recipe(nn.Module):
         """
         objectives, sums = self.measure(batch, progress)
         loss, terms = loss_over_workers(objectives) if self.training else loss_of(objectives)
-        figures = {f"loss/{name}": value.detach() * len(batch) for name, value in terms.items()}
+        with torch.no_grad():
+            values = torch._foreach_mul(list(terms.values()), len(batch))
+        figures = {f"loss/{name}": value for name, value in zip(terms, values, strict=True)}
         kept = () if self.training else objectives
         return StepOutput(loss, {**figures, **sums}, len(batch), kept)
 
@@ -124,9 +127,14 @@ class Recipe(nn.Module):
     def watch_student(self) -> AbstractContextManager[dict[str, Any]]:
         """A context that gives the student's io dict, to which the caller adds "outputs".
 
-        It comes to hold what those modules return that the loss terms read.
+        It comes to hold what those modules return that the loss terms read. A student that takes
+        the place of the recipe's own, as in evaluation, has its hooks set for this once.
         """
-        return watched({path: self.student.get_submodule(path) for path in self.paths[0]})
+        own, watch = self.watching
+        return watch.on() if self.student is own else watched(self._read_of_student())
+
+    def _read_of_student(self) -> dict[str, nn.Module]:
+        return {path: self.student.get_submodule(path) for path in self.paths[0]}
 
     def objective(
         self,

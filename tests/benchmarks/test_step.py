@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks.step import Counter, counted, problem_with, random_batch
+from benchmarks.step import Counter, counted, graphs_of, problem_with, random_batch
 from mantis_core.config import DetectorConfig, Stage1Config, Stage2Config
 from mantis_core.networks.teacher import Teacher
 from mantis_core.training.loop import Session
@@ -56,6 +57,17 @@ def test_what_makes_the_cpu_wait_is_counted(wait: Any, name: str) -> None:
         wait(torch.ones(3))
         torch.ones(3)[torch.tensor([0, 1])]
     assert counter.synchronisations == {name: 1}
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch's compiler, about itself
+def test_graphs_are_counted_where_the_compiler_cuts() -> None:
+    def cut(x: Any, progress: float) -> Any:
+        x = x + progress
+        torch._dynamo.graph_break()
+        return x * 2
+
+    session: Any = SimpleNamespace(recipe=SimpleNamespace(forward=cut))
+    assert graphs_of(session, torch.ones(3)) == 2  # type: ignore[arg-type]
 
 
 def test_views_are_operations_that_compute_nothing() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -18,7 +19,7 @@ from mantis_core.config import (
 )
 from mantis_core.errors import ModelError
 from mantis_core.tasks import Batch, Problem
-from mantis_core.training.recipe import rate_weight
+from mantis_core.training.recipe import Recipe, rate_weight
 from tests.mantis_core.recipe_checks import without_gradient
 
 
@@ -67,19 +68,37 @@ def test_a_detector_of_classes_is_trained_in_both_stages_on_images_of_no_class_t
     assert recipe.student.client.detector.mlp[-1].bias.grad[-1].abs() > 0
 
 
-def test_hooks_are_removed_after_forward_even_one_that_fails(
+def hooks_of(recipe: Recipe) -> int:
+    return sum(len(module._forward_hooks) for module in recipe.modules())
+
+
+def test_hooks_are_set_once_and_keep_nothing_after_forward_even_one_that_fails(
     problem: Problem,
     stage1_of: Callable[..., Any],
     batch: Batch,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     recipe = stage1_of(problem)  # its default terms read modules of student and teacher
+    hooks, watches = hooks_of(recipe), (recipe.watching[1], recipe.frozen.watch)
     recipe(batch, 1.0)
-    assert not any(module._forward_hooks for module in recipe.modules())
+    assert hooks_of(recipe) == hooks
+    assert [watch.io for watch in watches] == [None, None]
     monkeypatch.setattr(recipe.student.tail, "forward", lambda split: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         recipe(batch, 1.0)
-    assert not any(module._forward_hooks for module in recipe.modules())
+    assert hooks_of(recipe) == hooks
+    assert [watch.io for watch in watches] == [None, None]
+
+
+def test_a_student_in_the_place_of_the_recipes_own_is_watched_too(
+    problem: Problem, stage1_of: Callable[..., Any], batch: Batch
+) -> None:
+    recipe = stage1_of(problem).eval()
+    expected = recipe(batch, 1.0).loss
+    recipe.student = copy.deepcopy(recipe.student)
+    hooks = hooks_of(recipe)
+    assert torch.equal(recipe(batch, 1.0).loss, expected)
+    assert hooks_of(recipe) == hooks
 
 
 def test_rate_ramps_up_in_training_and_is_full_in_eval_mode() -> None:
