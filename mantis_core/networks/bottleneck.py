@@ -249,9 +249,10 @@ def _context_rows(latent: Tensor) -> Tensor:
 
     As `symbols.py` defines it, of the rounded latent. Sums of so few small integers are exact.
     """
+    channels, height, width = latent.shape[1:]
     compiling = torch.compiler.is_compiling()  # then the compiler keeps what is constant
     neighbours, chosen, lowest = (_context_map if compiling else _kept_context_map)(
-        *latent.shape[1:], latent.device
+        channels, height, width, latent.device
     )
     symbols = latent.round().clamp(-REACH, REACH).reshape(-1, 1, *latent.shape[2:])
     sums = functional.conv2d(symbols, neighbours, padding=1).clamp(-MOST, MOST)

@@ -67,7 +67,8 @@ class Watch:
     @contextmanager
     def on(self) -> Iterator[dict[str, Any]]:
         """An io dict that comes to hold {"output": ...} under the modules' names."""
-        self.io = io = {}
+        io: dict[str, Any] = {}
+        self.io = io
         try:
             yield io
         finally:

@@ -114,7 +114,8 @@ class _EndToEnd(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         split = torch.split_with_sizes_copy if ctx.dim else torch.split_with_sizes
-        return (None, *split(gradients[0], ctx.sizes, ctx.dim))
+        parts: Any = split(gradients[0], ctx.sizes, ctx.dim)
+        return (None, *parts)
 
 
 def stacked_logits(logits: Sequence[Tensor], width: int) -> Tensor | None:
