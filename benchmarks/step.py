@@ -122,7 +122,7 @@ def counted(session: Session, batch: Batch) -> dict[str, Any]:
     session.optimizer.zero_grad()
     forward, backward, whole = Counter(), Counter(), Counter()
     with forward:
-        output = session.module(batch, 0.0)
+        output = session.forward(batch, 0.0)
     with backward:
         output.loss.backward()
     with whole:

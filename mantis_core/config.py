@@ -61,6 +61,10 @@ class TrainingConfig(Section):
     amp: Literal["auto", "off", "bf16"] = "auto"
     """Whether networks compute in bfloat16: `auto` does so on CUDA only, because only some CPUs
     gain from it. The entropy model computes in float32 always."""
+    compile: Literal["off", "on"] = "off"
+    """Whether torch.compile makes one program of a training step. `on` needs a C++ compiler, on a
+    GPU Triton too, and first compiles for a minute or more. It pays on a GPU with long trainings.
+    Results differ by rounding alone, so no key depends on it."""
 
 
 class LossTerm(Section):

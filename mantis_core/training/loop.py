@@ -104,7 +104,7 @@ class Session:
         self.optimizer = build_optimizer(groups, config.optim)
         self.trained = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.average = MovingAverage(recipe.student, config.ema_decay) if config.ema_decay else None
-        self.module: nn.Module = self.recipe
+        self.forward = self._compiled(self.recipe)
         self.step_index = 0
         self.losses = LossReader()
         self.rows_sha256 = ""  # of the last epoch trained, see hash_of_rows
@@ -125,7 +125,7 @@ class Session:
 
     def distribute(self, wrap: Callable[[nn.Module], nn.Module]) -> None:
         """Takes the wrapper of the recipe that averages gradients over workers (DDP)."""
-        self.module = wrap(self.recipe)
+        self.forward = self._compiled(wrap(self.recipe))
 
     def step(self, batch: Batch) -> StepOutput:
         """Forward, loss, backward, clip, update. TrainingError on a loss that is not finite.
@@ -137,7 +137,7 @@ class Session:
         set_lr(self.optimizer, lr_factor(self.step_index, self.total_steps, self.config.optim))
         torch.manual_seed(step_seed(self.seed, self.step_index, self.rank))
         with self._autocast():
-            output: StepOutput = self.module(batch, progress)
+            output = self.forward(batch, progress)
         self.losses.send(self.step_index, output.loss.detach())
         self.optimizer.zero_grad(set_to_none=True)
         output.loss.backward()  # type: ignore[no-untyped-call]
@@ -281,6 +281,28 @@ class Session:
         """Whether networks compute in bfloat16."""
         on_cuda = self.device.type == "cuda"
         return self.config.amp == "bf16" or (self.config.amp == "auto" and on_cuda)
+
+    def _compiled(self, module: nn.Module) -> Callable[[Batch, float], StepOutput]:
+        """A step's forward pass and loss. Evaluation runs the recipe itself."""
+        if self.config.compile == "off":
+            return module
+        from torch._dynamo.exc import TorchDynamoException  # a second of imports
+
+        # Random numbers as without compiling, so that results differ by rounding alone.
+        compiled = torch.compile(module, options={"fallback_random": True})
+
+        def forward(batch: Batch, progress: float) -> StepOutput:
+            try:
+                output: StepOutput = compiled(batch, progress)
+            except TorchDynamoException as error:
+                reason = " ".join(str(error).split("\n")[:2])  # pages follow
+                raise TrainingError(
+                    f"torch.compile cannot compile this training here: {reason}. Set `compile: "
+                    "off` in its section of the config."
+                ) from error
+            return output
+
+        return forward
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.in_bf16)

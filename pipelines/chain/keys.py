@@ -20,6 +20,9 @@ A digest leaves out a value that equals the field's first default. A new field t
 digest of a config that leaves it out, and a changed default changes the digest of all that use it.
 """
 
+ROUNDING = ("compile",)
+"""Fields of a training's section that change its result by rounding alone."""
+
 
 def config_slice(settings: Settings, stage: Stage) -> dict[str, Any]:
     """Returns the part of the config that decides a stage's result, as nested plain values."""
@@ -90,7 +93,8 @@ def _picked(resolved: Mapping[str, Any], stage: Stage) -> dict[str, Any]:
             for name in above:
                 target = target.setdefault(name, {})
             target[last] = _copied(source[last])
-    for path in stage.leaves_out:
+    own = [f"{stage.section}.{name}" for name in ROUNDING] if stage.section else []
+    for path in (*stage.leaves_out, *own):
         *above, last = path.split(".")
         target = picked
         for name in above:
