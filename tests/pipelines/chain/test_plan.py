@@ -208,6 +208,8 @@ def test_a_missing_teacher_file_is_refused_with_the_choices(config: Path) -> Non
         planned(load_settings(config, ["teacher.weights=nowhere.pth"]))
 
 
+SECTIONS = ("teacher.training", "stage1", "stage2", "individual", "codec_teacher")
+
 # What a changed field reruns, by longest prefix. Everything downstream follows.
 FIRST_CHANGED: dict[str, tuple[str, ...]] = {
     "seed": CHAIN,
@@ -220,11 +222,7 @@ FIRST_CHANGED: dict[str, tuple[str, ...]] = {
     "data.cache": (),
     "data.cache_gib": (),
     **dict.fromkeys(READER, CHAIN[1:]),
-    "teacher.training.compile": (),
-    "stage1.compile": (),
-    "stage2.compile": (),
-    "individual.compile": (),
-    "codec_teacher.compile": (),
+    **{f"{section}.compile": () for section in SECTIONS},
     "tasks": CHAIN,
     "teacher": CHAIN[1:],
     "teacher.weights": CHAIN[1:],
