@@ -209,7 +209,6 @@ def test_a_missing_teacher_file_is_refused_with_the_choices(config: Path) -> Non
 
 
 SECTIONS = ("teacher.training", "stage1", "stage2", "individual", "codec_teacher")
-
 # What a changed field reruns, by longest prefix. Everything downstream follows.
 FIRST_CHANGED: dict[str, tuple[str, ...]] = {
     "seed": CHAIN,
