@@ -119,7 +119,7 @@ def test_a_machine_that_cannot_compile_gets_one_message(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)  # a minute on an idle machine
+@pytest.mark.timeout(1800)  # it compiles for minutes
 @pytest.mark.skipif(shutil.which("g++") is None, reason="it needs a C++ compiler")
 @pytest.mark.filterwarnings("ignore")
 def test_torchs_own_compiler_trains_as_without_it(
