@@ -26,10 +26,6 @@ Batch = dict[str, NDArray[np.generic]]
 Pixels = NDArray[np.uint8]
 
 CROP_TRIES = 10
-SERIAL_VALUES = 32768
-"""Values that PyTorch copies in the calling thread. For more, each reading thread would start
-threads of its own, which take more time than the copy.
-"""
 
 
 class Box(NamedTuple):
@@ -209,13 +205,10 @@ def _scale(pixels: Pixels, image: Pixels, *, mirror: bool) -> None:
     import torch
     from torch.nn.functional import interpolate
 
+    # NumPy's copies, since PyTorch's of this size start threads in every thread that reads.
     layers = torch.from_numpy(pixels.copy())[None].permute(0, 3, 1, 2)
-    scaled = interpolate(layers, image.shape[1:], mode="bicubic", antialias=True)[0]
-    rows = max(1, SERIAL_VALUES // (3 * image.shape[2]))
-    for top in range(0, image.shape[1], rows):
-        part = scaled[:, top : top + rows]
-        own = torch.from_numpy(image[:, top : top + rows])
-        own.copy_(part.flip(2) if mirror else part)
+    scaled = interpolate(layers, image.shape[1:], mode="bicubic", antialias=True)[0].numpy()
+    image[:] = scaled[:, :, ::-1] if mirror else scaled
 
 
 def _nearest(mask: Pixels, size: tuple[int, int]) -> Pixels:
