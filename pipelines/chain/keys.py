@@ -93,14 +93,25 @@ def _picked(resolved: Mapping[str, Any], stage: Stage) -> dict[str, Any]:
             for name in above:
                 target = target.setdefault(name, {})
             target[last] = _copied(source[last])
-    own = [f"{stage.section}.{name}" for name in ROUNDING] if stage.section else []
-    for path in (*stage.leaves_out, *own):
+    for path in stage.leaves_out:
         *above, last = path.split(".")
         target = picked
         for name in above:
             target = target.get(name, {})
         target.pop(last, None)
+    if stage.section:
+        for name in ROUNDING:
+            _leave_out(picked, [*stage.section.split("."), name])
     return picked
+
+
+def _leave_out(values: dict[str, Any], path: Sequence[str]) -> None:
+    """Removes a nested value, and the sections that held nothing else."""
+    name, *below = path
+    if below and name in values:
+        _leave_out(values[name], below)
+    if not below or not values.get(name, True):
+        values.pop(name, None)
 
 
 def _copied(value: Any) -> Any:
