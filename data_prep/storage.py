@@ -24,7 +24,7 @@ from pyarrow import fs
 from data_prep.errors import DataError
 
 THREADS = 16  # that wait for the disk or the network
-AHEAD = 2 * THREADS  # items begun whose results nobody has taken
+AHEAD = 2  # items for each thread that are begun before their results are wanted
 CLIENTS = ("s3", "gs", "gcs", "abfs", "abfss", "hdfs", "viewfs")
 """Schemes whose file system is a client of a server."""
 CLIENT_VARIABLES = ("AWS_", "AZURE_", "CLOUDSDK_", "CLOUD_STORAGE_", "GOOGLE_", "HADOOP_")
@@ -230,18 +230,21 @@ def files_of_each(folder: str, names: list[str]) -> Iterator[list[Found]]:
     return in_threads(lambda name: files_below(join(folder, name)), names)
 
 
-def in_threads(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-    """Yields function(item) of each item, in their order; THREADS of them wait at once.
+def in_threads(
+    function: Callable[[Item], Result], items: Iterable[Item], threads: int | None = None
+) -> Iterator[Result]:
+    """Yields function(item) of each item, in their order; `threads` (THREADS) work at once.
 
-    Few results are in memory: threads are at most AHEAD items ahead of who takes them. The error of
-    the first item in the order that has one is raised, and no further item is begun.
+    Few results are in memory: each thread is at most AHEAD items ahead of who takes them. The error
+    of the first item in the order that has one is raised, and no further item is begun.
     """
+    count = THREADS if threads is None else threads
     begun: deque[Future[Result]] = deque()
-    with ThreadPoolExecutor(THREADS) as pool:
+    with ThreadPoolExecutor(count) as pool:
         try:
             for item in items:
                 begun.append(pool.submit(function, item))
-                if len(begun) > AHEAD:
+                if len(begun) > AHEAD * count:
                     yield begun.popleft().result()
             while begun:
                 yield begun.popleft().result()

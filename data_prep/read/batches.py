@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -36,7 +34,7 @@ from data_prep.read.epoch import (
     row_numbers,
 )
 from data_prep.reading import ReadingConfig
-from data_prep.storage import absolute, filesystem, is_uri, join
+from data_prep.storage import absolute, filesystem, in_threads, is_uri, join
 
 if TYPE_CHECKING:
     from ray.data import Dataset
@@ -226,21 +224,7 @@ def _mapped(
     function: Callable[[Item], Result], items: Iterable[Item], threads: int
 ) -> Iterator[Result]:
     """Yields function(item) of all items in order; threads, if any, work ahead."""
-    if not threads:
-        yield from map(function, items)
-        return
-    waiting: deque[Future[Result]] = deque()
-    with ThreadPoolExecutor(threads) as pool:
-        try:
-            for item in items:
-                waiting.append(pool.submit(function, item))
-                if len(waiting) > 2 * threads:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()
+    return in_threads(function, items, threads) if threads else map(function, items)
 
 
 def _all_tables(folder: str, windows: Iterable[Window], decoder: Decoder) -> Iterator[pa.Table]:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from pipelines.tracking.metric_writer import MetricWriter
 
 Listener = Callable[[Mapping[str, Any]], None]
-"""Receives the figures of an epoch. Any error it raises ends the training after its checkpoint."""
+"""Receives the figures of an epoch. Any error it raises ends the training after that report."""
 
 _listener: ContextVar[Listener | None] = ContextVar("listener", default=None)
 
