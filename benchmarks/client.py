@@ -1,12 +1,14 @@
 """Measures a client on one thread: its time from image to stream, what of it is coding, its folder.
 
     python -m benchmarks.client [--config configs/imagenet.yaml] [--tasks 12] [--pairs 15] [--json]
+    python -m benchmarks.client --model FOLDER --image PHOTOGRAPH
 
-The client has the shape of the config and random weights, none of them 0 or 1 as before a training;
-the latent's channels have scales from 0.1 to 4, and the densities are fitted to such latents. It
-codes one drawn image, in turn with its parts, ResNet-50's and MobileNetV3-Large's forward, and JPEG
-and WebP of the same image. Reading the image file is not measured. The last line is one JSON
-object. A ratio is a median time divided by that of ResNet-50. `folder_bytes` are those of the
+FOLDER is a trained codec, or its client alone. Without one, the client has the shape of the config
+and random weights, none of them 0 or 1 as before a training; the latent's channels have scales from
+0.1 to 4, and the densities are fitted to such latents. It codes one image, drawn or given, in turn
+with its parts, ResNet-50's and MobileNetV3-Large's forward, and JPEG and WebP of the same image.
+Reading the image file is not measured. The last line is one JSON object. A ratio is a median time
+divided by that of ResNet-50. `folder_bytes` are those of the
 folder of the client alone: packed weights (`network_bytes`), packed tables, the config, and about a
 thousand more.
 """
@@ -144,20 +146,30 @@ def picture_coder(image: Tensor, form: str) -> Callable[[], int]:
     return call
 
 
-def measure(
-    model: ModelConfig, num_tasks: int, size: tuple[int, int], pairs: int, steps: int
-) -> dict[str, float | str]:
-    """Measures the client of a codec of `num_tasks` tasks in `pairs` rounds of all calls."""
+def untrained(
+    model: ModelConfig, num_tasks: int, size: tuple[int, int], image: Tensor, steps: int
+) -> Mantis:
+    """Returns a codec of `num_tasks` tasks whose densities are fitted in `steps` to drawn latents.
+
+    The latent of `image` (1, 3, *size) has the scales of these.
+    """
     torch.manual_seed(0)
-    codec, image = Mantis(spec_of(model, num_tasks, size)).eval(), drawn_image(size)
+    codec = Mantis(spec_of(model, num_tasks, size)).eval()
     scales = torch.logspace(-1, 0.6, model.encoder.latent_channels)[:, None, None]
     disturb(codec.client)
     scale_latent(codec, image, scales)
     fit(codec.bottleneck.train(), scales, steps)
     codec.finish()
+    return codec
+
+
+def measure(whole: Path, image: Tensor, pairs: int) -> dict[str, float | str]:
+    """Measures the client in the folder `whole`, which codes `image`, a uint8 (1, 3, H, W).
+
+    Runs all calls in turn, `pairs` times.
+    """
     with tempfile.TemporaryDirectory() as scratch:
-        whole, folder = Path(scratch) / "whole", Path(scratch) / "client"
-        save_model(whole, codec, {})
+        folder = Path(scratch) / "client"
         save_half(folder, whole, "client")
         bytes_of = {path.name: path.stat().st_size for path in folder.iterdir()}
         client = load_client(folder)
@@ -186,7 +198,7 @@ def measure(
     network_bytes = sum(weight.nbytes for weight in weights.values())
     return {
         "latent": "x".join(map(str, seen.image.map.shape)),
-        "tasks": num_tasks,
+        "tasks": len(client.spec.tasks),
         **{name: round(value / base, 4) for name, value in median.items()},
         "coding_share": round(median["coding"] / own, 3),
         "rest_share": round(1 - (median["coding"] + median["network"]) / own, 3),
@@ -209,13 +221,25 @@ def main() -> None:
         "--config", default="configs/imagenet.yaml", help="a config's model section"
     )
     parser.add_argument("--tasks", type=count, help="number of tasks; the config's")
+    parser.add_argument("--model", help="a trained codec's folder, instead of random weights")
+    parser.add_argument("--image", help="a photograph, instead of a drawn image; with --model")
     parser.add_argument("--pairs", type=count, default=15, help="rounds of all calls in turn")
     parser.add_argument("--json", action="store_true", help="print the JSON object only")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    settings = load_settings(arguments.config)
-    tasks = arguments.tasks or len(settings.tasks)
-    result = measure(settings.model, tasks, settings.data.size, arguments.pairs, STEPS)
+    if bool(arguments.model) != bool(arguments.image):
+        parser.error("--model and --image go together")
+    if arguments.model:
+        image = load_client(arguments.model).prepare_images([Path(arguments.image).read_bytes()])
+        result = measure(Path(arguments.model), image, arguments.pairs)
+    else:
+        settings = load_settings(arguments.config)
+        tasks = arguments.tasks or len(settings.tasks)
+        image = drawn_image(settings.data.size)
+        codec = untrained(settings.model, tasks, settings.data.size, image, STEPS)
+        with tempfile.TemporaryDirectory() as scratch:
+            save_model(whole := Path(scratch) / "whole", codec, {})
+            result = measure(whole, image, arguments.pairs)
     if not arguments.json:
         for name, value in result.items():
             say(f"{name:20} {value}")
