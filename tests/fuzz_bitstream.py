@@ -9,6 +9,7 @@ import argparse
 import faulthandler
 import json
 import resource
+import signal
 import sys
 import time
 import tracemalloc
@@ -29,6 +30,7 @@ from tests.golden.cases import answered_image, random_image, random_tables
 
 LIMIT_SECONDS = 0.05
 LIMIT_BYTES = 32 * 2**20
+HUNG_SECONDS = 10
 STREAMS_A_MODEL = 40
 HEADER = 7  # magic, version and flags, model id
 
@@ -148,8 +150,10 @@ def random_inputs(model: Model, rng: np.random.Generator) -> Iterator[tuple[str,
 def run(count: int, seed: int = 0, *, show_progress: bool = False) -> Tally:
     """Feeds at least `count` inputs, or all flips and cuts if these are more.
 
-    Any exception but BitstreamError ends it, as does an input that takes ten seconds.
+    Any exception but BitstreamError ends it, as does an input that takes ten seconds of CPU time:
+    the process prints where it stands, and dies.
     """
+    faulthandler.register(signal.SIGVTALRM, chain=True)
     tally = Tally()
     rng = np.random.default_rng(seed)
     known = models()
@@ -172,7 +176,7 @@ def run(count: int, seed: int = 0, *, show_progress: bool = False) -> Tally:
 def _feed(model: Model, written: set[bytes], kind: str, data: bytes, tally: Tally) -> None:
     tally.by_kind[kind] += 1
     measured = sum(tally.by_kind.values()) % 100 == 0  # tracing slows what it measures
-    faulthandler.dump_traceback_later(10, exit=True)
+    signal.setitimer(signal.ITIMER_VIRTUAL, HUNG_SECONDS)
     if measured:
         tracemalloc.start()
     started = time.thread_time()
@@ -185,7 +189,7 @@ def _feed(model: Model, written: set[bytes], kind: str, data: bytes, tally: Tall
     if measured:
         tally.largest_bytes = max(tally.largest_bytes, tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
-    faulthandler.cancel_dump_traceback_later()
+    signal.setitimer(signal.ITIMER_VIRTUAL, 0)
     if not measured:
         tally.slowest_seconds = max(tally.slowest_seconds, seconds)
     if found is not None:
