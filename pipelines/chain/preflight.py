@@ -18,6 +18,7 @@ from data_prep.errors import DataError
 from data_prep.sources.remembering import forget
 from pipelines.chain.plan import Plan
 from pipelines.chain.processes import pool_of
+from pipelines.cluster.preflight import slow_precision
 from pipelines.settings.errors import SettingsError
 from pipelines.stages.record import stage_state
 from pipelines.stages.schedule import Schedule, check_batches, schedule
@@ -83,6 +84,9 @@ class Preflight:
         if not waiting:
             return notes
         check_batches(waiting)
+        if not self.networks:  # the first time
+            sections = [spec.stage.section for spec in waiting]
+            notes += slow_precision(self.plan.settings, sections)
         manifest = None if prepared is None else read_manifest(prepared)
         if prepared is not None and manifest is not None:
             self.saw_rows = True

@@ -8,9 +8,10 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 
-from pipelines.cluster.machine import usable_cpus
+from pipelines.cluster.machine import has_bf16, usable_cpus
 from pipelines.settings.sections import ClusterConfig, Settings
 from pipelines.storage import is_shared, local_root
 
@@ -65,6 +66,26 @@ def unused_gpu(settings: Settings) -> list[str]:
     return [
         f"this machine has {gpus} {'GPU' if gpus == 1 else 'GPUs'} and the run uses none: set "
         "cluster.gpus_per_worker=1 to train and measure on a GPU"
+    ]
+
+
+def slow_precision(settings: Settings, sections: Sequence[str]) -> list[str]:
+    """Returns a note if these trainings compute in bfloat16 on a CPU that is slow at it.
+
+    `sections` are the dotted names of their settings. Says nothing of the CPUs of a cluster, or
+    where a GPU may be used.
+    """
+    on_gpu = settings.cluster.gpus_per_worker or visible_gpus()
+    if on_gpu or cluster_address(settings.cluster) != "local" or has_bf16():
+        return []
+    slow = [name for name in dict.fromkeys(sections) if attrgetter(name)(settings).amp == "bf16"]
+    if not slow:
+        return []
+    return [
+        f"{', '.join(slow)} compute in bf16, for which this machine's CPU has no instructions: "
+        "a step takes tens of times as long as in float32. Set "
+        + " ".join(f"{name}.amp=auto" for name in slow)
+        + ", which has bf16 on GPUs alone"
     ]
 
 

@@ -85,6 +85,32 @@ def test_a_gpu_that_a_local_run_leaves_unused_is_noted(
     assert all("set cluster.gpus_per_worker=1" in note for note in found)
 
 
+@pytest.mark.parametrize(
+    ("bf16", "gpus", "address", "notes"),
+    [(False, 0, None, 1), (True, 0, None, 0), (False, 1, None, 0), (False, 0, "10.0.0.1:6379", 0)],
+)
+def test_bf16_on_a_cpu_that_has_none_is_noted(
+    bf16: bool,
+    gpus: int,
+    address: str | None,
+    notes: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(preflight, "visible_gpus", lambda: gpus)
+    monkeypatch.setattr(preflight, "has_bf16", lambda: bf16)
+    path = tmp_path / "tiny.yaml"
+    path.write_text(f"{CONFIG}stage1: {{amp: bf16}}\nteacher: {{training: {{amp: bf16}}}}\n")
+    settings = load_settings(path, [f"cluster.address={address}"] if address else [])
+    sections = ["teacher.training", "stage1", "stage2", "stage2"]
+    found = preflight.slow_precision(settings, sections)
+    assert len(found) == notes
+    for note in found:
+        assert note.startswith("teacher.training, stage1 compute in bf16")
+        assert "Set teacher.training.amp=auto stage1.amp=auto" in note
+
+
 def test_a_gpu_counts_only_if_processes_may_see_it(monkeypatch: pytest.MonkeyPatch) -> None:
     names = [Path("/dev/nvidia0"), Path("/dev/nvidia1"), Path("/dev/nvidiactl")]
     monkeypatch.setattr(Path, "glob", lambda self, pattern: iter(names))

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from pipelines.cluster import connect, machine
 from pipelines.cluster.machine import (
@@ -86,6 +87,31 @@ def test_cpus_are_the_least_of_affinity_and_quotas(
     assert usable_cpus() == cpus
     folder = connect._init_arguments(ClusterConfig(), "local")
     assert folder["num_cpus"] == max(2, cpus)
+
+
+@pytest.mark.parametrize(
+    ("text", "has"),
+    [
+        ("flags\t\t: fpu avx2 avx512bw avx512vl avx512dq\n", True),
+        ("flags\t\t: fpu avx2 avx512bw\n", False),
+        ("Features\t: fp asimd bf16\n", True),
+        ("Features\t: fp asimd\n", False),
+        ("", True),
+        (None, True),
+    ],
+)
+def test_bf16_is_what_the_cpu_says(
+    text: str | None, has: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if text is not None:
+        (tmp_path / "cpuinfo").write_text(f"processor\t: 0\n{text}")
+    monkeypatch.setattr(machine, "CPU_INFO", tmp_path / "cpuinfo")
+    assert machine.has_bf16() is has
+
+
+def test_bf16_is_what_torch_says_of_this_cpu() -> None:
+    if machine.CPU_INFO.is_file():
+        assert machine.has_bf16() is torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def test_a_system_without_affinity_and_control_groups_has_a_count(
