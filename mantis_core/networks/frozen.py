@@ -107,10 +107,17 @@ def folded(net: nn.Module, *, keep: Collection[str] = ()) -> nn.Module:
     return net
 
 
+class _Layers(fx.Tracer):
+    """Takes a convolution for one node, whoever wrote its class."""
+
+    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
+        return isinstance(module, nn.Conv2d) or super().is_leaf_module(module, name)
+
+
 def _pairs(net: nn.Module) -> Iterator[tuple[str, str]]:
     """Names of each batch norm and of the convolution before it, which nothing else reads."""
     try:
-        nodes = list(fx.symbolic_trace(net).graph.nodes)
+        nodes = list(_Layers().trace(net).nodes)
     except (fx.proxy.TraceError, TypeError):
         return
     calls = Counter(node.target for node in nodes if node.op == "call_module")

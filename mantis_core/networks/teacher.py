@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from mantis_core.errors import ModelError
 from mantis_core.networks.blocks import SegmentationHead, TaskModules
+from mantis_core.networks.tiny_maps import fast_on_tiny_maps
 from mantis_core.networks.weights import head_rows, read_order, read_weights
 from mantis_core.tasks import TaskSpec
 
@@ -36,6 +37,7 @@ class Backbone(nn.Module):
     def __init__(self, name: str, *, pretrained: bool = False) -> None:
         super().__init__()
         self.net, self.names, self.feature_size = _build_net(name, pretrained=pretrained)
+        fast_on_tiny_maps(self.net)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, 3, H, W) normalised images to the last block's output (B, C, h, w)."""
