@@ -42,10 +42,14 @@ class FilesError(ValueError):
 
 @dataclass(frozen=True)
 class Source:
-    """A file to read. `place` is its path below the output folder, without the suffix."""
+    """A file to read. `place` is its path below the output folder, without the suffix.
+
+    An image that is `inside` a file, under a name in it, has a `path` that says so to people.
+    """
 
     path: Path
     place: str
+    inside: tuple[Path, str] | None = None
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from mantis_core.bitstream.container import MAX_IMAGES, BitstreamError, peek
 from mantis_core.pixels import ImageError
 from pipelines.coding.files import Failure, FilesError, Source, read, shown
+from pipelines.coding.packed import read_image
 
 if TYPE_CHECKING:
     from mantis_core.codec.answer import Answer
@@ -132,7 +133,7 @@ def is_stream_of(codec: ClientCodec, path: Path) -> bool:
 
 def _look(codec: ClientCodec, source: Source, asked: Asked) -> Seen | Failure:
     try:
-        image = codec.prepare_image(read(source.path))
+        image = codec.prepare_image(read_image(source))
     except FilesError as error:
         return Failure(source.path, str(error))
     except ImageError as error:

@@ -20,7 +20,10 @@ if TYPE_CHECKING:
 
 Images = Annotated[
     list[Path],
-    typer.Argument(metavar="PATH", help="Image files, or folders whose images are taken."),
+    typer.Argument(
+        metavar="PATH",
+        help="Image files, Parquet files or tars of images, or folders whose images are taken.",
+    ),
 ]
 Tasks = Annotated[
     list[str] | None,
@@ -77,7 +80,7 @@ def encode(
     together = output.suffix == ".mts" and not output.is_dir()
     if together and skip_existing:
         raise Stopped("error: --skip-existing needs a folder as OUT.", MISTAKE)
-    found = _find(paths, files.IMAGE_SUFFIXES, "image", output)
+    found = _find_images(paths, output)
     sources = found.sources
     streams: dict[Source, Path] = {}
     if together:
@@ -212,7 +215,7 @@ def predict(
 
     if output is not None:
         answers.check_table(output)
-    found = _find(paths, files.IMAGE_SUFFIXES, "image", masks)
+    found = _find_images(paths, masks)
     if masks is not None:
         _targets(found.sources, masks, ".png")
     folder = str(model_folder(model, root))
@@ -281,11 +284,27 @@ def _load(half: str, model: str, root: str | None) -> Any:
     return load_client(folder) if half == "client" else load_server(folder)
 
 
+def _find_images(paths: Sequence[Path], output: Path | None) -> Found:
+    """Returns the images of a command, also those in Parquet files and tars."""
+    from pipelines.coding.files import IMAGE_SUFFIXES, find
+    from pipelines.coding.packed import PACKED_SUFFIXES, expand
+
+    suffixes = IMAGE_SUFFIXES | PACKED_SUFFIXES
+    found = find(paths, suffixes, outputs=[output] if output else [])
+    return _require(expand(found, paths), paths, suffixes, "image")
+
+
 def _find(paths: Sequence[Path], suffixes: frozenset[str], what: str, output: Path | None) -> Found:
     """Returns the files of a command. Raises Stopped if there is none."""
-    from pipelines.coding.files import find, shown
+    from pipelines.coding.files import find
 
     found = find(paths, suffixes, outputs=[output] if output else [])
+    return _require(found, paths, suffixes, what)
+
+
+def _require(found: Found, paths: Sequence[Path], suffixes: frozenset[str], what: str) -> Found:
+    from pipelines.coding.files import shown
+
     if not found.sources:
         said = [failure.reason for failure in found.failures] or [
             f"there is no {what} in {', '.join(shown(path) for path in paths)} "

@@ -15,9 +15,9 @@ import pyarrow.parquet as pq
 from pyarrow import types
 
 from data_prep.sources.base import class_id_of
+from pipelines.coding.packed import image_columns
 from pipelines.starting.reading import StartError, some
 
-IMAGE_NAMES = ("image", "img", "jpg", "jpeg", "png", "webp", "picture", "photo", "pixels", "bytes")
 LABEL_NAMES = (
     *("label_name", "class_name", "label_text", "class", "label", "category", "wnid", "class_id"),
     *("labels", "classes", "target", "fine_label", "y", "species", "breed"),
@@ -59,10 +59,9 @@ def columns_of(files: Sequence[Path], label: str | None = None) -> Columns:
 
 def _image(schema: pa.Schema, where: Path) -> str:
     """Returns the column of encoded images. Raises StartError."""
-    found = [each.name for each in schema if _holds_bytes(each.type)]
-    named = [name for name in IMAGE_NAMES if name in found]
-    if len(found) == 1 or named:
-        return named[0] if named else found[0]
+    found = image_columns(schema)
+    if len(found) == 1:
+        return found[0]
     if found:
         raise StartError(
             f"{where} has several columns of bytes, {some(found)}, and it is open which holds the "
@@ -72,12 +71,6 @@ def _image(schema: pa.Schema, where: Path) -> str:
         f"{where} has no column of encoded images (bytes, or Hugging Face's struct with a field "
         f"bytes); it has {some(schema.names, 12)}"
     )
-
-
-def _holds_bytes(kind: pa.DataType) -> bool:
-    if types.is_struct(kind):
-        return bool(kind.get_field_index("bytes") >= 0)
-    return bool(types.is_binary(kind) or types.is_large_binary(kind))
 
 
 def _candidates(schema: pa.Schema, image: str) -> list[str]:

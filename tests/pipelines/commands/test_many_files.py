@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -28,6 +30,26 @@ def photos(tmp_path: Path) -> Path:
 def rows(path: Path) -> list[dict[str, str]]:
     with path.open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
+
+
+def test_images_in_parquet_files_are_answered_and_encoded(codec: Path, tmp_path: Path) -> None:
+    images = [picture(tmp_path / f"{n}.png").read_bytes() for n in range(3)]
+    file = tmp_path / "of" / "val.parquet"
+    file.parent.mkdir()
+    pq.write_table(pa.table({"image": [*images, b"no image"], "label": [0, 1, 0, 1]}), file)
+    done = mantis("predict", codec, file, "-o", tmp_path / "answers.csv")
+    assert done.exit_code == 3
+    assert done.stderr.startswith(f"error: {file}#3 is no readable image")
+    answered = rows(tmp_path / "answers.csv")
+    assert [row["file"] for row in answered] == [f"{file}#{n}" for n in range(4)]
+    assert [bool(row["wire_bytes"]) for row in answered] == [True, True, True, False]
+    done = mantis("encode", codec, file.parent, "-o", tmp_path / "out")
+    assert done.exit_code == 3
+    made = sorted(str(path.relative_to(tmp_path / "out")) for path in tmp_path.rglob("*.mts"))
+    assert made == [f"val/00000{n}.mts" for n in range(3)]
+    alone = mantis("encode", codec, tmp_path / "1.png", "-o", tmp_path / "alone.mts")
+    assert alone.exit_code == 0
+    assert (tmp_path / "alone.mts").read_bytes() == (tmp_path / "out/val/000001.mts").read_bytes()
 
 
 def test_encode_mirrors_a_folder_names_what_is_bad_and_ends_with_3(
