@@ -176,6 +176,7 @@ def start_mlflow(cluster: LocalCluster, folder: Path, port: int | None, store: s
     LocalClusterError.
     """
     from pipelines.settings.tracking import sqlite_uri
+    from pipelines.tracking.store.client import create_store
 
     found = free_port(port or MLFLOW_PORT)
     if port and found != port:
@@ -184,12 +185,14 @@ def start_mlflow(cluster: LocalCluster, folder: Path, port: int | None, store: s
         )
     folder.mkdir(parents=True, exist_ok=True)
     uri = f"http://{LOOPBACK}:{found}"
+    store = store or sqlite_uri(folder / "mlflow.db")
+    create_store(store)
     command = [sys.executable, "-m", "mlflow", "server", "--serve-artifacts", "--workers", "1"]
     command += ["--artifacts-destination", (folder / "artifacts").as_uri()]
     command += ["--host", LOOPBACK, "--port", str(found)]
     environment = {
         # Not as an option: all users of the machine can read a password on a command line.
-        "MLFLOW_BACKEND_STORE_URI": store or sqlite_uri(folder / "mlflow.db"),
+        "MLFLOW_BACKEND_STORE_URI": store,
         # Otherwise MLflow starts nine processes for evaluations by language models.
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
     }

@@ -21,11 +21,12 @@ import requests
 from alembic.util import CommandError
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
+from mlflow.store.db.utils import _initialize_tables
 from sqlalchemy import NullPool, create_engine, inspect
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import DatabaseError, NoSuchModuleError, SQLAlchemyError
 
-from pipelines.settings.tracking import without_password
+from pipelines.settings.tracking import sqlite_uri, without_password
 from pipelines.tracking.store.moved import relocate_all
 
 logger = logging.getLogger(__name__)
@@ -93,7 +94,8 @@ def bounded_client(uri: str) -> MlflowClient:
         os.environ.setdefault(name, value)
     probe(uri)
     with sole_access(uri) if _is_new(uri) else contextlib.nullcontext():
-        client = MlflowClient(tracking_uri=uri, registry_uri=uri)  # creates missing tables
+        create_store(uri)
+        client = MlflowClient(tracking_uri=uri, registry_uri=uri)
     _remove_stray_folder(uri, client)
     return client
 
@@ -157,6 +159,28 @@ def _is_new(uri: str) -> bool:
     """Returns whether a store is an SQLite file without content."""
     file = sqlite_file(uri)
     return file is not None and not (file.exists() and file.stat().st_size)
+
+
+def create_store(uri: str) -> None:
+    """Makes the tables of a new SQLite store, all of them or none. Leaves every other store alone.
+
+    MLflow makes them in place, in many steps that take seconds. A process killed between two of
+    them left a file that MLflow could neither use nor complete.
+    """
+    if not _is_new(uri):
+        return
+    with sole_access(uri):
+        file = sqlite_file(uri)
+        if file is None or not _is_new(uri):  # another process has made them
+            return
+        file = file.resolve()
+        partial = file.with_name(f"{file.name}.partial")
+        for stale in (partial, partial.with_name(f"{partial.name}-journal")):
+            stale.unlink(missing_ok=True)
+        engine = create_engine(sqlite_uri(partial), poolclass=NullPool)
+        _initialize_tables(engine)  # type: ignore[no-untyped-call]
+        engine.dispose()
+        os.replace(partial, file)
 
 
 @contextlib.contextmanager

@@ -72,6 +72,54 @@ def test_a_root_of_an_odd_name_holds_its_store_and_its_artifacts(
     assert [each.name for each in tmp_path.iterdir()] == [name]
 
 
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from alembic.runtime.migration import HeadMaintainer
+from pipelines.settings.tracking import sqlite_uri
+from pipelines.tracking.store.client import bounded_client
+
+left, whole = int(sys.argv[2]), HeadMaintainer.update_to_step
+
+def step(self, migration):
+    global left
+    whole(self, migration)
+    left -= 1
+    if not left:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+HeadMaintainer.update_to_step = step
+bounded_client(sqlite_uri(Path(sys.argv[1])))
+"""
+
+
+@pytest.mark.parametrize("steps", [1, 12])
+def test_a_store_whose_creation_was_killed_is_created_by_the_next_command(
+    root: Path, steps: int
+) -> None:
+    file = root / "mlflow.db"
+    command = [sys.executable, "-c", KILLED, str(file), str(steps)]
+    done = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True)
+    assert done.returncode == -9, done.stderr
+    assert not file.exists()
+    assert (root / "mlflow.db.partial").exists()
+    with asking(sqlite_uri(file)) as client:
+        assert client.create_experiment("after the kill")
+    left = {path.name for path in root.iterdir()}
+    assert left == {"mlflow.db", "mlflow.db.lock"}
+
+
+def test_a_store_that_is_a_link_to_nothing_is_created_where_it_points(
+    root: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "disk").mkdir()
+    (root / "mlflow.db").symlink_to(tmp_path / "disk" / "real.db")
+    with asking(sqlite_uri(root / "mlflow.db")) as client:
+        client.create_experiment("there")
+    assert (root / "mlflow.db").is_symlink()
+    assert (tmp_path / "disk" / "real.db").stat().st_size
+
+
 def damaged(file: Path) -> None:
     file.write_text("this is a text and no database " * 100)
 
