@@ -67,6 +67,9 @@ class TrainingConfig(Section):
     Results differ by rounding alone, so no key depends on it."""
 
 
+Quantizer = Literal["ste", "noise", "rounded"]
+
+
 class LossTerm(Section):
     """One torchdistill criterion with its weight.
 
@@ -155,6 +158,9 @@ class CodecTeacherConfig(TrainingConfig):
     """The image codec. Each arm sets its own."""
     qualities: tuple[int, ...] = Field(default=(50,), min_length=1)
     """The qualities that the codec is used at, one drawn for each image. Each arm sets its own."""
+    scales: tuple[float, ...] = Field(default=(1.0,), min_length=1)
+    """The shares of an image's sides at which it is coded, one drawn for each image. Each arm sets
+    its own."""
 
 
 class StemConfig(Section):
@@ -195,6 +201,10 @@ class ConditioningConfig(Section):
 class EncoderConfig(Section):
     """What turns the stem's features into the latent."""
 
+    start: Literal["stem", "detector"] = "stem"
+    """Where the encoder begins. `stem`: beside the detector. `detector`: behind it, at the map
+    from which it names the tasks. Stem and detector's convolutions are then one trunk, which all
+    losses train, and nothing is computed twice."""
     channels: int = Field(default=64, ge=1)
     """The number of channels of the encoder's blocks."""
     blocks: int = Field(default=1, ge=0)
@@ -228,9 +238,11 @@ class ModelConfig(Section):
     prior: Literal["shared", "per_task", "primary"] = "primary"
     """Which density codes a latent. `primary`: that of the most probable task. `per_task`: the
     mean of its active tasks' densities. `shared`: the same for all images."""
-    quantizer: Literal["ste", "noise"] = "ste"
-    """What decoders get in training. `ste`: the rounded latent, as when the model is used, with
-    the gradient passed straight through. `noise`: the latent with uniform noise."""
+    quantizer: Quantizer = "ste"
+    """What decoders get in training, and what the rate is estimated of. `ste`: decoders get the
+    rounded latent, as when the model is used, with the gradient passed straight through; the rate
+    is of the latent with uniform noise. `noise`: that latent for both. `rounded`: the rounded one
+    for both."""
     neighbour_contexts: bool = False
     """Whether the neighbours of a symbol that are decoded already choose the table that codes
     it. It saves bytes and takes more calls of the coder."""
@@ -243,6 +255,9 @@ class ModelConfig(Section):
     single_task: bool = False
     """Whether all classes are one task, so that there is nothing to detect. This is the
     entropic-student baseline."""
+    wide_encoder: bool = False
+    """Whether the client has no detector, and an encoder as wide as the detector's multiply-adds
+    allow. This is a baseline; it needs `single_task`."""
     per_task: bool = False
     """Whether each task has a codec of its own and is known instead of detected. This is a
     baseline."""
@@ -250,8 +265,24 @@ class ModelConfig(Section):
     """The largest number of tasks in a detected mask. Each task that is active costs bits and a
     decoder."""
 
+    @model_validator(mode="after")
+    def _a_wide_encoder_detects_nothing(self) -> ModelConfig:
+        if self.wide_encoder and not (self.single_task and self.conditioning.kind == "none"):
+            raise ValueError(
+                "model.wide_encoder leaves nothing that detects tasks: set model.single_task=true "
+                "and model.conditioning.kind=none, or leave model.wide_encoder out"
+            )
+        return self
 
-class Stage1Config(TrainingConfig):
+
+class CodecTrainingConfig(TrainingConfig):
+    """The settings that both trainings of a codec have."""
+
+    quantizer: Quantizer | None = None
+    """What decoders get in this training. Left out, it is `model.quantizer`."""
+
+
+class Stage1Config(CodecTrainingConfig):
     """Rate and distillation of the teacher's features: L = sum of terms + rate_weight * bits."""
 
     rate_weight: float = Field(default=2e-3, ge=0)
@@ -272,8 +303,8 @@ class Stage1Config(TrainingConfig):
     """The terms of the loss by name. A term set to null is left out."""
 
 
-class Stage2Config(TrainingConfig):
-    """Detection, task losses and rate, stem frozen: L = sum of terms + rate_weight * bits."""
+class Stage2Config(CodecTrainingConfig):
+    """Detection, task losses and rate: L = sum of terms + rate_weight * bits."""
 
     rate_weight: float = Field(default=1e-3, ge=0)
     """The weight of the rate (beta), in units of the loss for each bit of an image's latent. A
@@ -281,6 +312,9 @@ class Stage2Config(TrainingConfig):
     rate_ramp_fraction: float = Field(default=0.1, ge=0, le=1)
     """The share of all steps in which the weight of the rate rises linearly from 0. The default
     is short: the codec of stage 1 codes well already."""
+    freeze_stem: bool = True
+    """Whether the stem stays as stage 1 has trained it. Else it is trained on, at
+    `optim.fine_tune_lr`."""
     teacher_forcing: tuple[float, float] = (0.5, 0.0)
     """The share of images that are conditioned on their true tasks, at the first and at the
     last step; it changes linearly. It ends at 0, because the model has only detected tasks when

@@ -46,6 +46,7 @@ from benchmarks.rate_accuracy.points import (
     read_rows,
     summarise,
     times_smaller,
+    worth_sending,
     write_images,
 )
 from benchmarks.rate_accuracy.protocols import EXITS_WERE_CHOSEN, PROTOCOLS, Step, steps
@@ -151,7 +152,7 @@ def point_row(
     if _git("status", "--porcelain", "--untracked-files=no", "--", f":!{RESULTS}"):
         commit += "-dirty"
     key = step.specs[arm.stage].key if arm.stage else None
-    own = (arm.kind, arm.seed, arm.rate_weight, arm.quality, arm.exit_confidence)
+    own = (arm.kind, arm.seed, arm.rate_weight, arm.quality, arm.scale, arm.exit_confidence)
     row = dict(zip(COLUMNS, (point, step.name, protocol, *own, commit, key), strict=True))
     row |= {name: figures.get(metric) for name, metric in FIGURES.items()}
     row["classes"] = len(step.plan.table.classes) if single_class else None
@@ -263,16 +264,16 @@ def main() -> None:
         "bd_rate": bd_figures(rows, "wire_bytes", accuracy=False),
         "bd_rate_payload": bd_figures(rows, "payload_bytes", accuracy=False),
         "bd_top1": bd_figures(rows, "wire_bytes", accuracy=True),
-        "bd_rate_without_exit": bd_figures(
-            [row for row in rows if row["exit_confidence"] is None], "wire_bytes", accuracy=False
-        ),
+        "not_worth_sending": [row["point"] for row in rows if row not in worth_sending(rows)],
         "times_smaller": smaller,
         "notes": [EXITS_WERE_CHOSEN] if any(r["exit_confidence"] is not None for r in rows) else [],
     }
-    show_intervals("BD-rate of MANTiS (%), wire bytes", result["bd_rate"])
-    show_intervals(
-        "BD-rate of MANTiS without early exit (%), wire bytes", result["bd_rate_without_exit"]
-    )
+    show_intervals("BD-rate (%), wire bytes", result["bd_rate"])
+    if result["not_worth_sending"]:
+        say(
+            f"{len(result['not_worth_sending'])} points are below their own client's accuracy, and "
+            "in no BD figure"
+        )
     for note in result["notes"]:
         say(note)
     if arguments.plot:

@@ -23,6 +23,7 @@ from mantis_core.measure.bd_rate import (
     size_at,
 )
 from pipelines.report.figures import rd_figure, styled, to_png
+from pipelines.settings.arms import TUNED, image_codecs
 
 Array = NDArray[Any]
 RESULTS = Path("results")
@@ -38,6 +39,9 @@ FIGURES = {
     "answered": "val/answered",
     "answered_top1": "val/answered_top1",
     "first_task": "val/detection/first",
+    "client_top1": "val/client_top1",
+    "client_macs": "val/client_macs",
+    "client_bytes": "val/client_bytes",
 }
 
 COLUMNS = (
@@ -48,10 +52,32 @@ COLUMNS = (
     "seed",
     "rate_weight",
     "quality",
+    "scale",
     "exit_confidence",
     "commit",
     "key",
 )
+
+
+COMPARISONS = (
+    *(
+        ("conditioning", "mantis", kind)
+        for kind in ("features_prior", "features", "none_prior", "none", "student_wide", "student")
+    ),
+    ("conditioning, early exit in both", "early_exit", "none_exit"),
+    ("conditioning, early exit in both", "early_exit", "student_exit"),
+    ("early exit", "early_exit", "mantis"),
+    ("early exit", "none_exit", "none"),
+    ("early exit", "student_exit", "student"),
+    ("the true tasks given", "oracle", "none_told"),
+    ("the true tasks given", "oracle", "per_task"),
+    *(("image codecs", "mantis", kind) for name in image_codecs() for kind in (name, name + TUNED)),
+)
+"""What is compared with what: a question, the arm under test, the arm it stands against.
+
+The two arms differ in what the question names, and in nothing else that saves bytes: neither has
+early exit or knows the true tasks where the other does not.
+"""
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -113,44 +139,60 @@ def curves(rows: Sequence[Mapping[str, Any]], size: str) -> dict[str, dict[int, 
     return found
 
 
-def bd_figures(rows: Sequence[Mapping[str, Any]], size: str, *, accuracy: bool) -> dict[str, Any]:
-    """Returns the BD figures of MANTiS against each baseline, or the reason why there are none.
+def worth_sending(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Returns the rows whose server is right at least as often as their client is alone.
 
-    A figure has a mean, its 95 % interval by bootstrap over images and seeds (`low`, `high`), the t
-    interval over seeds (`t_low`, `t_high`; None for one seed) and the value of each seed. MANTiS is
-    the arm with early exit if it was measured; the arm `mantis`, without it, is then a baseline.
-    Codecs that know the task (`per_task`) are compared with the arm that knows it too (`oracle`). A
-    seed with too few points is left out and listed as `unfinished`.
+    A stream with a worse answer than the client's own is not worth sending, at any size. Rows that
+    do not say how often their client is right are kept.
     """
-    by_kind = curves(rows, size)
+    return [row for row in rows if row["client_top1"] is None or row["top1"] >= row["client_top1"]]
+
+
+def bd_figures(
+    rows: Sequence[Mapping[str, Any]], size: str, *, accuracy: bool
+) -> list[dict[str, Any]]:
+    """Returns a BD figure for each of COMPARISONS that the rows allow, or why there is none.
+
+    A figure has the `question` it answers, the arms `test` and `against`, a mean, its 95 % interval
+    by bootstrap over images and seeds (`low`, `high`), the t interval over seeds (`t_low`,
+    `t_high`; None for one seed) and the value of each seed. Points below the client's own accuracy
+    are left out. A seed with too few points is left out and listed as `unfinished`.
+    """
+    by_kind = curves(worth_sending(rows), size)
     codecs = {row["kind"] for row in rows if row["quality"] is not None}
-    mantis = by_kind.pop("early_exit", None) or by_kind.pop("mantis", {})
-    out: dict[str, Any] = {}
-    for kind, theirs in by_kind.items():
-        ours = by_kind.get("oracle", {}) if kind == "per_task" else mantis
-        if kind in codecs:  # image codecs give the same files for every seed
-            theirs = dict.fromkeys(ours, next(iter(theirs.values())))
-        both = sorted(ours.keys() & theirs.keys())
-        needed = Demand().points
-        seeds = [s for s in both if min(len(ours[s].sizes), len(theirs[s].sizes)) >= needed]
-        try:
-            if not seeds:
-                raise CurveError(f"no seed has both curves at {needed} rates")
-            found = over_seeds(
-                [theirs[s] for s in seeds], [ours[s] for s in seeds], accuracy=accuracy
-            )
-            out[kind] = {
-                "mean": round(found.mean, 2),
-                "low": round(found.low, 2),
-                "high": round(found.high, 2),
-                "t_low": None if found.over_seeds is None else round(found.over_seeds[0], 2),
-                "t_high": None if found.over_seeds is None else round(found.over_seeds[1], 2),
-                "seeds": {s: round(v, 2) for s, v in zip(seeds, found.seeds, strict=True)},
-            }
-            if len(seeds) < len(both):
-                out[kind]["unfinished"] = [s for s in both if s not in seeds]
-        except CurveError as error:
-            out[kind] = {"refused": str(error)}
+    found = []
+    for question, test, anchor in COMPARISONS:
+        if test in by_kind and anchor in by_kind:
+            ours, theirs = by_kind[test], by_kind[anchor]
+            if anchor in codecs:  # image codecs give the same files for every seed
+                theirs = dict.fromkeys(ours, next(iter(theirs.values())))
+            own = {"question": question, "test": test, "against": anchor}
+            found.append({**own, **_interval(ours, theirs, accuracy=accuracy)})
+    return found
+
+
+def _interval(
+    ours: Mapping[int, Curve], theirs: Mapping[int, Curve], *, accuracy: bool
+) -> dict[str, Any]:
+    both = sorted(ours.keys() & theirs.keys())
+    needed = Demand().points
+    seeds = [s for s in both if min(len(ours[s].sizes), len(theirs[s].sizes)) >= needed]
+    try:
+        if not seeds:
+            raise CurveError(f"no seed has both curves at {needed} rates")
+        found = over_seeds([theirs[s] for s in seeds], [ours[s] for s in seeds], accuracy=accuracy)
+    except CurveError as error:
+        return {"refused": str(error)}
+    out: dict[str, Any] = {
+        "mean": round(found.mean, 2),
+        "low": round(found.low, 2),
+        "high": round(found.high, 2),
+        "t_low": None if found.over_seeds is None else round(found.over_seeds[0], 2),
+        "t_high": None if found.over_seeds is None else round(found.over_seeds[1], 2),
+        "seeds": {s: round(v, 2) for s, v in zip(seeds, found.seeds, strict=True)},
+    }
+    if len(seeds) < len(both):
+        out["unfinished"] = [s for s in both if s not in seeds]
     return out
 
 
@@ -179,20 +221,17 @@ def times_smaller(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def summarise(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Returns one point per kind, rate and quality: means, standard deviations and the floor.
+    """Returns one point per kind, rate, quality and scale: means, deviations and the floor.
 
     Both are over seeds. The floor is the bits that the label alone needs at that top1.
     """
     points = []
-    groups = {(row["kind"], row["rate_weight"], row["quality"]) for row in rows}
-    for kind, rate, quality in sorted(groups, key=str):
-        own = [
-            r for r in rows if (r["kind"], r["rate_weight"], r["quality"]) == (kind, rate, quality)
-        ]
+    named = ("kind", "rate_weight", "quality", "scale")
+    groups = {tuple(row[name] for name in named) for row in rows}
+    for group in sorted(groups, key=str):
+        own = [row for row in rows if tuple(row[name] for name in named) == group]
         point: dict[str, Any] = {
-            "kind": kind,
-            "rate_weight": rate,
-            "quality": quality,
+            **dict(zip(named, group, strict=True)),
             "seeds": sorted(row["seed"] for row in own),
         }
         for name in FIGURES:
@@ -218,6 +257,7 @@ def plot(rows: Sequence[Mapping[str, Any]]) -> bytes:
             "kind": row["kind"],
             "rate_weight": row["rate_weight"],
             "quality": row["quality"],
+            "scale": row["scale"],
             "metrics": {FIGURES[name]: row[name] for name in FIGURES if row[name] is not None},
         }
         for row in rows

@@ -97,6 +97,8 @@ def named(config: str, arm: Arm, recipe: str) -> str:
     """
     stage = recipe[:12] or f"seed{arm.seed}"
     quality = "" if arm.quality is None else f"-q{arm.quality}"
+    if arm.scale is not None:
+        quality += f"-s{arm.scale:g}"
     if arm.exit_confidence is not None:
         quality = f"-c{arm.exit_confidence:g}"
     return f"{config}-{arm.kind}-{stage}{quality}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from typing import Any
 
 from rich.console import Console
@@ -12,11 +13,26 @@ from pipelines.settings.arms import ARM_KINDS
 
 
 def show_points(points: Sequence[Mapping[str, Any]]) -> None:
-    """Prints the points by kind and size. Accuracies are in per cent, sizes in bytes."""
+    """Prints the points by kind and size. Accuracies are in per cent, sizes in bytes.
+
+    "client" is the top1 that the client has alone, MMAC and kB are what its networks cost.
+    """
     shown = Table()
-    for column in ("arm", "rate weight", "quality", "seeds"):
+    for column in ("arm", "rate weight", "quality", "scale", "seeds"):
         shown.add_column(column, no_wrap=True)
-    for column in ("top1", "std", "wire", "payload", "coverage", "active", "floor", "x floor"):
+    for column in (
+        "top1",
+        "std",
+        "wire",
+        "payload",
+        "coverage",
+        "active",
+        "client",
+        "MMAC",
+        "kB",
+        "floor",
+        "x floor",
+    ):
         shown.add_column(column, justify="right", no_wrap=True)
 
     def cell(point: Mapping[str, Any], name: str, factor: float, digits: int) -> str:
@@ -29,6 +45,7 @@ def show_points(points: Sequence[Mapping[str, Any]]) -> None:
             ARM_KINDS[point["kind"]].label,
             "" if rate is None else f"{rate:g}",
             "" if quality is None else str(quality),
+            "" if point["scale"] is None else f"{point['scale']:g}",
             " ".join(map(str, point["seeds"])),
             cell(point, "top1", 100, 2),
             cell(point, "top1_std", 100, 2),
@@ -36,6 +53,9 @@ def show_points(points: Sequence[Mapping[str, Any]]) -> None:
             cell(point, "payload_bytes", 1, 1),
             cell(point, "coverage", 100, 1),
             cell(point, "active_tasks", 1, 2),
+            cell(point, "client_top1", 100, 1),
+            cell(point, "client_macs", 1e-6, 1),
+            cell(point, "client_bytes", 1e-3, 0),
             cell(point, "floor_bits", 1, 2),
             cell(point, "payload_over_floor", 1, 0),
         )
@@ -67,23 +87,27 @@ def show_factors(smaller: Sequence[Mapping[str, Any]]) -> None:
     _print(shown)
 
 
-def show_intervals(title: str, figures: Mapping[str, Any]) -> None:
-    """Prints BD figures of MANTiS against each baseline, as `bd_figures` returns them."""
-    measured = {kind: found for kind, found in figures.items() if "refused" not in found}
+def show_intervals(title: str, figures: Sequence[Mapping[str, Any]]) -> None:
+    """Prints BD figures as `bd_figures` returns them, those of a question together."""
+    measured = [found for found in figures if "refused" not in found]
     if not measured:
         return
-    shown = Table("against", title=title)
+    shown = Table("arm", "against", title=title)
     for column in ("mean", "95 % over images and seeds", "95 % over seeds (t)", "seeds"):
         shown.add_column(column, justify="right", no_wrap=True)
-    for kind, found in measured.items():
-        few = found["t_low"] is None
-        shown.add_row(
-            ARM_KINDS[kind].label,
-            f"{found['mean']:+.1f}",
-            f"{found['low']:+.1f} to {found['high']:+.1f}",
-            "one seed" if few else f"{found['t_low']:+.1f} to {found['t_high']:+.1f}",
-            str(len(found["seeds"])),
-        )
+    for question, together in groupby(measured, key=lambda found: found["question"]):
+        shown.add_section()
+        shown.add_row(f"[bold]{question}")
+        for found in together:
+            few = found["t_low"] is None
+            shown.add_row(
+                ARM_KINDS[found["test"]].label,
+                ARM_KINDS[found["against"]].label,
+                f"{found['mean']:+.1f}",
+                f"{found['low']:+.1f} to {found['high']:+.1f}",
+                "one seed" if few else f"{found['t_low']:+.1f} to {found['t_high']:+.1f}",
+                str(len(found["seeds"])),
+            )
     _print(shown)
 
 

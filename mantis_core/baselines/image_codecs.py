@@ -54,6 +54,24 @@ class ImageCodec:
             return np.asarray(image.convert("RGB"))
 
 
+def coded_at(
+    codec: ImageCodec, image: Pixels, quality: int, scale: float = 1.0
+) -> tuple[bytes, Pixels]:
+    """The file of an image (H, W, 3), and what a server makes of it, of the same size.
+
+    With a `scale` below 1 the image is coded at that share of its sides and enlarged again.
+    """
+    height, width = image.shape[:2]
+    if scale == 1:
+        data = codec.encode(image, quality)
+        return data, codec.decode(data)
+    small = (max(1, round(scale * width)), max(1, round(scale * height)))
+    reduced = Image.fromarray(image).resize(small, Image.Resampling.LANCZOS)
+    data = codec.encode(np.asarray(reduced), quality)
+    enlarged = Image.fromarray(codec.decode(data)).resize((width, height), Image.Resampling.BICUBIC)
+    return data, np.asarray(enlarged)
+
+
 def jpeg_scan_bytes(data: bytes) -> int:
     """Entropy-coded bytes of a JPEG: what follows the scan headers, up to the next marker."""
     total, position = 0, 2

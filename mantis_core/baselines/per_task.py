@@ -21,9 +21,8 @@ from mantis_core.folders import load_folder, save_folder
 from mantis_core.networks.blocks import TaskModules
 from mantis_core.networks.teacher import Teacher, freeze, narrowed
 from mantis_core.tasks import Batch, Problem, TaskSpec, of_task
-from mantis_core.training.losses import DETECTION
 from mantis_core.training.means import Mean, Objective
-from mantis_core.training.recipe import Measured, Recipe
+from mantis_core.training.recipe import Measured, Recipe, model_in_training, without_detection
 from mantis_core.training.stage2 import Stage2Recipe, started_codec
 
 
@@ -36,16 +35,16 @@ def per_task_recipe(
     *,
     seed: int,
 ) -> Recipe:
-    """A codec for each task, from stage 1's weights; its detector has nothing to do and is frozen.
+    """A codec for each task, from stage 1's weights; what only detection needs is frozen.
 
     Raises ModelError if every loss term is one of detection.
     """
     torch.manual_seed(seed)
-    losses = {n: term for n, term in config.losses.items() if term.criterion not in DETECTION}
+    losses = without_detection(config.losses)
     if not losses:
         raise ModelError("stage2.losses: codecs of one task each need a term that is no detection")
     config = config.model_copy(update={"losses": losses})
-    model = model.model_copy(
+    model = model_in_training(model, config).model_copy(
         update={
             "per_task": False,
             "send_probabilities": False,
@@ -56,7 +55,7 @@ def per_task_recipe(
     for task in problem.tasks:
         known = narrowed(teacher, task)
         codec, loaded = started_codec(model, known, of_task(problem, task), stage1)
-        freeze(codec.client.detector)
+        freeze(codec.client.for_detection_alone())
         parts[task.name] = Stage2Recipe(codec, known, config, loaded=loaded)
     return PerTaskRecipe(parts, problem.tasks)
 

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from itertools import product
 from typing import Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mantis_core.baselines.image_codecs import IMAGE_CODECS
+from mantis_core.baselines.image_codecs import IMAGE_CODECS, coded_at
 from mantis_core.config import CodecTeacherConfig, LossTerm
 from mantis_core.networks.blocks import TaskModules
 from mantis_core.networks.preprocessing import normalise
@@ -30,15 +31,16 @@ class CodecTeacherRecipe(Recipe):
     def __init__(self, teacher: Teacher, config: CodecTeacherConfig) -> None:
         super().__init__(teacher.tasks, {"labels": LossTerm(criterion="FlatLabels")})
         self.student = teacher
-        self.codec, self.qualities = IMAGE_CODECS[config.codec], config.qualities
+        self.codec = IMAGE_CODECS[config.codec]
+        self.ways = list(product(config.qualities, config.scales))
         self.set_teacher(None)
 
     def measure(self, batch: Batch, progress: float) -> Measured:
-        known = len(self.qualities)
+        known = len(self.ways)
         drawn = torch.randint(known, (len(batch),)) if self.training else batch.row_id % known
         pixels = batch.image.permute(0, 2, 3, 1).cpu().numpy()
         decoded = [
-            self.codec.decode(self.codec.encode(image, self.qualities[i]))
+            coded_at(self.codec, image, *self.ways[i])[1]
             for image, i in zip(pixels, drawn.tolist(), strict=True)
         ]
         images = torch.from_numpy(np.stack(decoded)).permute(0, 3, 1, 2).to(batch.image.device)

@@ -19,7 +19,8 @@ class Encoded:
 
     `payload_bytes` is the share of the coded latent in the stream; the task field costs fractions
     of bytes. `estimated_bits` is NaN for a client without the density. `answered` says whether the
-    client has sent its own answer and no latent.
+    client has sent its own answer and no latent. `client_class` is the class that its detector
+    gives, sent or not; -1 where that names tasks alone.
     """
 
     data: bytes
@@ -28,6 +29,7 @@ class Encoded:
     probabilities: NDArray[np.float32]
     mask: NDArray[np.bool_]
     answered: bool = False
+    client_class: int = -1
 
 
 @dataclass(frozen=True)

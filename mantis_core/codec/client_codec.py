@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from mantis_core.bitstream.coder import TableSet, to_symbols
 from mantis_core.bitstream.packed_tables import pack_counts
@@ -25,6 +24,7 @@ from mantis_core.codec.packed_weights import pack_weights
 from mantis_core.codec.spec import ModelSpec
 from mantis_core.errors import ModelError
 from mantis_core.networks.client import Client, View
+from mantis_core.networks.cost import macs_of
 from mantis_core.networks.inference import one_thread, still
 from mantis_core.networks.preprocessing import normalise, prepare_image, prepare_images
 from mantis_core.pixels import MAX_PIXELS
@@ -35,12 +35,16 @@ Estimate = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True, eq=False)
 class Seen:
-    """What the client made of one image. probabilities are the detector's (K,)."""
+    """What the client made of one image. probabilities are the detector's (K,).
+
+    `client_class` is the class that its detector gives, -1 where that names tasks alone.
+    """
 
     image: CodedImage
     input_shape: tuple[int, int]
     probabilities: NDArray[np.float32]
     estimated_bits: float
+    client_class: int = -1
 
 
 class ClientCodec:
@@ -103,6 +107,7 @@ class ClientCodec:
                     seen.probabilities,
                     mask,
                     seen.image.label is not None,
+                    seen.client_class,
                 )
             )
         return encoded
@@ -161,21 +166,20 @@ class ClientCodec:
         return prepare_images(files, self.spec.image_size, self.spec.short_side)
 
     def describe(self) -> dict[str, Any]:
-        """Size in a folder, and multiply-adds for one image of the model's own size."""
-        device = next(self.client.parameters()).device
-        image = torch.zeros(1, 3, *self.spec.image_size, device=device)
-        counter = FlopCounterMode(display=False)
-        with torch.no_grad(), still(self.client), counter:
-            view = self.client(normalise(image))
-            self.client.encode(view, torch.sigmoid(view.logits))
-        tables = self.tables
+        """Size in a folder, and multiply-adds for one image of the model's own size.
+
+        `detector_macs` are those that only detection needs.
+        """
+        spec, tables = self.spec, self.tables
+        macs = macs_of(spec.model, len(spec.tasks), spec.image_size, spec.class_members())
         counts = pack_counts(tables.cdf, tables.lengths)
         weights = pack_weights(self.client.state_dict())
         return {
             "client_parameters": sum(p.numel() for p in self.client.parameters()),
             "client_bytes": sum(weight.nbytes for weight in weights.values())
             + sum(array.nbytes for array in (counts, tables.offsets, tables.lengths)),
-            "client_macs": counter.get_total_flops() // 2,
+            "client_macs": macs.client,
+            "detector_macs": macs.detector,
         }
 
     def _look(
@@ -198,9 +202,12 @@ class ClientCodec:
                     theirs = detected[rest]
                 coded = dict(zip(rest, self._code(some, theirs, wanted), strict=True))
         probabilities = detected.cpu().numpy()
+        named = [-1] * len(images)
+        if view.class_logits is not None:
+            named = view.class_logits[:, :-1].argmax(dim=1).tolist()
         for row, answer in enumerate(own):
             image, bits = coded[row] if answer is None else (answer, 0.0)
-            yield Seen(image, shape, probabilities[row], bits)
+            yield Seen(image, shape, probabilities[row], bits, named[row])
 
     def _answers(
         self,

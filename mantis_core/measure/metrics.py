@@ -26,7 +26,9 @@ class ImageRecords:
     Truth: class_label (N,), labels (N, K), task_mask (N, K). Answers: class_index (N,), -1 where
     none was asked for; predicted (N, K) label of each decoded classification task; decoded (N, K)
     bool; answered (N,) bool, by the client itself. `probabilities` (N, K) and sizes (N,) are None
-    for arms that detect or send nothing.
+    for arms that detect or send nothing. client_class (N,) is the class that the client gives each
+    image, whether it sends it or not, None for one that gives none. `client_macs` and
+    `client_bytes` are the multiply-adds of its networks for an image, and the size of its folder.
     `confusion` holds (n, n + 1) pixel counts by segmentation task, rows the truth, the last column
     pixels of images whose mask was not decoded.
     """
@@ -42,6 +44,9 @@ class ImageRecords:
     payload_bytes: Array | None = None
     estimated_bits: Array | None = None
     answered: Array | None = None
+    client_class: Array | None = None
+    client_macs: int | None = None
+    client_bytes: int | None = None
     confusion: dict[str, Array] = field(default_factory=dict)
 
 
@@ -55,7 +60,8 @@ def figures(
     segmentation, `val/miou` stands in its place: the mean over tasks of their mean IoU.
     `val/detection/top1_if_right` and `_if_wrong` are top1 of the images whose most probable task
     is, or is not, a true one; `val/answered` is the share of images that the client has answered
-    itself, `val/answered_top1` how many of those it has right.
+    itself, `val/answered_top1` how many of those it has right; `val/client_top1` is the top1 that
+    the client has alone.
     """
     out: dict[str, float] = {}
     known = records.class_label >= 0
@@ -103,6 +109,13 @@ def figures(
         value = _share((hits & records.answered).sum(), (known & records.answered).sum())
         if value is not None:
             out["val/answered_top1"] = value
+    if records.client_class is not None:
+        own = _share(((records.client_class == records.class_label) & known).sum(), known.sum())
+        if own is not None:
+            out["val/client_top1"] = own
+    for name in ("client_macs", "client_bytes"):
+        if (cost := getattr(records, name)) is not None:
+            out[f"val/{name}"] = float(cost)
     out |= _sizes(records, pixels)
     return out
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from functools import lru_cache
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import torch
 from compressai.entropy_models import EntropyBottleneck
@@ -18,11 +18,10 @@ from compressai.ops import LowerBound
 from torch import Tensor, nn
 from torch.nn import functional
 
+from mantis_core.config import Quantizer
 from mantis_core.networks.blocks import without_autocast
 from mantis_core.networks.stacked import end_to_end
 from mantis_core.symbols import CONTEXTS, MAX_SYMBOL, MOST, REACH, Prior, first_context
-
-Quantizer: TypeAlias = Literal["noise", "ste"]
 
 _LIKELIHOOD_BOUND = 1e-9
 # CompressAI starts densities at scale 10; latents start below 1, and short trainings pay for it.
@@ -51,7 +50,7 @@ class Bottleneck(nn.Module):
     `prior` says which row an image uses: `shared` the only one; `primary` that of its most probable
     task; `per_task` the mean of its active tasks' likelihoods. `quantizer` says what decoders are
     trained on: `ste` the rounded latent, its gradient passed through; `noise` the same noisy latent
-    as the rate.
+    as the rate; with `rounded` the rate too is of the rounded latent.
 
     With `neighbour_contexts` a symbol's density is its channel's, shifted and stretched by the
     context that its neighbours give, in training as in the tables:
@@ -103,8 +102,9 @@ class Bottleneck(nn.Module):
         with without_autocast(latent):
             y = latent.float()
             if self.training:
-                noisy = y + torch.rand_like(y) - 0.5
-                y_hat = noisy if self.quantizer == "noise" else y + (y.round() - y).detach()
+                rounded = y + (y.round() - y).detach()
+                noisy = rounded if self.quantizer == "rounded" else y + torch.rand_like(y) - 0.5
+                y_hat = noisy if self.quantizer == "noise" else rounded
             else:
                 noisy = y_hat = y.round().clamp(-MAX_SYMBOL, MAX_SYMBOL)
             noisy, half = self._by_context(noisy, y)

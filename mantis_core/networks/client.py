@@ -37,7 +37,7 @@ class View(NamedTuple):
 
 
 class SharedStem(nn.Sequential):
-    """Task-agnostic first layers, (B, 3, H, W) to (B, channels, H/4, W/4); frozen in stage 2."""
+    """Task-agnostic first layers, (B, 3, H, W) to (B, channels, H/4, W/4)."""
 
     def __init__(self, channels: tuple[int, int]) -> None:
         first, second = channels
@@ -115,6 +115,21 @@ class TaskDetector(nn.Module):
         return View(stem, detected, task_logits(class_logits, own, self.sides), class_logits)
 
 
+class NoDetector(nn.Module):
+    """Stands where the data have one task, or where tasks make no difference. Computes nothing."""
+
+    members = sides = None
+    channels = 0
+
+    def __init__(self, num_tasks: int) -> None:
+        super().__init__()
+        self.num_tasks = num_tasks
+
+    def forward(self, stem: Tensor) -> View:
+        """A view in which all tasks are equally probable."""
+        return View(stem, stem, stem.new_zeros(len(stem), self.num_tasks, dtype=torch.float32))
+
+
 def sides_of(members: Tensor) -> Tensor:
     """What `task_logits` leaves out, (2, K, n + 1): places outside a task's classes, inside them.
 
@@ -141,18 +156,26 @@ def task_logits(class_logits: Tensor, own: Tensor, sides: Tensor) -> Tensor:
 
 
 class FiLMedEncoder(nn.Module):
-    """Stem features to the latent, modulated after every block and at the latent itself.
+    """Features to the latent, modulated after every block and at the latent itself.
 
-    stem ─ residual s2 ─ FiLM ─ [residual ─ FiLM] x blocks ─ conv1x1 ─ FiLM ─▶ y (B, C, h, w)
+    features ─ residual ─ FiLM ─ [residual ─ FiLM] x blocks ─ conv1x1 ─ FiLM ─▶ y (B, C, h, w)
 
-    `stride` is that from input to latent, 8 or 16; at 16 there are two halving blocks.
+    `stride` is that from input to latent, 8 or 16, `before` that from input to the features, 4 or
+    8. The first block halves features of stride 4; at 16 there is one more that halves.
     """
 
     def __init__(
-        self, inputs: int, *, channels: int, blocks: int, latent_channels: int, stride: int
+        self,
+        inputs: int,
+        *,
+        channels: int,
+        blocks: int,
+        latent_channels: int,
+        stride: int,
+        before: int = 4,
     ) -> None:
         super().__init__()
-        halving = [ResidualBlock(inputs, channels, stride=2)]
+        halving = [ResidualBlock(inputs, channels, stride=8 // before)]
         if stride == 16:
             halving.append(ResidualBlock(channels, channels, stride=2))
         self.blocks = nn.ModuleList(
@@ -162,13 +185,13 @@ class FiLMedEncoder(nn.Module):
         self.modulated_channels = (channels,) * len(self.blocks) + (latent_channels,)
         self.modulated_steps = (1, *(stride // 8,) * len(self.blocks))
 
-    def forward(self, stem: Tensor, modulation: Modulation | None = None) -> Tensor:
-        """(B, inputs, H/4, W/4) to y (B, C, h, w), float32, under autocast too.
+    def forward(self, features: Tensor, modulation: Modulation | None = None) -> Tensor:
+        """(B, inputs, H/before, W/before) to y (B, C, h, w), float32, under autocast too.
 
         No modulation is the task-agnostic encoder.
         """
         layers = modulation or [None] * len(self.modulated_channels)
-        x = stem
+        x = features
         for block, gamma_beta in zip(self.blocks, layers, strict=False):
             x = block(x, gamma_beta)
         with without_autocast(x):
@@ -187,6 +210,8 @@ class Client(nn.Module):
 
     x ─ stem ─┬─ detector ─▶ p, its map ─ conditioning ─▶ gamma, beta
               └───────────────── encoder ──────────────┴─▶ y
+
+    With `encoder.start` "detector" the encoder begins at the detector's map instead.
     """
 
     def __init__(self, config: ModelConfig, num_tasks: int, members: Tensor | None = None) -> None:
@@ -199,17 +224,23 @@ class Client(nn.Module):
                 "several tasks: set it to false"
             )
         self.stem = SharedStem(config.stem.channels)
-        self.detector = TaskDetector(
-            self.stem.channels,
-            num_tasks,
-            channels=detector.channels,
-            blocks=detector.blocks,
-            hidden=detector.hidden,
-            deep_channels=detector.deep_channels,
-            members=members if detector.classes else None,
+        self.detector: TaskDetector | NoDetector = (
+            NoDetector(num_tasks)
+            if config.wide_encoder
+            else TaskDetector(
+                self.stem.channels,
+                num_tasks,
+                channels=detector.channels,
+                blocks=detector.blocks,
+                hidden=detector.hidden,
+                deep_channels=detector.deep_channels,
+                members=members if detector.classes else None,
+            )
         )
+        self.behind_detector = encoder.start == "detector" and not config.wide_encoder
         self.encoder = FiLMedEncoder(
-            self.stem.channels,
+            self.detector.channels if self.behind_detector else self.stem.channels,
+            before=8 if self.behind_detector else 4,
             channels=encoder.channels,
             blocks=encoder.blocks,
             latent_channels=encoder.latent_channels,
@@ -232,4 +263,12 @@ class Client(nn.Module):
     def encode(self, view: View, probabilities: Tensor) -> Tensor:
         """A view and p (B, K), or a multi-hot, to the latent (B, C, h, w), not rounded."""
         layers = self.conditioning(probabilities, view.detected)
-        return self.encoder(view.stem, layers)  # type: ignore[no-any-return]
+        features = view.detected if self.behind_detector else view.stem
+        return self.encoder(features, layers)  # type: ignore[no-any-return]
+
+    def for_detection_alone(self) -> nn.Module:
+        """The part of the detector that the latent does not need."""
+        if not self.behind_detector:
+            return self.detector
+        assert isinstance(self.detector, TaskDetector)
+        return self.detector.mlp

@@ -14,13 +14,13 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
-from mantis_core.config import LossTerm, Stage1Config, Stage2Config
+from mantis_core.config import LossTerm, ModelConfig, Stage1Config, Stage2Config
 from mantis_core.errors import ModelError
 from mantis_core.folders import save_folder
 from mantis_core.networks.frozen import FrozenTeacher, Watch, watched
 from mantis_core.networks.teacher import Teacher, freeze
 from mantis_core.tasks import Batch, TaskSpec
-from mantis_core.training.losses import build_criterion, hooked_paths, measured_terms
+from mantis_core.training.losses import DETECTION, build_criterion, hooked_paths, measured_terms
 from mantis_core.training.means import Mean, Objective, loss_of, loss_over_workers
 
 Gather = Callable[[Tensor], Tensor]
@@ -153,6 +153,16 @@ def rate_weight(config: Stage1Config | Stage2Config, progress: float, *, trainin
     if not training or config.rate_ramp_fraction == 0:
         return config.rate_weight
     return config.rate_weight * min(1.0, progress / config.rate_ramp_fraction)
+
+
+def model_in_training(model: ModelConfig, config: Stage1Config | Stage2Config) -> ModelConfig:
+    """The model section as a training has it: with the quantizer that is its own, if any."""
+    return model.model_copy(update={"quantizer": config.quantizer or model.quantizer})
+
+
+def without_detection(losses: Mapping[str, LossTerm]) -> dict[str, LossTerm]:
+    """The terms that train anything but the detector, for a student that has none."""
+    return {name: term for name, term in losses.items() if term.criterion not in DETECTION}
 
 
 def _require_modules(whose: str, module: nn.Module, paths: Sequence[str]) -> None:

@@ -17,13 +17,20 @@ from mantis_core.errors import ModelError
 from mantis_core.folders import save_folder
 from mantis_core.networks.bottleneck import Bottleneck
 from mantis_core.networks.client import Client, latent_size
+from mantis_core.networks.cost import with_wide_encoder
 from mantis_core.networks.preprocessing import normalise
 from mantis_core.networks.server import FeatureDecoder
 from mantis_core.networks.teacher import Teacher, freeze
 from mantis_core.tasks import Batch, Problem, class_members
 from mantis_core.training.hits import label_hits
 from mantis_core.training.losses import DETECTION, check_detection
-from mantis_core.training.recipe import Measured, Recipe, rate_weight
+from mantis_core.training.recipe import (
+    Measured,
+    Recipe,
+    model_in_training,
+    rate_weight,
+    without_detection,
+)
 
 
 def stage1_recipe(
@@ -33,9 +40,12 @@ def stage1_recipe(
     split_shape, _ = teacher.feature_shapes(problem.image_size)
     split_signed, _ = teacher.signed_features(problem.image_size)
     members = class_members(problem.tasks, len(problem.classes)) if problem.single_class else None
+    if model.wide_encoder:
+        model = with_wide_encoder(model, len(problem.tasks), problem.image_size, members)
+        config = config.model_copy(update={"losses": without_detection(config.losses)})
     torch.manual_seed(seed)
     student = Stage1Student(
-        model,
+        model_in_training(model, config),
         len(problem.tasks),
         image_size=problem.image_size,
         split_shape=split_shape,
@@ -121,12 +131,14 @@ class Stage1Student(nn.Module):
     def shipped(self) -> dict[str, Tensor]:
         """The state dict that stage 2 starts from: all that was trained, not the teacher's tail.
 
-        A detector is left out that no loss term has trained.
+        What only detection needs is left out if no loss term has trained it.
         """
-        detector = self.client.detector.parameters()
-        untrained = () if next(detector).requires_grad else ("client.detector.",)
-        left_out = ("tail.", *untrained)
-        return {k: v for k, v in self.state_dict().items() if not k.startswith(left_out)}
+        alone = self.client.for_detection_alone()
+        left_out = {f"tail.{name}" for name in self.tail.state_dict()}
+        if not any(parameter.requires_grad for parameter in alone.parameters()):
+            prefix = next(n for n, module in self.named_modules() if module is alone)
+            left_out |= {f"{prefix}.{name}" for name in alone.state_dict()}
+        return {k: v for k, v in self.state_dict().items() if k not in left_out}
 
 
 class Stage1Recipe(Recipe):
@@ -139,7 +151,7 @@ class Stage1Recipe(Recipe):
         detector, criteria = student.client.detector, {t.criterion for t in config.losses.values()}
         check_detection(config.losses, names_classes=detector.members is not None)
         if not criteria.intersection(DETECTION):
-            freeze(detector)  # it would get no gradient
+            freeze(student.client.for_detection_alone())  # it would get no gradient
         self.set_teacher(teacher, split=teacher.split, last=teacher.backbone.names[-1])
         paths = [term.student or "" for term in config.losses.values()]
         if not (criteria & {"TeacherLogits", "FlatLabels"} or any(map(_is_rebuilt, paths))):

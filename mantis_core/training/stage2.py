@@ -19,14 +19,22 @@ from mantis_core.codec.mask import coverage_threshold
 from mantis_core.codec.spec import model_spec
 from mantis_core.config import ModelConfig, Stage2Config
 from mantis_core.errors import ModelError
+from mantis_core.networks.cost import with_wide_encoder
 from mantis_core.networks.inference import still
 from mantis_core.networks.preprocessing import normalise
 from mantis_core.networks.server import ClassificationTail
 from mantis_core.networks.teacher import Teacher, freeze
-from mantis_core.tasks import Batch, Problem, TaskSpec, one_task
+from mantis_core.tasks import Batch, Problem, TaskSpec, class_members, one_task
 from mantis_core.training.hits import decision_hits
 from mantis_core.training.losses import DETECTION, check_detection
-from mantis_core.training.recipe import Gather, Measured, Recipe, rate_weight
+from mantis_core.training.recipe import (
+    Gather,
+    Measured,
+    Recipe,
+    model_in_training,
+    rate_weight,
+    without_detection,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -47,10 +55,14 @@ def stage2_recipe(
 
     Raises ModelError if `model.single_task` is set and images have no single class.
     """
+    if model.wide_encoder:
+        members = class_members(problem.tasks, len(problem.classes))
+        model = with_wide_encoder(model, len(problem.tasks), problem.image_size, members)
+        config = config.model_copy(update={"losses": without_detection(config.losses)})
     torch.manual_seed(seed)
     if model.single_task:
         problem = one_task(problem)
-    codec, loaded = started_codec(model, teacher, problem, stage1)
+    codec, loaded = started_codec(model_in_training(model, config), teacher, problem, stage1)
     return Stage2Recipe(codec, teacher, config, loaded=loaded)
 
 
@@ -71,7 +83,7 @@ def started_codec(
 def start_from_stage1(model: Mantis, stage1: Mapping[str, Tensor]) -> set[str]:
     """Loads stem, encoder, detector, decoder and density of stage 1, one density into every row.
 
-    A detector of another number of tasks keeps its own last layer, and all of its own where stage 1
+    A detector of another number of tasks keeps its own last layer, and its own parts where stage 1
     has trained none. Returns the names of the tensors that were loaded.
     """
     own = model.state_dict()
@@ -85,8 +97,8 @@ def start_from_stage1(model: Mantis, stage1: Mapping[str, Tensor]) -> set[str]:
             value = value.repeat(rows, *([1] * (value.ndim - 1))) if rows > 1 else value
         if target in own and own[target].shape == value.shape:
             start[target] = value
-    detects = any(name.startswith(_DETECTOR) for name in stage1)
-    wanted = (*_FROM_STAGE1, _DETECTOR) if detects else _FROM_STAGE1
+    parts = {".".join(name.split(".")[:3]) for name in stage1 if name.startswith(_DETECTOR)}
+    wanted = (*_FROM_STAGE1, *(f"{part}." for part in parts))
     missing = [
         name
         for name in own
@@ -133,7 +145,7 @@ def start_tails_from_teacher(model: Mantis, teacher: Teacher) -> set[str]:
 
 
 class Stage2Recipe(Recipe):
-    """Detection + task losses + rate on the whole codec, stem frozen."""
+    """Detection + task losses + rate on the whole codec, the stem frozen or not."""
 
     def __init__(
         self,
@@ -147,7 +159,8 @@ class Stage2Recipe(Recipe):
         self.student: Mantis = student
         self.loaded = loaded
         self.config = config
-        freeze(student.client.stem)
+        if config.freeze_stem:
+            freeze(student.client.stem)
         if student.spec.single_class:
             student.bottleneck.most_active = _most_active(student)
         names_classes = student.client.detector.members is not None
@@ -156,7 +169,7 @@ class Stage2Recipe(Recipe):
         self.set_teacher(teacher, split=teacher.split, last=teacher.backbone.names[-1])
 
     def _check_reach(self, teacher: Teacher) -> None:
-        """Freezes the detector if no term reaches it; ModelError if none reaches a task's answer.
+        """Freezes what no term of detection reaches; ModelError if none reaches a task's answer.
 
         A trained parameter must get a gradient, or workers would wait for it. Warns of a term that
         has no effect.
@@ -176,7 +189,7 @@ class Stage2Recipe(Recipe):
             or ("TeacherDecision" in criteria and teacher.flat_classes > 0)
         )
         if not (decides or criteria.intersection(DETECTION)):
-            freeze(self.student.client.detector)
+            freeze(self.student.client.for_detection_alone())
         untrained = [
             task.name
             for task in self.tasks
@@ -193,9 +206,10 @@ class Stage2Recipe(Recipe):
             )
 
     def train(self, mode: bool = True) -> Self:
-        """Switches the mode; stem and teacher stay in eval mode."""
+        """Switches the mode; a frozen stem and the teacher stay in eval mode."""
         super().train(mode)
-        self.student.client.stem.eval()
+        if self.config.freeze_stem:
+            self.student.client.stem.eval()
         return self
 
     def measure(self, batch: Batch, progress: float) -> Measured:

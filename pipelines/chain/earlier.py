@@ -25,6 +25,11 @@ ADDED: dict[str, dict[str, Any]] = {
         "stored_format": "webp",
         "val_fraction": None,
     },
+    "model": {"wide_encoder": False},
+    "model.encoder": {"start": "stem"},
+    "stage1": {"quantizer": None},
+    "stage2": {"quantizer": None, "freeze_stem": True},
+    "codec_teacher": {"scales": [1.0]},
 }
 """Fields that recipes did not hold yet, with their default. Another value has no old recipe."""
 

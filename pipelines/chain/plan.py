@@ -15,6 +15,7 @@ from pipelines.chain.earlier import recipes_before
 from pipelines.chain.keys import config_slice, digest, plan_key, slim_slice
 from pipelines.chain.source_hash import source_hash
 from pipelines.evaluation.arms import Arm, plan_arms
+from pipelines.settings.arms import ARM_KINDS, trained_kinds
 from pipelines.settings.errors import SettingsError
 from pipelines.settings.sections import Settings
 from pipelines.stages.order import STAGES
@@ -90,11 +91,12 @@ def plan_stages(
     """
     _check_arms(settings, table)
     inputs = Inputs(table, data_fingerprint, tuple(plan_arms(settings)))
+    kind_of = {arm.suffix: arm.kind for arm in inputs.arms if arm.trains == "stage2"}
     planned: dict[str, StageSpec] = {}
     for stage in stages.values():
         for arm, own in stage.planned(settings, inputs):
             name = f"{stage.name}/{arm}" if arm else stage.name
-            upstream = _upstream(stage, planned)
+            upstream = _upstream(stage, planned, kind_of.get(arm, ""))
             known = stage.identities(own, inputs) if stage.identities else {}
             made = {"kind": stage.name, "config": {**slim_slice(own, stage), **known}}
             code = {"versions": deciding(), "code": source_hash(*stage.code)}
@@ -135,23 +137,38 @@ def with_adopted(
     return tuple(found)
 
 
-def _upstream(stage: Stage, planned: Mapping[str, StageSpec]) -> tuple[str, ...]:
-    """Returns the names of the planned stages that a stage builds on, in order."""
+def _upstream(stage: Stage, planned: Mapping[str, StageSpec], arm_kind: str) -> tuple[str, ...]:
+    """Returns the names of the planned stages that a stage builds on, in order.
+
+    An arm of `arm_kind` builds on the stages of its kind where there are such, else on those of the
+    main arm.
+    """
     wanted: list[str] = []
     for name in stage.after:
         kind, _, every = name.partition("/")
         own = [spec.name for spec in planned.values() if spec.kind == kind]
-        wanted += own if every else [each for each in own if each == kind]
+        mine = f"{kind}/{arm_kind}"
+        wanted += (
+            own if every else [each for each in own if each == (mine if mine in own else kind)]
+        )
     return tuple(name for name in planned if name in wanted)
 
 
 def _check_arms(settings: Settings, table: TaskTable) -> None:
     """Raises SettingsError or CodecError for an arm that would fail after the training."""
+    for name in settings.evaluate.baselines:
+        whose = ARM_KINDS[name].measures
+        if whose in trained_kinds() and whose not in ("mantis", *settings.evaluate.baselines):
+            raise SettingsError(
+                f"evaluate.baselines: `{name}` measures the codec of `{whose}`, which is not "
+                f"listed. Add `{whose}`, or leave `{name}` out."
+            )
     masks = [task.name for task in table.tasks if task.kind == "segmentation"]
-    if "student" in settings.evaluate.baselines and masks:
-        raise SettingsError(
-            f"evaluate.baselines: `student` needs images of one class each, and task '{masks[0]}' "
-            "is a segmentation. Leave `student` out."
-        )
+    for name in settings.evaluate.baselines:
+        if masks and ARM_KINDS[name].answers in ("student", "local"):
+            raise SettingsError(
+                f"evaluate.baselines: `{name}` needs images of one class each, and task "
+                f"'{masks[0]}' is a segmentation. Leave `{name}` out."
+            )
     for codec in settings.evaluate.codecs:
         IMAGE_CODECS[codec].require()

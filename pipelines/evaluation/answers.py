@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from data_prep.manifest import Manifest
-from mantis_core.baselines.image_codecs import IMAGE_CODECS
+from mantis_core.baselines.image_codecs import IMAGE_CODECS, coded_at
+from mantis_core.baselines.local import LocalClassifier, answer_stream, local_classifier
 from mantis_core.baselines.per_task import PerTaskCodecs, load_codecs
 from mantis_core.baselines.uncompressed import individual_models
 from mantis_core.codec.checkpoint import load_model
@@ -83,12 +84,11 @@ class ArmEvaluator:
             with torch.no_grad(), full_float32(self.device.type):
                 if source.quality is not None:
                     rows = run_image_codec(model, images, batch, self.problem, source)
-                elif source.exit_confidence is not None:
-                    sure = source.exit_confidence
-                    rows = run_codec(model, images, batch, self.problem, exit_confidence=sure)
                 else:
+                    sure = source.exit_confidence
+                    how = {} if sure is None else {"exit_confidence": sure}
                     rows = ANSWERS[ARM_KINDS[source.kind].answers](
-                        model, images, batch, self.problem
+                        model, images, batch, self.problem, **how
                     )
             rows = with_pixels_summed({name: values[:count] for name, values in rows.items()})
             rows["arm"] = np.full(count, number)
@@ -133,13 +133,14 @@ def run_codec(
         asked[~asked.any(dim=1), 0] = True  # a stream needs at least one task
     encoded = model.encode_in_detail(images, asked, exit_confidence=exit_confidence)
     answers = model.decode([each.data for each in encoded])
-    rows = _blank(count, tasks)
+    rows = _with_cost(_blank(count, tasks), model)
     for index, (sent, answer) in enumerate(zip(encoded, answers, strict=True)):
         rows["wire_bytes"][index] = len(sent.data)
         rows["payload_bytes"][index] = sent.payload_bytes
         rows["estimated_bits"][index] = sent.estimated_bits
         rows["decoded"][index] = sent.mask
         rows["answered"][index] = sent.answered
+        rows["client_class"][index] = sent.client_class
         rows["class_index"][index] = answer.class_index
         if index < EXAMPLES:
             rows["answer"][index] = json.dumps(answer.to_dict(), allow_nan=False)
@@ -152,21 +153,48 @@ def run_codec(
     return rows
 
 
-def run_student(model: Mantis, images: Tensor, batch: Arrays, problem: Problem) -> Arrays:
+def run_student(
+    model: Mantis,
+    images: Tensor,
+    batch: Arrays,
+    problem: Problem,
+    *,
+    exit_confidence: float | None = None,
+) -> Arrays:
     """Runs a codec with one task of all classes. Its class answers the true tasks of an image."""
-    encoded = model.encode_in_detail(images)
+    encoded = model.encode_in_detail(images, exit_confidence=exit_confidence)
     answers = model.decode([each.data for each in encoded])
-    rows = _blank(len(images), problem.tasks)
+    rows = _with_cost(
+        _blank(len(images), problem.tasks), model, detects=exit_confidence is not None
+    )
     rows["decoded"][: len(batch["task_mask"])] = batch["task_mask"]
     for index, (sent, answer) in enumerate(zip(encoded, answers, strict=True)):
         rows["wire_bytes"][index] = len(sent.data)
         rows["payload_bytes"][index] = sent.payload_bytes
         rows["estimated_bits"][index] = sent.estimated_bits
+        rows["answered"][index] = sent.answered
+        if exit_confidence is not None:
+            rows["client_class"][index] = sent.client_class
         rows["class_index"][index] = answer.class_index
-        for k, task in enumerate(problem.tasks):
-            if answer.class_index in task.classes:
-                rows["predicted"][index, k] = task.classes.index(answer.class_index)
-    return rows
+    return _with_labels_of_class(rows, problem.tasks)
+
+
+def run_local(model: LocalClassifier, images: Tensor, batch: Arrays, problem: Problem) -> Arrays:
+    """Runs a classifier on the device. Its answer is what is sent."""
+    sure, answers = torch.softmax(model(normalise(images))["logits"], dim=1).max(dim=1)
+    rows = _blank(len(images), problem.tasks)
+    rows["decoded"][: len(batch["task_mask"])] = batch["task_mask"]
+    rows["answered"][:] = True
+    rows["class_index"] = rows["client_class"] = answers.cpu().numpy()
+    cost = model.cost(problem.image_size)
+    rows["client_macs"][:], rows["client_bytes"][:] = cost["client_macs"], cost["client_bytes"]
+    classes, size = len(problem.classes), problem.image_size
+    for index, (answer, probability) in enumerate(
+        zip(answers.tolist(), sure.tolist(), strict=True)
+    ):
+        data, payload_bytes = answer_stream(answer, probability, classes, size)
+        rows["wire_bytes"][index], rows["payload_bytes"][index] = len(data), payload_bytes
+    return _with_labels_of_class(rows, problem.tasks)
 
 
 def run_per_task(codecs: PerTaskCodecs, images: Tensor, batch: Arrays, problem: Problem) -> Arrays:
@@ -217,10 +245,9 @@ def run_image_codec(
     """Encodes every image to a file, decodes it and runs the teacher. The file is what is sent."""
     codec = IMAGE_CODECS[source.kind.removesuffix(TUNED)]
     assert source.quality is not None
-    files = [
-        codec.encode(image, source.quality) for image in images.permute(0, 2, 3, 1).cpu().numpy()
-    ]
-    decoded = torch.from_numpy(np.stack([codec.decode(data) for data in files]))
+    pixels, scale = images.permute(0, 2, 3, 1).cpu().numpy(), source.scale or 1.0
+    coded = [coded_at(codec, image, source.quality, scale) for image in pixels]
+    files, decoded = [data for data, _ in coded], torch.from_numpy(np.stack([x for _, x in coded]))
     rows = run_teacher(model, decoded.permute(0, 3, 1, 2).to(images.device), batch, problem)
     rows["probabilities"][:] = -1.0  # nothing is detected
     rows["wire_bytes"][:] = [len(data) for data in files]
@@ -247,6 +274,22 @@ def _group_posteriors(logits: Tensor, tasks: Sequence[TaskSpec]) -> np.ndarray[A
 
 def _run_oracle(model: Mantis, images: Tensor, batch: Arrays, problem: Problem) -> Arrays:
     return run_codec(model, images, batch, problem, oracle=True)
+
+
+def _with_cost(rows: Arrays, model: Mantis, *, detects: bool = True) -> Arrays:
+    """Fills in what the client costs a device; without its detector if nothing of it is used."""
+    cost = model.client_codec().describe()
+    rows["client_macs"][:] = cost["client_macs"] - (0 if detects else cost["detector_macs"])
+    rows["client_bytes"][:] = cost["client_bytes"]
+    return rows
+
+
+def _with_labels_of_class(rows: Arrays, tasks: Sequence[TaskSpec]) -> Arrays:
+    """Fills in the label of each task that has the class of an image."""
+    for k, task in enumerate(tasks):
+        for label, class_index in enumerate(task.classes):
+            rows["predicted"][rows["class_index"] == class_index, k] = label
+    return rows
 
 
 def _with_heads(
@@ -278,6 +321,9 @@ def _blank(count: int, tasks: Sequence[TaskSpec]) -> Arrays:
         "predicted": np.full((count, len(tasks)), -1),
         "probabilities": np.full((count, len(tasks)), -1.0, dtype=np.float32),
         "class_index": np.full(count, -1),
+        "client_class": np.full(count, -1),
+        "client_macs": np.full(count, -1),
+        "client_bytes": np.full(count, -1),
         "answer": np.full(count, "", dtype=object),
     }
     for task in tasks:
@@ -306,6 +352,10 @@ def _load(source: ArmSource, settings: Settings, problem: Problem) -> nn.Module:
     if loads == "teacher" and not source.kind.endswith(TUNED):
         return load_teacher(settings, problem, source.folder)
     assert source.folder is not None
+    if loads == "local":
+        classifier = local_classifier(settings.model, problem)
+        classifier.load_state_dict(stage_tensors(source.folder))
+        return classifier
     if loads in ("teacher", "individual"):
         teacher = new_teacher(settings.teacher, problem)
         model = teacher if loads == "teacher" else individual_models(teacher, problem.image_size)
@@ -322,6 +372,7 @@ ANSWERS: dict[str, Any] = {
     "codec": run_codec,
     "oracle": _run_oracle,
     "student": run_student,
+    "local": run_local,
     "per_task": run_per_task,
     "individual": run_individual,
     "teacher": run_teacher,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,9 +24,9 @@ Arrays = dict[str, np.ndarray[Any, Any]]
 class Arm:
     """One line of the evaluation: a codec or baseline at one rate and seed.
 
-    `kind` is a key of ARM_KINDS. `quality` is set for an image codec, `exit_confidence` for an arm
-    with early exit. `stage` is the planned stage whose checkpoint the arm measures, "" for a
-    teacher with given weights.
+    `kind` is a key of ARM_KINDS. `quality` is set for an image codec, `scale` too where it codes
+    images at a share of their sides, `exit_confidence` for an arm with early exit. `stage` is the
+    planned stage whose checkpoint the arm measures, "" for a teacher with given weights.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Arm:
     stage: str
     quality: int | None = None
     exit_confidence: float | None = None
+    scale: float | None = None
 
     @property
     def trains(self) -> str:
@@ -51,8 +53,8 @@ class Arm:
 class ArmSource:
     """An arm and the folder of its weights.
 
-    `folder` is that of a stage or a model, None for a teacher with given weights. `quality` is set
-    for an image codec; `exit_confidence` goes to `ClientCodec.encode`.
+    `folder` is that of a stage or a model, None for a teacher with given weights. `quality` and
+    `scale` are those of an image codec; `exit_confidence` goes to `ClientCodec.encode`.
     """
 
     name: str
@@ -60,6 +62,7 @@ class ArmSource:
     folder: str | None
     quality: int | None = None
     exit_confidence: float | None = None
+    scale: float | None = None
 
 
 def plan_arms(settings: Settings) -> Iterator[Arm]:
@@ -69,6 +72,12 @@ def plan_arms(settings: Settings) -> Iterator[Arm]:
     rates = evaluate.baseline_rate_weights
     rates = (main_rate,) if rates is None else rates
     asked = [ARM_KINDS[name] for name in ARM_KINDS if name in evaluate.baselines]
+    trained = {"mantis", *(kind.name for kind in asked if kind.measures == "own")}
+    exits = [
+        kind
+        for kind in ARM_KINDS.values()
+        if kind.asked_by == "early_exit" and kind.measures in trained - {"mantis"}
+    ]
 
     def named(kind: str, rate: float, seed: int) -> str:
         own = ARM_KINDS[kind].measures == "own"
@@ -102,13 +111,13 @@ def plan_arms(settings: Settings) -> Iterator[Arm]:
             for kind in asked:
                 if kind.measures == "own":
                     yield arm(kind.name, rate, seed)
-            if "none" in evaluate.baselines and rate in evaluate.early_exit:
-                yield arm("none_exit", rate, seed, evaluate.early_exit[rate])
+            for kind in exits if rate in evaluate.early_exit else ():
+                yield arm(kind.name, rate, seed, evaluate.early_exit[rate])
             for kind in asked:
-                if kind.measures in ("mantis", "none"):
+                if kind.measures in trained:
                     yield arm(kind.name, rate, seed)
         for kind in asked:
-            if kind.measures == "individual":
+            if kind.measures in ("local", "individual"):
                 name = named(kind.name, main_rate, seed)
                 yield Arm(name, kind.name, None, seed, name)
     yield from _of_the_teacher(settings, asked)
@@ -120,12 +129,13 @@ def _of_the_teacher(settings: Settings, asked: list[ArmKind]) -> Iterator[Arm]:
     teacher = "teacher" if settings.teacher.weights == "train" else ""
     for codec, qualities in evaluate.codecs.items():
         tuned = codec + TUNED
-        for quality in qualities:
-            end = f"quality-{quality}"
-            yield Arm(f"{codec}/{end}", codec, None, seed, teacher, quality)
+        for quality, scale in product(qualities, evaluate.codec_scales):
+            end = f"quality-{quality}" + (f"-scale-{scale!r}" if scale != 1 else "")
+            own = scale if scale != 1 else None
+            yield Arm(f"{codec}/{end}", codec, None, seed, teacher, quality, scale=own)
             if evaluate.codec_teachers:
                 stage = f"codec_teacher/{codec}"
-                yield Arm(f"{tuned}/{end}", tuned, None, seed, stage, quality)
+                yield Arm(f"{tuned}/{end}", tuned, None, seed, stage, quality, scale=own)
     for kind in asked:
         if kind.measures == "teacher":
             yield Arm(kind.name, kind.name, None, seed, teacher)
@@ -133,15 +143,22 @@ def _of_the_teacher(settings: Settings, asked: list[ArmKind]) -> Iterator[Arm]:
 
 def arm_settings(settings: Settings, arm: Arm) -> Settings:
     """Returns the settings of the stage that an arm trains, without its section `evaluate`."""
-    from pipelines.settings.reading import with_overrides
-    from pipelines.settings.sections import EvaluateConfig
-
     overrides = [f"seed={arm.seed}", *ARM_KINDS[arm.kind].overrides]
     if arm.rate_weight is not None:
         overrides.append(f"stage2.rate_weight={arm.rate_weight!r}")
     if arm.stage.startswith("codec_teacher/"):
         codec = arm.kind.removesuffix(TUNED)
         qualities = list(settings.evaluate.codecs[codec])
+        scales = list(settings.evaluate.codec_scales)
         overrides += [f"codec_teacher.codec={codec}", f"codec_teacher.qualities={qualities}"]
+        overrides += [f"codec_teacher.scales={scales}"]
+    return overridden(settings, overrides)
+
+
+def overridden(settings: Settings, overrides: Sequence[str]) -> Settings:
+    """Returns settings with overrides of an arm, and without their section `evaluate`."""
+    from pipelines.settings.reading import with_overrides
+    from pipelines.settings.sections import EvaluateConfig
+
     alone = settings.model_copy(update={"evaluate": EvaluateConfig()})
     return with_overrides(alone, overrides)

@@ -257,6 +257,11 @@ def chance_of(done: Evaluated) -> float | None:
     return chance(to_records(own, done.tasks), done.tasks, single_class=done.single_class)
 
 
+def _told(column: np.ndarray[Any, Any]) -> int | None:
+    """Returns the value that a column has in all rows, None for -1."""
+    return int(column[0]) if column[0] >= 0 else None
+
+
 def to_records(own: Arrays, tasks: Sequence[TaskSpec]) -> ImageRecords:
     """Returns an arm's columns as records. Columns of -1 become None."""
     sends = own["wire_bytes"][0] >= 0
@@ -281,5 +286,8 @@ def to_records(own: Arrays, tasks: Sequence[TaskSpec]) -> ImageRecords:
         payload_bytes=own["payload_bytes"] if sends else None,
         estimated_bits=own["estimated_bits"] if (own["estimated_bits"] >= 0).all() else None,
         answered=own["answered"].astype(bool) if sends else None,
+        client_class=own["client_class"] if (own["client_class"] >= 0).any() else None,
+        client_macs=_told(own["client_macs"]),
+        client_bytes=_told(own["client_bytes"]),
         confusion=confusion,
     )

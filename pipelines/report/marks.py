@@ -33,23 +33,35 @@ class Point:
 def curves(arms: Arms, metric: str) -> dict[str, list[Point]]:
     """Returns the points of each kind that has the metric, by rising size.
 
-    A point belongs to one rate weight or quality. Its size is 0 for a kind that sends nothing.
+    A point belongs to one rate weight, or to a quality and a scale. Its size is 0 for a kind that
+    sends nothing. Of a kind with several scales it keeps the points that no smaller one surpasses.
     """
     found: dict[str, dict[Any, list[tuple[float, float]]]] = {kind: {} for kind in ARM_KINDS}
     for arm in arms:
         metrics, kind = arm["metrics"], arm["kind"]
         size = metrics.get("val/wire_bytes") if ARM_KINDS[kind].sends else 0.0
         if metric in metrics and size is not None:
-            seeds = found[kind].setdefault((arm["rate_weight"], arm["quality"]), [])
-            seeds.append((size, 100 * metrics[metric]))
-    return {
-        kind: sorted(
+            rate = (arm["rate_weight"], arm["quality"], arm.get("scale"))
+            found[kind].setdefault(rate, []).append((size, 100 * metrics[metric]))
+    drawn = {}
+    for kind, rates in found.items():
+        points = sorted(
             Point(fmean(x for x, _ in seeds), fmean(y for _, y in seeds), tuple(seeds))
             for seeds in rates.values()
         )
-        for kind, rates in found.items()
-        if rates
-    }
+        scales = {scale for _, _, scale in rates}
+        if points:
+            drawn[kind] = envelope(points) if len(scales) > 1 else points
+    return drawn
+
+
+def envelope(points: Sequence[Point]) -> list[Point]:
+    """Returns the points, which rise in size, without those no better than a smaller one."""
+    kept: list[Point] = []
+    for point in points:
+        if not kept or point.value > kept[-1].value:
+            kept.append(point)
+    return kept
 
 
 HEADLINES = {"val/top1": "top-1", "val/miou": "mean IoU"}

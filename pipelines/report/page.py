@@ -19,6 +19,9 @@ TABLE = {  # column -> metric, factor, decimals; the headline's column stands be
     "mask exact %": ("val/detection/exact_match", 100, 1),
     "coverage %": ("val/detection/coverage", 100, 1),
     "tasks sent": ("val/detection/active_tasks", 1, 2),
+    "client alone %": ("val/client_top1", 100, 1),
+    "client MMAC": ("val/client_macs", 1e-6, 1),
+    "client kB": ("val/client_bytes", 1e-3, 0),
 }
 DASH = "\N{EN DASH}"
 

@@ -16,7 +16,7 @@ from pipelines.report.figures import rd_figure, styled, to_png
 from pipelines.report.marks import Arms
 from pipelines.report.page import report_page
 
-IDENTITY = ("name", "label", "kind", "rate_weight", "quality", "seed", "stage_key")
+IDENTITY = ("name", "label", "kind", "rate_weight", "quality", "scale", "seed", "stage_key")
 ABOUT = ("split", "rows", "image_size", "tasks", "single_class", "chance")
 
 
@@ -75,6 +75,8 @@ def _points_csv(arms: Arms) -> str:
 
 
 def _points_json(evaluation: Mapping[str, Any]) -> str:
-    points = [{name: arm[name] for name in (*IDENTITY, "metrics")} for arm in evaluation["arms"]]
+    points = [
+        {name: arm.get(name) for name in (*IDENTITY, "metrics")} for arm in evaluation["arms"]
+    ]
     content = {**{name: evaluation.get(name) for name in ABOUT}, "points": points}
     return json.dumps(content, indent=2, allow_nan=False) + "\n"

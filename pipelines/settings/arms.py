@@ -32,20 +32,26 @@ class ArmKind:
     """One kind of arm.
 
     `measures` names the stage whose weights it uses. `own` is a stage 2 trained with `overrides`.
-    `mantis` and `none` are the stage 2 of that kind at the same rate and seed. Any other value is
-    the stage of that name. `asked_by` is the field of `evaluate` that requests the arm; an arm with
+    The name of such a kind is that stage 2 at the same rate and seed. Any other value is the stage
+    of that name. `asked_by` is the field of `evaluate` that requests the arm; an arm with
     "" is always measured. `answers` names the function of `evaluation.answers` that runs it, and
-    `loads` the kind of model it loads. `note` explains the arm in the report.
+    `loads` the kind of model it loads. An arm with `own_stage1` has another client than all others
+    and starts from a stage 1 of its own. `note` explains the arm in the report.
     """
 
     name: str
     label: str
     look: Look
-    measures: Literal["own", "mantis", "none", "individual", "teacher", "codec_teacher"]
+    measures: Literal[
+        "own", "mantis", "none", "student", "local", "individual", "teacher", "codec_teacher"
+    ]
     asked_by: Literal["", "baselines", "early_exit", "codecs", "codec_teachers"] = "baselines"
-    answers: Literal["codec", "oracle", "student", "per_task", "individual", "teacher"] = "codec"
-    loads: Literal["codec", "per_task", "individual", "teacher"] = "codec"
+    answers: Literal["codec", "oracle", "student", "local", "per_task", "individual", "teacher"] = (
+        "codec"
+    )
+    loads: Literal["codec", "local", "per_task", "individual", "teacher"] = "codec"
     overrides: tuple[str, ...] = ()
+    own_stage1: bool = False
     note: str = ""
 
     @property
@@ -122,11 +128,35 @@ ARM_KINDS: dict[str, ArmKind] = {
             asked_by="early_exit",
         ),
         ArmKind(
+            "none_told",
+            "no conditioning, oracle tasks",
+            Look("#C97B4A", "#FFC9A3", "s", hollow=True),
+            measures="none",
+            answers="oracle",
+            note="No conditioning, oracle tasks: the server knows the true tasks and the encoder "
+            "does not.",
+        ),
+        ArmKind(
             "none_prior",
             "no conditioning, task prior",
             Look("#A87B00", "#E8C14F", "P"),
             measures="own",
             overrides=("model.conditioning.kind=none",),
+        ),
+        ArmKind(
+            "features",
+            "detector's features",
+            Look("#6A8A22", "#B5D35C", ">"),
+            measures="own",
+            overrides=("model.conditioning.kind=features", "model.prior=shared"),
+            note="Detector's features: the encoder reads the detector's map, and no task.",
+        ),
+        ArmKind(
+            "features_prior",
+            "detector's features, task prior",
+            Look("#3F6B1D", "#8FBF5A", ">", hollow=True),
+            measures="own",
+            overrides=("model.conditioning.kind=features",),
         ),
         ArmKind(  # Matsubara et al., WACV 2022
             "student",
@@ -141,6 +171,40 @@ ARM_KINDS: dict[str, ArmKind] = {
             ),
             note="Entropic student: the same client and schedule with a single task of all "
             "classes. It detects and sends no tasks.",
+        ),
+        ArmKind(
+            "student_exit",
+            "entropic student, early exit",
+            Look("#7A1F1F", "#FFB3B3", "<", hollow=True),
+            measures="student",
+            asked_by="early_exit",
+            answers="student",
+        ),
+        ArmKind(
+            "student_wide",
+            "entropic student, wide encoder",
+            Look("#C24F8A", "#F2A3CB", "<"),
+            measures="own",
+            answers="student",
+            overrides=(
+                "model.conditioning.kind=none",
+                "model.prior=shared",
+                "model.single_task=true",
+                "model.wide_encoder=true",
+            ),
+            own_stage1=True,
+            note="Entropic student, wide encoder: it has no detector, and an encoder that costs "
+            "the client as much as detector and encoder of the others.",
+        ),
+        ArmKind(
+            "local",
+            "answered on the device",
+            Look("#111111", "#FFFFFF", "*", hollow=True),
+            measures="local",
+            answers="local",
+            loads="local",
+            note="Answered on the device: a classifier of the client's multiply-adds, distilled "
+            "from the same teacher for as many epochs. It sends its answer.",
         ),
         ArmKind(
             "oracle",
@@ -186,6 +250,11 @@ ARM_KINDS: dict[str, ArmKind] = {
         *_image_codec("avif", "AVIF", "#4F7F86", "#8FC1C8", "h"),
     )
 }
+
+
+def trained_kinds() -> tuple[str, ...]:
+    """Returns the kinds that train a stage 2."""
+    return tuple(name for name, kind in ARM_KINDS.items() if kind.measures == "own")
 
 
 def baselines() -> tuple[str, ...]:

@@ -26,6 +26,7 @@ from pipelines.settings.arms import baselines, image_codecs
 
 Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Quality = Annotated[int, Field(ge=0, le=100)]
+Scale = Annotated[float, Field(gt=0, le=1)]
 
 
 def _one_of(allowed: Callable[[], tuple[str, ...]]) -> AfterValidator:
@@ -157,6 +158,10 @@ class EvaluateConfig(_Section):
     codecs: dict[CodecName, tuple[Quality, ...]] = Field(default_factory=dict)
     """Image codecs that are measured in front of the teacher, each with a list of Pillow's
     qualities from 0 to 100."""
+    codec_scales: tuple[Scale, ...] = Field(default=(1.0,), min_length=1)
+    """Shares of an image's sides at which image codecs code it, each with all qualities. At less
+    than 1 the image is reduced first, and enlarged again for the teacher. With several the report
+    shows the points that no smaller file surpasses."""
     codec_teachers: bool = False
     """Whether each image codec is also measured in front of a teacher that is fine-tuned on its
     images. Off by default, because it trains one teacher for each codec."""

@@ -1,4 +1,4 @@
-"""The stages of baselines with a training of their own: `individual` and `codec_teacher`."""
+"""The stages of baselines with a training of their own, beside those with a stage 2."""
 
 from __future__ import annotations
 
@@ -15,6 +15,27 @@ if TYPE_CHECKING:
     from mantis_core.training.recipe import Recipe
     from pipelines.settings.sections import Settings
     from pipelines.training.weights import Weights
+
+
+def local_arms(settings: Settings, inputs: Inputs) -> Iterator[tuple[str, Settings]]:
+    """Yields one stage for each seed if `evaluate.baselines` names `local`.
+
+    It trains as stage 1 does, for the epochs of both stages.
+    """
+    for arm in inputs.arms:
+        if arm.trains == "local":
+            own = arm_settings(settings, arm)
+            epochs = own.stage1.epochs + own.stage2.epochs
+            stage1 = own.stage1.model_copy(update={"epochs": epochs})
+            yield arm.suffix, own.model_copy(update={"stage1": stage1})
+
+
+def local_recipe(settings: Settings, problem: Problem, weights: Weights) -> Recipe:
+    """Builds the classifier of the client's multiply-adds."""
+    from mantis_core.baselines import local
+
+    teacher = weights.teacher(settings, problem)
+    return local.local_recipe(settings.model, teacher, problem, seed=settings.seed)
 
 
 def individual_arms(settings: Settings, inputs: Inputs) -> Iterator[tuple[str, Settings]]:
@@ -52,6 +73,27 @@ def codec_recipe(settings: Settings, problem: Problem, weights: Weights) -> Reci
 
 CODE = ("pipelines.stages.baselines", "pipelines.training.worker")
 
+LOCAL = Stage(
+    name="local",
+    planned=local_arms,
+    after=("prepare", "teacher"),
+    reads=(
+        "seed",
+        *READER,
+        "teacher.name",
+        "teacher.split",
+        "model.stem",
+        "model.detector",
+        "model.conditioning",
+        "model.encoder",
+        *(f"stage1.{name}" for name in ("epochs", "batch_size", "optim", "ema_decay", "amp")),
+    ),
+    identities=given_weights,
+    code=CODE,
+    section="stage1",
+    recipe=local_recipe,
+    run=run,
+)
 INDIVIDUAL = Stage(
     name="individual",
     planned=individual_arms,

@@ -30,8 +30,12 @@ if TYPE_CHECKING:
 
 
 def identities(settings: Settings, inputs: Inputs) -> dict[str, Any]:
-    """Returns the arms that are measured."""
-    return {"arms": [asdict(arm) for arm in inputs.arms]}
+    """Returns the arms that are measured.
+
+    A scale of None is left out: arms had none when the first evaluations were kept.
+    """
+    arms = [asdict(arm) for arm in inputs.arms]
+    return {"arms": [{k: v for k, v in arm.items() if (k, v) != ("scale", None)} for arm in arms]}
 
 
 def run(spec: StageSpec, context: StageContext) -> dict[str, Any]:
@@ -95,6 +99,7 @@ def arm_sources(arms: Sequence[Arm], specs: Mapping[str, StageSpec]) -> list[Arm
             folder=specs[arm.stage].folder if arm.stage else None,
             quality=arm.quality,
             exit_confidence=arm.exit_confidence,
+            scale=arm.scale,
         )
         for arm in arms
     ]
@@ -120,6 +125,7 @@ def write_evaluation(
             "kind": arm.kind,
             "rate_weight": arm.rate_weight,
             "quality": arm.quality,
+            "scale": arm.scale,
             "exit_confidence": arm.exit_confidence,
             "seed": arm.seed,
             "stage_key": specs[arm.stage].key if arm.stage else "",
@@ -232,7 +238,7 @@ def _parquet(done: Evaluated) -> bytes:
 EVALUATE = Stage(
     name="evaluate",
     help="Measure all arms of an experiment and write the report.",
-    after=("prepare", "teacher", "stage2/*", "individual/*", "codec_teacher/*"),
+    after=("prepare", "teacher", "stage2/*", "local/*", "individual/*", "codec_teacher/*"),
     reads=("evaluate.batch_size",),
     identities=identities,
     code=(

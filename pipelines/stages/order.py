@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pipelines.stages.baselines import CODEC_TEACHER, INDIVIDUAL
+from pipelines.stages.baselines import CODEC_TEACHER, INDIVIDUAL, LOCAL
 from pipelines.stages.evaluate import EVALUATE
 from pipelines.stages.prepare import PREPARE
 from pipelines.stages.register import REGISTER
@@ -18,6 +18,7 @@ STAGES: dict[str, Stage] = {
         TEACHER,
         STAGE1,
         STAGE2,
+        LOCAL,
         INDIVIDUAL,
         CODEC_TEACHER,
         EVALUATE,

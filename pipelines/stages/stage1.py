@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from pipelines.stages.spec import READER, Stage
+from pipelines.evaluation.arms import overridden
+from pipelines.settings.arms import ARM_KINDS
+from pipelines.stages.spec import READER, Inputs, Stage
 from pipelines.stages.teacher import given_weights
 from pipelines.stages.train import run
 
@@ -13,6 +16,15 @@ if TYPE_CHECKING:
     from mantis_core.training.recipe import Recipe
     from pipelines.settings.sections import Settings
     from pipelines.training.weights import Weights
+
+
+def planned(settings: Settings, inputs: Inputs) -> Iterator[tuple[str, Settings]]:
+    """Yields the stage for all arms, and one for each kind of arm that has another client."""
+    yield "", settings
+    for name in dict.fromkeys(arm.kind for arm in inputs.arms):
+        kind = ARM_KINDS[name]
+        if kind.own_stage1:
+            yield name, overridden(settings, kind.overrides)
 
 
 def recipe(settings: Settings, problem: Problem, weights: Weights) -> Recipe:
@@ -27,6 +39,7 @@ def recipe(settings: Settings, problem: Problem, weights: Weights) -> Recipe:
 STAGE1 = Stage(
     name="stage1",
     help="Train the task-agnostic codec (stage 1).",
+    planned=planned,
     after=("prepare", "teacher"),
     reads=(
         "seed",
@@ -40,6 +53,7 @@ STAGE1 = Stage(
         "model.decoder.blocks",
         "model.quantizer",
         "model.neighbour_contexts",
+        "model.wide_encoder",
         "stage1",
     ),
     identities=given_weights,

@@ -11,6 +11,7 @@ import pytest
 
 from benchmarks.rate_accuracy.__main__ import main
 from benchmarks.rate_accuracy.points import (
+    COMPARISONS,
     FIGURES,
     append_rows,
     bd_figures,
@@ -19,9 +20,11 @@ from benchmarks.rate_accuracy.points import (
     read_rows,
     summarise,
     times_smaller,
+    worth_sending,
     write_images,
 )
 from benchmarks.rate_accuracy.protocols import EXITS_WERE_CHOSEN, PROTOCOLS, steps
+from pipelines.settings.arms import ARM_KINDS
 from tests.pipelines.experiment import paint, write_config
 
 
@@ -74,6 +77,7 @@ def row(kind: str, seed: int, rate: float, top1: float, size: float) -> dict[str
         "seed": seed,
         "rate_weight": rate,
         "quality": None,
+        "scale": None,
         "exit_confidence": None,
         "commit": "abc",
         "key": "def",
@@ -126,28 +130,50 @@ def test_each_images_figures_are_read_as_they_were_written(measured: list[dict[s
     assert by_kind["none"][0].hits.mean(axis=1).tolist() == [0.3, 0.35, 0.4, 0.45]
 
 
-def test_mantis_is_what_it_is_with_early_exit_where_that_was_measured(
+def of_pair(found: list[dict[str, Any]], test: str, anchor: str) -> dict[str, Any]:
+    (own,) = [each for each in found if (each["test"], each["against"]) == (test, anchor)]
+    return own
+
+
+def test_an_arm_stands_against_what_differs_in_one_thing(measured: list[dict[str, Any]]) -> None:
+    found = bd_figures(measured, "wire_bytes", accuracy=False)
+    assert of_pair(found, "mantis", "none")["mean"] == pytest.approx(-50, abs=0.1)
+    assert of_pair(found, "early_exit", "mantis")["mean"] == pytest.approx(-50, abs=0.1)
+    assert {(each["test"], each["against"]) for each in found} == {
+        ("mantis", "none"),
+        ("early_exit", "mantis"),
+    }
+
+
+def test_every_comparison_is_of_arms_that_both_exit_or_know_the_tasks() -> None:
+    for question, test, anchor in COMPARISONS:
+        one, two = ARM_KINDS[test], ARM_KINDS[anchor]
+        if question != "early exit":
+            assert (one.asked_by == "early_exit") == (two.asked_by == "early_exit")
+        knows = [kind.answers in ("oracle", "per_task") for kind in (one, two)]
+        assert knows[0] == knows[1]
+
+
+def test_points_below_the_clients_own_accuracy_are_in_no_figure(
     measured: list[dict[str, Any]],
 ) -> None:
-    found = bd_figures(measured, "wire_bytes", accuracy=False)
-    assert found["none"]["mean"] == pytest.approx(-75, abs=0.1)
-    assert found["mantis"]["mean"] == pytest.approx(-50, abs=0.1)
-    without = [each for each in measured if each["kind"] != "early_exit"]
-    assert bd_figures(without, "wire_bytes", accuracy=False)["none"]["mean"] == pytest.approx(
-        -50, abs=0.1
-    )
+    rows = [{**each, "client_top1": 0.32} for each in measured]
+    assert {each["top1"] for each in worth_sending(rows)} == {0.35, 0.4, 0.45}
+    found = bd_figures(rows, "wire_bytes", accuracy=False)
+    assert all("no seed has both curves at 4 rates" in each["refused"] for each in found)
+    assert worth_sending(measured) == measured  # their clients' accuracy is not known
 
 
 def test_image_codecs_stand_beside_every_seed_and_networks_beside_their_own(
     measured: list[dict[str, Any]],
 ) -> None:
-    ours = [each for each in measured if each["kind"] == "early_exit"]
+    ours = [each for each in measured if each["kind"] == "mantis"]
     copies = [{**each, "seed": 1} for each in ours]
     theirs = [each for each in measured if each["kind"] == "none"]
     files = [{**each, "kind": "webp", "quality": n} for n, each in enumerate(theirs)]
     found = bd_figures([*ours, *copies, *theirs, *files], "wire_bytes", accuracy=False)
-    assert len(found["none"]["seeds"]) == 1
-    assert len(found["webp"]["seeds"]) == 2
+    assert len(of_pair(found, "mantis", "none")["seeds"]) == 1
+    assert len(of_pair(found, "mantis", "webp")["seeds"]) == 2
 
 
 def test_a_seed_begun_does_not_take_the_figure_from_those_that_are_finished(
@@ -155,21 +181,22 @@ def test_a_seed_begun_does_not_take_the_figure_from_those_that_are_finished(
 ) -> None:
     begun = [{**each, "seed": 1} for each in measured if each["rate_weight"] != 2.0]
     found = bd_figures([*measured, *begun], "wire_bytes", accuracy=False)
-    assert found["none"] == {
-        **bd_figures(measured, "wire_bytes", accuracy=False)["none"],
-        "unfinished": [1],
-    }
-    assert found["none"]["seeds"].keys() == {0}
+    finished = bd_figures(measured, "wire_bytes", accuracy=False)
+    assert found == [{**own, "unfinished": [1]} for own in finished]
+    assert of_pair(found, "mantis", "none")["seeds"].keys() == {0}
 
 
 def test_codecs_told_the_task_stand_beside_mantis_told_it(measured: list[dict[str, Any]]) -> None:
     told = [{**each, "kind": "oracle"} for each in measured if each["kind"] == "mantis"]
     apart = [{**each, "kind": "per_task"} for each in measured if each["kind"] == "none"]
-    ours = [each for each in measured if each["kind"] == "early_exit"]
+    ours = [each for each in measured if each["kind"] == "mantis"]
     found = bd_figures([*ours, *told, *apart], "wire_bytes", accuracy=False)
-    assert found["per_task"]["mean"] == pytest.approx(-50, abs=0.1)
-    alone = bd_figures([*ours, *apart], "wire_bytes", accuracy=False)
-    assert alone["per_task"] == {"refused": "no seed has both curves at 4 rates"}
+    assert of_pair(found, "oracle", "per_task")["mean"] == pytest.approx(-50, abs=0.1)
+    few = [each for each in told if each["rate_weight"] != 2.0]
+    refused = of_pair(
+        bd_figures([*ours, *few, *apart], "wire_bytes", accuracy=False), "oracle", "per_task"
+    )
+    assert refused["refused"] == "no seed has both curves at 4 rates"
 
 
 def test_an_image_codecs_bytes_at_the_same_top1_are_told_as_a_factor() -> None:
@@ -190,11 +217,12 @@ def test_a_figure_has_an_interval_over_images_and_seeds_and_one_over_seeds(
     measured: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("mantis_core.measure.bd_rate.REPLICATES", 20)
-    one = bd_figures(measured, "wire_bytes", accuracy=False)["none"]
+    one = of_pair(bd_figures(measured, "wire_bytes", accuracy=False), "mantis", "none")
     assert one["low"] <= one["mean"] <= one["high"]
     assert one["t_low"] is one["t_high"] is None
     again = [{**each, "seed": 1} for each in measured]
-    two = bd_figures([*measured, *again], "wire_bytes", accuracy=False)["none"]
+    found = bd_figures([*measured, *again], "wire_bytes", accuracy=False)
+    two = of_pair(found, "mantis", "none")
     assert two["t_low"] == two["mean"] == two["t_high"]  # two seeds with one value
 
 

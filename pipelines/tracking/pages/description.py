@@ -119,6 +119,8 @@ def _arm(arm: Mapping[str, Any], *, several_seeds: bool) -> str:
     words = [_plain(arm.get("label") or arm["kind"])]
     if arm.get("quality") is not None:
         words.append(f"quality {arm['quality']}")
+    if arm.get("scale") is not None:
+        words.append(f"at {arm['scale']:g} of its sides")
     if arm.get("rate_weight") is not None:
         words.append(f"rate weight {arm['rate_weight']:g}")
     if several_seeds:

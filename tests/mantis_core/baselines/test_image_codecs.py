@@ -8,6 +8,7 @@ from mantis_core.baselines.image_codecs import (
     IMAGE_CODECS,
     CodecError,
     avif_media_bytes,
+    coded_at,
     webp_frame_bytes,
 )
 
@@ -32,6 +33,21 @@ def test_a_file_grows_with_its_quality_and_comes_nearer_to_the_image(name: str) 
         errors.append(np.abs(again.astype(float) - image).mean())
     assert sizes == sorted(sizes)
     assert errors == sorted(errors, reverse=True)
+
+
+@pytest.mark.parametrize("name", IMAGE_CODECS)
+def test_an_image_is_coded_smaller_and_comes_back_in_its_size(name: str) -> None:
+    codec, image = IMAGE_CODECS[name], photograph(65)
+    whole, same = coded_at(codec, image, 50)
+    assert (whole, same.tolist()) == (codec.encode(image, 50), codec.decode(whole).tolist())
+    half, again = coded_at(codec, image, 50, 0.5)
+    assert codec.decode(half).shape == (32, 32, 3)
+    assert again.shape == image.shape
+    assert len(half) < len(whole)
+    assert np.abs(again.astype(float) - image).mean() < 12
+    tiny, again = coded_at(codec, image, 50, 0.001)
+    assert codec.decode(tiny).shape == (1, 1, 3)
+    assert again.shape == image.shape
 
 
 @pytest.mark.parametrize("size", [16, 64, 65])

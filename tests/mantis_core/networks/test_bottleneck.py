@@ -59,6 +59,19 @@ def test_noise_gives_decoders_a_latent_within_half_a_step():
     assert difference.std() > 0.2
 
 
+def test_rounded_gives_the_rate_too_the_rounded_latent_and_a_gradient_through_it():
+    latent, mask, primary = batch()
+    latent.requires_grad_()
+    bottleneck = build(quantizer="rounded")
+    y_hat, bits = bottleneck.train()(latent, mask, primary)
+    assert torch.allclose(y_hat, latent.detach().round(), atol=1e-6)
+    with torch.no_grad():
+        expected = bottleneck.eval()(latent, mask, primary).bits
+    assert torch.allclose(bits, expected, rtol=1e-4)
+    bits.sum().backward()
+    assert latent.grad.abs().sum() > 0
+
+
 def test_the_shared_density_is_compressais():
     torch.manual_seed(0)
     bottleneck = build("shared").eval()

@@ -47,6 +47,24 @@ def test_all_that_was_trained_before_learns_at_the_fine_tuning_rate(
         assert groups == {"fine_tuned": {*trained, "server.tails"}, "new": fresh}
 
 
+def test_a_stem_that_is_not_frozen_is_fine_tuned(
+    problem: Problem, stage2_of: Callable[..., Any], batch_of: Callable[..., Batch]
+) -> None:
+    recipe = stage2_of(problem, freeze_stem=False).train()
+    assert "client.stem" in groups_of(recipe)["fine_tuned"]
+    assert recipe.student.client.stem.training
+    recipe(batch_of(problem), 0.5).loss.backward()
+    assert without_gradient(recipe) == []
+
+
+@pytest.mark.parametrize("own", [None, "noise", "rounded"])
+def test_a_training_may_have_a_quantizer_of_its_own(
+    problem: Problem, stage1_of: Callable[..., Any], stage2_of: Callable[..., Any], own: Any
+) -> None:
+    for make in (stage1_of, stage2_of):
+        assert make(problem, quantizer=own).student.bottleneck.quantizer == (own or "ste")
+
+
 def test_what_stage_1_or_the_teacher_lacks_learns_at_the_rate_of_new_parameters(
     problem: Problem, stage1_of: Callable[..., Any], small_config: Callable[..., ModelConfig]
 ) -> None:

@@ -130,4 +130,4 @@ def test_a_resolved_config_has_the_digests_of_its_file(tmp_path: Path) -> None:
 
 
 if __name__ == "__main__":
-    DEFAULTS.write_text(json.dumps(defaults(Settings), indent=1, sort_keys=True) + "\n")
+    DEFAULTS.write_text(json.dumps(defaults(Settings), indent=2, sort_keys=True) + "\n")

@@ -1,0 +1,64 @@
+"""benchmarks/redundancy.py: contexts, thresholds and flips, on latents whose figures are known."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from benchmarks.redundancy import bits_per_image, flipped, main, near_threshold, with_noise
+from mantis_core.codec.checkpoint import save_model
+from tests.mantis_core.conftest import make_batch, make_codec, make_problem
+
+
+def of(*values: float) -> np.ndarray:
+    return np.array(values, np.float32).reshape(1, 1, 1, -1)
+
+
+def test_symbols_near_the_threshold_towards_zero_are_counted() -> None:
+    assert near_threshold(of(0.0, 0.4, 0.49)) == 0  # no symbol is sent
+    assert near_threshold(of(0.55, -0.59, 0.7, 1.4)) == 0.5
+    assert near_threshold(of(1.55, -1.45, 0.95)) == pytest.approx(1 / 3)
+
+
+def test_changed_symbols_are_counted_for_each_that_is_not_zero() -> None:
+    assert flipped(of(0.1, 0.6, -2.0), of(0.2, 0.4, -2.0)) == 0.5
+    assert flipped(of(0.1), of(0.7)) == 1.0  # from zero, and no symbol was sent
+    latents = np.random.default_rng(1).normal(0, 1, (50, 2, 8, 8)).astype(np.float32)
+    changed = with_noise(latents, 0.01) - latents
+    assert changed.std() == pytest.approx(0.01, rel=0.05)
+    assert 0 < flipped(latents, with_noise(latents, 0.01)) < 0.05
+
+
+def test_a_context_that_tells_the_symbol_saves_its_bits() -> None:
+    symbols = np.random.default_rng(0).integers(-1, 2, (200, 1, 4, 4))
+    nothing = bits_per_image(symbols, np.zeros_like(symbols))
+    assert nothing == pytest.approx(16 * np.log2(3), rel=0.02)
+    assert bits_per_image(symbols, symbols + 1) < 0.1 * nothing
+
+
+def test_a_codec_is_read_and_its_figures_printed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    problem = make_problem()
+    save_model(tmp_path / "codec", make_codec(problem), {})
+    files = []
+    for image in make_batch(problem, 6).image:
+        buffer = io.BytesIO()
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(buffer, "PNG")
+        files.append(buffer.getvalue())
+    pq.write_table(pa.table({"image": files}), tmp_path / "images.parquet")
+    arguments = [str(tmp_path / "codec"), str(tmp_path / "images.parquet"), "--images", "5"]
+    monkeypatch.setattr("sys.argv", ["redundancy", *arguments])
+    assert main() == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["images"] == 5
+    assert 0 < found["near_threshold"] < 1
+    assert found["flipped"]["jpeg"] > found["flipped"]["noise"] >= 0
+    assert found["bits"]["nothing"] > 0

@@ -1,0 +1,60 @@
+"""What networks cost: counted multiply-adds, and networks that are made to cost as much."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from mantis_core.config import ConditioningConfig, DetectorConfig, ModelConfig
+from mantis_core.errors import ModelError
+from mantis_core.networks.cost import macs_of, multiply_adds, widest, with_wide_encoder
+from mantis_core.tasks import class_members
+from tests.mantis_core.conftest import SIZE, TASKS, make_config
+
+MEMBERS = class_members(TASKS, 6)
+
+
+def of(config: ModelConfig) -> tuple[int, int]:
+    return macs_of(config, len(TASKS), (SIZE, SIZE), MEMBERS)
+
+
+def test_a_convolution_costs_its_weights_at_every_position() -> None:
+    layer = nn.Conv2d(3, 5, 3, 1, 1)
+    assert multiply_adds(lambda: layer(torch.zeros(1, 3, 8, 7))) == 8 * 7 * 5 * 3 * 9
+
+
+def test_a_client_costs_what_its_parts_cost() -> None:
+    config = make_config()
+    client, detector = of(config)
+    positions = (SIZE // 8) ** 2  # of the detector's map
+    width, hidden = config.detector.channels, config.detector.hidden
+    assert detector == positions * width * config.stem.channels[1] * 9 + hidden * (
+        2 * width + len(TASKS)
+    )
+    wider = config.detector.model_copy(update={"channels": 2 * width})
+    grown, more = of(config.model_copy(update={"detector": wider}))
+    assert grown - client == more - detector > 0
+
+
+def test_the_widest_network_within_a_budget_is_found() -> None:
+    assert widest(lambda width: width**2, 24**2) == 24
+    assert widest(lambda width: width**2, 32**2 - 1) == 24
+    assert widest(lambda width: 0, 1) == 4096
+    with pytest.raises(ModelError, match="no network of 8 channels"):
+        widest(lambda width: width, 7)
+
+
+def test_a_wide_encoder_costs_what_encoder_and_detector_did() -> None:
+    none = ConditioningConfig(kind="none")
+    detector = DetectorConfig(channels=32, blocks=2, hidden=8)
+    plain = make_config(conditioning=none, single_task=True, detector=detector)
+    wide = with_wide_encoder(
+        plain.model_copy(update={"wide_encoder": True}), len(TASKS), (SIZE, SIZE), MEMBERS
+    )
+    budget, _ = of(plain)
+    cost, detecting = of(wide)
+    assert detecting == 0
+    assert wide.encoder.channels > plain.encoder.channels
+    next_wider = wide.encoder.model_copy(update={"channels": wide.encoder.channels + 8})
+    assert cost <= budget < of(wide.model_copy(update={"encoder": next_wider}))[0]
