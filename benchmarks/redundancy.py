@@ -97,7 +97,8 @@ def with_noise(latents: Values, share: float) -> Values:
     """Latents with normal noise of `share` of each channel's standard deviation."""
     spread = latents.std(axis=(0, 2, 3), keepdims=True)
     noise = np.random.default_rng(0).normal(size=latents.shape)
-    return (latents + share * spread * noise).astype(np.float32)
+    changed: Values = (latents + share * spread * noise).astype(np.float32)
+    return changed
 
 
 def contexts(symbols: Symbols, primary: Symbols) -> dict[str, Symbols]:
