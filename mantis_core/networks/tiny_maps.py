@@ -30,14 +30,13 @@ class TinyMapConv2d(nn.Conv2d):
         if not (tiny and x.device.type == "cpu"):
             return super().forward(x)
         batch, channels, height, width = x.shape
-        positions, outputs = height * width, self.out_channels
-        taps = self.weight.flatten(2).permute(2, 0, 1)  # (9, O, C)
-        pairs = taps.index_select(0, _taps_between(height, width))
-        pairs = pairs.view(positions, positions, outputs, channels).transpose(1, 2)
-        weight = pairs.reshape(positions * outputs, positions * channels)
-        bias = None if self.bias is None else self.bias.repeat(positions)
+        outputs, positions = self.out_channels, height * width
+        taps = self.weight.permute(0, 2, 3, 1).reshape(outputs, -1, channels)  # (O, 9, C)
+        pairs = taps.index_select(1, _taps_between(height, width))  # (O, P * P, C)
+        weight = pairs.view(outputs * positions, positions * channels)
+        bias = None if self.bias is None else self.bias.repeat_interleave(positions)
         y = linear(x.permute(0, 2, 3, 1).reshape(batch, -1), weight, bias)
-        return y.view(batch, height, width, outputs).permute(0, 3, 1, 2)
+        return y.view(batch, outputs, height, width)
 
 
 def fast_on_tiny_maps(net: nn.Module) -> nn.Module:
