@@ -17,8 +17,8 @@ from mantis_core.errors import ModelError
 from mantis_core.networks.blocks import pool
 from mantis_core.networks.client import Client
 
-STEP = 8
-"""Widths are multiples of it, as the groups of a norm and the lanes of a processor like them."""
+STEP = 4
+"""Widths are multiples of it, which the groups of a norm divide."""
 WIDEST = 4096
 
 

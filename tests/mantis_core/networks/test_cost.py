@@ -39,10 +39,10 @@ def test_a_client_costs_what_its_parts_cost() -> None:
 
 def test_the_widest_network_within_a_budget_is_found() -> None:
     assert widest(lambda width: width**2, 24**2) == 24
-    assert widest(lambda width: width**2, 32**2 - 1) == 24
+    assert widest(lambda width: width**2, 32**2 - 1) == 28
     assert widest(lambda width: 0, 1) == 4096
-    with pytest.raises(ModelError, match="no network of 8 channels"):
-        widest(lambda width: width, 7)
+    with pytest.raises(ModelError, match="no network of 4 channels"):
+        widest(lambda width: width, 3)
 
 
 def test_a_wide_encoder_costs_what_encoder_and_detector_did() -> None:
@@ -56,5 +56,5 @@ def test_a_wide_encoder_costs_what_encoder_and_detector_did() -> None:
     cost, detecting = of(wide)
     assert detecting == 0
     assert wide.encoder.channels > plain.encoder.channels
-    next_wider = wide.encoder.model_copy(update={"channels": wide.encoder.channels + 8})
+    next_wider = wide.encoder.model_copy(update={"channels": wide.encoder.channels + 4})
     assert cost <= budget < of(wide.model_copy(update={"encoder": next_wider}))[0]
