@@ -158,7 +158,7 @@ class CodecTeacherConfig(TrainingConfig):
     """The image codec. Each arm sets its own."""
     qualities: tuple[int, ...] = Field(default=(50,), min_length=1)
     """The qualities that the codec is used at, one drawn for each image. Each arm sets its own."""
-    scales: tuple[float, ...] = Field(default=(1.0,), min_length=1)
+    scales: tuple[Annotated[float, Field(gt=0, le=1)], ...] = Field(default=(1.0,), min_length=1)
     """The shares of an image's sides at which it is coded, one drawn for each image. Each arm sets
     its own."""
 

@@ -259,12 +259,13 @@ def main() -> None:
     points = summarise(rows)
     show_points(points)
     show_factors(smaller)
+    sent = {row["point"] for row in worth_sending(rows)}
     result: dict[str, Any] = {
         "points": points,
         "bd_rate": bd_figures(rows, "wire_bytes", accuracy=False),
         "bd_rate_payload": bd_figures(rows, "payload_bytes", accuracy=False),
         "bd_top1": bd_figures(rows, "wire_bytes", accuracy=True),
-        "not_worth_sending": [row["point"] for row in rows if row not in worth_sending(rows)],
+        "not_worth_sending": [row["point"] for row in rows if row["point"] not in sent],
         "times_smaller": smaller,
         "notes": [EXITS_WERE_CHOSEN] if any(r["exit_confidence"] is not None for r in rows) else [],
     }

@@ -116,7 +116,7 @@ class TaskDetector(nn.Module):
 
 
 class NoDetector(nn.Module):
-    """Stands where the data have one task, or where tasks make no difference. Computes nothing."""
+    """In place of a detector, for a client that detects nothing. Computes nothing."""
 
     members = sides = None
     channels = 0

@@ -60,7 +60,8 @@ class ArmEvaluator:
         self.device = torch.device(device)
         with full_float32(device):
             self.computed_on = computed_on(self.device, bf16=False, workers=workers)
-        self.arms: list[tuple[ArmSource, Any]] = []  # what `load` of the arm's kind returns
+        # Each arm with its loaded model, and what its client costs: the same for all images.
+        self.arms: list[tuple[ArmSource, Any, dict[str, int]]] = []
         loaded: dict[str, Any] = {}
         for entry in sources:
             source = ArmSource(**entry)
@@ -68,7 +69,7 @@ class ArmEvaluator:
             key = f"{ARM_KINDS[source.kind].loads}:{source.folder}"
             if key not in loaded:
                 loaded[key] = _load(source, resolved, problem).to(self.device).eval()
-            self.arms.append((source, loaded[key]))
+            self.arms.append((source, loaded[key], client_cost(source, loaded[key], problem)))
 
     def __call__(self, batch: Arrays) -> Arrays:
         """Returns the rows of all arms for a batch of the reader, one arm after the other."""
@@ -80,7 +81,7 @@ class ArmEvaluator:
             images = torch.cat([images, images[:1].expand(self.batch_size - count, -1, -1, -1)])
         images = images.to(self.device)
         parts = []
-        for number, (source, model) in enumerate(self.arms):
+        for number, (source, model, cost) in enumerate(self.arms):
             with torch.no_grad(), full_float32(self.device.type):
                 if source.quality is not None:
                     rows = run_image_codec(model, images, batch, self.problem, source)
@@ -92,6 +93,8 @@ class ArmEvaluator:
                     )
             rows = with_pixels_summed({name: values[:count] for name, values in rows.items()})
             rows["arm"] = np.full(count, number)
+            for name in ("client_macs", "client_bytes"):
+                rows[name] = np.full(count, cost.get(name, -1))
             parts.append(rows)
         out = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         for name in ("row_id", "class_label", "labels", "task_mask"):
@@ -99,6 +102,21 @@ class ArmEvaluator:
         out[COMPUTED_ON] = np.full(len(out["arm"]), "", dtype=object)
         out[COMPUTED_ON][0] = json.dumps(self.computed_on)  # once in a batch
         return out
+
+
+def client_cost(source: ArmSource, model: nn.Module, problem: Problem) -> dict[str, int]:
+    """Returns multiply-adds and bytes of an arm's client, {} for an arm without one client.
+
+    A student that answers nothing by itself needs no detector.
+    """
+    if isinstance(model, LocalClassifier):
+        return model.cost(problem.image_size)
+    if not isinstance(model, Mantis):
+        return {}
+    found = model.client_codec().describe()
+    if ARM_KINDS[source.kind].answers == "student" and source.exit_confidence is None:
+        found["client_macs"] -= found["detector_macs"]
+    return found
 
 
 def with_pixels_summed(rows: Arrays) -> Arrays:
@@ -133,7 +151,7 @@ def run_codec(
         asked[~asked.any(dim=1), 0] = True  # a stream needs at least one task
     encoded = model.encode_in_detail(images, asked, exit_confidence=exit_confidence)
     answers = model.decode([each.data for each in encoded])
-    rows = _with_cost(_blank(count, tasks), model)
+    rows = _blank(count, tasks)
     for index, (sent, answer) in enumerate(zip(encoded, answers, strict=True)):
         rows["wire_bytes"][index] = len(sent.data)
         rows["payload_bytes"][index] = sent.payload_bytes
@@ -164,9 +182,7 @@ def run_student(
     """Runs a codec with one task of all classes. Its class answers the true tasks of an image."""
     encoded = model.encode_in_detail(images, exit_confidence=exit_confidence)
     answers = model.decode([each.data for each in encoded])
-    rows = _with_cost(
-        _blank(len(images), problem.tasks), model, detects=exit_confidence is not None
-    )
+    rows = _blank(len(images), problem.tasks)
     rows["decoded"][: len(batch["task_mask"])] = batch["task_mask"]
     for index, (sent, answer) in enumerate(zip(encoded, answers, strict=True)):
         rows["wire_bytes"][index] = len(sent.data)
@@ -186,8 +202,6 @@ def run_local(model: LocalClassifier, images: Tensor, batch: Arrays, problem: Pr
     rows["decoded"][: len(batch["task_mask"])] = batch["task_mask"]
     rows["answered"][:] = True
     rows["class_index"] = rows["client_class"] = answers.cpu().numpy()
-    cost = model.cost(problem.image_size)
-    rows["client_macs"][:], rows["client_bytes"][:] = cost["client_macs"], cost["client_bytes"]
     classes, size = len(problem.classes), problem.image_size
     for index, (answer, probability) in enumerate(
         zip(answers.tolist(), sure.tolist(), strict=True)
@@ -276,14 +290,6 @@ def _run_oracle(model: Mantis, images: Tensor, batch: Arrays, problem: Problem) 
     return run_codec(model, images, batch, problem, oracle=True)
 
 
-def _with_cost(rows: Arrays, model: Mantis, *, detects: bool = True) -> Arrays:
-    """Fills in what the client costs a device; without its detector if nothing of it is used."""
-    cost = model.client_codec().describe()
-    rows["client_macs"][:] = cost["client_macs"] - (0 if detects else cost["detector_macs"])
-    rows["client_bytes"][:] = cost["client_bytes"]
-    return rows
-
-
 def _with_labels_of_class(rows: Arrays, tasks: Sequence[TaskSpec]) -> Arrays:
     """Fills in the label of each task that has the class of an image."""
     for k, task in enumerate(tasks):
@@ -322,8 +328,6 @@ def _blank(count: int, tasks: Sequence[TaskSpec]) -> Arrays:
         "probabilities": np.full((count, len(tasks)), -1.0, dtype=np.float32),
         "class_index": np.full(count, -1),
         "client_class": np.full(count, -1),
-        "client_macs": np.full(count, -1),
-        "client_bytes": np.full(count, -1),
         "answer": np.full(count, "", dtype=object),
     }
     for task in tasks:

@@ -257,9 +257,10 @@ def chance_of(done: Evaluated) -> float | None:
     return chance(to_records(own, done.tasks), done.tasks, single_class=done.single_class)
 
 
-def _told(column: np.ndarray[Any, Any]) -> int | None:
-    """Returns the value that a column has in all rows, None for -1."""
-    return int(column[0]) if column[0] >= 0 else None
+def _told(own: Arrays, name: str) -> int | None:
+    """Returns the value that a column has in all rows, None for -1 and for no such column."""
+    value = int(own[name][0]) if name in own else -1
+    return value if value >= 0 else None
 
 
 def to_records(own: Arrays, tasks: Sequence[TaskSpec]) -> ImageRecords:
@@ -287,7 +288,7 @@ def to_records(own: Arrays, tasks: Sequence[TaskSpec]) -> ImageRecords:
         estimated_bits=own["estimated_bits"] if (own["estimated_bits"] >= 0).all() else None,
         answered=own["answered"].astype(bool) if sends else None,
         client_class=own["client_class"] if (own["client_class"] >= 0).any() else None,
-        client_macs=_told(own["client_macs"]),
-        client_bytes=_told(own["client_bytes"]),
+        client_macs=_told(own, "client_macs"),
+        client_bytes=_told(own, "client_bytes"),
         confusion=confusion,
     )

@@ -11,6 +11,8 @@ from typing import Literal
 
 TUNED = "_tuned"
 """The suffix of kinds whose teacher was fine-tuned on the images of their image codec."""
+UNCONDITIONED = ("model.conditioning.kind=none", "model.prior=shared")
+"""Overrides of a codec to which tasks make no difference before its server."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,7 @@ ARM_KINDS: dict[str, ArmKind] = {
             "no conditioning",
             Look("#D55E00", "#F08A4B", "s"),
             measures="own",
-            overrides=("model.conditioning.kind=none", "model.prior=shared"),
+            overrides=UNCONDITIONED,
             note="No conditioning: the same architecture and schedule, without FiLM and with one "
             "prior for all tasks.",
         ),
@@ -165,8 +167,7 @@ ARM_KINDS: dict[str, ArmKind] = {
             measures="own",
             answers="student",
             overrides=(
-                "model.conditioning.kind=none",
-                "model.prior=shared",
+                *UNCONDITIONED,
                 "model.single_task=true",
             ),
             note="Entropic student: the same client and schedule with a single task of all "
@@ -187,8 +188,7 @@ ARM_KINDS: dict[str, ArmKind] = {
             measures="own",
             answers="student",
             overrides=(
-                "model.conditioning.kind=none",
-                "model.prior=shared",
+                *UNCONDITIONED,
                 "model.single_task=true",
                 "model.wide_encoder=true",
             ),
@@ -222,8 +222,7 @@ ARM_KINDS: dict[str, ArmKind] = {
             answers="per_task",
             loads="per_task",
             overrides=(
-                "model.conditioning.kind=none",
-                "model.prior=shared",
+                *UNCONDITIONED,
                 "model.per_task=true",
             ),
             note="Individual codecs: one for each task, trained on the images of that task alone. "

@@ -249,6 +249,11 @@ class Settings(_Section):
                 f"evaluate.rate_weights {list(rates)} must differ from each other and from the "
                 f"main rate, stage2.rate_weight {self.stage2.rate_weight}, which is always measured"
             )
+        scales = self.evaluate.codec_scales
+        for name, values in {**self.evaluate.codecs, "codec_scales": scales}.items():
+            if len(set(values)) < len(values):
+                field = name if values is scales else f"codecs.{name}"
+                raise ValueError(f"evaluate.{field} {list(values)} must differ from each other")
         if len(set(seeds)) < len(seeds) or self.seed in seeds:
             raise ValueError(
                 f"evaluate.seeds {list(seeds)} must differ from each other and from the main "

@@ -8,9 +8,16 @@ import torch
 
 from mantis_core.baselines.per_task import PerTaskCodecs
 from mantis_core.config import DetectorConfig
-from pipelines.evaluation.answers import run_codec, run_per_task
+from pipelines.evaluation.answers import client_cost, run_codec, run_per_task
+from pipelines.evaluation.arms import ArmSource
 from tests.mantis_core.baselines.test_per_task import make_recipe
-from tests.mantis_core.conftest import make_batch, make_codec, make_config, make_problem
+from tests.mantis_core.conftest import (
+    make_batch,
+    make_codec,
+    make_config,
+    make_problem,
+    make_teacher,
+)
 
 
 @pytest.mark.parametrize("single_class", [True, False])
@@ -49,6 +56,20 @@ def test_an_image_is_sent_once_for_each_task_it_carries(single_class: bool) -> N
     np.testing.assert_array_equal(rows["decoded"][:4], arrays["task_mask"])
     if not single_class:
         assert (rows["class_index"] == -1).all()
+
+
+def test_a_students_detector_costs_nothing_unless_it_answers() -> None:
+    problem = make_problem()
+    codec = make_codec(problem)
+    whole = codec.client_codec().describe()
+    plain = client_cost(ArmSource("a", "mantis", None), codec, problem)
+    assert plain["client_macs"] == whole["client_macs"]
+    assert plain["client_bytes"] == whole["client_bytes"]
+    student = client_cost(ArmSource("a", "student", None), codec, problem)
+    assert student["client_macs"] == whole["client_macs"] - whole["detector_macs"]
+    exits = ArmSource("a", "student_exit", None, exit_confidence=0.5)
+    assert client_cost(exits, codec, problem)["client_macs"] == whole["client_macs"]
+    assert client_cost(ArmSource("a", "teacher", None), make_teacher(problem), problem) == {}
 
 
 def test_with_early_exit_a_clients_answers_are_told_apart_and_counted() -> None:

@@ -113,6 +113,18 @@ def test_image_codecs_are_measured_at_every_scale_and_tuned_on_all_of_them(confi
     assert (tuned.qualities, tuned.scales) == ((5, 50), (1.0, 0.5))
 
 
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("codecs={webp: [5, 5]}", r"codecs\.webp \[5, 5\]"),
+        ("codec_scales=[1, 1.0]", "codec_scales"),
+    ],
+)
+def test_a_quality_or_a_scale_is_measured_once(config: Path, override: str, named: str) -> None:
+    with pytest.raises(SettingsError, match=rf"evaluate\.{named}.* must differ"):
+        planned(config, [f"evaluate.{override}"])
+
+
 def test_an_encoder_takes_the_place_of_no_detector_that_is_needed(config: Path) -> None:
     with pytest.raises(SettingsError, match=r"model\.wide_encoder leaves nothing that detects"):
         planned(config, ["model.wide_encoder=true"])
