@@ -80,8 +80,8 @@ def encode(symbols: Ints, table: Table) -> bytes:
 
 
 def decode(payload: bytes, table: Table, shape: tuple[int, int, int]) -> torch.Tensor:
-    """Decodes a latent (C, h, w). Refuses a second payload of the same latent, as a stream does."""
-    reader = RangeReader(payload)
+    """Decodes a latent (C, h, w), as a reader of format version 2 does."""
+    reader = RangeReader(payload, exact=False)
     symbols = reader.take_symbols(table, shape)
     reader.close()
     return torch.from_numpy(symbols).float()

@@ -67,7 +67,7 @@ class TrainingConfig(Section):
     Results differ by rounding alone, so no key depends on it."""
 
 
-Quantizer = Literal["ste", "noise", "rounded"]
+Quantizer = Literal["ste", "noise", "rounded", "jitter"]
 
 
 class LossTerm(Section):
@@ -242,13 +242,17 @@ class ModelConfig(Section):
     """What decoders get in training, and what the rate is estimated of. `ste`: decoders get the
     rounded latent, as when the model is used, with the gradient passed straight through; the rate
     is of the latent with uniform noise. `noise`: that latent for both. `rounded`: the rounded one
-    for both."""
+    for both. `jitter`: as `ste`, but the latent is moved by up to 0.2 before it is rounded."""
     neighbour_contexts: bool = False
     """Whether the neighbours of a symbol that are decoded already choose the table that codes
     it. It saves bytes and takes more calls of the coder."""
     send_probabilities: bool = True
     """Whether the stream holds the probability of each active task, of at most 4 bits each. The
     joint decision on the server weighs the tasks by them."""
+    send_answer: bool = False
+    """Whether the client sends its own answer beside the latent: the label that its detector gives
+    within the primary task, and how sure it is, in a byte or less. The server decides with both.
+    It needs a detector that names classes (`detector.classes`)."""
     coverage: float = Field(default=0.9, gt=0, le=1)
     """The share of the true tasks that the mask must keep. The threshold of the mask is
     calibrated to it on rows that are held back from training."""
@@ -271,6 +275,15 @@ class ModelConfig(Section):
             raise ValueError(
                 "model.wide_encoder leaves nothing that detects tasks: set model.single_task=true "
                 "and model.conditioning.kind=none, or leave model.wide_encoder out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _an_answer_is_a_class(self) -> ModelConfig:
+        if self.send_answer and not self.detector.classes:
+            raise ValueError(
+                "model.send_answer sends what the detector names, and this one names tasks alone: "
+                "set model.detector.classes=true, or leave model.send_answer out"
             )
         return self
 
@@ -322,6 +335,9 @@ class Stage2Config(CodecTrainingConfig):
     subset_fraction: float = Field(default=0.5, ge=0, le=1)
     """The share of those images that are conditioned on a random subset of their true tasks,
     each size with equal probability. From subsets the model learns requests for single tasks."""
+    answer_dropout: float = Field(default=0.2, ge=0, le=1)
+    """The share of images whose answer by the client the server does not hear in training, with
+    `model.send_answer`. The latent then stays worth something by itself, as for requests."""
     losses: LossTerms = Field(
         min_length=1,
         default_factory=lambda: {

@@ -33,3 +33,19 @@ def test_a_reader_that_believes_damage_is_caught(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(fuzz_bitstream, "models", lambda: [model])
     monkeypatch.setattr(fuzz_bitstream, "read_stream", gullible)
     assert fuzz_bitstream.run(0).wrongly_accepted
+
+
+@pytest.mark.usefixtures("few_streams")
+def test_messages_that_pass_without_their_checksum_are_counted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    *_, model = fuzz_bitstream.models()
+    monkeypatch.setattr(fuzz_bitstream, "models", lambda: [model])
+    tally = fuzz_bitstream.run(2000)
+    assert tally.messages > 1000
+    assert not fuzz_bitstream.too_many_passed(tally)
+    believed = model.read(model.streams[0])
+    monkeypatch.setattr(fuzz_bitstream, "read_message", lambda *_: believed)
+    tally = fuzz_bitstream.run(2000)
+    assert tally.passed == tally.messages
+    assert fuzz_bitstream.too_many_passed(tally)

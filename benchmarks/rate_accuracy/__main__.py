@@ -55,7 +55,14 @@ from pipelines.evaluation.arms import Arm
 from pipelines.evaluation.split_pass import Evaluated, arm_figures
 from pipelines.settings.arms import ARM_KINDS
 
-IMAGE_COLUMNS = ("row_id", "class_label", "class_index", "wire_bytes", "payload_bytes")
+IMAGE_COLUMNS = (
+    "row_id",
+    "class_label",
+    "class_index",
+    "wire_bytes",
+    "payload_bytes",
+    "session_bytes",
+)
 
 
 def run_step(step: Step, config: str) -> None:
@@ -147,6 +154,7 @@ def point_row(
         images["wire_bytes"],
         images["payload_bytes"],
         named & (images["class_label"] >= 0),
+        images["session_bytes"],
     )
     commit = _git("rev-parse", "--short=12", "HEAD")
     if _git("status", "--porcelain", "--untracked-files=no", "--", f":!{RESULTS}"):
@@ -263,6 +271,7 @@ def main() -> None:
     result: dict[str, Any] = {
         "points": points,
         "bd_rate": bd_figures(rows, "wire_bytes", accuracy=False),
+        "bd_rate_session": bd_figures(rows, "session_bytes", accuracy=False),
         "bd_rate_payload": bd_figures(rows, "payload_bytes", accuracy=False),
         "bd_top1": bd_figures(rows, "wire_bytes", accuracy=True),
         "not_worth_sending": [row["point"] for row in rows if row["point"] not in sent],
@@ -270,6 +279,7 @@ def main() -> None:
         "notes": [EXITS_WERE_CHOSEN] if any(r["exit_confidence"] is not None for r in rows) else [],
     }
     show_intervals("BD-rate (%), wire bytes", result["bd_rate"])
+    show_intervals("BD-rate (%), bytes in a session", result["bd_rate_session"])
     if result["not_worth_sending"]:
         say(
             f"{len(result['not_worth_sending'])} points are below their own client's accuracy, and "

@@ -27,12 +27,13 @@ from pipelines.settings.arms import TUNED, image_codecs
 
 Array = NDArray[Any]
 RESULTS = Path("results")
-IMAGE_FIGURES = ("wire_bytes", "payload_bytes", "hit")
+IMAGE_FIGURES = ("wire_bytes", "payload_bytes", "hit", "session_bytes")
 
 FIGURES = {
     "top1": "val/top1",
     "wire_bytes": "val/wire_bytes",
     "payload_bytes": "val/payload_bytes",
+    "session_bytes": "val/session_bytes",
     "estimated_bytes": "val/estimated_bytes",
     "coverage": "val/detection/coverage",
     "active_tasks": "val/detection/active_tasks",
@@ -66,7 +67,11 @@ COMPARISONS = (
     ),
     ("conditioning, early exit in both", "early_exit", "none_exit"),
     ("conditioning, early exit in both", "early_exit", "student_exit"),
+    ("conditioning, the client's answer sent by both", "answer", "none_answer"),
+    ("the client's answer sent", "answer", "mantis"),
+    ("the client's answer sent", "none_answer", "none"),
     ("early exit", "early_exit", "mantis"),
+    ("early exit", "answer_exit", "answer"),
     ("early exit", "none_exit", "none"),
     ("early exit", "student_exit", "student"),
     ("the true tasks given", "oracle", "none_told"),
@@ -103,33 +108,36 @@ def append_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         writer.writerows(rows)
 
 
-def write_images(point: str, wire: Array, payload: Array, hits: Array) -> None:
+def write_images(point: str, wire: Array, payload: Array, hits: Array, session: Array) -> None:
     """Writes the sizes of each image and whether its answer was right, as a compressed CSV.
 
     A size of -1 means that there is no stream.
     """
     (RESULTS / "images").mkdir(parents=True, exist_ok=True)
-    rows = zip(wire.tolist(), payload.tolist(), hits.astype(int).tolist(), strict=True)
-    lines = [",".join(IMAGE_FIGURES), *(f"{w:g},{p:.10g},{h}" for w, p, h in rows)]
+    columns = (wire, payload, hits.astype(int), session)
+    rows = zip(*(column.tolist() for column in columns), strict=True)
+    lines = [",".join(IMAGE_FIGURES), *(f"{w:g},{p:.10g},{h},{s:g}" for w, p, h, s in rows)]
     text = "\n".join([*lines, ""]).encode()
     (RESULTS / "images" / f"{point}.csv.gz").write_bytes(gzip.compress(text, mtime=0))
 
 
 def read_images(point: str) -> dict[str, Array]:
-    """Reads the columns that `write_images` wrote."""
+    """Reads the columns that `write_images` wrote. Earlier files have no `session_bytes`."""
     data = gzip.decompress((RESULTS / "images" / f"{point}.csv.gz").read_bytes()).decode()
-    values = np.loadtxt(data.splitlines(), delimiter=",", skiprows=1, ndmin=2)
-    return dict(zip(IMAGE_FIGURES, values.T, strict=True))
+    header, *lines = data.splitlines()
+    values = np.loadtxt(lines, delimiter=",", ndmin=2)
+    return dict(zip(header.split(","), values.T, strict=True))
 
 
 def curves(rows: Sequence[Mapping[str, Any]], size: str) -> dict[str, dict[int, Curve]]:
     """Maps kind to seed to curve, for kinds that send bytes.
 
-    `size` is "wire_bytes" or "payload_bytes".
+    `size` is "wire_bytes", "session_bytes" or "payload_bytes". Rows without that size are left out.
     """
     found: dict[str, dict[int, Curve]] = {}
-    for kind, seed in sorted({(r["kind"], r["seed"]) for r in rows if r["wire_bytes"] is not None}):
-        own = [row for row in rows if (row["kind"], row["seed"]) == (kind, seed)]
+    sized = [row for row in rows if row[size] is not None]
+    for kind, seed in sorted({(row["kind"], row["seed"]) for row in sized}):
+        own = [row for row in sized if (row["kind"], row["seed"]) == (kind, seed)]
         sizes, hits = [], []
         for row in sorted(own, key=lambda row: row["wire_bytes"]):
             images = read_images(row["point"])

@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from mantis_core.bitstream.coder import TOTAL, TableSet
-from mantis_core.bitstream.container import StreamSpec
+from mantis_core.bitstream.container import VERSIONS, StreamSpec
 from mantis_core.bitstream.task_field import TaskField, quantise_log2
-from mantis_core.bitstream.wire import CodedImage, write_stream
+from mantis_core.bitstream.wire import CodedImage, Packed, write_stream
 from mantis_core.config import LossTerm, ModelConfig
 from mantis_core.folders import save_folder
 from mantis_core.networks.blocks import ResidualBlock, pool
@@ -117,10 +117,8 @@ def local_classifier(model: ModelConfig, problem: Problem) -> LocalClassifier:
     return LocalClassifier(model.stem.channels, widest(cost, budget), classes)
 
 
-def answer_stream(
-    index: int, sure: float, num_classes: int, image_size: tuple[int, int]
-) -> tuple[bytes, float]:
-    """The stream that carries class `index` with probability `sure`, and its payload in bytes.
+def answer_stream(index: int, sure: float, num_classes: int, image_size: tuple[int, int]) -> Packed:
+    """The stream that carries class `index` with probability `sure`, and its sizes.
 
     It is the stream of a client with one task of all classes that answers an image itself.
     """
@@ -132,9 +130,12 @@ def answer_stream(
         stride=8,
         labels=(num_classes,),
         max_pixels=image_size[0] * image_size[1],
+        version=VERSIONS[-1],
     )
     nothing: NDArray[np.int32] = np.zeros(spec.latent_shape(image_size), np.int32)
-    image = CodedImage(TaskField((True,), 0, (quantise_log2(sure),)), nothing, index)
+    image = CodedImage(
+        TaskField((True,), 0, (quantise_log2(sure),)), nothing, index, has_latent=False
+    )
     unused = np.array([[[0, TOTAL // 2, TOTAL]]], np.int32)  # a stream without a latent reads none
     tables = TableSet("shared", unused, np.array([0], np.int32), np.array([2], np.int32))
     return write_stream([image], image_size, tables, spec)

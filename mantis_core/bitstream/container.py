@@ -1,11 +1,12 @@
 """The container of coded images: header, body, checksum. No entropy coding, no task field.
 
-Layout of format version 1, multi-byte fields big-endian:
+Layout of format versions 1 and 2, multi-byte fields big-endian:
 
     bytes         field
     2             magic AB 4D
-    1             version (high 4 bits), flags (low 4 bits: 1 several, 2 levels, 4 shape, 8 rate)
-    4             model id
+    1             version (high 4 bits), flags (low 4 bits: 1 several, 2 levels, 4 shape,
+                  8 in version 1 reserved, in version 2 answers)
+    4             id: of the model in version 1, of what decides a stream in version 2
     1..5          number of images as LEB128 varint                               (flag several)
     2..10         input height and width as LEB128 varints                        (flag shape)
     n             body: everything up to the checksum, one range-coded number that holds each
@@ -13,8 +14,10 @@ Layout of format version 1, multi-byte fields big-endian:
     4             CRC-32 (zlib) of everything before it
 
 The shape is there only when it differs from the model's own, the number only from two images on,
-and varints take as few bytes as they can: each content has exactly one byte string. Flag 8 is
-reserved for a rate level. One image of the model's own shape: 11 bytes beside the body.
+and varints take as few bytes as they can: each header has exactly one byte string. One image of the
+model's own shape: 11 bytes beside the body. `session.py` has a form with 2.
+
+A model writes and reads one version. Its rate levels, from version 2 on, are coded in the body.
 """
 
 from __future__ import annotations
@@ -25,11 +28,18 @@ from enum import StrEnum
 from typing import Any
 
 MAGIC = b"\xab\x4d"
-VERSION = 1
+VERSIONS = (1, 2)
 MAX_IMAGES = 256
 MAX_TASKS = 256
-_FLAG_NAMES = {1: "several", 2: "levels", 4: "shape", 8: "rate"}
-_SEVERAL, _LEVELS, _SHAPE, _RATE = _FLAG_NAMES
+MAX_RATE_LEVELS = 256
+CONFIDENCE_LEVELS = 8
+CONFIDENCE_ROWS = 17
+"""One for each level of the primary task, and the last for streams without levels."""
+SEVERAL, LEVELS, SHAPE, LAST_FLAG = 1, 2, 4, 8
+_FLAG_NAMES = {
+    version: {SEVERAL: "several", LEVELS: "levels", SHAPE: "shape", LAST_FLAG: last}
+    for version, last in zip(VERSIONS, ("rate", "answers"), strict=True)
+}
 _PREFIX_BYTES = 3
 _ID_BYTES = 4
 _HEADER_BYTES = _PREFIX_BYTES + _ID_BYTES
@@ -64,9 +74,13 @@ class StreamSpec:
 
     `input_shape` is the model's own (H, W) in pixels, `stride` the downsampling from input to
     latent. `labels` are the tasks' numbers of labels, 0 where there is none to send, for a client
-    that may answer an image itself; empty for one that may not. `max_pixels` of one image,
-    `max_total_pixels` of all images of a stream and `max_stream_bytes` bound what a stream may make
-    its reader allocate.
+    that names labels; empty for one that does not. `max_pixels` of one image, `max_total_pixels` of
+    all images of a stream and `max_stream_bytes` bound what a stream may make its reader allocate.
+
+    Of version 2 alone: `rate_levels` is how many rates the model has. `confidence` holds the counts
+    out of 2**16 of the levels of confidence that the client has in its own label, a row for each
+    level of the primary task and one for streams without levels: (17, 8). With it, each image
+    carries the client's label and that level; without it, ().
     """
 
     model_id: bytes
@@ -78,6 +92,9 @@ class StreamSpec:
     max_pixels: int = 2**24
     max_total_pixels: int = 2**26
     max_stream_bytes: int = 2**24
+    version: int = 1
+    rate_levels: int = 1
+    confidence: tuple[tuple[int, ...], ...] = ()
 
     def __post_init__(self) -> None:
         if len(self.model_id) != _ID_BYTES:
@@ -88,6 +105,23 @@ class StreamSpec:
             raise ValueError("input_shape, latent_channels and stride must be at least 1")
         if self.labels and (len(self.labels) != self.num_tasks or min(self.labels) < 0):
             raise ValueError(f"labels {self.labels}: need one number, 0 or more, for each task")
+        if self.version not in VERSIONS:
+            raise ValueError(f"version is {self.version}, must be one of {VERSIONS}")
+        if not 1 <= self.rate_levels <= MAX_RATE_LEVELS:
+            raise ValueError(f"rate_levels is {self.rate_levels}, must be 1 to {MAX_RATE_LEVELS}")
+        if self.version == 1 and (self.rate_levels > 1 or self.confidence):
+            raise ValueError("rate_levels and confidence need version 2")
+        if self.confidence and not self.labels:
+            raise ValueError("confidence needs labels")
+        rows = {len(row) for row in self.confidence}
+        if self.confidence and (
+            (len(self.confidence), rows) != (CONFIDENCE_ROWS, {CONFIDENCE_LEVELS})
+            or any(min(row) < 1 or sum(row) != 1 << 16 for row in self.confidence)
+        ):
+            raise ValueError(
+                f"confidence must be {CONFIDENCE_ROWS} rows of {CONFIDENCE_LEVELS} counts, each at "
+                f"least 1, that sum to {1 << 16}"
+            )
 
     def latent_shape(self, input_shape: tuple[int, int]) -> tuple[int, int, int]:
         """The latent's (C, h, w) for an input of (H, W) pixels: sides / stride, rounded up."""
@@ -99,31 +133,34 @@ class StreamSpec:
 class Stream:
     """`num_images` coded images of one shape (H, W) in pixels.
 
-    `with_levels`: whether the task fields in `body` hold probabilities.
+    `with_levels`: whether the task fields in `body` hold probabilities. `with_answers`: whether
+    each image carries the client's own label, with or without a latent.
     """
 
     num_images: int
     input_shape: tuple[int, int]
     with_levels: bool
     body: bytes
+    with_answers: bool = False
 
 
 def pack(stream: Stream, spec: StreamSpec) -> bytes:
     """The byte string of `stream`. BitstreamError where `unpack` would refuse what it says."""
     _check(stream, spec)
     several, with_shape = stream.num_images > 1, stream.input_shape != spec.input_shape
-    flags = _SEVERAL * several | _LEVELS * stream.with_levels | _SHAPE * with_shape
+    flags = SEVERAL * several | LEVELS * stream.with_levels | SHAPE * with_shape
+    flags |= LAST_FLAG * stream.with_answers
     data = bytearray(MAGIC)
-    data.append(VERSION << 4 | flags)
+    data.append(spec.version << 4 | flags)
     data += spec.model_id
     if several:
-        data += _varint(stream.num_images)
+        data += varint(stream.num_images)
     if with_shape:
-        data += _varint(stream.input_shape[0]) + _varint(stream.input_shape[1])
+        data += varint(stream.input_shape[0]) + varint(stream.input_shape[1])
     data += stream.body
     if len(data) + _CHECKSUM_BYTES > spec.max_stream_bytes:
-        raise _too_many_bytes(len(data) + _CHECKSUM_BYTES, spec)
-    return bytes(data) + zlib.crc32(data).to_bytes(_CHECKSUM_BYTES, "big")
+        raise too_many_bytes(len(data) + _CHECKSUM_BYTES, spec)
+    return sealed(bytes(data))
 
 
 def unpack(data: bytes, spec: StreamSpec) -> Stream:
@@ -133,31 +170,20 @@ def unpack(data: bytes, spec: StreamSpec) -> Stream:
     short fails it too, so `truncated` is only said where not even a header is left.
     """
     if len(data) > spec.max_stream_bytes:
-        raise _too_many_bytes(len(data), spec)
-    flags = _read_prefix(data)
-    _require_checksum(data)
-    if flags & _RATE:
+        raise too_many_bytes(len(data), spec)
+    version, flags = read_prefix(data, MAGIC)
+    reader = opened(data, version, spec)
+    if version == 1 and flags & LAST_FLAG:
         raise BitstreamError(
             Reason.VERSION, "the stream carries a rate level, unknown to this version"
         )
-    reader = _Reader(data[_PREFIX_BYTES:-_CHECKSUM_BYTES])
-    model_id = reader.take(_ID_BYTES)
-    if model_id != spec.model_id:
-        raise BitstreamError(
-            Reason.ANOTHER_MODEL,
-            f"the stream was made by model {model_id.hex()}, this is model {spec.model_id.hex()}",
-        )
     num_images = 1
-    if flags & _SEVERAL:
+    if flags & SEVERAL:
         num_images = reader.varint()
         if num_images == 1:
             raise BitstreamError(Reason.CORRUPT, "a stream of one image says that it has several")
-    shape = spec.input_shape
-    if flags & _SHAPE:
-        shape = (reader.varint(), reader.varint())
-        if shape == spec.input_shape:
-            raise BitstreamError(Reason.CORRUPT, "the model's own input shape is spelled out")
-    stream = Stream(num_images, shape, bool(flags & _LEVELS), reader.rest())
+    shape = reader.shape(spec) if flags & SHAPE else spec.input_shape
+    stream = Stream(num_images, shape, bool(flags & LEVELS), reader.rest(), bool(flags & LAST_FLAG))
     _check(stream, spec)
     return stream
 
@@ -167,15 +193,15 @@ def peek(data: bytes) -> dict[str, Any]:
 
     Raises BitstreamError if it is no stream of a known version or its checksum fails.
     """
-    flags = _read_prefix(data)
+    version, flags = read_prefix(data, MAGIC)
     _require_checksum(data)
-    reader = _Reader(data[_HEADER_BYTES:-_CHECKSUM_BYTES])
-    num_images = reader.varint() if flags & _SEVERAL else 1
-    shape = [reader.varint(), reader.varint()] if flags & _SHAPE else None
+    reader = Reader(data[_HEADER_BYTES:-_CHECKSUM_BYTES])
+    num_images = reader.varint() if flags & SEVERAL else 1
+    shape = [reader.varint(), reader.varint()] if flags & SHAPE else None
     return {
-        "version": VERSION,
-        "flags": [name for bit, name in _FLAG_NAMES.items() if flags & bit],
-        "model_id": data[_PREFIX_BYTES:_HEADER_BYTES].hex(),
+        "version": version,
+        "flags": [name for bit, name in _FLAG_NAMES[version].items() if flags & bit],
+        "stream_id": data[_PREFIX_BYTES:_HEADER_BYTES].hex(),
         "images": num_images,
         "input_shape": shape,
         "wire_bytes": len(data),
@@ -183,21 +209,23 @@ def peek(data: bytes) -> dict[str, Any]:
     }
 
 
-class _Reader:
-    """Takes fields off the front of a body that may end too early."""
+class Reader:
+    """Takes fields off the front of a header that may end too early."""
 
-    def __init__(self, body: bytes) -> None:
-        self._body = body
+    def __init__(self, fields: bytes) -> None:
+        self._fields = fields
         self._position = 0
 
     def take(self, count: int) -> bytes:
+        """The next `count` bytes."""
         end = self._position + count
-        if end > len(self._body):
+        if end > len(self._fields):
             raise BitstreamError(Reason.TRUNCATED, "the stream ends within its header")
-        field, self._position = self._body[self._position : end], end
+        field, self._position = self._fields[self._position : end], end
         return field
 
     def varint(self) -> int:
+        """A number as LEB128, refused if it is longer than it must be."""
         value = 0
         for i in range(_MAX_VARINT_BYTES):
             byte = self.take(1)[0]
@@ -208,53 +236,96 @@ class _Reader:
                 return value
         raise BitstreamError(Reason.TOO_LARGE, f"a number takes over {_MAX_VARINT_BYTES} bytes")
 
+    def shape(self, spec: StreamSpec) -> tuple[int, int]:
+        """Height and width of an input that has not the model's own."""
+        shape = (self.varint(), self.varint())
+        if shape == spec.input_shape:
+            raise BitstreamError(Reason.CORRUPT, "the model's own input shape is spelled out")
+        return shape
+
     def rest(self) -> bytes:
-        return self.take(len(self._body) - self._position)
+        """All that is left."""
+        return self.take(len(self._fields) - self._position)
 
 
-def _read_prefix(data: bytes) -> int:
-    """The flags, once magic, version and least length are checked."""
-    start = data[: len(MAGIC)]
-    if start != MAGIC[: len(start)]:
+def read_prefix(data: bytes, magic: bytes) -> tuple[int, int]:
+    """Version and flags, once magic, version and least length are checked."""
+    start = data[: len(magic)]
+    if start != magic[: len(start)]:
         raise BitstreamError(
             Reason.NOT_A_STREAM, f"not a MANTiS stream: it begins with {start.hex()}"
         )
-    if len(data) >= _PREFIX_BYTES and data[2] >> 4 != VERSION:
+    if len(data) >= _PREFIX_BYTES and data[2] >> 4 not in VERSIONS:
         raise BitstreamError(
-            Reason.VERSION, f"the stream has format version {data[2] >> 4}, this reads {VERSION}"
+            Reason.VERSION,
+            f"the stream has format version {data[2] >> 4}, this reads {VERSIONS[0]} to "
+            f"{VERSIONS[-1]}",
         )
     least = _HEADER_BYTES + _CHECKSUM_BYTES
     if len(data) < least:
         raise BitstreamError(
             Reason.TRUNCATED, f"the stream has {len(data)} bytes, no stream has under {least}"
         )
-    return data[2] & 0x0F
+    return data[2] >> 4, data[2] & 0x0F
+
+
+def opened(data: bytes, version: int, spec: StreamSpec) -> Reader:
+    """A reader of what stands behind the id, once checksum, version and id are right."""
+    _require_checksum(data)
+    if version != spec.version:
+        raise BitstreamError(
+            Reason.VERSION,
+            f"the stream has format version {version}, this model has version {spec.version}",
+        )
+    reader = Reader(data[_PREFIX_BYTES:-_CHECKSUM_BYTES])
+    model_id = reader.take(_ID_BYTES)
+    if model_id != spec.model_id:
+        raise BitstreamError(
+            Reason.ANOTHER_MODEL,
+            f"the stream was made by model {model_id.hex()}, this is model {spec.model_id.hex()}",
+        )
+    return reader
+
+
+def sealed(data: bytes) -> bytes:
+    """`data` with its checksum behind it."""
+    return data + zlib.crc32(data).to_bytes(_CHECKSUM_BYTES, "big")
 
 
 def _check(stream: Stream, spec: StreamSpec) -> None:
     """Holds what `pack` is given and what `unpack` found to the same rules."""
-    height, width = stream.input_shape
-    if stream.num_images < 1 or height < 1 or width < 1:
+    check_shape(stream.input_shape, stream.num_images, spec)
+    if stream.with_answers and not spec.confidence:
         raise BitstreamError(
-            Reason.CORRUPT, f"{stream.num_images} images of {height}x{width} hold no pixel"
+            Reason.CORRUPT, "the stream carries answers of a client that sends none"
+        )
+
+
+def check_shape(shape: tuple[int, int], num_images: int, spec: StreamSpec) -> None:
+    """BitstreamError for images of `shape` (H, W) that a stream may not hold."""
+    height, width = shape
+    if num_images < 1 or height < 1 or width < 1:
+        raise BitstreamError(
+            Reason.CORRUPT, f"{num_images} images of {height}x{width} hold no pixel"
         )
     if height * width > spec.max_pixels:
         raise BitstreamError(
             Reason.TOO_LARGE, f"input of {height}x{width} is over {spec.max_pixels} pixels"
         )
-    if stream.num_images > MAX_IMAGES:
+    if num_images > MAX_IMAGES:
         raise BitstreamError(
-            Reason.TOO_LARGE, f"{stream.num_images} images are over {MAX_IMAGES} a stream"
+            Reason.TOO_LARGE, f"{num_images} images are over {MAX_IMAGES} a stream"
         )
-    if stream.num_images * height * width > spec.max_total_pixels:
+    if num_images * height * width > spec.max_total_pixels:
         raise BitstreamError(
             Reason.TOO_LARGE,
-            f"{stream.num_images} images of {height}x{width} are over {spec.max_total_pixels} "
+            f"{num_images} images of {height}x{width} are over {spec.max_total_pixels} "
             "pixels a stream",
         )
 
 
-def _varint(value: int) -> bytes:
+def varint(value: int) -> bytes:
+    """A number from 0 as LEB128, in the fewest bytes."""
     encoded = bytearray()
     while value >= 0x80:
         encoded.append(value & 0x7F | 0x80)
@@ -272,7 +343,8 @@ def _require_checksum(data: bytes) -> None:
         )
 
 
-def _too_many_bytes(count: int, spec: StreamSpec) -> BitstreamError:
+def too_many_bytes(count: int, spec: StreamSpec) -> BitstreamError:
+    """What is raised for a stream of so many bytes."""
     return BitstreamError(
         Reason.TOO_LARGE, f"a stream of {count} bytes is over {spec.max_stream_bytes}"
     )

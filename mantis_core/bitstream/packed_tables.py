@@ -1,4 +1,4 @@
-"""Integer tables as a model folder holds them: the counts in use alone, deflated.
+"""Integer counts of tables: from probabilities, and as a model folder holds them, deflated.
 
 R prior rows, C channels, X contexts of a channel, L table entries of the longest channel.
 """
@@ -43,3 +43,25 @@ def unpack_counts(packed: NDArray[np.uint8], lengths: Ints, rows: int, contexts:
         np.cumsum(own, axis=1, dtype=np.int32, out=cdf[:, channel, 1 : own.shape[1] + 1])
     of_rows = cdf.reshape(rows, contexts, lengths.size, -1).swapaxes(1, 2)
     return np.ascontiguousarray(of_rows).reshape(rows, -1, cdf.shape[-1])
+
+
+def integer_counts(mass: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Counts of at least 1, for each table of mass (N, L) in the same proportions.
+
+    The counts of a table sum to TOTAL, by largest remainders. Entries too rare for a count get 1,
+    the others share what is left.
+    """
+    rare = np.zeros(mass.shape, bool)
+    while True:
+        common = [one[~skipped].sum() for one, skipped in zip(mass, rare, strict=True)]
+        share = mass * ((TOTAL - rare.sum(1)) / common)[:, None]
+        newly_rare = ~rare & (share < 1)
+        if not newly_rare.any():
+            break
+        rare |= newly_rare
+    counts = np.where(rare, 1, np.floor(share)).astype(np.int64)
+    remainders = np.where(rare, -1.0, share - np.floor(share))
+    largest = np.argsort(-remainders, axis=1, kind="stable")
+    rank = np.argsort(largest, axis=1)
+    counts += rank < TOTAL - counts.sum(1, keepdims=True)
+    return counts

@@ -155,6 +155,22 @@ def dequantise_level(level: int) -> float:
     return float(2.0 ** (-level / 2))
 
 
+def put_primary(writer: RangeWriter, field: TaskField) -> float:
+    """Codes the primary task of a reply, whose tasks the reader has asked for; returns bits."""
+    active = field.active
+    if len(active) == 1:
+        return 0.0
+    writer.put(active.index(field.primary), stream.model.Uniform(len(active)))
+    return math.log2(len(active))
+
+
+def take_primary(reader: RangeReader, asked: tuple[bool, ...]) -> TaskField:
+    """Reads what `put_primary` wrote, given the tasks (K,) that were asked for."""
+    active = [k for k, wanted in enumerate(asked) if wanted]
+    first = reader.take(stream.model.Uniform(len(active))) if len(active) > 1 else 0
+    return TaskField(asked, active[first], None)
+
+
 @lru_cache(maxsize=1 << 16)
 def _membership(to_place: int, left: int) -> tuple[Any, tuple[int, int]]:
     """Model and counts of "no, yes" for the next of `left` tasks, `to_place` of them active."""

@@ -20,7 +20,8 @@ class Encoded:
     `payload_bytes` is the share of the coded latent in the stream; the task field costs fractions
     of bytes. `estimated_bits` is NaN for a client without the density. `answered` says whether the
     client has sent its own answer and no latent. `client_class` is the class that its detector
-    gives, sent or not; -1 where that names tasks alone.
+    gives, sent or not; -1 where that names tasks alone. `session_bytes` is what the image takes as
+    a message of a session, whose hello is sent once.
     """
 
     data: bytes
@@ -30,6 +31,7 @@ class Encoded:
     mask: NDArray[np.bool_]
     answered: bool = False
     client_class: int = -1
+    session_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ class Answer:
     its probability 0, where images have no single class and where no decoded task has classes. The
     bytes are those of the image's own stream, or its share of a stream of
     several images. If the client has `answered`, label and class are its own, with one probability.
+    `model_id` names the server that answers, in hexadecimal digits.
     """
 
     tasks: tuple[str, ...]
@@ -55,6 +58,7 @@ class Answer:
     wire_bytes: float
     payload_bytes: float
     answered: bool = False
+    model_id: str = ""
 
     def to_row(self) -> dict[str, Any]:
         """A row of a registered model's output; its column `answer` holds all of it as JSON."""

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from mantis_core.bitstream.coder import TableSet
 from mantis_core.bitstream.packed_tables import pack_counts, unpack_counts
 from mantis_core.codec.packed_weights import pack_weights, unpack_weights
-from mantis_core.codec.spec import ModelSpec
+from mantis_core.codec.spec import Ids, ModelSpec
 from mantis_core.config import ModelConfig
 from mantis_core.errors import ModelError
 from mantis_core.folders import load_folder, save_folder
@@ -48,19 +48,22 @@ _CLIENT = "client."
 _TABLES = "bottleneck.table_"
 _CDF, _PACKED = _TABLES + "cdf", _TABLES + "counts"
 _THRESHOLD = "mask_threshold"
+_COUNTS, _FUSION = "answer_counts", "fusion."
 _OF_HALF: dict[Half, tuple[str, ...]] = {
-    "client": (_CLIENT, _TABLES, _THRESHOLD),
-    "server": ("server.", _TABLES),
+    "client": (_CLIENT, _TABLES, _THRESHOLD, _COUNTS),
+    "server": ("server.", _TABLES, _FUSION, _COUNTS),
 }
 
 
 def save_model(folder: str | Path, model: Mantis, meta: Mapping[str, Any]) -> None:
     """Writes a finished codec as a model folder; RuntimeError if it has no tables yet.
 
-    meta.json also holds the model id and what the client costs (ClientCodec.describe).
+    meta.json also holds the ids of model and streams, and what the client costs
+    (ClientCodec.describe).
     """
     client = model.client_codec()
-    record = {**meta, "model_id": client.model_id.hex(), "client": client.describe()}
+    ids = {"model_id": client.ids.model.hex(), "stream_id": client.ids.stream.hex()}
+    record = {**meta, **ids, "client": client.describe()}
     save_folder(folder, _packed(model.state_dict()), model.spec.model_dump(mode="json"), record)
 
 
@@ -123,11 +126,16 @@ def load_client(folder: str | Path) -> ClientCodec:
     from mantis_core.codec.client_codec import ClientCodec
     from mantis_core.networks.client import Client
 
-    tensors, spec, model_id = _load_half(folder, "client")
+    tensors, spec, ids = _load_half(folder, "client")
     client = Client(spec.model, len(spec.tasks), spec.class_members())
     _load_part(folder, client, _part(tensors, _CLIENT))
     return ClientCodec(
-        spec, client.eval(), _tables(folder, spec, tensors), tensors[_THRESHOLD], model_id
+        spec,
+        client.eval(),
+        _tables(folder, spec, tensors),
+        tensors[_THRESHOLD],
+        ids,
+        answer_counts=_answer_counts(folder, spec, tensors),
     )
 
 
@@ -136,26 +144,50 @@ def load_server(folder: str | Path) -> ServerCodec:
 
     On CPU, in eval mode. Raises ModelError if there is none.
     """
+    from mantis_core.codec.own_answer import Fusion
     from mantis_core.codec.server_codec import ServerCodec, new_joint, new_server
 
-    tensors, spec, model_id = _load_half(folder, "server")
+    tensors, spec, ids = _load_half(folder, "server")
     server = new_server(spec)
     _load_part(folder, server, _part(tensors, "server."))
     tables = _tables(folder, spec, tensors)
-    return ServerCodec(spec, server.eval(), new_joint(spec), tables, model_id)
+    fusion = None
+    if spec.sends_answer:
+        fusion = Fusion()
+        _load_part(folder, fusion, _part(tensors, _FUSION))
+    return ServerCodec(
+        spec,
+        server.eval(),
+        new_joint(spec),
+        tables,
+        ids,
+        fusion=fusion,
+        answer_counts=_answer_counts(folder, spec, tensors),
+    )
 
 
-def _load_half(folder: str | Path, half: Half) -> tuple[dict[str, Tensor], ModelSpec, bytes]:
+def _load_half(folder: str | Path, half: Half) -> tuple[dict[str, Tensor], ModelSpec, Ids]:
     tensors, config, meta = load_folder(folder, wanted=_OF_HALF[half])
     _require_half(folder, meta, half)
     missing = [name for name in (_THRESHOLD,) if half == "client" and name not in tensors]
     try:
         model_id = bytes.fromhex(str(meta["model_id"]))
+        ids = Ids(bytes.fromhex(str(meta.get("stream_id", meta["model_id"]))), model_id)
     except (KeyError, ValueError):
         missing.append("model_id")
     if missing:
         raise ModelError(f"{folder} is no codec: it lacks {' and '.join(missing)}")
-    return tensors, _spec(folder, config), model_id
+    return tensors, _spec(folder, config), ids
+
+
+def _answer_counts(
+    folder: str | Path, spec: ModelSpec, tensors: Mapping[str, Tensor]
+) -> Tensor | None:
+    if not spec.sends_answer:
+        return None
+    if _COUNTS not in tensors:
+        raise ModelError(f"{folder} is no codec that sends answers: it lacks {_COUNTS}")
+    return tensors[_COUNTS]
 
 
 def _require_half(folder: str | Path, meta: Mapping[str, Any], half: Half) -> None:

@@ -16,18 +16,22 @@ from torch import Tensor
 
 from mantis_core.bitstream.coder import TableSet, to_symbols
 from mantis_core.bitstream.packed_tables import pack_counts
+from mantis_core.bitstream.session import Session
 from mantis_core.bitstream.task_field import TaskField, quantise_log2
-from mantis_core.bitstream.wire import CodedImage, write_stream
+from mantis_core.bitstream.wire import CodedImage, Packed, write_message, write_stream
 from mantis_core.codec.answer import Encoded
 from mantis_core.codec.mask import primary_task, select_mask
+from mantis_core.codec.own_answer import ClientAnswers
 from mantis_core.codec.packed_weights import pack_weights
-from mantis_core.codec.spec import ModelSpec
+from mantis_core.codec.spec import Ids, ModelSpec
 from mantis_core.errors import ModelError
 from mantis_core.networks.client import Client, View
 from mantis_core.networks.cost import macs_of
 from mantis_core.networks.inference import one_thread, still
 from mantis_core.networks.preprocessing import normalise, prepare_image, prepare_images
 from mantis_core.pixels import MAX_PIXELS
+
+_INT32_BYTES = 4
 
 Estimate = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Bits (B,) of a latent (B, C, h, w) under a density, given mask (B, K) and primary task (B,)."""
@@ -56,14 +60,21 @@ class ClientCodec:
         client: Client,
         tables: TableSet,
         mask_threshold: Tensor,
-        model_id: bytes,
+        ids: Ids,
         *,
+        answer_counts: Tensor | None = None,
         estimate: Estimate | None = None,
     ) -> None:
-        """`mask_threshold` is a scalar; `estimate` is None without the density of training."""
-        self.spec, self.client, self.tables = spec, client, tables
-        self.mask_threshold, self.model_id, self.estimate = mask_threshold, model_id, estimate
-        self.stream_spec = spec.stream_spec(model_id)
+        """`mask_threshold` is a scalar; `estimate` is None without the density of training.
+
+        `answer_counts` (17, 8) are those of confidence, for a model that sends its answers.
+        """
+        self.spec, self.client, self.tables, self.ids = spec, client, tables, ids
+        self.mask_threshold, self.estimate = mask_threshold, estimate
+        self.stream_spec = spec.stream_spec(ids.stream, answer_counts)
+        self._own_answers = None
+        if spec.sends_answer:
+            self._own_answers = ClientAnswers(spec.tasks, len(spec.classes))
 
     def encode(
         self,
@@ -95,22 +106,34 @@ class ClientCodec:
         """As `encode`, with the sizes and the detector's view of each image."""
         encoded = []
         for seen in self.look(images, tasks, exit_confidence=exit_confidence):
-            data, payload_bytes = write_stream(
-                [seen.image], seen.input_shape, self.tables, self.stream_spec
-            )
+            packed = write_stream([seen.image], seen.input_shape, self.tables, self.stream_spec)
             mask = np.array(seen.image.tasks.mask)
             encoded.append(
                 Encoded(
-                    data,
-                    payload_bytes,
+                    packed.data,
+                    packed.payload_bytes,
                     seen.estimated_bits,
                     seen.probabilities,
                     mask,
-                    seen.image.label is not None,
+                    not seen.image.has_latent,
                     seen.client_class,
+                    self._session_bytes(seen, packed, requests=tasks is not None),
                 )
             )
         return encoded
+
+    def _session_bytes(self, seen: Seen, packed: Packed, *, requests: bool) -> int:
+        """The size of an image's message; of a reply to a request, which holds no task field.
+
+        A model of version 1 has no sessions: it sends files.
+        """
+        spec = self.stream_spec
+        if spec.version == 1:
+            return len(packed.data)
+        if not requests:
+            return packed.session_bytes
+        form = Session(seen.input_shape, requests=True)
+        return write_message(seen.image, form, b"", self.tables, spec).session_bytes
 
     def write_together(self, images: Sequence[Seen]) -> bytes:
         """One stream of images of one shape that `look` has seen.
@@ -138,7 +161,9 @@ class ClientCodec:
         the images beside it or on the machine's cores.
         """
         _check_images(images)
-        asked = self._asked(tasks, len(images), images.device)
+        asked = None
+        if tasks is not None:
+            asked = asked_tasks(self.spec, tasks, len(images)).to(images.device)
         self._check_exit(exit_confidence)
         if images.device.type != "cpu":
             yield from self._look(images, asked, exit_confidence)
@@ -177,7 +202,8 @@ class ClientCodec:
         return {
             "client_parameters": sum(p.numel() for p in self.client.parameters()),
             "client_bytes": sum(weight.nbytes for weight in weights.values())
-            + sum(array.nbytes for array in (counts, tables.offsets, tables.lengths)),
+            + sum(array.nbytes for array in (counts, tables.offsets, tables.lengths))
+            + _INT32_BYTES * sum(map(len, self.stream_spec.confidence)),
             "client_macs": macs.client,
             "detector_macs": macs.detector,
         }
@@ -197,7 +223,7 @@ class ClientCodec:
             if rest:
                 some, wanted, theirs = view, asked, detected
                 if len(rest) < len(images):
-                    some = View(view.stem[rest], view.detected[rest], view.logits[rest])
+                    some = _rows_of(view, rest)
                     wanted = None if asked is None else asked[rest]
                     theirs = detected[rest]
                 coded = dict(zip(rest, self._code(some, theirs, wanted), strict=True))
@@ -235,15 +261,15 @@ class ClientCodec:
             owners = [k for k, task in enumerate(self.spec.tasks) if index in task.classes]
             task = max(owners, key=lambda k: float(detected[row, k]))
             mask = tuple(k == task for k in range(len(self.spec.tasks)))
-            levels = (quantise_log2(sure),) if self.spec.model.send_probabilities else None
+            label = self.spec.tasks[task].classes.index(index)
+            confidence, said = None, sure
+            if self._own_answers is not None:
+                own = self._own_answers(class_logits[[row]].cpu(), torch.tensor([task]))
+                confidence, said = int(own.level), float(detected[row, task])
+            levels = (quantise_log2(said),) if self.spec.model.send_probabilities else None
             nothing = np.zeros(self.stream_spec.latent_shape(input_shape), np.int32)
-            found.append(
-                CodedImage(
-                    TaskField(mask, task, levels),
-                    nothing,
-                    self.spec.tasks[task].classes.index(index),
-                )
-            )
+            field = TaskField(mask, task, levels)
+            found.append(CodedImage(field, nothing, label, confidence, has_latent=False))
         return found
 
     def _code(
@@ -262,37 +288,19 @@ class ClientCodec:
         sends = self.spec.model.send_probabilities and asked is None
         maps = to_symbols(latent.float().cpu().numpy())
         masks, probabilities = mask.cpu().numpy(), detected.cpu().numpy()
+        said = [(None, None)] * len(detected)
+        if self._own_answers is not None and asked is None:
+            assert view.class_logits is not None
+            own = self._own_answers(view.class_logits.cpu(), primary.cpu())
+            said = [
+                (label, level) if label >= 0 else (None, None)
+                for label, level in zip(own.label.tolist(), own.level.tolist(), strict=True)
+            ]
         for i, first in enumerate(primary.tolist()):
             active = masks[i]
             levels = tuple(quantise_log2(float(p)) for p in probabilities[i][active])
             field = TaskField(tuple(active.tolist()), first, levels if sends else None)
-            yield CodedImage(field, maps[i]), bits[i]
-
-    def _asked(
-        self, tasks: str | Sequence[str] | Tensor | None, count: int, device: torch.device
-    ) -> Tensor | None:
-        if tasks is None:
-            return None
-        names = self.spec.task_names
-        if isinstance(tasks, Tensor):
-            allowed = ((count, len(names)), (1, len(names)))
-            if tasks.dtype != torch.bool or tuple(tasks.shape) not in allowed:
-                raise ModelError(
-                    f"tasks are {tasks.dtype} {tuple(tasks.shape)}; allowed for {count} images: "
-                    f"bool {allowed[0]}, or {allowed[1]} for all of them; or names of tasks"
-                )
-            empty = (~tasks.any(dim=1)).nonzero()
-            if len(empty):
-                raise ModelError(f"image {int(empty[0])} is asked about no task; name at least one")
-            return tasks.to(device).expand(count, -1)
-        wanted = [tasks] if isinstance(tasks, str) else _listed(tasks)
-        unknown = [name for name in wanted if name not in names]
-        if unknown or not wanted:
-            raise ModelError(
-                f"tasks {unknown or 'none'} asked for; this model has {', '.join(names)}"
-            )
-        mask = torch.tensor([name in wanted for name in names], device=device)
-        return mask.expand(count, -1)
+            yield CodedImage(field, maps[i], *said[i]), bits[i]
 
     def _check_exit(self, confidence: float | None) -> None:
         if confidence is None:
@@ -306,6 +314,16 @@ class ClientCodec:
             raise ModelError(f"exit_confidence is {confidence!r}: give a probability, 0 to 1")
 
 
+def _rows_of(view: View, rows: list[int]) -> View:
+    classes = view.class_logits
+    return View(
+        view.stem[rows],
+        view.detected[rows],
+        view.logits[rows],
+        None if classes is None else classes[rows],
+    )
+
+
 def _check_images(images: Tensor) -> None:
     if not isinstance(images, Tensor):
         raise ModelError(
@@ -316,6 +334,30 @@ def _check_images(images: Tensor) -> None:
         raise ModelError(
             f"images are {images.dtype} {tuple(images.shape)}; allowed: uint8 (B, 3, H, W)"
         )
+
+
+def asked_tasks(spec: ModelSpec, tasks: str | Sequence[str] | Tensor, count: int) -> Tensor:
+    """Tasks that are asked for of `count` images, as names or a tensor, as bool (count, K).
+
+    Raises ModelError for what this model cannot be asked.
+    """
+    names = spec.task_names
+    if isinstance(tasks, Tensor):
+        allowed = ((count, len(names)), (1, len(names)))
+        if tasks.dtype != torch.bool or tuple(tasks.shape) not in allowed:
+            raise ModelError(
+                f"tasks are {tasks.dtype} {tuple(tasks.shape)}; allowed for {count} images: "
+                f"bool {allowed[0]}, or {allowed[1]} for all of them; or names of tasks"
+            )
+        empty = (~tasks.any(dim=1)).nonzero()
+        if len(empty):
+            raise ModelError(f"image {int(empty[0])} is asked about no task; name at least one")
+        return tasks.expand(count, -1)
+    wanted = [tasks] if isinstance(tasks, str) else _listed(tasks)
+    unknown = [name for name in wanted if name not in names]
+    if unknown or not wanted:
+        raise ModelError(f"tasks {unknown or 'none'} asked for; this model has {', '.join(names)}")
+    return torch.tensor([[name in wanted for name in names]]).expand(count, -1)
 
 
 def _listed(tasks: Sequence[str]) -> list[str]:

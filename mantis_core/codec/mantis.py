@@ -16,9 +16,10 @@ from mantis_core.bitstream.coder import TableSet
 from mantis_core.codec.answer import Answer, Encoded
 from mantis_core.codec.client_codec import ClientCodec, Estimate
 from mantis_core.codec.mask import primary_task, select_mask
+from mantis_core.codec.own_answer import ClientAnswers, Fusion, even_counts
 from mantis_core.codec.packed_weights import round_weights
 from mantis_core.codec.server_codec import ServerCodec, decided, new_joint, new_server
-from mantis_core.codec.spec import ModelSpec
+from mantis_core.codec.spec import Ids, ModelSpec
 from mantis_core.codec.tables import table_set, update_tables
 from mantis_core.networks.bottleneck import Bottleneck
 from mantis_core.networks.client import Client, View
@@ -54,11 +55,13 @@ class Mantis(nn.Module):
               └───────────── encoder ─────────┴─▶ latent ─ round ─ coder(table[mask]) ─▶ bits
     bits ─ coder ─▶ latent ─ decoder ─ trunk ─ decoder_k ─ tail_k, k in mask ─▶ joint decision
 
+    With `model.send_answer` the detector's own label goes along, and `fusion` decides with it.
     `forward` is the same way without the coder, for training. A finished model encodes by its
     `client_codec` and decodes by its `server_codec`; each of these can be loaded alone.
     """
 
     mask_threshold: Tensor
+    answer_counts: Tensor
 
     def __init__(self, spec: ModelSpec, *, trunk: nn.Module | None = None) -> None:
         """Takes the teacher's blocks behind its split as `trunk`; None builds them untrained."""
@@ -76,7 +79,13 @@ class Mantis(nn.Module):
         self.server = new_server(spec, trunk)
         self.joint = new_joint(spec)
         self.register_buffer("mask_threshold", torch.tensor(0.5))
+        self.fusion: Fusion | None = None
+        if spec.sends_answer:
+            self.own_answers = ClientAnswers(spec.tasks, len(spec.classes))
+            self.fusion = Fusion()
+            self.register_buffer("answer_counts", even_counts())
         self._model_id: bytes | None = None
+        self._stream_id: bytes | None = None
         self._tables: TableSet | None = None
         self.register_load_state_dict_post_hook(_forget)  # type: ignore[no-untyped-call]
 
@@ -87,13 +96,15 @@ class Mantis(nn.Module):
         mask: Tensor | None = None,
         *,
         view: View | None = None,
+        heard: Tensor | None = None,
     ) -> MantisOutput:
         """Normalised images (B, 3, H, W) through the whole codec, its latent not coded.
 
         `condition` (B, K) float are the task probabilities that the encoder reads, `mask` (B, K)
         bool the tasks that the stream would carry. None takes both as the detector says, without a
         gradient to it. `view` is `client(images)`, for a caller that has looked already: stem and
-        detector then do not run again.
+        detector then do not run again. `heard` (B,) bool are the images whose own answer by the
+        client counts; None is all of them.
         """
         if view is None:
             view = self.client(images)
@@ -103,8 +114,15 @@ class Mantis(nn.Module):
         if mask is None:
             mask = self.select_mask(detected)
         latent = self.client.encode(view, condition)
-        received = self.bottleneck(latent, mask, primary_task(detected, mask))
+        primary = primary_task(detected, mask)
+        received = self.bottleneck(latent, mask, primary)
         tasks = self.server(received.y_hat, (images.shape[2], images.shape[3]))
+        if self.fusion is not None:
+            assert view.class_logits is not None
+            answer = self.own_answers(view.class_logits.detach(), primary)
+            if heard is not None:
+                answer = answer._replace(label=answer.label.masked_fill(~heard, -1))
+            tasks = self.fusion.stacked(tasks, self.server.layout, primary, answer)
         joint = decision = None
         if self.joint is not None:
             log_p = logsigmoid(view.logits.float())
@@ -121,7 +139,15 @@ class Mantis(nn.Module):
 
     def server_codec(self) -> ServerCodec:
         """The server half of this model, sharing its weights; RuntimeError before `finish`."""
-        return ServerCodec(self.spec, self.server, self.joint, self.tables(), self.model_id())
+        return ServerCodec(
+            self.spec,
+            self.server,
+            self.joint,
+            self.tables(),
+            self.ids(),
+            fusion=self.fusion,
+            answer_counts=self._answer_counts(),
+        )
 
     def encode(
         self,
@@ -160,10 +186,16 @@ class Mantis(nn.Module):
         return self._tables
 
     def model_id(self) -> bytes:
-        """The 4 bytes that a stream names its model by, see ModelSpec.model_id."""
+        """The 4 bytes that name all of this model, see ModelSpec.model_id."""
         if self._model_id is None:
             self._model_id = self.spec.model_id(self.state_dict())
         return self._model_id
+
+    def ids(self) -> Ids:
+        """What the model's streams and the model itself are named by."""
+        if self._stream_id is None:
+            self._stream_id = self.spec.stream_id(self.state_dict())
+        return Ids(self._stream_id, self.model_id())
 
     def finish(self) -> None:
         """Makes the integer tables, and rounds the client's weights to float16; training is over.
@@ -173,12 +205,12 @@ class Mantis(nn.Module):
         update_tables(self.bottleneck)
         round_weights(self.client)
         self.eval()
-        self._model_id = self._tables = None
+        _forget(self, None)
 
     def train(self, mode: bool = True) -> Self:
         """Switches the mode, and forgets the id: in training the weights change."""
         if mode:
-            self._model_id = None
+            self._model_id = self._stream_id = None
         super().train(mode)
         return self
 
@@ -201,6 +233,7 @@ class Mantis(nn.Module):
         """Facts for people and for the registry: tasks, sizes, multiply-adds, id."""
         return {
             "model_id": self.model_id().hex(),
+            "stream_id": self.ids().stream.hex(),
             "tasks": {task.name: list(task.labels) for task in self.spec.tasks},
             "classes": len(self.spec.classes),
             "image_size": list(self.spec.image_size),
@@ -214,9 +247,13 @@ class Mantis(nn.Module):
             self.client,
             self.tables(),
             self.mask_threshold,
-            self.model_id(),
+            self.ids(),
+            answer_counts=self._answer_counts(),
             estimate=estimate,
         )
+
+    def _answer_counts(self) -> Tensor | None:
+        return None if self.fusion is None else self.answer_counts
 
     def _estimate(self, latent: Tensor, mask: Tensor, primary: Tensor) -> Tensor:
         with still(self.bottleneck):
@@ -224,4 +261,4 @@ class Mantis(nn.Module):
 
 
 def _forget(model: Mantis, _: object) -> None:
-    model._model_id = model._tables = None
+    model._model_id = model._stream_id = model._tables = None

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from mantis_core.bitstream.coder import TableSet
 from mantis_core.bitstream.task_field import TaskField, dequantise_level
-from mantis_core.bitstream.wire import CodedImage, read_stream
+from mantis_core.bitstream.wire import CodedImage, Unpacked, read_stream
 from mantis_core.codec.answer import Answer
-from mantis_core.codec.spec import ModelSpec
+from mantis_core.codec.own_answer import ClientAnswer, Fusion
+from mantis_core.codec.spec import Ids, ModelSpec
 from mantis_core.errors import ModelError
 from mantis_core.networks.client import latent_size
 from mantis_core.networks.inference import still
@@ -36,11 +37,15 @@ class ServerCodec:
         server: Server,
         joint: JointDecision | None,
         tables: TableSet,
-        model_id: bytes,
+        ids: Ids,
+        *,
+        fusion: Fusion | None = None,
+        answer_counts: Tensor | None = None,
     ) -> None:
+        """The last two are there for a model whose client sends its answers."""
         self.spec, self.server, self.joint, self.tables = spec, server, joint, tables
-        self.model_id = model_id
-        self.stream_spec = spec.stream_spec(model_id)
+        self.ids, self.fusion = ids, fusion
+        self.stream_spec = spec.stream_spec(ids.stream, answer_counts)
 
     @torch.no_grad()
     def decode(self, streams: Iterable[bytes]) -> list[Answer]:
@@ -54,17 +59,21 @@ class ServerCodec:
         bytelike = bytes | bytearray | memoryview
         if wrong := {type(data).__name__ for data in streams if not isinstance(data, bytelike)}:
             raise ModelError(f"streams are {', '.join(sorted(wrong))}; allowed: a list of bytes")
+        return self.answer(read_stream(data, self.tables, self.stream_spec) for data in streams)
+
+    @torch.no_grad()
+    def answer(self, streams: Iterable[Unpacked]) -> list[Answer]:
+        """What was read of streams or messages to one answer per image, in order."""
         images: list[CodedImage] = []
         shapes: list[tuple[int, int]] = []
         sizes: list[tuple[float, float]] = []
-        for data in streams:
-            stream = read_stream(data, self.tables, self.stream_spec)
+        for stream in streams:
             count = len(stream.images)
-            wire_bytes = len(data) if count == 1 else len(data) / count
+            wire_bytes = stream.wire_bytes if count == 1 else stream.wire_bytes / count
             images += stream.images
             shapes += [stream.input_shape] * count
             sizes += [(wire_bytes, stream.payload_bytes / count)] * count
-        found = {i: self._read_answer(im) for i, im in enumerate(images) if im.label is not None}
+        found = {i: self._read_answer(im) for i, im in enumerate(images) if not im.has_latent}
         for shape in sorted(set(shapes)):
             rows = [i for i, own in enumerate(shapes) if own == shape and i not in found]
             if rows:
@@ -72,7 +81,14 @@ class ServerCodec:
                 found |= zip(rows, group, strict=True)
         answers = []
         for i, (wire_bytes, payload_bytes) in enumerate(sizes):
-            answers.append(Answer(**found[i], wire_bytes=wire_bytes, payload_bytes=payload_bytes))
+            answers.append(
+                Answer(
+                    **found[i],
+                    wire_bytes=wire_bytes,
+                    payload_bytes=payload_bytes,
+                    model_id=self.ids.model.hex(),
+                )
+            )
         return answers
 
     def describe(self) -> dict[str, Any]:
@@ -83,11 +99,15 @@ class ServerCodec:
         """The answer that the client has sent; nothing is decoded."""
         assert image.label is not None
         task, label = self.spec.tasks[image.tasks.primary], image.label
-        sure = math.exp(_log_probabilities(image.tasks)[image.tasks.primary])
+        about = math.exp(_log_probabilities(image.tasks)[image.tasks.primary])
+        sure = about
+        if image.confidence is not None:
+            assert self.fusion is not None
+            sure = float(self.fusion.accuracy[image.confidence])
         index = task.classes[label]
         return {
             "tasks": (task.name,),
-            "task_probability": {task.name: sure},
+            "task_probability": {task.name: about},
             "labels": {task.name: label},
             "label_names": {task.name: task.labels[label]} if task.labels else {},
             "label_probability": {task.name: sure},
@@ -114,6 +134,8 @@ class ServerCodec:
             for k, task in enumerate(self.spec.tasks):
                 rows = np.flatnonzero(mask[:, k])
                 own = self._task_output(k, rows, split, last, shape)
+                if self.fusion is not None and task.is_classification and len(rows):
+                    own = self.fusion(own, _answers_to(k, [images[row] for row in rows], device))
                 places = torch.from_numpy(rows).to(device)
                 outputs[task.name] = _at_rows(own, places, len(images))
                 answers[task.name] = dict(zip(rows.tolist(), _said(task, own), strict=True))
@@ -197,6 +219,18 @@ def _at_rows(own: Tensor, rows: Tensor, count: int) -> Tensor:
     if len(own) == count:
         return own
     return own.new_full((count, *own.shape[1:]), -math.inf).index_copy(0, rows, own)
+
+
+def _answers_to(k: int, images: Sequence[CodedImage], device: torch.device) -> ClientAnswer:
+    """The client's answers of images to their primary task, where that is task `k`."""
+    said = [
+        (image.label, image.confidence)
+        if image.confidence is not None and image.tasks.primary == k
+        else (-1, -1)
+        for image in images
+    ]
+    label, level = torch.tensor(said, device=device).T
+    return ClientAnswer(label, level)
 
 
 def _said(task: TaskSpec, own: Tensor) -> list[Any]:

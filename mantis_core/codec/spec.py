@@ -6,12 +6,12 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from mantis_core.bitstream.container import MAX_IMAGES, StreamSpec
+from mantis_core.bitstream.container import MAX_IMAGES, VERSIONS, StreamSpec
 from mantis_core.config import ModelConfig
 from mantis_core.tasks import Problem, TaskSpec, class_members
 
@@ -22,11 +22,23 @@ _MAX_AREA_RATIO = 16
 """Encoder and decoder refuse an input of more than this many times the model's own pixels."""
 
 
+class Ids(NamedTuple):
+    """The 4 bytes that streams carry, and those that name the whole model with its server."""
+
+    stream: bytes
+    model: bytes
+
+
+DECIDES_A_STREAM = ("client.", "bottleneck.table_", "answer_counts")
+"""What the names of the tensors begin with that a stream depends on."""
+
+
 class ModelSpec(BaseModel):
     """All it takes to build a model's modules and to read its answers: a checkpoint's config.
 
     The shapes are those of the teacher's features, at its split and of its last block;
-    `split_signed` and `last_signed` say whether these have negative values.
+    `split_signed` and `last_signed` say whether these have negative values. `stream_version` is the
+    format of the model's streams: 1 for folders of before there was another.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -44,6 +56,7 @@ class ModelSpec(BaseModel):
     last_shape: tuple[int, int, int]
     split_signed: bool = False
     last_signed: bool = False
+    stream_version: int = 1
 
     @property
     def task_names(self) -> tuple[str, ...]:
@@ -53,11 +66,20 @@ class ModelSpec(BaseModel):
         """The classes of each task, bool (K, classes); None where an image may have several."""
         return class_members(self.tasks, len(self.classes)) if self.single_class else None
 
-    def stream_spec(self, model_id: bytes) -> StreamSpec:
-        """What a stream of a model with this spec and this id must look like."""
+    @property
+    def sends_answer(self) -> bool:
+        """Whether the client sends its own answer beside the latent."""
+        own = self.model
+        return own.send_answer and own.detector.classes and not (own.wide_encoder or own.per_task)
+
+    def stream_spec(self, stream_id: bytes, confidence: Tensor | None = None) -> StreamSpec:
+        """What a stream of a model with this spec and this id must look like.
+
+        `confidence` (17, 8) are the counts of the levels of confidence, where answers are sent.
+        """
         own = math.prod(self.image_size)
         return StreamSpec(
-            model_id=model_id,
+            model_id=stream_id,
             num_tasks=len(self.tasks),
             input_shape=self.image_size,
             latent_channels=self.model.encoder.latent_channels,
@@ -65,6 +87,10 @@ class ModelSpec(BaseModel):
             labels=self.answerable(),
             max_pixels=_MAX_AREA_RATIO * own,
             max_total_pixels=MAX_IMAGES * own,
+            version=self.stream_version,
+            confidence=()
+            if confidence is None
+            else tuple(tuple(row) for row in confidence.tolist()),
         )
 
     def answerable(self) -> tuple[int, ...]:
@@ -84,7 +110,21 @@ class ModelSpec(BaseModel):
         server: models that differ in their decoders alone have different ids. Other fields of the
         config do not change the id.
         """
-        facts = {
+        return self._id(state)
+
+    def stream_id(self, state: Mapping[str, Tensor]) -> bytes:
+        """The id that streams carry: in version 1 the model's.
+
+        From version 2 on it covers the client's weights and the coding tables alone, with the same
+        facts. A server may then be trained anew, and still read the streams of clients that are at
+        work.
+        """
+        if self.stream_version == 1:
+            return self.model_id(state)
+        return self._id({name: t for name, t in state.items() if name.startswith(DECIDES_A_STREAM)})
+
+    def _id(self, state: Mapping[str, Tensor]) -> bytes:
+        facts: dict[str, object] = {
             "tasks": [[t.name, t.kind, t.num_classes, list(t.classes)] for t in self.tasks],
             "image_size": self.image_size,
             "short_side": self.short_side,
@@ -92,6 +132,8 @@ class ModelSpec(BaseModel):
             "send_probabilities": self.model.send_probabilities,
             "stride": self.model.encoder.stride,
         }
+        if self.stream_version > 1:
+            facts |= {"version": self.stream_version, "send_answer": self.sends_answer}
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
         for name, tensor in sorted(state.items()):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
@@ -117,4 +159,5 @@ def model_spec(model: ModelConfig, teacher: Teacher, problem: Problem) -> ModelS
         last_shape=last_shape,
         split_signed=split_signed,
         last_signed=last_signed,
+        stream_version=VERSIONS[-1],
     )

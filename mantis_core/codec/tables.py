@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from mantis_core.bitstream.coder import TOTAL, TableSet
+from mantis_core.bitstream.packed_tables import integer_counts
 from mantis_core.networks.bottleneck import Bottleneck
 
 # A table ends where less than this is left on a side, and at +-_WIDEST: the escape takes over.
@@ -35,7 +36,7 @@ def update_tables(bottleneck: Bottleneck) -> None:
         own = _cumulative(bottleneck, edges, slice(channel, channel + 1))
         mass = np.diff(own.reshape(-1, length))
         outside = [max(0.0, 1 - one.sum()) for one in mass]
-        counts = _integer_counts(np.column_stack([mass, outside]))
+        counts = integer_counts(np.column_stack([mass, outside]))
         cdf[:, channel, :, 0] = 0
         cdf[:, channel, :, 1 : length + 1] = counts.cumsum(1).reshape(*tables[::2], length)
     made = (cdf.reshape(len(cdf), -1, cdf.shape[3]), first - _WIDEST, lengths)
@@ -79,25 +80,3 @@ def _ranges(bottleneck: Bottleneck) -> tuple[NDArray[np.int64], NDArray[np.int64
     first = (at_most[0] - 1).clip(max=2 * _WIDEST).min((0, 2))
     last = (at_most[1] - 1).clip(min=0).max((0, 2))
     return first, last
-
-
-def _integer_counts(mass: NDArray[np.float64]) -> NDArray[np.int64]:
-    """Counts of at least 1, for each table of mass (N, L) in the same proportions.
-
-    The counts of a table sum to TOTAL, by largest remainders. Entries too rare for a count get 1,
-    the others share what is left.
-    """
-    rare = np.zeros(mass.shape, bool)
-    while True:
-        common = [one[~skipped].sum() for one, skipped in zip(mass, rare, strict=True)]
-        share = mass * ((TOTAL - rare.sum(1)) / common)[:, None]
-        newly_rare = ~rare & (share < 1)
-        if not newly_rare.any():
-            break
-        rare |= newly_rare
-    counts = np.where(rare, 1, np.floor(share)).astype(np.int64)
-    remainders = np.where(rare, -1.0, share - np.floor(share))
-    largest = np.argsort(-remainders, axis=1, kind="stable")
-    rank = np.argsort(largest, axis=1)
-    counts += rank < TOTAL - counts.sum(1, keepdims=True)
-    return counts

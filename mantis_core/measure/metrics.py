@@ -42,6 +42,7 @@ class ImageRecords:
     probabilities: Array | None = None
     wire_bytes: Array | None = None
     payload_bytes: Array | None = None
+    session_bytes: Array | None = None
     estimated_bits: Array | None = None
     answered: Array | None = None
     client_class: Array | None = None
@@ -210,6 +211,8 @@ def _sizes(records: ImageRecords, pixels: int) -> dict[str, float]:
         "val/wire_bytes": float(records.wire_bytes.mean()),
         "val/payload_bytes": float(records.payload_bytes.mean()),
     }
+    if records.session_bytes is not None:
+        out["val/session_bytes"] = float(records.session_bytes.mean())
     out["val/bpp"] = out["val/wire_bytes"] * 8 / pixels
     out["val/payload_bpp"] = out["val/payload_bytes"] * 8 / pixels
     if records.estimated_bits is not None:

@@ -26,6 +26,7 @@ from mantis_core.symbols import CONTEXTS, MAX_SYMBOL, MOST, REACH, Prior, first_
 _LIKELIHOOD_BOUND = 1e-9
 # CompressAI starts densities at scale 10; latents start below 1, and short trainings pay for it.
 _START_SCALE = 3.0
+_JITTER = 0.2  # each way
 _TABLES = ("table_cdf", "table_offsets", "table_lengths")
 
 
@@ -50,7 +51,9 @@ class Bottleneck(nn.Module):
     `prior` says which row an image uses: `shared` the only one; `primary` that of its most probable
     task; `per_task` the mean of its active tasks' likelihoods. `quantizer` says what decoders are
     trained on: `ste` the rounded latent, its gradient passed through; `noise` the same noisy latent
-    as the rate; with `rounded` the rate too is of the rounded latent.
+    as the rate; with `rounded` the rate too is of the rounded latent; with `jitter` the latent is
+    moved by up to 0.2 before it is rounded, the rate is of the noisy one. A symbol near its
+    threshold then flips from step to step, and training moves it away.
 
     With `neighbour_contexts` a symbol's density is its channel's, shifted and stretched by the
     context that its neighbours give, in training as in the tables:
@@ -102,7 +105,10 @@ class Bottleneck(nn.Module):
         with without_autocast(latent):
             y = latent.float()
             if self.training:
-                rounded = y + (y.round() - y).detach()
+                near = y
+                if self.quantizer == "jitter":
+                    near = y + (2 * _JITTER) * (torch.rand_like(y) - 0.5)
+                rounded = y + (near.round() - y).detach()
                 noisy = rounded if self.quantizer == "rounded" else y + torch.rand_like(y) - 0.5
                 y_hat = noisy if self.quantizer == "noise" else rounded
             else:

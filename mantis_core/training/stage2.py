@@ -13,12 +13,15 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from mantis_core.bitstream.task_field import MAX_LEVEL
 from mantis_core.codec.checkpoint import save_model
 from mantis_core.codec.mantis import Mantis, MantisOutput
 from mantis_core.codec.mask import coverage_threshold
+from mantis_core.codec.own_answer import ClientAnswer, Fusion, confidence_counts
 from mantis_core.codec.spec import model_spec
 from mantis_core.config import ModelConfig, Stage2Config
 from mantis_core.errors import ModelError
+from mantis_core.networks.client import View
 from mantis_core.networks.cost import with_wide_encoder
 from mantis_core.networks.inference import still
 from mantis_core.networks.preprocessing import normalise
@@ -40,6 +43,7 @@ logger = logging.getLogger(__name__)
 
 _FROM_STAGE1 = ("client.stem.", "client.encoder.", "server.decoder.")
 _DETECTOR = "client.detector."
+_FACTS = 4  # of an image, beside its outputs: see `_answers_and_outputs`
 
 
 def stage2_recipe(
@@ -220,7 +224,10 @@ class Stage2Recipe(Recipe):
             view = student.client(images)
             detected = torch.sigmoid(view.logits.float()).detach()
             condition, mask, loss_mask = self._condition(detected, batch, progress)
-            output: MantisOutput = student(images, condition, mask, view=view)
+            heard = None
+            if student.fusion is not None and self.training:
+                heard = torch.rand(len(batch), device=images.device) >= self.config.answer_dropout
+            output: MantisOutput = student(images, condition, mask, view=view, heard=heard)
         computed = {name: value for name, value in output._asdict().items() if value is not None}
         student_io["outputs"] = {**computed, "loss_mask": loss_mask}
         rate = rate_weight(self.config, progress, training=self.training) * output.bits.mean()
@@ -229,15 +236,22 @@ class Stage2Recipe(Recipe):
         return Measured((objective,), {**sums, "bits": output.bits.detach().sum()})
 
     def calibrate(self, student: nn.Module, holdout: Iterable[Batch], gather: Gather) -> None:
-        """Sets the mask threshold at which `model.coverage` of the true tasks are kept."""
+        """Sets the mask threshold at which `model.coverage` of the true tasks are kept.
+
+        Of a client that sends its answers also what the server makes of them, and their tables.
+        """
         assert isinstance(student, Mantis)
         nobody = student.mask_threshold.new_zeros(0, len(student.spec.tasks))
         found, truth = [nobody], [nobody.bool()]  # a worker may have no rows
+        answers = [nobody.new_zeros(0, student.server.layout.width + _FACTS)]
         with torch.no_grad(), still(student):
             for batch in holdout:
-                view = student.client(normalise(batch.image))
+                own, images = self._own(batch), normalise(batch.image)
+                view = student.client(images)
                 found.append(torch.sigmoid(view.logits.float()))
-                truth.append(self._own(batch).task_mask)
+                truth.append(own.task_mask)
+                if student.fusion is not None:
+                    answers.append(_answers_and_outputs(student, images, view, own))
         limit = student.spec.model.max_active_tasks
         threshold = coverage_threshold(
             gather(torch.cat(found)),
@@ -246,6 +260,8 @@ class Stage2Recipe(Recipe):
             limit=limit,
         )
         student.mask_threshold.fill_(threshold)
+        if student.fusion is not None:
+            _calibrate_answers(student, student.fusion, gather(torch.cat(answers)).cpu())
 
     def save(
         self, student: nn.Module, folder: str | Path, kind: str, meta: Mapping[str, Any]
@@ -292,6 +308,36 @@ class Stage2Recipe(Recipe):
 def _knows(teacher: Teacher, task: TaskSpec) -> bool:
     """Whether the teacher has logits of a task's labels."""
     return task.is_classification if teacher.flat_classes else task.name in teacher.heads
+
+
+def _answers_and_outputs(student: Mantis, images: Tensor, view: View, batch: Batch) -> Tensor:
+    """What `_calibrate_answers` reads of normalised images, (B, W + _FACTS), with `layout.width` W.
+
+    The server's log P of the primary task by itself; then the client's label, the level of its
+    confidence, the right place among the outputs, the level of the task's probability.
+    """
+    layout, count = student.server.layout, len(images)
+    nobody = torch.zeros(count, dtype=torch.bool, device=images.device)
+    output = student(images, view=view, heard=nobody)
+    assert view.class_logits is not None
+    best = torch.sigmoid(view.logits.float()).max(dim=1)
+    answer = student.own_answers(view.class_logits, best.indices)
+    row = (layout.columns == best.indices[:, None]).int().argmax(dim=1)
+    place = torch.arange(count, device=row.device)
+    truth = layout.own(batch.labels)[place, row]
+    truth = torch.where(truth < 0, layout.not_mine[row], truth)
+    task_level = (-2 * best.values.log2()).round().clamp(0, MAX_LEVEL)
+    facts = torch.stack([answer.label, answer.level, truth, task_level.long()], dim=1)
+    return torch.cat([output.tasks.log_p[place, row].float(), facts.float()], dim=1)
+
+
+def _calibrate_answers(student: Mantis, fusion: Fusion, known: Tensor) -> None:
+    """Fits fusion and tables of the client's answers to rows (N, W + _FACTS) of all workers."""
+    log_p, facts = known[:, :-_FACTS], known[:, -_FACTS:].long()
+    heard = facts[:, 0] >= 0
+    label, level, truth, task_level = facts[heard].T
+    fusion.calibrate(log_p[heard], ClientAnswer(label, level), truth)
+    student.answer_counts.copy_(confidence_counts(task_level.numpy(), level.numpy()))
 
 
 def _most_active(codec: Mantis) -> int:

@@ -25,10 +25,10 @@ ADDED: dict[str, dict[str, Any]] = {
         "stored_format": "webp",
         "val_fraction": None,
     },
-    "model": {"wide_encoder": False},
+    "model": {"wide_encoder": False, "send_answer": False},
     "model.encoder": {"start": "stem"},
     "stage1": {"quantizer": None},
-    "stage2": {"quantizer": None, "freeze_stem": True},
+    "stage2": {"quantizer": None, "freeze_stem": True, "answer_dropout": 0.2},
     "codec_teacher": {"scales": [1.0]},
 }
 """Fields that recipes did not hold yet, with their default. Another value has no old recipe."""

@@ -15,7 +15,7 @@ from pipelines.chain.earlier import recipes_before
 from pipelines.chain.keys import config_slice, digest, plan_key, slim_slice
 from pipelines.chain.source_hash import source_hash
 from pipelines.evaluation.arms import Arm, plan_arms
-from pipelines.settings.arms import ARM_KINDS, trained_kinds
+from pipelines.settings.arms import ANSWERING, ARM_KINDS, trained_kinds
 from pipelines.settings.errors import SettingsError
 from pipelines.settings.sections import Settings
 from pipelines.stages.order import STAGES
@@ -162,6 +162,13 @@ def _check_arms(settings: Settings, table: TaskTable) -> None:
             raise SettingsError(
                 f"evaluate.baselines: `{name}` measures the codec of `{whose}`, which is not "
                 f"listed. Add `{whose}`, or leave `{name}` out."
+            )
+    for name in settings.evaluate.baselines:
+        if set(ANSWERING) & set(ARM_KINDS[name].overrides) and not settings.model.detector.classes:
+            raise SettingsError(
+                f"evaluate.baselines: `{name}` sends the class that the detector names, and this "
+                "one names tasks. Set model.detector.classes=true (with the loss ClassDetection), "
+                f"or leave `{name}` out."
             )
     masks = [task.name for task in table.tasks if task.kind == "segmentation"]
     for name in settings.evaluate.baselines:

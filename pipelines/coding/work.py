@@ -125,7 +125,7 @@ def predict_each(
 def is_stream_of(codec: ClientCodec, path: Path) -> bool:
     """Returns whether a file is a whole stream that this model has made."""
     try:
-        found: bool = peek(path.read_bytes())["model_id"] == codec.model_id.hex()
+        found: bool = peek(path.read_bytes())["stream_id"] == codec.ids.stream.hex()
     except (OSError, BitstreamError):
         return False
     return found

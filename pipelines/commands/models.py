@@ -113,7 +113,7 @@ def models(
 ) -> None:
     """List the registered models, newest first.
 
-    Shows the model id that streams carry, the figures, the config and the aliases.
+    Shows the id that streams carry, the figures, the config and the aliases.
 
     With --max-bpp the most accurate model comes first.
 
@@ -202,5 +202,5 @@ def _model_line(entry: dict[str, Any]) -> str:
         values = " ".join(f"{name}={value}" for name, value in entry["overrides"].items())
         config = f"{config}, trial {entry['trial']}: {values}"
     aliases = " ".join(f"@{alias}" for alias in entry["aliases"])
-    model_id = entry["model_id"] or "-"
-    return f"{entry['model']}  {model_id}  {figures}  {config}  {aliases}".rstrip()
+    stream_id = entry["stream_id"] or "-"
+    return f"{entry['model']}  {stream_id}  {figures}  {config}  {aliases}".rstrip()

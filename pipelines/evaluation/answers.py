@@ -155,6 +155,7 @@ def run_codec(
     for index, (sent, answer) in enumerate(zip(encoded, answers, strict=True)):
         rows["wire_bytes"][index] = len(sent.data)
         rows["payload_bytes"][index] = sent.payload_bytes
+        rows["session_bytes"][index] = sent.session_bytes
         rows["estimated_bits"][index] = sent.estimated_bits
         rows["decoded"][index] = sent.mask
         rows["answered"][index] = sent.answered
@@ -187,6 +188,7 @@ def run_student(
     for index, (sent, answer) in enumerate(zip(encoded, answers, strict=True)):
         rows["wire_bytes"][index] = len(sent.data)
         rows["payload_bytes"][index] = sent.payload_bytes
+        rows["session_bytes"][index] = sent.session_bytes
         rows["estimated_bits"][index] = sent.estimated_bits
         rows["answered"][index] = sent.answered
         if exit_confidence is not None:
@@ -206,15 +208,16 @@ def run_local(model: LocalClassifier, images: Tensor, batch: Arrays, problem: Pr
     for index, (answer, probability) in enumerate(
         zip(answers.tolist(), sure.tolist(), strict=True)
     ):
-        data, payload_bytes = answer_stream(answer, probability, classes, size)
-        rows["wire_bytes"][index], rows["payload_bytes"][index] = len(data), payload_bytes
+        sent = answer_stream(answer, probability, classes, size)
+        rows["wire_bytes"][index], rows["payload_bytes"][index] = len(sent.data), sent.payload_bytes
+        rows["session_bytes"][index] = sent.session_bytes
     return _with_labels_of_class(rows, problem.tasks)
 
 
 def run_per_task(codecs: PerTaskCodecs, images: Tensor, batch: Arrays, problem: Problem) -> Arrays:
     """Runs the codec of each true task of an image. Sums the bytes of all of them."""
     rows = _blank(len(images), problem.tasks)
-    for name in ("wire_bytes", "payload_bytes", "estimated_bits"):
+    for name in ("wire_bytes", "payload_bytes", "session_bytes", "estimated_bits"):
         rows[name][:] = 0
     carried = batch["task_mask"]
     rows["decoded"][: len(carried)] = carried
@@ -228,6 +231,7 @@ def run_per_task(codecs: PerTaskCodecs, images: Tensor, batch: Arrays, problem: 
         for index, sent, answer in zip(own, encoded, answers, strict=True):
             rows["wire_bytes"][index] += len(sent.data)
             rows["payload_bytes"][index] += sent.payload_bytes
+            rows["session_bytes"][index] += sent.session_bytes
             rows["estimated_bits"][index] += sent.estimated_bits
             if task.is_classification:
                 rows["predicted"][index, k] = answer.labels[task.name]
@@ -264,7 +268,7 @@ def run_image_codec(
     files, decoded = [data for data, _ in coded], torch.from_numpy(np.stack([x for _, x in coded]))
     rows = run_teacher(model, decoded.permute(0, 3, 1, 2).to(images.device), batch, problem)
     rows["probabilities"][:] = -1.0  # nothing is detected
-    rows["wire_bytes"][:] = [len(data) for data in files]
+    rows["wire_bytes"][:] = rows["session_bytes"][:] = [len(data) for data in files]
     rows["payload_bytes"][:] = [codec.coded_bytes(data) for data in files]
     return rows
 
@@ -321,6 +325,7 @@ def _blank(count: int, tasks: Sequence[TaskSpec]) -> Arrays:
     rows: Arrays = {
         "wire_bytes": np.full(count, -1),
         "payload_bytes": np.full(count, -1.0),
+        "session_bytes": np.full(count, -1),
         "estimated_bits": np.full(count, -1.0),
         "decoded": np.zeros((count, len(tasks)), dtype=bool),
         "answered": np.zeros(count, dtype=bool),

@@ -14,6 +14,7 @@ from pipelines.settings.arms import ARM_KINDS
 
 TABLE = {  # column -> metric, factor, decimals; the headline's column stands before these
     "wire bytes": ("val/wire_bytes", 1, 1),
+    "session bytes": ("val/session_bytes", 1, 1),
     "payload bytes": ("val/payload_bytes", 1, 1),
     "bits / pixel": ("val/bpp", 1, 4),
     "mask exact %": ("val/detection/exact_match", 100, 1),

@@ -13,6 +13,8 @@ TUNED = "_tuned"
 """The suffix of kinds whose teacher was fine-tuned on the images of their image codec."""
 UNCONDITIONED = ("model.conditioning.kind=none", "model.prior=shared")
 """Overrides of a codec to which tasks make no difference before its server."""
+ANSWERING = ("model.send_answer=true",)
+"""Override of a codec whose client sends its own answer beside the latent."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,15 @@ class ArmKind:
     label: str
     look: Look
     measures: Literal[
-        "own", "mantis", "none", "student", "local", "individual", "teacher", "codec_teacher"
+        "own",
+        "mantis",
+        "none",
+        "answer",
+        "student",
+        "local",
+        "individual",
+        "teacher",
+        "codec_teacher",
     ]
     asked_by: Literal["", "baselines", "early_exit", "codecs", "codec_teachers"] = "baselines"
     answers: Literal["codec", "oracle", "student", "local", "per_task", "individual", "teacher"] = (
@@ -114,6 +124,22 @@ ARM_KINDS: dict[str, ArmKind] = {
             asked_by="early_exit",
         ),
         ArmKind(
+            "answer",
+            "MANTiS, client's answer sent",
+            Look("#1D6FD1", "#9CCBFF", "o", hollow=True),
+            measures="own",
+            overrides=ANSWERING,
+            note="Client's answer sent: the label that the detector gives goes along with the "
+            "latent, and the server decides with both.",
+        ),
+        ArmKind(
+            "answer_exit",
+            "MANTiS, client's answer sent, early exit",
+            Look("#1D6FD1", "#9CCBFF", "*", hollow=True),
+            measures="answer",
+            asked_by="early_exit",
+        ),
+        ArmKind(
             "none",
             "no conditioning",
             Look("#D55E00", "#F08A4B", "s"),
@@ -128,6 +154,13 @@ ARM_KINDS: dict[str, ArmKind] = {
             Look("#9C4400", "#FFB27F", "s", hollow=True),
             measures="none",
             asked_by="early_exit",
+        ),
+        ArmKind(
+            "none_answer",
+            "no conditioning, client's answer sent",
+            Look("#E0761B", "#FFC48A", "o", hollow=True),
+            measures="own",
+            overrides=(*UNCONDITIONED, *ANSWERING),
         ),
         ArmKind(
             "none_told",

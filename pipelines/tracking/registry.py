@@ -363,28 +363,25 @@ def _tags(
 
 
 def _client_tags(meta: Mapping[str, Any]) -> dict[str, str]:
-    """Returns tags with the cost of the client and the model id that its streams carry."""
+    """Returns tags with the cost of the client, the model's id and the one its streams carry."""
     tags = {f"mantis.{name}": str(value) for name, value in meta.get("client", {}).items()}
-    return {**tags, "mantis.model_id": meta["model_id"]}
+    stream_id = meta.get("stream_id", meta["model_id"])
+    return {**tags, "mantis.model_id": meta["model_id"], "mantis.stream_id": stream_id}
 
 
 def _summary(version: ModelVersion, aliases: list[str]) -> dict[str, Any]:
     figures = {name: version.tags.get(name) for name in (*FIGURES, "mantis.rate_weight")}
-    top1, bpp, wire_bytes, rate_weight = (
-        None if value is None else float(value) for value in figures.values()
-    )
+    numbers = [None if value is None else float(value) for value in figures.values()]
     return {
         "model": f"models:/{version.name}/{version.version}",
         "name": version.name,
         "version": str(version.version),
         "aliases": aliases,
-        "top1": top1,
-        "bpp": bpp,
-        "wire_bytes": wire_bytes,
-        "rate_weight": rate_weight,
+        **dict(zip(("top1", "bpp", "wire_bytes", "rate_weight"), numbers, strict=True)),
         "client_bytes": _whole_number(version.tags.get("mantis.client_bytes")),
         "client_macs": _whole_number(version.tags.get("mantis.client_macs")),
         "model_id": version.tags.get("mantis.model_id"),
+        "stream_id": version.tags.get("mantis.stream_id", version.tags.get("mantis.model_id")),
         "config": version.tags.get("mantis.config"),
         "trial": _whole_number(version.tags.get("mantis.trial")),
         "overrides": json.loads(version.tags.get("mantis.overrides", "{}")),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,7 @@ def row(kind: str, seed: int, rate: float, top1: float, size: float) -> dict[str
         "top1": top1,
         "wire_bytes": size,
         "payload_bytes": size - 14,
+        "session_bytes": size - 9,
         "classes": 100,
     }
 
@@ -119,7 +121,7 @@ def measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, 
             right = np.arange(400) < 120 + 20 * step
             size = np.full(400, factor * 40 * 2**step)
             own = row(kind, 0, 1.0 + step, float(right.mean()), float(size[0]))
-            write_images(own["point"], size, size - 14.25, right)
+            write_images(own["point"], size, size - 14.25, right, size - 9)
             rows.append(own)
     return rows
 
@@ -128,6 +130,20 @@ def test_each_images_figures_are_read_as_they_were_written(measured: list[dict[s
     by_kind = curves(measured, "payload_bytes")
     assert by_kind["none"][0].sizes[:, 7].tolist() == [65.75, 145.75, 305.75, 625.75]
     assert by_kind["none"][0].hits.mean(axis=1).tolist() == [0.3, 0.35, 0.4, 0.45]
+    in_session = curves(measured, "session_bytes")["none"][0]
+    assert in_session.sizes[:, 7].tolist() == [71, 151, 311, 631]
+
+
+def test_rows_of_before_there_were_sessions_have_no_curve_by_them(
+    measured: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    old = [row for row in measured if row["kind"] == "none"]
+    for each in old:
+        each["session_bytes"] = None
+        path = tmp_path / "images" / f"{each['point']}.csv.gz"
+        path.write_bytes(gzip.compress(b"wire_bytes,payload_bytes,hit\n80,65.75,1\n90,75,0\n"))
+    assert set(curves(measured, "session_bytes")) == {"mantis", "early_exit"}
+    assert curves(measured, "wire_bytes")["none"][0].sizes[0].tolist() == [80, 90]
 
 
 def of_pair(found: list[dict[str, Any]], test: str, anchor: str) -> dict[str, Any]:

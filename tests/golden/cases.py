@@ -8,7 +8,7 @@ the cases that are missing; it never touches one that is there.
 
 import json
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import get_args
 
@@ -17,12 +17,14 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from mantis_core.bitstream.coder import TOTAL, TableSet
-from mantis_core.bitstream.container import StreamSpec
+from mantis_core.bitstream.container import CONFIDENCE_LEVELS, CONFIDENCE_ROWS, StreamSpec
+from mantis_core.bitstream.session import Session, write_hello
 from mantis_core.bitstream.task_field import TaskField
-from mantis_core.bitstream.wire import CodedImage, write_stream
+from mantis_core.bitstream.wire import CodedImage, write_message, write_stream
 from mantis_core.symbols import CONTEXTS, MAX_SYMBOL, Prior
 
 FOLDER = Path(__file__).parent
+SESSIONS = FOLDER / "sessions.json"
 PRIORS: tuple[Prior, ...] = get_args(Prior)
 
 
@@ -41,9 +43,18 @@ def write_case(
         "primaries": np.array([image.tasks.primary for image in images], np.int32),
         # One row an image, -1 behind its own levels; no columns where none are sent.
         "levels": _padded([image.tasks.levels or () for image in images]),
-        # -1 where the client has not answered itself.
+        # The client's label, -1 where it sends none.
         "answers": np.array([-1 if i.label is None else i.label for i in images], np.int32),
     }
+    if spec.version > 1:
+        # A row an image: confidence, or -1; whether there is a latent; the rate level.
+        arrays["sent"] = np.array(
+            [
+                (-1 if i.confidence is None else i.confidence, i.has_latent, i.rate_level)
+                for i in images
+            ],
+            np.int32,
+        )
     save_file(arrays, FOLDER / f"{name}.safetensors", metadata={"known": json.dumps(known)})
     (FOLDER / f"{name}.mts").write_bytes(write_stream(images, shape, tables, spec).data)
 
@@ -55,6 +66,7 @@ def read_case(name: str) -> tuple[bytes, list[CodedImage], tuple[int, int], Tabl
         known = json.loads(file.metadata()["known"])
     shape = tuple(known.pop("shape"))
     known["labels"] = tuple(known.get("labels", ()))
+    known["confidence"] = tuple(tuple(row) for row in known.get("confidence", ()))
     known.pop("summary_channels", None)  # 0, where an earlier version wrote the case
     spec = StreamSpec(
         **known
@@ -65,17 +77,22 @@ def read_case(name: str) -> tuple[bytes, list[CodedImage], tuple[int, int], Tabl
     )
     images = []
     answers = arrays.get("answers", np.full(len(arrays["symbols"]), -1, np.int32))
-    for symbols, mask, primary, levels, answer in zip(
+    sent = [(-1, answer < 0, 0) for answer in answers.tolist()]
+    sent = arrays["sent"].tolist() if "sent" in arrays else sent
+    for symbols, mask, primary, levels, answer, (sure, latent, rate) in zip(
         arrays["symbols"],
         arrays["masks"],
         arrays["primaries"],
         arrays["levels"],
         answers.tolist(),
+        sent,
         strict=True,
     ):
         own = tuple(int(level) for level in levels if level >= 0) if len(levels) else None
         field = TaskField(tuple(map(bool, mask)), int(primary), own)
-        images.append(CodedImage(field, symbols, None if answer < 0 else answer))
+        label = None if answer < 0 else answer
+        sure = None if sure < 0 else sure
+        images.append(CodedImage(field, symbols, label, sure, bool(latent), rate))
     data = (FOLDER / f"{name}.mts").read_bytes()
     prior = PRIORS[int(arrays["prior"][0])]
     tables = TableSet(prior, arrays["cdf"], arrays["offsets"], arrays["lengths"])
@@ -135,7 +152,44 @@ def answered_image(
     task = int(rng.integers(tasks))
     own = (int(rng.integers(16)),) if levels else None
     field = TaskField(tuple(k == task for k in range(tasks)), task, own)
-    return CodedImage(field, np.zeros(shape, np.int32), label=int(rng.integers(labels)))
+    return CodedImage(field, np.zeros(shape, np.int32), int(rng.integers(labels)), has_latent=False)
+
+
+def named_image(
+    spec: StreamSpec, shape: tuple[int, int, int], *, levels: bool, seed: int, answered: bool
+) -> CodedImage:
+    """An image with the client's answer, alone or beside the latent, at some rate of the model.
+
+    Its primary task has labels; one that is `answered` has no other.
+    """
+    rng = np.random.default_rng(seed)
+    first = int(rng.choice(np.flatnonzero(spec.labels)))
+    image = random_image(spec.num_tasks, shape, levels=levels, seed=seed, reach=3)
+    mask = tuple(
+        k == first or (image.tasks.mask[k] and not answered) for k in range(spec.num_tasks)
+    )
+    least = int(rng.integers(0, 8))
+    own = tuple(
+        least if k == first else int(rng.integers(least, 16)) for k, on in enumerate(mask) if on
+    )
+    return CodedImage(
+        TaskField(mask, first, own if levels else None),
+        np.zeros(shape, np.int32) if answered else image.map,
+        int(rng.integers(spec.labels[first])),
+        int(rng.integers(CONFIDENCE_LEVELS)),
+        has_latent=not answered,
+        rate_level=int(rng.integers(spec.rate_levels)),
+    )
+
+
+def sure_counts(seed: int) -> tuple[tuple[int, ...], ...]:
+    """Counts of confidence, made from integers alone."""
+    rng = np.random.default_rng(seed)
+    cuts = [
+        np.sort(rng.choice(np.arange(1, TOTAL), CONFIDENCE_LEVELS - 1, replace=False))
+        for _ in range(CONFIDENCE_ROWS)
+    ]
+    return tuple(tuple(np.diff([0, *row, TOTAL]).tolist()) for row in cuts)
 
 
 def _spec(
@@ -191,7 +245,7 @@ def _write_missing() -> list[str]:
             3,
         ),
     }
-    written = []
+    written = _write_missing_of_version_2()
     for seed, (name, (images, shape, prior, tasks)) in enumerate(cases.items()):
         if name in names():
             continue
@@ -205,6 +259,54 @@ def _write_missing() -> list[str]:
         write_case(name, images, shape, tables, _spec(tasks, own, images[0], answerable))
         written.append(name)
     return written
+
+
+def _write_missing_of_version_2() -> list[str]:
+    """Files with and without the client's answer, and a session's hellos and messages."""
+    latent = (4, 4, 5)
+    spec = StreamSpec(b"gold", 6, (32, 40), 4, 8, (5, 0, 1, 5, 9, 5), version=2)
+    named = replace(spec, rate_levels=5, confidence=sure_counts(60))
+    tables = random_tables("primary", 6, 4, 60, contexts=CONTEXTS)
+    written = []
+    for name, own, images in [
+        ("version_2", spec, [random_image(6, latent, levels=True, seed=61)]),
+        (
+            "version_2_with_answers",
+            named,
+            [
+                named_image(named, latent, levels=True, seed=seed, answered=seed % 2 == 1)
+                for seed in range(62, 66)
+            ],
+        ),
+    ]:
+        if name not in names():
+            write_case(name, images, (32, 40), tables, own)
+            written.append(name)
+    if not SESSIONS.exists():
+        SESSIONS.write_text(json.dumps(_sessions(), indent=1) + "\n")
+        written.append(SESSIONS.name)
+    return written
+
+
+def sessions() -> list[tuple[Session, list[CodedImage], TableSet, StreamSpec]]:
+    """The sessions that are frozen, with what is sent in them."""
+    _, named, _, tables, spec = read_case("version_2_with_answers")
+    _, plain, _, _, without = read_case("version_2")
+    asked = [replace(image, tasks=replace(image.tasks, levels=None)) for image in plain]
+    return [
+        (Session((32, 40), with_levels=True, with_answers=True), named, tables, spec),
+        (Session((32, 40), with_levels=True), plain, tables, without),
+        (Session((32, 40), requests=True), asked, tables, without),
+    ]
+
+
+def _sessions() -> list[dict[str, object]]:
+    found = []
+    for session, images, tables, spec in sessions():
+        hello = write_hello(session, spec)
+        messages = [write_message(i, session, hello, tables, spec).data.hex() for i in images]
+        found.append({"hello": hello.hex(), "messages": messages})
+    return found
 
 
 if __name__ == "__main__":

@@ -165,8 +165,9 @@ def _facts(tags: Mapping[str, str]) -> str:
         millions = int(tags["mantis.client_macs"]) / 1e6
         cost = f"- Client: {megabytes:.2f} MB, {millions:.1f} million multiply-adds for an image.\n"
     return (
-        f"- Model id `{tags['mantis.model_id']}`: every stream carries it, and a server refuses "
-        "the streams of another model.\n"
+        f"- Stream id `{tags.get('mantis.stream_id', tags['mantis.model_id'])}`: every stream "
+        "carries it, and a server refuses the streams of another client.\n"
+        f"- Model id `{tags['mantis.model_id']}`: names client and server together.\n"
         f"{cost}"
         f"- Config `{_plain(tags['mantis.config'])}`, rate weight {tags['mantis.rate_weight']}.\n"
         f"- {_code()}"

@@ -54,8 +54,9 @@ def test_it_is_saved_with_its_cost_and_comes_back(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("classes", [1, 2, 100, 1000])
 def test_an_answer_is_a_stream_of_a_container_and_a_label(classes: int) -> None:
-    data, payload_bytes = answer_stream(classes - 1, 0.7, classes, (64, 64))
-    spec = StreamSpec(bytes(4), 1, (64, 64), 1, 8, labels=(classes,))
-    assert unpack(data, spec).num_images == 1
-    assert 11 < len(data) <= 11 + 4
-    assert payload_bytes < 3
+    sent = answer_stream(classes - 1, 0.7, classes, (64, 64))
+    spec = StreamSpec(bytes(4), 1, (64, 64), 1, 8, labels=(classes,), version=2)
+    assert unpack(sent.data, spec).num_images == 1
+    assert 11 < len(sent.data) <= 11 + 4
+    assert sent.session_bytes == len(sent.data) - 9
+    assert sent.payload_bytes < 3

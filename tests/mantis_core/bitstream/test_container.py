@@ -200,7 +200,7 @@ def test_peek_reads_a_stream_without_its_model():
     assert peek(data) == {
         "version": 1,
         "flags": ["several", "levels", "shape"],
-        "model_id": "01020304",
+        "stream_id": "01020304",
         "images": 3,
         "input_shape": [300, 70],
         "wire_bytes": len(data),

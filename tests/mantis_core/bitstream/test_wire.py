@@ -55,7 +55,7 @@ def images_of(count, seed=0, shape=(8, 8, 8), levels=True):
 def test_what_is_written_is_read(prior, count, levels):
     tables = tables_of(prior)
     images = images_of(count, levels=levels)
-    data, payload_bytes = write_stream(images, (64, 64), tables, SPEC)
+    data, payload_bytes, _ = write_stream(images, (64, 64), tables, SPEC)
     found = read_stream(data, tables, SPEC)
     assert (found.input_shape, found.wire_bytes) == ((64, 64), len(data))
     assert found.payload_bytes == pytest.approx(payload_bytes)
@@ -67,7 +67,7 @@ def test_what_is_written_is_read(prior, count, levels):
 def test_images_of_another_shape_carry_it():
     images = images_of(2, shape=(8, 3, 10))
     tables = tables_of("primary")
-    data, _ = write_stream(images, (20, 75), tables, SPEC)
+    data, *_ = write_stream(images, (20, 75), tables, SPEC)
     assert read_stream(data, tables, SPEC).input_shape == (20, 75)
 
 
@@ -89,7 +89,7 @@ def ideal_bytes(image, tables):
 def test_a_stream_of_one_costs_14_bytes_beside_its_payload_at_most():
     tables = tables_of("primary")
     for image in images_of(200):
-        data, payload_bytes = write_stream([image], (64, 64), tables, SPEC)
+        data, payload_bytes, _ = write_stream([image], (64, 64), tables, SPEC)
         ideal = ideal_bytes(image, tables)
         assert payload_bytes <= ideal * 1.001 + 2
         assert len(data) <= ideal * 1.001 + 2 + 14
@@ -98,7 +98,7 @@ def test_a_stream_of_one_costs_14_bytes_beside_its_payload_at_most():
 def test_together_images_cost_under_three_bytes_each_beside_their_payload():
     tables = tables_of("primary")
     images = images_of(256)
-    data, payload_bytes = write_stream(images, (64, 64), tables, SPEC)
+    data, payload_bytes, _ = write_stream(images, (64, 64), tables, SPEC)
     assert payload_bytes == pytest.approx(sum(ideal_bytes(i, tables) for i in images), rel=1e-3)
     assert (len(data) - payload_bytes) / len(images) <= 3
 
@@ -152,7 +152,7 @@ def test_levels_that_are_claimed_or_denied_falsely_are_another_content_or_corrup
 
 def answered(task: int, label: int | None, levels: tuple[int, ...] | None = (3,)) -> CodedImage:
     field = TaskField(tuple(k == task for k in range(TASKS)), task, levels)
-    return CodedImage(field, np.zeros((8, 8, 8), np.int32), label=label)
+    return CodedImage(field, np.zeros((8, 8, 8), np.int32), label, has_latent=label is None)
 
 
 ANSWERABLE = replace(SPEC, labels=(7, 0, 1, *(5,) * (TASKS - 3)))
@@ -162,7 +162,7 @@ ANSWERABLE = replace(SPEC, labels=(7, 0, 1, *(5,) * (TASKS - 3)))
 def test_a_clients_own_answer_is_read_and_takes_two_bytes_at_most(task, label):
     tables = tables_of("primary", 8)
     sent = answered(task, label)
-    data, payload_bytes = write_stream([sent], (64, 64), tables, ANSWERABLE)
+    data, payload_bytes, _ = write_stream([sent], (64, 64), tables, ANSWERABLE)
     (found,) = read_stream(data, tables, ANSWERABLE).images
     assert (found.label, found.tasks) == (label, sent.tasks)
     assert not found.map.any()
@@ -175,7 +175,7 @@ def test_answered_images_stand_beside_others_in_one_stream():
     images = images_of(6)
     images[2:2] = [answered(0, 5), answered(4, 1)]
     images.append(answered(0, None))
-    data, _ = write_stream(images, (64, 64), tables, ANSWERABLE)
+    data, *_ = write_stream(images, (64, 64), tables, ANSWERABLE)
     found = read_stream(data, tables, ANSWERABLE).images
     assert [image.label for image in found] == [image.label for image in images]
     for ours, theirs in zip(images, found, strict=True):

@@ -31,9 +31,7 @@ def test_tasks_may_be_asked_for_image_by_image(codec: Mantis, batch: Batch) -> N
     encoded = codec.encode_in_detail(batch.image, tasks=batch.task_mask)
     for each, asked in zip(encoded, batch.task_mask.numpy(), strict=True):
         np.testing.assert_array_equal(each.mask, asked)
-        (image,) = read_stream(
-            each.data, codec.tables(), codec.spec.stream_spec(codec.model_id())
-        ).images
+        (image,) = read_stream(each.data, codec.tables(), codec.client_codec().stream_spec).images
         assert image.tasks.mask == tuple(asked.tolist())
 
 

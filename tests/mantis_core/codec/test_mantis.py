@@ -36,7 +36,7 @@ def images(count: int = 3, height: int = 32, width: int = 32, seed: int = 0) -> 
 
 
 def stream_spec(codec: Mantis) -> StreamSpec:
-    return codec.spec.stream_spec(codec.model_id())
+    return codec.client_codec().stream_spec
 
 
 def codec_with(

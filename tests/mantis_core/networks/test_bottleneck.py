@@ -72,6 +72,23 @@ def test_rounded_gives_the_rate_too_the_rounded_latent_and_a_gradient_through_it
     assert latent.grad.abs().sum() > 0
 
 
+def test_jitter_flips_symbols_near_their_threshold_in_training_alone():
+    latent = torch.tensor([0.45, 0.55, 0.25, 0.75, 1.65, -0.45]).repeat_interleave(1000)
+    latent = latent.view(1, 1, 60, 100).repeat(1, CHANNELS, 1, 1).requires_grad_()
+    mask, primary = torch.ones(1, TASKS).bool(), torch.zeros(1).long()
+    bottleneck = build(quantizer="jitter")
+    y_hat, _ = bottleneck.train()(latent, mask, primary)
+    own = y_hat[0, 0].detach().view(6, 1000)
+    share = [0.375, 0.625, 0.0, 1.0, 0.875]
+    for row, (low, expected) in enumerate(zip((0, 0, 0, 0, 1), share, strict=True)):
+        assert ((own[row] == low) | (own[row] == low + 1)).all()
+        assert (own[row] == low + 1).float().mean() == pytest.approx(expected, abs=0.06)
+    assert (own[5] == -1).float().mean() == pytest.approx(0.375, abs=0.06)
+    y_hat.sum().backward()
+    assert torch.equal(latent.grad, torch.ones_like(latent))
+    assert torch.equal(bottleneck.eval()(latent, mask, primary).y_hat, latent.detach().round())
+
+
 def test_the_shared_density_is_compressais():
     torch.manual_seed(0)
     bottleneck = build("shared").eval()

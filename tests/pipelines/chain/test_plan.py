@@ -209,6 +209,7 @@ def test_a_missing_teacher_file_is_refused_with_the_choices(config: Path) -> Non
 
 
 SECTIONS = ("teacher.training", "stage1", "stage2", "individual", "codec_teacher")
+OF_STAGE2 = "conditioning prior send_probabilities send_answer coverage max_active_tasks"
 # What a changed field reruns, by longest prefix. Everything downstream follows.
 FIRST_CHANGED: dict[str, tuple[str, ...]] = {
     "seed": CHAIN,
@@ -226,12 +227,8 @@ FIRST_CHANGED: dict[str, tuple[str, ...]] = {
     "teacher": CHAIN[1:],
     "teacher.weights": CHAIN[1:],
     "model": ("stage1", "stage2", "evaluate", "register"),
-    "model.conditioning": ("stage2", "evaluate", "register"),
-    "model.prior": ("stage2", "evaluate", "register"),
+    **{f"model.{name}": ("stage2", "evaluate", "register") for name in OF_STAGE2.split()},
     "model.decoder.task_channels": ("stage2", "evaluate", "register"),
-    "model.send_probabilities": ("stage2", "evaluate", "register"),
-    "model.coverage": ("stage2", "evaluate", "register"),
-    "model.max_active_tasks": ("stage2", "evaluate", "register"),
     "model.single_task": ("stage2", "evaluate", "register"),
     "model.per_task": ("stage2", "evaluate", "register"),
     "stage1": ("stage1", "stage2", "evaluate", "register"),

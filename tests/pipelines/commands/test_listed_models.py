@@ -17,7 +17,7 @@ def model(version: int, **fields: Any) -> dict[str, Any]:
         "aliases": [],
         "top1": 0.75,
         "bpp": 0.5,
-        "model_id": "9f95d016",
+        "stream_id": "9f95d016",
         "config": "base",
         "trial": None,
         "overrides": {},
@@ -47,7 +47,7 @@ def mantis(*arguments: str) -> Any:
 def test_a_model_is_listed_with_the_id_that_its_streams_carry(
     registered: list[dict[str, Any]],
 ) -> None:
-    registered += [model(2, aliases=["candidate"]), model(1, model_id=None)]
+    registered += [model(2, aliases=["candidate"]), model(1, stream_id=None)]
     lines = mantis("models").stdout.splitlines()
     assert lines == [
         "models:/mantis/2  9f95d016  top1 0.75  bpp 0.5  base  @candidate",

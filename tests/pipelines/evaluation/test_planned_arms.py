@@ -92,6 +92,17 @@ def test_an_arm_of_another_arms_codec_needs_that_arm(config: Path) -> None:
         planned(config, ["evaluate.baselines=[none_told]"])
 
 
+@pytest.mark.parametrize("kind", ["answer", "none_answer"])
+def test_an_answer_is_sent_by_a_detector_that_names_classes(config: Path, kind: str) -> None:
+    asked = [f"evaluate.baselines=[{kind}]", "model.detector.classes=true"]
+    stages = planned(config, asked)
+    assert stages[f"stage2/{kind}"].settings.model.send_answer
+    assert not stages["stage2"].settings.model.send_answer
+    assert [name for name in stages if name.startswith("stage1")] == ["stage1"]
+    with pytest.raises(SettingsError, match=f"`{kind}` sends the class .* this one names tasks"):
+        planned(config, [asked[0], "model.detector.classes=false"])
+
+
 @pytest.mark.parametrize("kind", ["student", "student_wide", "local"])
 def test_a_single_answer_needs_images_of_one_class(config: Path, kind: str) -> None:
     mask = "tasks.0={name: regions, kind: segmentation, labels: [a, b]}"

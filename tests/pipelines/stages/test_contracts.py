@@ -95,7 +95,7 @@ class TestEveryKindOfArm:
     def test_overrides_fields_that_the_config_has(self, kind: ArmKind, config: Path) -> None:
         if kind.overrides:
             assert kind.measures == "own"
-            load_settings(config, kind.overrides)
+            load_settings(config, ["model.detector.classes=true", *kind.overrides])
 
     def test_has_a_label_and_a_look_of_its_own(self, kind: ArmKind) -> None:
         others = [other for other in ARM_KINDS.values() if other is not kind]
@@ -113,7 +113,7 @@ def test_the_kinds_of_image_codecs_are_those_there_are() -> None:
 
 
 def test_a_name_that_is_no_baseline_is_refused_with_those_there_are(config: Path) -> None:
-    with pytest.raises(SettingsError, match=r"baselines.*'orakel'.*'oracle'.*allowed are none,"):
+    with pytest.raises(SettingsError, match=r"baselines.*'orakel'.*'oracle'.*allowed are answer,"):
         load_settings(config, ["evaluate.baselines=[orakel]"])
     with pytest.raises(SettingsError, match=r"got 'webq'.*allowed are jpeg, webp, avif"):
         load_settings(config, ["evaluate.codecs={webq: [5]}"])

@@ -261,7 +261,7 @@ def test_a_version_is_tagged_with_its_figures_and_sources(chain, checkpoint):
     described = load_client(checkpoint).describe()
     assert version["client_bytes"] == described["client_bytes"] > 0
     assert version["client_macs"] == described["client_macs"] > 0
-    assert version["model_id"] == load_client(checkpoint).model_id.hex()
+    assert version["model_id"] == load_client(checkpoint).ids.model.hex()
 
 
 def test_the_same_weights_are_registered_once_and_the_figures_follow(chain):

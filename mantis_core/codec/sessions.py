@@ -1,0 +1,128 @@
+"""Sessions of the two halves: what they agree on is sent once, then an image costs little more
+than its latent.
+
+    client = ClientSession(load_client("client/"))
+    server = ServerSession(load_server("server/"), client.hello)
+    answers = server.decode(client.encode(images))
+
+Shapes: B batch, K tasks, H W input pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from torch import Tensor
+
+from mantis_core.bitstream.session import Session, read_hello, write_hello
+from mantis_core.bitstream.wire import read_message, write_message
+from mantis_core.codec.answer import Answer
+from mantis_core.codec.client_codec import ClientCodec, asked_tasks
+from mantis_core.codec.server_codec import ServerCodec
+from mantis_core.errors import ModelError
+
+
+class ClientSession:
+    """The client's end: images of one shape to messages, one each.
+
+    `hello` opens the session; send it once, before any message.
+    """
+
+    def __init__(
+        self,
+        codec: ClientCodec,
+        *,
+        input_shape: tuple[int, int] | None = None,
+        requests: bool = False,
+    ) -> None:
+        """Images have `input_shape` (H, W), None being the model's own.
+
+        With `requests` the server asks for tasks, and messages do not repeat them. Raises
+        BitstreamError for a model of format version 1, and for images that no stream may hold.
+        """
+        self.codec, self.session = codec, session_of(codec, input_shape, requests=requests)
+        self.hello = write_hello(self.session, codec.stream_spec)
+
+    def encode(
+        self,
+        images: Tensor,
+        tasks: str | Sequence[str] | Tensor | None = None,
+        *,
+        exit_confidence: float | None = None,
+    ) -> list[bytes]:
+        """uint8 images (B, 3, H, W) to one message each; arguments as ClientCodec.encode.
+
+        `tasks` are what the server has asked for, in a session of requests alone.
+        """
+        _check_request(self.session, tasks)
+        shape = (int(images.shape[-2]), int(images.shape[-1]))
+        if shape != self.session.input_shape:
+            raise ModelError(
+                f"images have {shape[0]}x{shape[1]} pixels; those of this session have "
+                f"{self.session.input_shape[0]}x{self.session.input_shape[1]}: open another one"
+            )
+        codec = self.codec
+        return [
+            write_message(
+                seen.image, self.session, self.hello, codec.tables, codec.stream_spec
+            ).data
+            for seen in codec.look(images, tasks, exit_confidence=exit_confidence)
+        ]
+
+
+class ServerSession:
+    """The server's end: messages to answers."""
+
+    def __init__(self, codec: ServerCodec, hello: bytes) -> None:
+        """Raises BitstreamError, with a reason, for a hello that this model cannot serve."""
+        self.codec, self.hello = codec, bytes(hello)
+        self.session = read_hello(self.hello, codec.stream_spec)
+
+    def decode(
+        self, messages: Iterable[bytes], tasks: str | Sequence[str] | Tensor | None = None
+    ) -> list[Answer]:
+        """Messages to one answer each, in order.
+
+        `tasks` are what was asked for, in a session of requests alone: names, or a bool tensor
+        (B, K) with a row for each message. Raises BitstreamError for the first message that is
+        damaged, of another session or a reply to another request.
+        """
+        _check_request(self.session, tasks)
+        messages = list(messages)
+        spec = self.codec.spec
+        asked: list[tuple[bool, ...]] = [()] * len(messages)
+        if tasks is not None:
+            rows = asked_tasks(spec, tasks, len(messages)).tolist()
+            asked = [tuple(row) for row in rows]
+        return self.codec.answer(
+            read_message(
+                bytes(data),
+                self.session,
+                self.hello,
+                self.codec.tables,
+                self.codec.stream_spec,
+                wanted,
+            )
+            for data, wanted in zip(messages, asked, strict=True)
+        )
+
+
+def session_of(
+    codec: ClientCodec, input_shape: tuple[int, int] | None = None, *, requests: bool = False
+) -> Session:
+    """What a session with this client says of every message."""
+    return Session(
+        input_shape or codec.spec.image_size,
+        with_levels=codec.spec.model.send_probabilities and not requests,
+        with_answers=codec.spec.sends_answer and not requests,
+        requests=requests,
+    )
+
+
+def _check_request(session: Session, tasks: object) -> None:
+    if session.requests == (tasks is None):
+        raise ModelError(
+            "this is a session of requests: name the tasks that are asked for"
+            if session.requests
+            else "in this session tasks are detected: open one with requests=True to ask for some"
+        )

@@ -1,0 +1,148 @@
+"""Sessions of the two halves, each loaded from a folder of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from mantis_core.bitstream.container import BitstreamError, Reason
+from mantis_core.codec.checkpoint import load_client, load_server, save_half, save_model
+from mantis_core.codec.mantis import Mantis
+from mantis_core.codec.sessions import ClientSession, ServerSession
+from mantis_core.config import DetectorConfig, ModelConfig
+from mantis_core.errors import ModelError
+from mantis_core.tasks import Problem
+
+DETECTOR = DetectorConfig(channels=8, blocks=0, hidden=8, classes=True)
+
+
+def images(count: int = 4, height: int = 32, seed: int = 0) -> Tensor:
+    draw = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (count, 3, height, 32), generator=draw, dtype=torch.uint8)
+
+
+@pytest.fixture(params=[False, True], ids=["silent", "sends its answer"])
+def codec(
+    request: pytest.FixtureRequest,
+    problem: Problem,
+    codec_of: Callable[..., Mantis],
+    small_config: Callable[..., ModelConfig],
+) -> Mantis:
+    return codec_of(problem, small_config(detector=DETECTOR, send_answer=request.param))
+
+
+def facts(answer: Any) -> dict[str, Any]:
+    """All of an answer but its sizes."""
+    sizes = ("wire_bytes", "payload_bytes")
+    return {name: value for name, value in answer.to_dict().items() if name not in sizes}
+
+
+def test_both_halves_hold_a_session_and_answer_as_files_do(codec: Mantis, tmp_path: Path) -> None:
+    save_model(tmp_path / "whole", codec, {})
+    for half in ("client", "server"):
+        save_half(tmp_path / half, tmp_path / "whole", half)
+    client, server = load_client(tmp_path / "client"), load_server(tmp_path / "server")
+    sender = ClientSession(client)
+    receiver = ServerSession(server, sender.hello)
+    for seed in range(3):
+        messages = sender.encode(images(seed=seed), exit_confidence=0.17 if seed else None)
+        told = client.encode_in_detail(images(seed=seed), exit_confidence=0.17 if seed else None)
+        assert [len(message) for message in messages] == [each.session_bytes for each in told]
+        assert [len(each.data) - 9 for each in told] == [each.session_bytes for each in told]
+        answers = receiver.decode(messages)
+        files = server.decode([each.data for each in told])
+        assert [facts(a) for a in answers] == [facts(f) for f in files]
+        assert [a.wire_bytes for a in answers] == [len(message) for message in messages]
+
+
+def test_a_session_of_requests_answers_what_was_asked(codec: Mantis) -> None:
+    sender = ClientSession(codec.client_codec(), requests=True)
+    receiver = ServerSession(codec.server_codec(), sender.hello)
+    batch = images()
+    for tasks in ("tools", ["animals", "kitchen"], torch.eye(3, dtype=torch.bool)[[0, 1, 2, 0]]):
+        messages = sender.encode(batch, tasks)
+        told = codec.encode_in_detail(batch, tasks)
+        assert [len(message) for message in messages] == [each.session_bytes for each in told]
+        answers = receiver.decode(messages, tasks)
+        files = codec.decode([each.data for each in told])
+        assert [facts(a) for a in answers] == [facts(f) for f in files]
+    refused = receiver, sender.encode(batch, "tools")
+    with pytest.raises(BitstreamError, match="another request") as error:
+        refused[0].decode(refused[1], "animals")
+    assert error.value.reason is Reason.CORRUPT
+
+
+def test_images_of_another_shape_have_a_session_of_their_own(codec: Mantis) -> None:
+    sender = ClientSession(codec.client_codec(), input_shape=(48, 32))
+    receiver = ServerSession(codec.server_codec(), sender.hello)
+    assert len(receiver.decode(sender.encode(images(2, 48)))) == 2
+    with pytest.raises(ModelError, match=r"32x32 pixels; those of this session have 48x32"):
+        sender.encode(images())
+
+
+def test_tasks_are_named_in_sessions_of_requests_alone(codec: Mantis) -> None:
+    detected = ClientSession(codec.client_codec())
+    asked = ClientSession(codec.client_codec(), requests=True)
+    with pytest.raises(ModelError, match="requests=True"):
+        detected.encode(images(), "tools")
+    with pytest.raises(ModelError, match="name the tasks"):
+        asked.encode(images())
+    with pytest.raises(ModelError, match="name the tasks"):
+        ServerSession(codec.server_codec(), asked.hello).decode([b""])
+    with pytest.raises(ModelError, match="asked for"):
+        asked.encode(images(), "weather")
+
+
+def test_a_server_trained_anew_reads_the_streams_of_old_clients(codec: Mantis) -> None:
+    sender = ClientSession(codec.client_codec())
+    sent, messages = codec.encode(images()), sender.encode(images())
+    before = codec.ids()
+    with torch.no_grad():
+        next(codec.server.task_decoders.parameters()).add_(1)
+    codec.load_state_dict(codec.state_dict())  # ids are made anew
+    after = codec.ids()
+    assert before.stream == after.stream
+    assert before.model != after.model
+    assert {a.model_id for a in codec.decode(sent)} == {after.model.hex()}
+    receiver = ServerSession(codec.server_codec(), sender.hello)
+    assert [facts(a) for a in receiver.decode(messages)] == [facts(a) for a in codec.decode(sent)]
+
+
+def test_another_client_has_another_stream_id(codec: Mantis) -> None:
+    before, sent = codec.ids(), codec.encode(images())
+    with torch.no_grad():
+        codec.client.encoder.to_latent.weight.mul_(1.5)
+    codec.load_state_dict(codec.state_dict())
+    assert codec.ids().stream != before.stream
+    with pytest.raises(BitstreamError) as refused:
+        codec.decode(sent)
+    assert refused.value.reason is Reason.ANOTHER_MODEL
+
+
+def test_a_model_of_version_1_keeps_its_streams_and_has_no_sessions(
+    problem: Problem, codec_of: Callable[..., Mantis], tmp_path: Path
+) -> None:
+    made = codec_of(problem)
+    old = Mantis(made.spec.model_copy(update={"stream_version": 1}))
+    old.load_state_dict(made.state_dict())
+    old.eval()
+    save_model(tmp_path / "old", old, {})
+    client, server = load_client(tmp_path / "old"), load_server(tmp_path / "old")
+    assert client.ids.stream == client.ids.model == old.model_id()
+    streams = client.encode(images())
+    assert all(data[2] >> 4 == 1 for data in streams)
+    assert len(server.decode(streams)) == 4
+    with pytest.raises(BitstreamError, match="version 1"):
+        ClientSession(client)
+    with pytest.raises(BitstreamError, match="version 2, this model has version 1"):
+        server.decode(made.encode(images()))
+    np.testing.assert_array_equal(
+        [a.class_index for a in server.decode(streams)],
+        [a.class_index for a in made.decode(made.encode(images()))],
+    )
