@@ -252,7 +252,8 @@ class ModelConfig(Section):
     send_answer: bool = False
     """Whether the client sends its own answer beside the latent: the label that its detector gives
     within the primary task, and how sure it is, in a byte or less. The server decides with both.
-    It needs a detector that names classes (`detector.classes`)."""
+    It needs a detector that names classes (`detector.classes`). An image whose most probable task
+    is a segmentation carries no answer."""
     coverage: float = Field(default=0.9, gt=0, le=1)
     """The share of the true tasks that the mask must keep. The threshold of the mask is
     calibrated to it on rows that are held back from training."""

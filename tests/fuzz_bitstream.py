@@ -10,6 +10,7 @@ long as the longest stream that a client may write.
 import argparse
 import binascii
 import faulthandler
+import hashlib
 import json
 import resource
 import signal
@@ -20,7 +21,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from rich.console import Console
@@ -28,7 +29,8 @@ from rich.progress import track
 
 from mantis_core.bitstream.coder import TableSet
 from mantis_core.bitstream.container import MAX_IMAGES, BitstreamError, StreamSpec
-from mantis_core.bitstream.session import Session, write_hello
+from mantis_core.bitstream.session import Session, read_hello, write_hello
+from mantis_core.bitstream.task_field import TaskField
 from mantis_core.bitstream.wire import (
     CodedImage,
     Unpacked,
@@ -54,6 +56,8 @@ STREAMS_A_MODEL = 40
 HEADER = 7  # magic, version and flags, model id
 MAY_PASS = 1e-4  # of the damaged messages
 SESSION = Session((32, 32), with_levels=True, with_answers=True)
+OF_REQUESTS = Session((32, 32), requests=True)
+ASKED = tuple(task in (2, 3, 7) for task in range(10))
 
 
 @dataclass(frozen=True)
@@ -65,23 +69,35 @@ class Model:
     streams: tuple[bytes, ...]
     longest: bytes  # as many images as a stream may hold
     hello: bytes = b""  # of the session that `streams` are messages of, if they are
+    session: Session = SESSION
+    hellos: bool = False  # whether `streams` are hellos
 
-    def read(self, data: bytes) -> Unpacked:
-        """Reads a stream, or a message of the session."""
+    def read(self, data: bytes) -> Unpacked | Session:
+        """Reads a stream, a hello, or a message of the session."""
+        if self.hellos:
+            return read_hello(data, self.spec)
         if self.hello:
-            return read_message(data, SESSION, self.hello, self.tables, self.spec)
+            return read_message(data, self.session, self.hello, self.tables, self.spec, self.asked)
         return read_stream(data, self.tables, self.spec)
+
+    @property
+    def asked(self) -> tuple[bool, ...]:
+        """What every message replies to."""
+        return ASKED if self.session.requests else ()
 
     def sealed(self, body: bytes) -> bytes:
         """What has the right checksum behind it."""
         if self.hello:
-            checksum = binascii.crc_hqx(self.hello + body, 0xFFFF) ^ 0xFFFF
+            digest = hashlib.sha256(self.hello + bytes(self.asked)).digest()[:4]
+            checksum = binascii.crc_hqx(digest + body, 0xFFFF) ^ 0xFFFF
             return body + checksum.to_bytes(2, "big")
         return body + zlib.crc32(body).to_bytes(4, "big")
 
     @property
     def frame(self) -> tuple[int, int]:
-        """Bytes before the body of a stream without sizes, and behind it."""
+        """Bytes before what is damaged, and behind it: body and checksum, or a hello's fields."""
+        if self.hellos:
+            return 2, 4
         return (0, 2) if self.hello else (HEADER, 4)
 
 
@@ -148,11 +164,11 @@ def make_model(
     return Model(tables, spec, tuple(streams), longest)
 
 
-def make_named_model(*, session: bool) -> Model:
-    """A model of version 2 that sends answers and has rates: its files, or a session's messages."""
-    tables = random_tables("primary", 10, 4, 6, contexts=CONTEXTS)
+def make_named_model(kind: str) -> Model:
+    """A model of version 2 that sends answers and has rates: files, messages, replies or hellos."""
+    tables = random_tables("primary", 10, 4, 6, contexts=CONTEXTS, levels=5)
     spec = StreamSpec(
-        bytes([0, 0, 2, session]),
+        kind.encode()[:4],
         10,
         (32, 32),
         4,
@@ -169,13 +185,27 @@ def make_named_model(*, session: bool) -> Model:
         latent, answered = spec.latent_shape((32, 32)), seed % 3 == 2
         return named_image(spec, latent, levels=True, seed=seed, answered=answered)
 
-    if session:
-        hello = write_hello(SESSION, spec)
+    def reply(seed: int) -> CodedImage:
+        first = (2, 3, 7)[seed % 3]
+        own = random_image(10, spec.latent_shape((32, 32)), levels=False, seed=seed, reach=4)
+        return replace(own, tasks=TaskField(ASKED, first, None), rate_level=seed % 5)
+
+    if kind == "hellos":
+        shapes = [(32, 32), *((8 + seed, 200 - seed) for seed in range(STREAMS_A_MODEL // 2 - 1))]
+        hellos = [
+            write_hello(replace(session, input_shape=shape), spec)
+            for shape in shapes
+            for session in (SESSION, OF_REQUESTS)
+        ]
+        return Model(tables, spec, tuple(hellos), max(hellos, key=len), hellos=True)
+    if kind in ("messages", "replies"):
+        session, make = (SESSION, image) if kind == "messages" else (OF_REQUESTS, reply)
+        hello = write_hello(session, spec)
         messages = [
-            write_message(image(seed), SESSION, hello, tables, spec).data
+            write_message(make(seed), session, hello, tables, spec).data
             for seed in range(STREAMS_A_MODEL)
         ]
-        return Model(tables, spec, tuple(messages), max(messages, key=len), hello)
+        return Model(tables, spec, tuple(messages), max(messages, key=len), hello, session)
     streams = [
         write_stream([image(seed) for seed in range(1 + number % 4)], (32, 32), tables, spec).data
         for number in range(STREAMS_A_MODEL)
@@ -186,15 +216,14 @@ def make_named_model(*, session: bool) -> Model:
 
 
 def models() -> list[Model]:
-    """Every prior; both versions; contexts, answers, sessions and none; 280 streams in all."""
+    """Every prior; both versions; contexts, answers, sessions and none; 360 streams in all."""
     return [
         make_model("primary", 10, 6, 32, 1),
         make_model("per_task", 5, 3, 16, 2),
         make_model("shared", 1, 2, 16, 3),
         make_model("primary", 4, 4, 32, 4, contexts=CONTEXTS),
         make_model("primary", 10, 3, 32, 5, labels=10),
-        make_named_model(session=False),
-        make_named_model(session=True),
+        *(make_named_model(kind) for kind in ("files", "messages", "replies", "hellos")),
     ]
 
 
@@ -308,14 +337,17 @@ def _feed(
         tally.accepted[kind] += 1
         if model.hello:
             tally.passed += new
-        elif new or (model.spec.version == 1 and _again(model, found) != data):
+        elif new or (isinstance(found, Unpacked) and not _is_as_written(model, found, data)):
             tally.wrongly_accepted.append(f"{kind}: {data.hex()}")
     if tally.largest_bytes > LIMIT_BYTES or seconds > limit:
         tally.beyond_limits.append(f"{kind}: {seconds:.3f} s: {data.hex()}")
 
 
-def _again(model: Model, found: Unpacked) -> bytes:
-    return write_stream(found.images, found.input_shape, model.tables, model.spec).data
+def _is_as_written(model: Model, found: Unpacked, data: bytes) -> bool:
+    """Whether what was read is written to the same bytes; from version 2 on readers do not ask."""
+    if model.spec.version > 1:
+        return True
+    return write_stream(found.images, found.input_shape, model.tables, model.spec).data == data
 
 
 def _varint(rng: np.random.Generator) -> bytes:

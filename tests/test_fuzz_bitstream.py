@@ -36,10 +36,22 @@ def test_a_reader_that_believes_damage_is_caught(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.usefixtures("few_streams")
-def test_messages_that_pass_without_their_checksum_are_counted(
+def test_a_hello_that_is_believed_without_its_checksum_is_counted(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    *_, model = fuzz_bitstream.models()
+    model = fuzz_bitstream.make_named_model("hellos")
+    monkeypatch.setattr(fuzz_bitstream, "models", lambda: [model])
+    assert not fuzz_bitstream.run(2000).wrongly_accepted
+    monkeypatch.setattr(fuzz_bitstream, "read_hello", lambda *_: fuzz_bitstream.SESSION)
+    assert fuzz_bitstream.run(0).wrongly_accepted
+
+
+@pytest.mark.usefixtures("few_streams")
+@pytest.mark.parametrize("kind", ["messages", "replies"])
+def test_messages_that_pass_without_their_checksum_are_counted(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = fuzz_bitstream.make_named_model(kind)
     monkeypatch.setattr(fuzz_bitstream, "models", lambda: [model])
     tally = fuzz_bitstream.run(2000)
     assert tally.messages > 1000

@@ -56,6 +56,14 @@ PROTOCOLS = {
         codecs=CODECS,
         exits=((1e-4, 0.65), (3e-4, 0.5), (1e-3, 0.35), (3e-3, 0.2), (1e-2, 0.1)),
     ),
+    # The client's answer beside the latent: what is it worth, with conditioning and without?
+    "answers": Protocol(
+        (0, 1),
+        (1e-3, 3e-3, 1e-2, 3e-4),
+        (("none", "answer", "none_answer"),),
+        overrides=("stage1.epochs=6",),
+        exits=((3e-4, 0.5), (1e-3, 0.35), (3e-3, 0.2), (1e-2, 0.1)),
+    ),
     # Longer training: how close is top1 to the teacher's, and does conditioning still help?
     "long": Protocol(
         (0, 1, 2),

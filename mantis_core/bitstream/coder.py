@@ -86,17 +86,20 @@ class Table:
 class TableSet:
     """Every table of a model: all the entropy coding needs, on the client and on the server.
 
-    `cdf` is (R, C * X, L + 1) int32, `offsets` and `lengths` (C,) int32: all tables of a channel
-    share one range of symbols. R is 1 for the shared prior, K else. ValueError if the arrays are no
-    such tables.
+    `cdf` is (G * R, C * X, L + 1) int32, level after level, `offsets` and `lengths` (C,) int32: all
+    tables of a channel share one range of symbols. R is 1 for the shared prior, K else, and G
+    `levels`. ValueError if the arrays are no such tables.
     """
 
     prior: Prior
     cdf: Ints
     offsets: Ints
     lengths: Ints
+    levels: int = 1
 
     def __post_init__(self) -> None:
+        if not 1 <= self.levels <= len(self.cdf) or len(self.cdf) % self.levels:
+            raise ValueError(f"{len(self.cdf)} rows of tables are not {self.levels} times as many")
         if self.prior not in get_args(Prior):
             raise ValueError(f"prior is {self.prior!r}, must be one of {get_args(Prior)}")
         if (
@@ -118,8 +121,12 @@ class TableSet:
         ):
             raise ValueError(f"tables do not rise strictly from 0 to {TOTAL} within their lengths")
 
-    def table_for(self, mask: NDArray[np.bool_] | tuple[bool, ...], primary: int) -> Table:
+    def table_for(
+        self, mask: NDArray[np.bool_] | tuple[bool, ...], primary: int, level: int = 0
+    ) -> Table:
         """The table of an image with active tasks `mask` (K,) and most probable task `primary`.
+
+        `level` is the rate level it is coded at.
 
         shared: the only row. primary: the row of that task. per_task: the mixture of the m active
         rows, cdf[j] = floor(sum of the rows' cdf[j] / m): it ends at TOTAL and rises by at least 1
@@ -132,8 +139,12 @@ class TableSet:
             rows = (int(primary),)
         else:
             rows = tuple(np.flatnonzero(np.asarray(mask)).tolist())
-        if not rows or not 0 <= min(rows) <= max(rows) < len(self.cdf):
-            raise ValueError(f"tasks {list(rows)}: need at least one of 0 to {len(self.cdf) - 1}")
+        own = len(self.cdf) // self.levels
+        if not rows or not 0 <= min(rows) <= max(rows) < own:
+            raise ValueError(f"tasks {list(rows)}: need at least one of 0 to {own - 1}")
+        if not 0 <= level < self.levels:
+            raise ValueError(f"rate level {level}: the tables have {self.levels}")
+        rows = tuple(level * own + row for row in rows)
         made = _MIXTURES.setdefault(self, {})
         table = made.get(rows)
         if table is None:

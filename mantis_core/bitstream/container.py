@@ -28,6 +28,7 @@ from enum import StrEnum
 from typing import Any
 
 MAGIC = b"\xab\x4d"
+HELLO_MAGIC = b"\xab\x53"
 VERSIONS = (1, 2)
 MAX_IMAGES = 256
 MAX_TASKS = 256
@@ -250,10 +251,13 @@ class Reader:
 
 def read_prefix(data: bytes, magic: bytes) -> tuple[int, int]:
     """Version and flags, once magic, version and least length are checked."""
-    start = data[: len(magic)]
+    start = bytes(data[: len(magic)])
     if start != magic[: len(start)]:
+        kinds = {MAGIC: "a file or stream", HELLO_MAGIC: "the hello of a session"}
+        found = f"it is {kinds[start]}" if start in kinds else f"it begins with {start.hex()}"
         raise BitstreamError(
-            Reason.NOT_A_STREAM, f"not a MANTiS stream: it begins with {start.hex()}"
+            Reason.NOT_A_STREAM,
+            f"not {'a MANTiS stream' if magic == MAGIC else kinds[magic]}: {found}",
         )
     if len(data) >= _PREFIX_BYTES and data[2] >> 4 not in VERSIONS:
         raise BitstreamError(

@@ -13,20 +13,23 @@ are big-endian.
 
     bytes         field of a message
     n             body: as that of a stream of one image
-    2             CRC-16 (GENIBUS: polynomial 1021, start and final XOR FFFF) over the hello, the
-                  tasks that were asked for, one byte 0 or 1 each (flag requests), and the body
+    2             CRC-16 (GENIBUS: polynomial 1021, start and final XOR FFFF) over 4 bytes that
+                  stand for hello and request, and the body
 
-In a session of requests every message replies to tasks that the server has asked for, and carries
-no task field. A message of another session, or a reply to another request, fails its checksum.
-Of damaged messages one in 65,536 passes it.
+The 4 bytes are the first of a SHA-256 over the hello and, in a session of requests, the tasks that
+were asked for, one byte 0 or 1 each. Every message of such a session replies to those tasks, and
+carries no task field. A message of another session, or a reply to another request, fails its
+checksum, but for one pair of them in 65,536. Of damaged messages one in 65,536 passes it.
 """
 
 from __future__ import annotations
 
 import binascii
+import hashlib
 from dataclasses import dataclass
 
 from mantis_core.bitstream.container import (
+    HELLO_MAGIC,
     LAST_FLAG,
     LEVELS,
     SEVERAL,
@@ -42,9 +45,10 @@ from mantis_core.bitstream.container import (
     varint,
 )
 
-MAGIC = b"\xab\x53"
 CHECKSUM_BYTES = 2
 _REQUESTS = SEVERAL
+_MAX_HELLO_BYTES = 21
+_DIGEST_BYTES = 4
 _ONES = 0xFFFF  # without the final XOR a zero byte could be appended unseen
 
 
@@ -54,6 +58,7 @@ class Session:
 
     `requests`: whether all tasks are asked for by the server. `with_levels`: whether task fields
     hold probabilities; never beside `requests`. `with_answers`: whether the client's label is sent.
+    The project's own client sends no answers in a session of requests.
     """
 
     input_shape: tuple[int, int]
@@ -67,7 +72,7 @@ def write_hello(session: Session, spec: StreamSpec) -> bytes:
     _check(session, spec)
     with_shape = session.input_shape != spec.input_shape
     flags = _REQUESTS * session.requests | LEVELS * session.with_levels | SHAPE * with_shape
-    data = MAGIC + bytes([spec.version << 4 | flags | LAST_FLAG * session.with_answers])
+    data = HELLO_MAGIC + bytes([spec.version << 4 | flags | LAST_FLAG * session.with_answers])
     data += spec.model_id
     if with_shape:
         data += varint(session.input_shape[0]) + varint(session.input_shape[1])
@@ -76,7 +81,11 @@ def write_hello(session: Session, spec: StreamSpec) -> bytes:
 
 def read_hello(data: bytes, spec: StreamSpec) -> Session:
     """The session that a hello opens; BitstreamError, with a reason, for one of another model."""
-    version, flags = read_prefix(data, MAGIC)
+    if len(data) > _MAX_HELLO_BYTES:
+        raise BitstreamError(
+            Reason.TOO_LARGE, f"a hello of {len(data)} bytes is over {_MAX_HELLO_BYTES}"
+        )
+    version, flags = read_prefix(data, HELLO_MAGIC)
     reader = opened(data, version, spec)
     session = Session(
         reader.shape(spec) if flags & SHAPE else spec.input_shape,
@@ -116,7 +125,9 @@ def unpack_message(data: bytes, hello: bytes, asked: tuple[bool, ...], spec: Str
 
 
 def _checksum(body: bytes, hello: bytes, asked: tuple[bool, ...]) -> bytes:
-    found = binascii.crc_hqx(hello + bytes(asked) + body, _ONES) ^ _ONES
+    # A CRC is linear: over the tasks themselves it would take some requests for one another.
+    digest = hashlib.sha256(hello + bytes(asked)).digest()[:_DIGEST_BYTES]
+    found = binascii.crc_hqx(digest + body, _ONES) ^ _ONES
     return found.to_bytes(CHECKSUM_BYTES, "big")
 
 

@@ -15,7 +15,6 @@ import numpy as np
 from constriction import stream
 
 from mantis_core.bitstream.coder import (
-    PRECISION,
     TOTAL,
     Ints,
     RangeReader,
@@ -48,7 +47,8 @@ class CodedImage:
     answered the image itself: it has a label, one active task, and the map is zero and not sent.
     `confidence` is how sure the client is of its label, a level from 0 to 7. Where it is sent, an
     image with a latent has a label too. Without it, the level in the task field of an answered
-    image is that of the answer's probability. `rate_level` is the model's rate it was coded at.
+    image is that of the answer's probability. `rate_level` is the model's rate that the latent was
+    coded at, 0 without one.
     """
 
     tasks: TaskField
@@ -60,7 +60,8 @@ class CodedImage:
 
 
 class Packed(NamedTuple):
-    """A stream, and how many of its bytes are coded latents; task fields cost fractions of bytes.
+    """A stream, and how many of its bytes are payload: coded latents and the client's answers
+    beside them. Task fields cost fractions of bytes.
 
     `session_bytes` is what a message of this body takes in a session, without its hello.
     """
@@ -92,7 +93,7 @@ def write_stream(
     for symbols, a label or a level that are none of this model's.
     """
     writer = RangeWriter()
-    form = _form_of(images, input_shape)
+    form = _form_of(images, input_shape, spec)
     field_bits = sum(_put_image(writer, image, form, tables, spec) for image in images)
     body = writer.close()
     data = pack(Stream(len(images), input_shape, form.with_levels, body, form.with_answers), spec)
@@ -159,12 +160,16 @@ def read_message(
     return Unpacked((image,), session.input_shape, len(data), _payload_bytes(body, bits))
 
 
-def _form_of(images: Sequence[CodedImage], input_shape: tuple[int, int]) -> Session:
+def _form_of(
+    images: Sequence[CodedImage], input_shape: tuple[int, int], spec: StreamSpec
+) -> Session:
     """What a stream of these images says of them; ValueError for a mixture."""
     with_levels = bool(images) and images[0].tasks.levels is not None
     if any((image.tasks.levels is not None) != with_levels for image in images):
         raise ValueError("some images of a stream send levels and some do not")
     with_answers = any(image.confidence is not None for image in images)
+    if with_answers and not spec.confidence:
+        raise ValueError("an image has a confidence, and the model's client sends no answers")
     return Session(input_shape, with_levels, with_answers)
 
 
@@ -178,21 +183,23 @@ def _put_image(
         raise ValueError(f"map and tasks are {given}, must be {wanted}")
     bits = _put_fields(writer, image, form, spec)
     if image.has_latent:
-        writer.put_symbols(image.map, tables.table_for(image.tasks.mask, image.tasks.primary))
+        writer.put_symbols(
+            image.map, tables.table_for(image.tasks.mask, image.tasks.primary, image.rate_level)
+        )
     return bits
 
 
 def _put_fields(writer: RangeWriter, image: CodedImage, form: Session, spec: StreamSpec) -> float:
-    """Codes rate level, task field and the client's answer; returns their bits."""
-    bits = 0.0
-    if not 0 <= image.rate_level < spec.rate_levels:
-        raise ValueError(f"rate level {image.rate_level}: the model has {spec.rate_levels}")
-    if spec.rate_levels > 1:
-        writer.put(image.rate_level, stream.model.Uniform(spec.rate_levels))
-        bits += math.log2(spec.rate_levels)
+    """Codes task field, the client's answer and the latent's rate level; returns their bits."""
+    levels = spec.rate_levels if image.has_latent else 1
+    if not 0 <= image.rate_level < levels:
+        raise ValueError(f"rate level {image.rate_level}: the image may have {levels}")
     put_tasks = put_primary if form.requests else put_task_field
-    bits += put_tasks(writer, image.tasks)
-    return bits + _put_answer(writer, image, form, spec)
+    bits = put_tasks(writer, image.tasks) + _put_answer(writer, image, form, spec)
+    if levels > 1:
+        writer.put(image.rate_level, stream.model.Uniform(levels))
+        bits += math.log2(levels)
+    return bits
 
 
 def _take_image(
@@ -202,7 +209,6 @@ def _take_image(
     tables: TableSet,
     spec: StreamSpec,
 ) -> CodedImage:
-    rate = reader.take(stream.model.Uniform(spec.rate_levels)) if spec.rate_levels > 1 else 0
     if form.requests:
         tasks = take_primary(reader, asked)
     else:
@@ -210,10 +216,10 @@ def _take_image(
     label, confidence, answered = _take_answer(reader, tasks, form, spec)
     shape = spec.latent_shape(form.input_shape)
     if answered:
-        symbols = np.zeros(shape, np.int32)
-    else:
-        symbols = reader.take_symbols(tables.table_for(tasks.mask, tasks.primary), shape)
-    return CodedImage(tasks, symbols, label, confidence, not answered, rate)
+        return CodedImage(tasks, np.zeros(shape, np.int32), label, confidence, has_latent=False)
+    rate = reader.take(stream.model.Uniform(spec.rate_levels)) if spec.rate_levels > 1 else 0
+    symbols = reader.take_symbols(tables.table_for(tasks.mask, tasks.primary, rate), shape)
+    return CodedImage(tasks, symbols, label, confidence, rate_level=rate)
 
 
 def _field_bits(image: CodedImage, form: Session, spec: StreamSpec) -> float:
@@ -226,9 +232,10 @@ def _may_answer(tasks: TaskField, spec: StreamSpec) -> int:
 
 
 def _put_answer(writer: RangeWriter, image: CodedImage, form: Session, spec: StreamSpec) -> float:
-    """Codes the client's label, how sure it is, and whether that is all; returns bits.
+    """Codes the client's label, how sure it is, and whether that is all.
 
-    Raises ValueError for a label or a level that this image cannot have.
+    Returns the bits that are no payload: where answers are sent beside latents, none. Raises
+    ValueError for a label or a level that this image cannot have.
     """
     may_end = _may_answer(image.tasks, spec)
     labels = spec.labels[image.tasks.primary] if form.with_answers else may_end
@@ -238,6 +245,8 @@ def _put_answer(writer: RangeWriter, image: CodedImage, form: Session, spec: Str
     if not image.has_latent and (said is None or not may_end):
         raise ValueError("an image without latent needs a label of its one active task")
     if not labels:
+        if sure is not None:
+            raise ValueError(f"confidence {sure}: the image has no label that it could belong to")
         return 0.0
     answered = int(not image.has_latent)
     if not form.with_answers:
@@ -252,12 +261,10 @@ def _put_answer(writer: RangeWriter, image: CodedImage, form: Session, spec: Str
             f"the second from 0 to {len(counts) - 1}"
         )
     writer.put(sure, _confidence_model(counts))
-    bits = PRECISION - math.log2(counts[sure]) + _put_label(writer, said, labels)
+    _put_label(writer, said, labels)
     if may_end:
-        model, ends = _ends(sure)
-        writer.put(answered, model)
-        bits += PRECISION - math.log2(ends[answered])
-    return bits
+        writer.put(answered, _ends(sure))
+    return 0.0
 
 
 def _put_label(writer: RangeWriter, label: int, labels: int) -> float:
@@ -278,7 +285,7 @@ def _take_answer(
             return None, None, False
         confidence = reader.take(_confidence_model(spec.confidence[_confidence_row(tasks)]))
         label = _take_label(reader, labels)
-        answered = bool(may_end) and bool(reader.take(_ends(confidence)[0]))
+        answered = bool(may_end) and bool(reader.take(_ends(confidence)))
         return label, confidence, answered
     if not may_end or not reader.take(_ANSWERED):
         return None, None, False
@@ -301,19 +308,18 @@ def _confidence_model(counts: tuple[int, ...]) -> Any:
     return exact_model(np.array(counts))
 
 
-def _ends(confidence: int) -> tuple[Any, tuple[int, int]]:
-    """Model and counts of "with a latent, without": even odds where the client is surest."""
-    return (_ANSWERED, (TOTAL // 2, TOTAL // 2)) if confidence >= _SURE else _SELDOM
+def _ends(confidence: int) -> Any:
+    """The model of "with a latent, without": even odds where the client is surest."""
+    return _ANSWERED if confidence >= _SURE else _SELDOM
 
 
 _ANSWERED = stream.model.Uniform(2)
 _SURE = 6
-_SELDOM_COUNTS = (TOTAL - TOTAL // 16, TOTAL // 16)
-_SELDOM = (exact_model(np.array(_SELDOM_COUNTS)), _SELDOM_COUNTS)
+_SELDOM = exact_model(np.array((TOTAL - TOTAL // 16, TOTAL // 16)))
 
 
 def _payload_bytes(body: bytes, field_bits: float) -> float:
-    """Bytes of the body without the task fields, rounded to 1/1024.
+    """Bytes of the body without rate levels and task fields, rounded to 1/1024.
 
     Rounded, the mean over images is the same in any order.
     """

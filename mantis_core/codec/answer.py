@@ -17,11 +17,12 @@ from numpy.typing import NDArray
 class Encoded:
     """The stream of one image, and what the client saw. probabilities and mask are (K,).
 
-    `payload_bytes` is the share of the coded latent in the stream; the task field costs fractions
-    of bytes. `estimated_bits` is NaN for a client without the density. `answered` says whether the
-    client has sent its own answer and no latent. `client_class` is the class that its detector
-    gives, sent or not; -1 where that names tasks alone. `session_bytes` is what the image takes as
-    a message of a session, whose hello is sent once.
+    `payload_bytes` is the share of the coded latent in the stream, and of the client's answer that
+    goes with it; the task field costs fractions of bytes. `estimated_bits` is NaN for a client
+    without the density. `answered` says whether the client has sent its own answer and no latent.
+    `client_class` is the class that its detector gives, sent or not; -1 where that names tasks
+    alone. `session_bytes` is what the image takes as a message of a session, whose hello is sent
+    once; -1 for a model that has no sessions.
     """
 
     data: bytes
@@ -31,7 +32,7 @@ class Encoded:
     mask: NDArray[np.bool_]
     answered: bool = False
     client_class: int = -1
-    session_bytes: int = 0
+    session_bytes: int = -1
 
 
 @dataclass(frozen=True)

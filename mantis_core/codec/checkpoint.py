@@ -91,7 +91,8 @@ def load_model(folder: str | Path) -> Mantis:
     except (KeyError, RuntimeError, ValueError) as error:
         raise ModelError(f"{folder}: weights and config do not fit: {error}") from None
     model.eval()
-    if model.model_id().hex() != meta.get("model_id"):
+    saved = meta.get("stream_id", meta.get("model_id")), meta.get("model_id")
+    if tuple(id.hex() for id in model.ids()) != saved:
         raise ModelError(f"{folder} holds another model than the one it was saved as")
     return model
 
@@ -153,7 +154,7 @@ def load_server(folder: str | Path) -> ServerCodec:
     tables = _tables(folder, spec, tensors)
     fusion = None
     if spec.sends_answer:
-        fusion = Fusion()
+        fusion = Fusion().eval()
         _load_part(folder, fusion, _part(tensors, _FUSION))
     return ServerCodec(
         spec,
@@ -169,15 +170,18 @@ def load_server(folder: str | Path) -> ServerCodec:
 def _load_half(folder: str | Path, half: Half) -> tuple[dict[str, Tensor], ModelSpec, Ids]:
     tensors, config, meta = load_folder(folder, wanted=_OF_HALF[half])
     _require_half(folder, meta, half)
+    spec = _spec(folder, config)
     missing = [name for name in (_THRESHOLD,) if half == "client" and name not in tensors]
-    try:
-        model_id = bytes.fromhex(str(meta["model_id"]))
-        ids = Ids(bytes.fromhex(str(meta.get("stream_id", meta["model_id"]))), model_id)
-    except (KeyError, ValueError):
-        missing.append("model_id")
+    names = ("stream_id" if spec.stream_version > 1 else "model_id", "model_id")
+    found = []
+    for name in names:
+        try:
+            found.append(bytes.fromhex(str(meta[name])))
+        except (KeyError, ValueError):
+            missing.append(name)
     if missing:
-        raise ModelError(f"{folder} is no codec: it lacks {' and '.join(missing)}")
-    return tensors, _spec(folder, config), ids
+        raise ModelError(f"{folder} is no codec: it lacks {' and '.join(dict.fromkeys(missing))}")
+    return tensors, spec, Ids(*found)
 
 
 def _answer_counts(
@@ -187,6 +191,10 @@ def _answer_counts(
         return None
     if _COUNTS not in tensors:
         raise ModelError(f"{folder} is no codec that sends answers: it lacks {_COUNTS}")
+    try:
+        spec.stream_spec(bytes(4), tensors[_COUNTS])
+    except ValueError as error:
+        raise ModelError(f"{folder} holds no counts of confidence: {error}") from None
     return tensors[_COUNTS]
 
 
@@ -255,7 +263,8 @@ def _unpacked(
 def _tables(folder: str | Path, spec: ModelSpec, tensors: Mapping[str, Tensor]) -> TableSet:
     try:
         whole = _unpacked(tensors, spec.model, len(spec.tasks))
-        parts = (whole[_TABLES + name].numpy() for name in ("cdf", "offsets", "lengths"))
-        return TableSet(spec.model.prior, *parts)
+        names = ("cdf", "offsets", "lengths")
+        cdf, offsets, lengths = (whole[_TABLES + name].numpy() for name in names)
+        return TableSet(spec.model.prior, cdf, offsets, lengths)
     except (KeyError, ValueError) as error:
         raise ModelError(f"{folder} holds no coding tables: {error}") from None

@@ -125,11 +125,11 @@ class ClientCodec:
     def _session_bytes(self, seen: Seen, packed: Packed, *, requests: bool) -> int:
         """The size of an image's message; of a reply to a request, which holds no task field.
 
-        A model of version 1 has no sessions: it sends files.
+        A model of version 1 has no sessions: -1.
         """
         spec = self.stream_spec
         if spec.version == 1:
-            return len(packed.data)
+            return -1
         if not requests:
             return packed.session_bytes
         form = Session(seen.input_shape, requests=True)
@@ -160,7 +160,7 @@ class ClientCodec:
         for other batch sizes and numbers of threads, but the symbols of an image must not depend on
         the images beside it or on the machine's cores.
         """
-        _check_images(images)
+        check_images(images)
         asked = None
         if tasks is not None:
             asked = asked_tasks(self.spec, tasks, len(images)).to(images.device)
@@ -324,7 +324,8 @@ def _rows_of(view: View, rows: list[int]) -> View:
     )
 
 
-def _check_images(images: Tensor) -> None:
+def check_images(images: Tensor) -> None:
+    """ModelError for what is no batch of images."""
     if not isinstance(images, Tensor):
         raise ModelError(
             f"images are a {type(images).__name__}; allowed: a uint8 tensor (B, 3, H, W)"

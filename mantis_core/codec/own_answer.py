@@ -71,15 +71,21 @@ class Fusion(nn.Module):
 
     log P'(c) = s_l log P(c) + w_l [c is the client's label], normalised over the labels of the
     primary task and "not mine"; l is the level of confidence. s starts at 1 and w at 0, where the
-    client is not heard. `accuracy` is the share of right labels at each level.
+    client is not heard. Both are trained, as `log_scale` and `bonus`, and then fitted to rows that
+    training has not seen: eval mode decides by what was fitted. `accuracy` is the share of right
+    labels at each level.
     """
 
+    fitted_log_scale: Tensor
+    fitted_bonus: Tensor
     accuracy: Tensor
 
     def __init__(self) -> None:
         super().__init__()
         self.log_scale = nn.Parameter(torch.zeros(CONFIDENCE_LEVELS))
         self.bonus = nn.Parameter(torch.zeros(CONFIDENCE_LEVELS))
+        self.register_buffer("fitted_log_scale", torch.zeros(CONFIDENCE_LEVELS))
+        self.register_buffer("fitted_bonus", torch.zeros(CONFIDENCE_LEVELS))
         self.register_buffer("accuracy", torch.full((CONFIDENCE_LEVELS,), 0.5))
 
     def forward(self, log_p: Tensor, answer: ClientAnswer) -> Tensor:
@@ -87,10 +93,13 @@ class Fusion(nn.Module):
 
         Images without one keep theirs.
         """
+        log_scale, bonus = self.fitted_log_scale, self.fitted_bonus
+        if self.training:
+            log_scale, bonus = self.log_scale, self.bonus
         level, heard = answer.level.clamp_min(0), (answer.label >= 0)[:, None]
         padding = log_p == -torch.inf
-        scores = log_p.masked_fill(padding, 0.0) * self.log_scale.exp()[level][:, None]
-        said = one_hot(answer.label.clamp_min(0), log_p.shape[1]) * self.bonus[level][:, None]
+        scores = log_p.masked_fill(padding, 0.0) * log_scale.exp()[level][:, None]
+        said = one_hot(answer.label.clamp_min(0), log_p.shape[1]) * bonus[level][:, None]
         fused = torch.log_softmax((scores + said).masked_fill(padding, -torch.inf), dim=1)
         return torch.where(heard, fused, log_p)
 
@@ -111,9 +120,14 @@ class Fusion(nn.Module):
 
         `log_p` (B, W) are the server's own outputs of the primary task, `truth` (B,) the right
         place among them. What was trained counts as a few images of each level, so that a level
-        which no image has keeps it. Images without an answer do not count.
+        which no image has keeps it, and is itself left as it is: it makes no difference how often
+        this is called. Images without an answer do not count; nor do those with outputs that are
+        not finite, of a training that diverged.
         """
-        heard = answer.label >= 0
+        self.fitted_log_scale.copy_(self.log_scale.detach())
+        self.fitted_bonus.copy_(self.bonus.detach())
+        right_place = log_p.gather(1, truth[:, None])[:, 0]
+        heard = (answer.label >= 0) & torch.isfinite(right_place)
         if not heard.any():
             return
         log_p, truth = log_p[heard].double(), truth[heard]
@@ -139,8 +153,12 @@ class Fusion(nn.Module):
             return found
 
         with torch.enable_grad():
+            before = loss().item()
             optimiser.step(loss)  # type: ignore[no-untyped-call]
-        self.load_state_dict(fitted.state_dict())
+            after = loss().item()
+        if after <= before:  # never true of nan
+            self.fitted_log_scale.copy_(fitted.log_scale.detach())
+            self.fitted_bonus.copy_(fitted.bonus.detach())
 
 
 def even_counts() -> Tensor:

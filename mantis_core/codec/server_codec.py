@@ -55,15 +55,29 @@ class ServerCodec:
         BitstreamError for the first stream that this model did not make, ModelError for what is no
         list of byte strings.
         """
-        streams = [streams] if isinstance(streams, bytes | str) else list(streams)
-        bytelike = bytes | bytearray | memoryview
-        if wrong := {type(data).__name__ for data in streams if not isinstance(data, bytelike)}:
-            raise ModelError(f"streams are {', '.join(sorted(wrong))}; allowed: a list of bytes")
-        return self.answer(read_stream(data, self.tables, self.stream_spec) for data in streams)
+        found = listed_bytes(streams, "streams")
+        return self.answer(read_stream(data, self.tables, self.stream_spec) for data in found)
 
     @torch.no_grad()
     def answer(self, streams: Iterable[Unpacked]) -> list[Answer]:
-        """What was read of streams or messages to one answer per image, in order."""
+        """What was read of streams or messages to one answer per image, in order.
+
+        However many there are, latents of about `max_total_pixels` are held at a time.
+        """
+        answers: list[Answer] = []
+        group: list[Unpacked] = []
+        pixels = 0
+        for stream in streams:
+            _, height, width = self.stream_spec.latent_shape(stream.input_shape)
+            own = len(stream.images) * height * width * self.stream_spec.stride**2
+            if group and pixels + own > self.stream_spec.max_total_pixels:
+                answers += self._answer_group(group)
+                group, pixels = [], 0
+            group.append(stream)
+            pixels += own
+        return answers + self._answer_group(group)
+
+    def _answer_group(self, streams: Sequence[Unpacked]) -> list[Answer]:
         images: list[CodedImage] = []
         shapes: list[tuple[int, int]] = []
         sizes: list[tuple[float, float]] = []
@@ -212,6 +226,19 @@ def new_server(spec: ModelSpec, trunk: nn.Module | None = None) -> Server:
 def new_joint(spec: ModelSpec) -> JointDecision | None:
     """The joint decision, where each image has one class."""
     return JointDecision(spec.tasks, len(spec.classes)) if spec.single_class else None
+
+
+def listed_bytes(data: Iterable[bytes], what: str) -> list[bytes]:
+    """Byte strings as a list, of one alone too; ModelError, which calls them `what`, for others."""
+    given = [data] if isinstance(data, bytes | bytearray | memoryview | str) else data
+    try:
+        listed = list(given)
+    except TypeError:
+        listed = [given]  # type: ignore[list-item]
+    bytelike = bytes | bytearray | memoryview
+    if wrong := {type(each).__name__ for each in listed if not isinstance(each, bytelike)}:
+        raise ModelError(f"{what} are {', '.join(sorted(wrong))}; allowed: a list of bytes")
+    return [bytes(each) for each in listed]
 
 
 def _at_rows(own: Tensor, rows: Tensor, count: int) -> Tensor:

@@ -17,8 +17,8 @@ from torch import Tensor
 from mantis_core.bitstream.session import Session, read_hello, write_hello
 from mantis_core.bitstream.wire import read_message, write_message
 from mantis_core.codec.answer import Answer
-from mantis_core.codec.client_codec import ClientCodec, asked_tasks
-from mantis_core.codec.server_codec import ServerCodec
+from mantis_core.codec.client_codec import ClientCodec, asked_tasks, check_images
+from mantis_core.codec.server_codec import ServerCodec, listed_bytes
 from mantis_core.errors import ModelError
 
 
@@ -55,6 +55,7 @@ class ClientSession:
         `tasks` are what the server has asked for, in a session of requests alone.
         """
         _check_request(self.session, tasks)
+        check_images(images)
         shape = (int(images.shape[-2]), int(images.shape[-1]))
         if shape != self.session.input_shape:
             raise ModelError(
@@ -85,10 +86,11 @@ class ServerSession:
 
         `tasks` are what was asked for, in a session of requests alone: names, or a bool tensor
         (B, K) with a row for each message. Raises BitstreamError for the first message that is
-        damaged, of another session or a reply to another request.
+        damaged, of another session or a reply to another request, ModelError for what is no list of
+        byte strings.
         """
         _check_request(self.session, tasks)
-        messages = list(messages)
+        messages = listed_bytes(messages, "messages")
         spec = self.codec.spec
         asked: list[tuple[bool, ...]] = [()] * len(messages)
         if tasks is not None:
@@ -96,7 +98,7 @@ class ServerSession:
             asked = [tuple(row) for row in rows]
         return self.codec.answer(
             read_message(
-                bytes(data),
+                data,
                 self.session,
                 self.hello,
                 self.codec.tables,
@@ -112,7 +114,7 @@ def session_of(
 ) -> Session:
     """What a session with this client says of every message."""
     return Session(
-        input_shape or codec.spec.image_size,
+        tuple(input_shape or codec.spec.image_size),  # type: ignore[arg-type]
         with_levels=codec.spec.model.send_probabilities and not requests,
         with_answers=codec.spec.sends_answer and not requests,
         requests=requests,

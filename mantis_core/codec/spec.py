@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, field_validator
 from torch import Tensor
 
 from mantis_core.bitstream.container import MAX_IMAGES, VERSIONS, StreamSpec
@@ -57,6 +57,15 @@ class ModelSpec(BaseModel):
     split_signed: bool = False
     last_signed: bool = False
     stream_version: int = 1
+
+    @field_validator("stream_version")
+    @classmethod
+    def _known_version(cls, version: int) -> int:
+        if version not in VERSIONS:
+            raise ValueError(
+                f"streams of version {version} are unknown; this version has {VERSIONS}"
+            )
+        return version
 
     @property
     def task_names(self) -> tuple[str, ...]:

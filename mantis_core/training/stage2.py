@@ -223,10 +223,12 @@ class Stage2Recipe(Recipe):
         with self.watch_student() as student_io:
             view = student.client(images)
             detected = torch.sigmoid(view.logits.float()).detach()
-            condition, mask, loss_mask = self._condition(detected, batch, progress)
+            condition, mask, loss_mask, forced = self._condition(detected, batch, progress)
             heard = None
             if student.fusion is not None and self.training:
+                # The answer of a forced image would be one within its true task.
                 heard = torch.rand(len(batch), device=images.device) >= self.config.answer_dropout
+                heard &= ~forced
             output: MantisOutput = student(images, condition, mask, view=view, heard=heard)
         computed = {name: value for name, value in output._asdict().items() if value is not None}
         student_io["outputs"] = {**computed, "loss_mask": loss_mask}
@@ -277,17 +279,18 @@ class Stage2Recipe(Recipe):
 
     def _condition(
         self, detected: Tensor, batch: Batch, progress: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """What the encoder reads, what the stream would carry, and which tasks' losses count.
 
-        All three are (B, K), as `detected` is. In training a share of the images is forced to its
-        true tasks, and some of those images to a random subset, of each size from one task on with
-        equal probability. The other images, and all images in eval mode, follow the detector.
+        All three are (B, K), as `detected` is; the last are the images that are forced, (B,). In
+        training a share of the images is forced to its true tasks, and some of those images to a
+        random subset, of each size from one task on with equal probability. The other images, and
+        all images in eval mode, follow the detector.
         """
         mask = self.student.select_mask(detected)
         truth = batch.task_mask
         if not self.training:
-            return detected, mask, truth
+            return detected, mask, truth, mask.new_zeros(len(mask))
         first, last = self.config.teacher_forcing
         share = first + (last - first) * progress
         count, device = len(batch), detected.device
@@ -297,11 +300,12 @@ class Stage2Recipe(Recipe):
         chosen = truth & (order < size[:, None])
         subset = torch.rand(count, device=device) < self.config.subset_fraction
         wanted = torch.where(subset[:, None], chosen, truth)
-        forced = forced[:, None]
+        rows = forced[:, None]
         return (
-            torch.where(forced, wanted.float(), detected),
-            torch.where(forced, wanted, mask),
-            torch.where(forced, wanted, truth),
+            torch.where(rows, wanted.float(), detected),
+            torch.where(rows, wanted, mask),
+            torch.where(rows, wanted, truth),
+            forced,
         )
 
 
@@ -334,7 +338,7 @@ def _answers_and_outputs(student: Mantis, images: Tensor, view: View, batch: Bat
 def _calibrate_answers(student: Mantis, fusion: Fusion, known: Tensor) -> None:
     """Fits fusion and tables of the client's answers to rows (N, W + _FACTS) of all workers."""
     log_p, facts = known[:, :-_FACTS], known[:, -_FACTS:].long()
-    heard = facts[:, 0] >= 0
+    heard = (facts[:, 0] >= 0) & (facts[:, -1] >= 0)  # the second: no task has a probability of nan
     label, level, truth, task_level = facts[heard].T
     fusion.calibrate(log_p[heard], ClientAnswer(label, level), truth)
     student.answer_counts.copy_(confidence_counts(task_level.numpy(), level.numpy()))

@@ -164,7 +164,15 @@ def _check_arms(settings: Settings, table: TaskTable) -> None:
                 f"listed. Add `{whose}`, or leave `{name}` out."
             )
     for name in settings.evaluate.baselines:
-        if set(ANSWERING) & set(ARM_KINDS[name].overrides) and not settings.model.detector.classes:
+        if not set(ANSWERING) & set(ARM_KINDS[name].overrides):
+            continue
+        if settings.model.send_answer:
+            raise SettingsError(
+                f"evaluate.baselines: `{name}` is an arm whose client sends its answer, and with "
+                "model.send_answer=true those of all arms do. Set it to false, or leave "
+                f"`{name}` out."
+            )
+        if not settings.model.detector.classes:
             raise SettingsError(
                 f"evaluate.baselines: `{name}` sends the class that the detector names, and this "
                 "one names tasks. Set model.detector.classes=true (with the loss ClassDetection), "

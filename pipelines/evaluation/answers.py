@@ -107,14 +107,15 @@ class ArmEvaluator:
 def client_cost(source: ArmSource, model: nn.Module, problem: Problem) -> dict[str, int]:
     """Returns multiply-adds and bytes of an arm's client, {} for an arm without one client.
 
-    A student that answers nothing by itself needs no detector.
+    A student that sends no answer of its own needs no detector.
     """
     if isinstance(model, LocalClassifier):
         return model.cost(problem.image_size)
     if not isinstance(model, Mantis):
         return {}
     found = model.client_codec().describe()
-    if ARM_KINDS[source.kind].answers == "student" and source.exit_confidence is None:
+    is_student = ARM_KINDS[source.kind].answers == "student"
+    if is_student and source.exit_confidence is None and not model.spec.sends_answer:
         found["client_macs"] -= found["detector_macs"]
     return found
 
@@ -191,7 +192,7 @@ def run_student(
         rows["session_bytes"][index] = sent.session_bytes
         rows["estimated_bits"][index] = sent.estimated_bits
         rows["answered"][index] = sent.answered
-        if exit_confidence is not None:
+        if exit_confidence is not None or model.spec.sends_answer:
             rows["client_class"][index] = sent.client_class
         rows["class_index"][index] = answer.class_index
     return _with_labels_of_class(rows, problem.tasks)
@@ -260,16 +261,20 @@ def run_teacher(model: Teacher, images: Tensor, batch: Arrays, problem: Problem)
 def run_image_codec(
     model: Teacher, images: Tensor, batch: Arrays, problem: Problem, source: ArmSource
 ) -> Arrays:
-    """Encodes every image to a file, decodes it and runs the teacher. The file is what is sent."""
+    """Encodes every image to a file, decodes it and runs the teacher. The file is what is sent.
+
+    In a session both ends could agree on the headers of files: what is left counts there.
+    """
     codec = IMAGE_CODECS[source.kind.removesuffix(TUNED)]
     assert source.quality is not None
     pixels, scale = images.permute(0, 2, 3, 1).cpu().numpy(), source.scale or 1.0
-    coded = [coded_at(codec, image, source.quality, scale) for image in pixels]
-    files, decoded = [data for data, _ in coded], torch.from_numpy(np.stack([x for _, x in coded]))
+    pairs = [coded_at(codec, image, source.quality, scale) for image in pixels]
+    files, decoded = [data for data, _ in pairs], torch.from_numpy(np.stack([x for _, x in pairs]))
     rows = run_teacher(model, decoded.permute(0, 3, 1, 2).to(images.device), batch, problem)
     rows["probabilities"][:] = -1.0  # nothing is detected
-    rows["wire_bytes"][:] = rows["session_bytes"][:] = [len(data) for data in files]
-    rows["payload_bytes"][:] = [codec.coded_bytes(data) for data in files]
+    rows["wire_bytes"][:] = [len(data) for data in files]
+    coded = [codec.coded_bytes(data) for data in files]
+    rows["payload_bytes"][:] = rows["session_bytes"][:] = coded
     return rows
 
 

@@ -95,7 +95,8 @@ def read_case(name: str) -> tuple[bytes, list[CodedImage], tuple[int, int], Tabl
         images.append(CodedImage(field, symbols, label, sure, bool(latent), rate))
     data = (FOLDER / f"{name}.mts").read_bytes()
     prior = PRIORS[int(arrays["prior"][0])]
-    tables = TableSet(prior, arrays["cdf"], arrays["offsets"], arrays["lengths"])
+    arrays_of_tables = (arrays["cdf"], arrays["offsets"], arrays["lengths"])
+    tables = TableSet(prior, *arrays_of_tables, levels=spec.rate_levels)
     return data, images, shape, tables, spec
 
 
@@ -105,9 +106,10 @@ def names() -> list[str]:
 
 
 def random_tables(
-    prior: Prior, rows: int, channels: int, seed: int, *, contexts: int = 1
+    prior: Prior, rows: int, channels: int, seed: int, *, contexts: int = 1, levels: int = 1
 ) -> TableSet:
     """Tables of 3 to 20 entries a channel, `contexts` of them, made from integers alone."""
+    rows *= levels
     rng = np.random.default_rng(seed)
     lengths = rng.integers(3, 21, channels).astype(np.int32)
     cdf = np.full((rows, channels * contexts, lengths.max() + 1), TOTAL, np.int32)
@@ -116,7 +118,7 @@ def random_tables(
             cuts = rng.choice(np.arange(1, TOTAL), length - 1, replace=False)
             cdf[row, index, 0] = 0
             cdf[row, index, 1:length] = np.sort(cuts)
-    return TableSet(prior, cdf, -(lengths // 2), lengths)
+    return TableSet(prior, cdf, -(lengths // 2), lengths, levels)
 
 
 def random_image(
@@ -178,7 +180,7 @@ def named_image(
         int(rng.integers(spec.labels[first])),
         int(rng.integers(CONFIDENCE_LEVELS)),
         has_latent=not answered,
-        rate_level=int(rng.integers(spec.rate_levels)),
+        rate_level=0 if answered else int(rng.integers(spec.rate_levels)),
     )
 
 
@@ -267,6 +269,7 @@ def _write_missing_of_version_2() -> list[str]:
     spec = StreamSpec(b"gold", 6, (32, 40), 4, 8, (5, 0, 1, 5, 9, 5), version=2)
     named = replace(spec, rate_levels=5, confidence=sure_counts(60))
     tables = random_tables("primary", 6, 4, 60, contexts=CONTEXTS)
+    of_rates = random_tables("primary", 6, 4, 61, contexts=CONTEXTS, levels=5)
     written = []
     for name, own, images in [
         ("version_2", spec, [random_image(6, latent, levels=True, seed=61)]),
@@ -280,7 +283,7 @@ def _write_missing_of_version_2() -> list[str]:
         ),
     ]:
         if name not in names():
-            write_case(name, images, (32, 40), tables, own)
+            write_case(name, images, (32, 40), tables if own is spec else of_rates, own)
             written.append(name)
     if not SESSIONS.exists():
         SESSIONS.write_text(json.dumps(_sessions(), indent=1) + "\n")
@@ -290,14 +293,53 @@ def _write_missing_of_version_2() -> list[str]:
 
 def sessions() -> list[tuple[Session, list[CodedImage], TableSet, StreamSpec]]:
     """The sessions that are frozen, with what is sent in them."""
-    _, named, _, tables, spec = read_case("version_2_with_answers")
-    _, plain, _, _, without = read_case("version_2")
+    _, named, _, of_rates, spec = read_case("version_2_with_answers")
+    _, plain, _, tables, without = read_case("version_2")
     asked = [replace(image, tasks=replace(image.tasks, levels=None)) for image in plain]
     return [
-        (Session((32, 40), with_levels=True, with_answers=True), named, tables, spec),
+        (Session((32, 40), with_levels=True, with_answers=True), named, of_rates, spec),
         (Session((32, 40), with_levels=True), plain, tables, without),
         (Session((32, 40), requests=True), asked, tables, without),
+        (Session((32, 40), requests=True), _about_one_task(without, levels=False), tables, without),
+        (
+            Session((32, 40), with_answers=True, requests=True),
+            [replace(i, tasks=replace(i.tasks, levels=None)) for i in named],
+            of_rates,
+            spec,
+        ),
+        (Session((24, 33), with_levels=True), _of_another_shape(without), tables, without),
+        (
+            Session((32, 40), with_levels=True, with_answers=True),
+            [_without_labels(spec)],
+            of_rates,
+            spec,
+        ),
     ]
+
+
+def _about_one_task(spec: StreamSpec, *, levels: bool) -> list[CodedImage]:
+    """A latent about one task with labels, one without labels, and an answer by the client."""
+    shape = (4, 4, 5)
+    found = []
+    for seed, task in ((70, 3), (71, 1)):
+        image = random_image(spec.num_tasks, shape, levels=levels, seed=seed)
+        mask = tuple(k == task for k in range(spec.num_tasks))
+        found.append(replace(image, tasks=TaskField(mask, task, (2,) if levels else None)))
+    nothing = np.zeros(shape, np.int32)
+    answered = CodedImage(found[0].tasks, nothing, label=4, has_latent=False)
+    return [*found, answered]
+
+
+def _of_another_shape(spec: StreamSpec) -> list[CodedImage]:
+    return [
+        random_image(spec.num_tasks, (4, 3, 5), levels=True, seed=72),
+        replace(_about_one_task(spec, levels=True)[2], map=np.zeros((4, 3, 5), np.int32)),
+    ]
+
+
+def _without_labels(spec: StreamSpec) -> CodedImage:
+    """An image whose primary task has no labels, so that it carries no answer."""
+    return replace(_about_one_task(spec, levels=True)[1], rate_level=2)
 
 
 def _sessions() -> list[dict[str, object]]:

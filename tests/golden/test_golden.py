@@ -31,7 +31,7 @@ def test_a_frozen_stream_is_read_and_written_for_ever(name: str) -> None:
     assert write_stream(images, shape, tables, spec).data == data
 
 
-@pytest.mark.parametrize("number", range(3))
+@pytest.mark.parametrize("number", range(7))
 def test_a_frozen_session_is_read_and_written_for_ever(number: int) -> None:
     session, images, tables, spec = sessions()[number]
     frozen = json.loads(SESSIONS.read_text())[number]

@@ -30,7 +30,8 @@ SPEC = StreamSpec(
     rate_levels=3,
     confidence=sure_counts(1),
 )
-TABLES = random_tables("primary", TASKS, 3, 0)
+TABLES = random_tables("primary", TASKS, 3, 0, levels=3)
+ONE_RATE = random_tables("primary", TASKS, 3, 0)
 SHAPE = (3, 4, 4)
 SESSION = Session((32, 32), with_levels=True, with_answers=True)
 HELLO = write_hello(SESSION, SPEC)
@@ -80,7 +81,7 @@ def test_a_message_costs_at_most_four_bytes_beside_its_latent():
         first = image.tasks.primary
         sure = tuple(k == first for k in range(TASKS))
         image = replace(image, tasks=TaskField(sure, first, (0,)))
-        sent = write_message(image, replace(SESSION, with_answers=False), HELLO, TABLES, PLAIN)
+        sent = write_message(image, replace(SESSION, with_answers=False), HELLO, ONE_RATE, PLAIN)
         latents.append(len(sent.data) - sent.payload_bytes)
     assert np.mean(latents) <= 4
 
@@ -99,15 +100,16 @@ def test_a_reply_to_a_request_carries_no_tasks():
     for seed in range(40):
         image = random_image(TASKS, SHAPE, levels=False, seed=seed)
         asked = image.tasks.mask
-        data = write_message(image, session, hello, TABLES, PLAIN).data
-        (found,) = read_message(data, session, hello, TABLES, PLAIN, asked).images
+        data = write_message(image, session, hello, ONE_RATE, PLAIN).data
+        (found,) = read_message(data, session, hello, ONE_RATE, PLAIN, asked).images
         assert_same(image, found)
-        alone = write_stream([image], (32, 32), TABLES, PLAIN)
+        alone = write_stream([image], (32, 32), ONE_RATE, PLAIN)
         assert len(data) <= alone.session_bytes
         other = (*asked[:-1], not asked[-1])
         if any(other):
             assert (
-                refusal(read_message, data, session, hello, TABLES, PLAIN, other) is Reason.CORRUPT
+                refusal(read_message, data, session, hello, ONE_RATE, PLAIN, other)
+                is Reason.CORRUPT
             )
 
 
@@ -115,13 +117,62 @@ def test_a_reply_needs_its_request_and_other_messages_take_none():
     session = Session((32, 32), requests=True)
     hello = write_hello(session, SPEC)
     image = random_image(TASKS, SHAPE, levels=False, seed=3)
-    data = write_message(image, session, hello, TABLES, PLAIN).data
+    data = write_message(image, session, hello, ONE_RATE, PLAIN).data
     for asked in ((), (False,) * TASKS, (True,)):
         with pytest.raises(ValueError, match="session of requests"):
-            read_message(data, session, hello, TABLES, PLAIN, asked)
+            read_message(data, session, hello, ONE_RATE, PLAIN, asked)
     data = write_message(named(0), SESSION, HELLO, TABLES, SPEC).data
     with pytest.raises(ValueError, match="session of requests"):
         read_message(data, SESSION, HELLO, TABLES, SPEC, (True,) * TASKS)
+
+
+def test_no_request_passes_for_another_one_with_many_tasks():
+    """A CRC is linear: over the tasks themselves 0, 4, 11 and 16 would cancel each other."""
+    spec = replace(PLAIN, num_tasks=20)
+    tables = random_tables("primary", 20, 3, 0)
+    session = Session((32, 32), requests=True)
+    hello = write_hello(session, spec)
+    for seed in range(30):
+        image = random_image(20, SHAPE, levels=False, seed=seed)
+        field = TaskField(tuple(k in (0, 4) for k in range(20)), 4, None)
+        data = write_message(replace(image, tasks=field), session, hello, tables, spec).data
+        other = tuple(k in (11, 16) for k in range(20))
+        assert refusal(read_message, data, session, hello, tables, spec, other) is Reason.CORRUPT
+
+
+def test_messages_of_other_shapes_fail_whatever_the_shape():
+    """So do those of hellos that a CRC alone would take for one another, as 256x200 and 231x318."""
+    spec = replace(PLAIN, input_shape=(300, 300))
+    tables = random_tables("primary", TASKS, 3, 0)
+    image = random_image(TASKS, spec.latent_shape((256, 200)), levels=True, seed=0)
+    first, other = (Session(shape, with_levels=True) for shape in ((256, 200), (231, 318)))
+    data = write_message(image, first, write_hello(first, spec), tables, spec).data
+    hello = write_hello(other, spec)
+    assert refusal(read_message, data, other, hello, tables, spec) is Reason.CORRUPT
+
+
+def test_a_session_of_requests_may_carry_answers_and_needs_them_then():
+    session = Session((32, 32), requests=True, with_answers=True)
+    hello = write_hello(session, SPEC)
+    assert read_hello(hello, SPEC) == session
+    for seed in range(20):
+        image = named(seed, levels=False, answered=seed % 3 == 1)
+        data = write_message(image, session, hello, TABLES, SPEC).data
+        asked = image.tasks.mask
+        assert_same(image, read_message(data, session, hello, TABLES, SPEC, asked).images[0])
+    with pytest.raises(ValueError, match="each image needs both"):
+        write_message(replace(image, label=None, has_latent=True), session, hello, TABLES, SPEC)
+
+
+def test_the_client_may_answer_the_only_task_that_is_asked():
+    session = Session((32, 32), requests=True)
+    spec = replace(SPEC, confidence=())
+    hello = write_hello(session, spec)
+    field = TaskField((True, False, False, False, False), 0, None)
+    image = CodedImage(field, np.zeros(SHAPE, np.int32), label=5, has_latent=False)
+    data = write_message(image, session, hello, TABLES, spec).data
+    (found,) = read_message(data, session, hello, TABLES, spec, field.mask).images
+    assert_same(image, found)
 
 
 def test_a_message_of_another_session_is_refused():
@@ -163,9 +214,17 @@ def test_hellos_that_a_model_cannot_serve_are_refused():
     assert refusal(write_hello, both, SPEC) is Reason.CORRUPT
     assert refusal(write_hello, Session((0, 32)), SPEC) is Reason.CORRUPT
     assert refusal(write_hello, Session((10**4, 10**4)), SPEC) is Reason.TOO_LARGE
+    assert refusal(read_hello, HELLO + bytes(20), SPEC) is Reason.TOO_LARGE
+
+
+def test_files_and_hellos_are_told_apart():
     stream = write_stream([named(0)], (32, 32), TABLES, SPEC).data
-    assert refusal(read_hello, stream, SPEC) is Reason.NOT_A_STREAM
-    assert refusal(read_stream, HELLO, TABLES, SPEC) is Reason.NOT_A_STREAM
+    with pytest.raises(BitstreamError, match="not the hello of a session: it is a file or stream"):
+        read_hello(stream[:21], SPEC)
+    with pytest.raises(BitstreamError, match="not a MANTiS stream: it is the hello of a session"):
+        read_stream(HELLO, TABLES, SPEC)
+    with pytest.raises(BitstreamError, match="not a MANTiS stream: it begins with 0102"):
+        read_stream(b"\x01\x02" + bytes(20), TABLES, SPEC)
 
 
 @pytest.mark.parametrize(
@@ -185,6 +244,17 @@ def test_what_no_reader_would_take_is_refused_by_the_writer(change):
     write_message(image, SESSION, HELLO, TABLES, SPEC)
     with pytest.raises(ValueError, match=r"label|confidence|rate level|levels"):
         write_message(replace(image, **change), SESSION, HELLO, TABLES, SPEC)
+
+
+def test_what_cannot_be_sent_with_an_image_is_refused_and_not_dropped():
+    field = TaskField(tuple(k == 1 for k in range(TASKS)), 1, (0,))
+    image = CodedImage(field, np.ones(SHAPE, np.int32), confidence=3)
+    with pytest.raises(ValueError, match="no label"):
+        write_message(image, SESSION, HELLO, TABLES, SPEC)
+    field = TaskField(tuple(k == 0 for k in range(TASKS)), 0, (0,))
+    image = CodedImage(field, np.ones(SHAPE, np.int32), label=2, confidence=3)
+    with pytest.raises(ValueError, match="sends no answers"):
+        write_stream([image], (32, 32), ONE_RATE, PLAIN)
 
 
 def test_a_task_without_labels_has_no_answer():

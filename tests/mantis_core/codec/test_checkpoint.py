@@ -245,6 +245,56 @@ def test_a_half_without_its_tables_or_threshold_is_refused(halves: dict[Half, Pa
             load_client(halves["client"])
 
 
+def test_a_folder_with_another_stream_id_or_without_one_is_refused(
+    codec: Mantis, saved: Path, halves: dict[Half, Path], batch: Batch
+) -> None:
+    meta = read_meta(saved)
+    (saved / "meta.json").write_text(json.dumps({**meta, "stream_id": "00000000"}))
+    with pytest.raises(ModelError, match="another model than the one it was saved as"):
+        load_model(saved)
+    for half, load in (("client", load_client), ("server", load_server)):
+        meta = {k: v for k, v in read_meta(halves[half]).items() if k != "stream_id"}
+        (halves[half] / "meta.json").write_text(json.dumps(meta))
+        with pytest.raises(ModelError, match="it lacks stream_id"):
+            load(halves[half])
+
+
+def test_a_folder_of_a_later_format_of_streams_is_refused(
+    saved: Path, halves: dict[Half, Path]
+) -> None:
+    for folder, load in (
+        (saved, load_model),
+        (halves["client"], load_client),
+        (halves["server"], load_server),
+    ):
+        tensors, config, meta = load_folder(folder)
+        save_folder(folder, tensors, {**config, "stream_version": 3}, meta)
+        with pytest.raises(ModelError, match=r"stream_version.*version 3 are unknown"):
+            load(folder)
+
+
+def test_counts_of_confidence_that_no_stream_can_have_are_refused(
+    problem: Problem,
+    codec_of: Callable[..., Mantis],
+    small_config: Callable[..., ModelConfig],
+    tmp_path: Path,
+) -> None:
+    detector = DetectorConfig(channels=8, blocks=0, hidden=8, classes=True)
+    codec = codec_of(problem, small_config(detector=detector, send_answer=True))
+    save_model(tmp_path / "model", codec, {})
+    tensors, config, meta = load_folder(tmp_path / "model")
+    tensors["answer_counts"][3, 0] += 1
+    save_folder(tmp_path / "model", tensors, config, meta)
+    for load in (load_client, load_server):
+        with pytest.raises(ModelError, match="holds no counts of confidence"):
+            load(tmp_path / "model")
+    del tensors["answer_counts"]
+    save_folder(tmp_path / "model", tensors, config, meta)
+    for load in (load_client, load_server):
+        with pytest.raises(ModelError, match="lacks answer_counts"):
+            load(tmp_path / "model")
+
+
 @pytest.mark.parametrize("damage", ["cut", "other"])
 def test_packed_tables_that_are_damaged_or_of_another_model_are_refused(
     damage: str, saved: Path, halves: dict[Half, Path]

@@ -37,6 +37,22 @@ def logits_of(probabilities: list[list[float]]) -> Tensor:
     return torch.tensor(probabilities).log()
 
 
+class ManyMinds(torch.nn.Module):
+    """In place of a detector's MLP: logits from -4 to 4 that differ from image to image."""
+
+    def __init__(self, outputs: int) -> None:
+        super().__init__()
+        self.waves = torch.nn.Parameter(100.0 + 7 * torch.arange(outputs))
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        return 4 * torch.sin(pooled.sum(dim=1, keepdim=True) * self.waves)
+
+
+def of_many_minds(codec: Mantis) -> None:
+    """Gives the detector other answers for other images, some sure and some not."""
+    codec.client.detector.mlp = ManyMinds(codec.client.detector.mlp[-1].out_features)
+
+
 def test_the_answer_is_the_best_label_of_the_primary_task_and_how_probable_it_is() -> None:
     answers = ClientAnswers(TASKS, 4)
     logits = logits_of([[0.6, 0.25, 0.05, 0.05, 0.05]] * 3)
@@ -91,10 +107,24 @@ def test_calibration_finds_the_rule_that_made_the_rows() -> None:
     found = Fusion()
     with torch.no_grad():
         found.bonus[7] = 0.7
+    trained = {name: value.clone() for name, value in found.named_parameters()}
     found.calibrate(log_p, ClientAnswer(label, level), truth)
-    torch.testing.assert_close(found.bonus[:7], rule.bonus[:7], atol=0.2, rtol=0)
-    torch.testing.assert_close(found.log_scale[:7], rule.log_scale[:7], atol=0.12, rtol=0)
-    assert float(found.bonus[7].detach()) == pytest.approx(0.7, abs=1e-3)  # as it was trained
+    torch.testing.assert_close(found.fitted_bonus[:7], rule.bonus[:7], atol=0.2, rtol=0)
+    torch.testing.assert_close(found.fitted_log_scale[:7], rule.log_scale[:7], atol=0.12, rtol=0)
+    assert float(found.fitted_bonus[7]) == pytest.approx(0.7, abs=1e-3)  # as it was trained
+    assert all(torch.equal(value, trained[name]) for name, value in found.named_parameters())
+    once = found.fitted_bonus.clone()
+    found.calibrate(log_p, ClientAnswer(label, level), truth)
+    assert torch.equal(found.fitted_bonus, once)
+    # In training what is trained decides, afterwards what was fitted.
+    answer = ClientAnswer(label[:50], level[:50])
+    trained_only = Fusion()
+    trained_only.load_state_dict(found.state_dict())
+    trained_only.fitted_bonus.zero_()
+    assert torch.equal(found.train()(log_p[:50], answer), trained_only.train()(log_p[:50], answer))
+    assert not torch.equal(
+        found.eval()(log_p[:50], answer), trained_only.eval()(log_p[:50], answer)
+    )
     for own in range(7):
         share = (label == truth)[level == own].float().mean()
         assert float(found.accuracy[own]) == pytest.approx(float(share), abs=0.01)
@@ -103,7 +133,18 @@ def test_calibration_finds_the_rule_that_made_the_rows() -> None:
 def test_calibration_without_answers_changes_nothing() -> None:
     fusion, nobody = Fusion(), torch.full((3,), -1)
     fusion.calibrate(torch.zeros(3, 4), ClientAnswer(nobody, nobody), torch.zeros(3).long())
-    assert all(not value.any() for value in fusion.parameters())
+    assert not fusion.fitted_bonus.any()
+    assert not fusion.fitted_log_scale.any()
+
+
+def test_a_diverged_epoch_leaves_the_rule_as_it_was_trained() -> None:
+    fusion = Fusion()
+    with torch.no_grad():
+        fusion.bonus.fill_(0.5)
+    log_p = torch.full((3, 4), torch.nan)
+    answer = ClientAnswer(torch.zeros(3).long(), torch.zeros(3).long())
+    fusion.calibrate(log_p, answer, torch.zeros(3).long())
+    assert fusion.fitted_bonus.tolist() == [0.5] * 8
 
 
 def test_counts_follow_the_images_and_leave_no_level_out() -> None:
@@ -147,7 +188,49 @@ def test_stage_2_trains_the_rule_and_calibrates_it_on_rows_held_back(
     before = recipe.student.answer_counts.clone()
     recipe.calibrate(recipe.student, batches, lambda rows: rows)
     assert not torch.equal(recipe.student.answer_counts, before)
-    assert fusion.bonus.any()
+    assert fusion.fitted_bonus.any()
+
+
+def test_the_rule_is_fitted_to_what_the_server_says_by_itself(
+    recipe: Stage2Recipe,
+    problem: Problem,
+    batch_of: Callable[..., Batch],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    student = recipe.student
+    assert student.fusion is not None
+    of_many_minds(student)
+    student.fusion.fitted_bonus.fill_(7.0)  # must not be heard
+    given: list[tuple[Tensor, ClientAnswer, Tensor]] = []
+    monkeypatch.setattr(student.fusion, "calibrate", lambda *rows: given.append(rows))
+    batch = batch_of(problem, 32)
+    recipe.calibrate(student, [batch], lambda rows: rows)
+    log_p, answer, truth = given[0]
+    student.eval()
+    with torch.no_grad():
+        view = student.client(normalise(batch.image))
+        nobody = torch.zeros(32, dtype=torch.bool)
+        output = student(normalise(batch.image), view=view, heard=nobody)
+    assert len({*view.logits.argmax(dim=1).tolist()}) > 1
+    for row, first in enumerate(view.logits.argmax(dim=1).tolist()):
+        task, label = problem.tasks[first], int(batch.labels[row, first])
+        own = output.tasks[task.name][row]
+        torch.testing.assert_close(log_p[row, : len(own)], own)
+        assert (log_p[row, len(own) :] == -torch.inf).all()
+        assert int(truth[row]) == (task.num_classes if label < 0 else label)
+    told = student.own_answers(view.class_logits, view.logits.argmax(dim=1))
+    assert torch.equal(answer.label, told.label)
+    assert torch.equal(answer.level, told.level)
+
+
+def test_a_forced_image_hears_no_answer_for_it_would_be_within_its_true_task(
+    recipe: Stage2Recipe, problem: Problem, batch_of: Callable[..., Batch]
+) -> None:
+    recipe.train()
+    updates = {"teacher_forcing": (1.0, 1.0), "answer_dropout": 0.0}
+    recipe.config = recipe.config.model_copy(update=updates)
+    recipe(batch_of(problem), 0.5).loss.backward()
+    assert not recipe.student.fusion.bonus.grad.any()
 
 
 def test_the_answer_gives_the_detector_no_gradient(
@@ -155,6 +238,7 @@ def test_the_answer_gives_the_detector_no_gradient(
 ) -> None:
     student = recipe.student
     with torch.no_grad():
+        student.fusion.fitted_bonus.fill_(1.0)
         student.fusion.bonus.fill_(1.0)
     view = student.client(normalise(batch_of(problem).image))
     output = student(normalise(batch_of(problem).image), view=view)
@@ -170,8 +254,9 @@ def test_streams_decide_as_the_codec_does_in_evaluation(
     batch_of: Callable[..., Batch],
 ) -> None:
     codec = codec_of(problem, small_config(detector=DETECTOR, send_answer=True))
-    with torch.no_grad():
-        codec.fusion.bonus.fill_(5.0)
+    of_many_minds(codec)
+    codec.fusion.fitted_bonus.copy_(torch.tensor([-4.0, 1, 5, -2, 3, -1, 6, 2]))
+    codec.fusion.fitted_log_scale.copy_(torch.linspace(-1, 1, 8))
     codec.load_state_dict(codec.state_dict())
     image = batch_of(problem, 16).image
     sent = codec.encode_in_detail(image)
@@ -179,16 +264,21 @@ def test_streams_decide_as_the_codec_does_in_evaluation(
     with torch.no_grad():
         output = codec(normalise(image))
         silent = codec(normalise(image), heard=torch.zeros(16, dtype=torch.bool))
+        view = codec.client(normalise(image))
     assert [a.class_index for a in answers] == output.decision.tolist()
     assert output.decision.tolist() != silent.decision.tolist()
-    with torch.no_grad():
-        logits = codec.client(normalise(image)).class_logits
+    primary = view.logits.argmax(dim=1)
+    own = codec.own_answers(view.class_logits, primary)
+    assert len(set(own.level.tolist())) >= 3
     spec = codec.client_codec().stream_spec
-    for each, own in zip(sent, logits, strict=True):
+    for row, (each, answer) in enumerate(zip(sent, answers, strict=True)):
         (found,) = read_stream(each.data, codec.tables(), spec).images
-        task = codec.spec.tasks[found.tasks.primary]
-        assert found.label == int(own[list(task.classes)].argmax())
         assert found.has_latent
+        assert found.tasks.primary == int(primary[row])
+        assert (found.label, found.confidence) == (int(own.label[row]), int(own.level[row]))
+        task = codec.spec.tasks[found.tasks.primary]
+        fused = output.tasks[task.name][row, :-1].exp()
+        assert answer.label_probability[task.name] == pytest.approx(float(fused.max()), abs=1e-3)
 
 
 def test_an_asked_image_carries_no_answer(
@@ -210,17 +300,23 @@ def test_an_answer_alone_has_the_probability_of_its_level(
     batch_of: Callable[..., Batch],
 ) -> None:
     codec = codec_of(problem, small_config(detector=DETECTOR, send_answer=True))
+    of_many_minds(codec)
     codec.fusion.accuracy.copy_(torch.linspace(0.1, 0.8, 8))
     codec.load_state_dict(codec.state_dict())
     image = batch_of(problem, 4).image
     sent = codec.encode_in_detail(image, exit_confidence=0.0)
     assert all(each.answered for each in sent)
     assert max(each.session_bytes for each in sent) <= 6
-    for each, answer in zip(sent, codec.decode([e.data for e in sent]), strict=True):
+    with torch.no_grad():
+        sure = torch.softmax(codec.client(normalise(image)).class_logits, dim=1)[:, :-1]
+    assert len(set(sure.argmax(dim=1).tolist())) > 1
+    for row, (each, answer) in enumerate(
+        zip(sent, codec.decode([e.data for e in sent]), strict=True)
+    ):
         assert answer.answered
-        assert answer.class_index == each.client_class
-        levels = [0.1 * (level + 1) for level in range(8)]
-        assert min(abs(answer.class_probability - level) for level in levels) < 1e-6
+        assert answer.class_index == each.client_class == int(sure[row].argmax())
+        level = sum(float(sure[row].max()) >= edge for edge in EDGES)
+        assert answer.class_probability == pytest.approx(0.1 * (level + 1))
 
 
 def test_a_detector_that_names_tasks_has_no_answer_to_send() -> None:

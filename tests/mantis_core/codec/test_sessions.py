@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from mantis_core.bitstream.container import BitstreamError, Reason
 from mantis_core.codec.checkpoint import load_client, load_server, save_half, save_model
 from mantis_core.codec.mantis import Mantis
+from mantis_core.codec.own_answer import confidence_counts
 from mantis_core.codec.sessions import ClientSession, ServerSession
 from mantis_core.config import DetectorConfig, ModelConfig
 from mantis_core.errors import ModelError
@@ -44,6 +46,13 @@ def facts(answer: Any) -> dict[str, Any]:
 
 
 def test_both_halves_hold_a_session_and_answer_as_files_do(codec: Mantis, tmp_path: Path) -> None:
+    if codec.fusion is not None:
+        codec.fusion.fitted_bonus.copy_(torch.linspace(-3, 4, 8))
+        codec.fusion.fitted_log_scale.copy_(torch.linspace(-1, 1, 8))
+        codec.fusion.accuracy.copy_(torch.linspace(0.1, 0.8, 8))
+        task_level, level = np.arange(300) % 4, np.arange(300) % 7
+        codec.answer_counts.copy_(confidence_counts(task_level, level))
+        codec.load_state_dict(codec.state_dict())  # its id is made anew
     save_model(tmp_path / "whole", codec, {})
     for half in ("client", "server"):
         save_half(tmp_path / half, tmp_path / "whole", half)
@@ -58,6 +67,8 @@ def test_both_halves_hold_a_session_and_answer_as_files_do(codec: Mantis, tmp_pa
         answers = receiver.decode(messages)
         files = server.decode([each.data for each in told])
         assert [facts(a) for a in answers] == [facts(f) for f in files]
+        whole = codec.decode([each.data for each in told])
+        assert [facts(f) for f in files] == [facts(w) for w in whole]
         assert [a.wire_bytes for a in answers] == [len(message) for message in messages]
 
 
@@ -84,6 +95,46 @@ def test_images_of_another_shape_have_a_session_of_their_own(codec: Mantis) -> N
     assert len(receiver.decode(sender.encode(images(2, 48)))) == 2
     with pytest.raises(ModelError, match=r"32x32 pixels; those of this session have 48x32"):
         sender.encode(images())
+
+
+def test_a_shape_may_be_a_list_and_be_the_models_own(codec: Mantis) -> None:
+    sender = ClientSession(codec.client_codec(), input_shape=[32, 32])  # type: ignore[arg-type]
+    assert sender.hello == ClientSession(codec.client_codec()).hello
+    receiver = ServerSession(codec.server_codec(), sender.hello)
+    assert len(receiver.decode(sender.encode(images()))) == 4
+
+
+def test_what_are_no_images_and_no_messages_is_said(codec: Mantis) -> None:
+    sender = ClientSession(codec.client_codec())
+    receiver = ServerSession(codec.server_codec(), sender.hello)
+    with pytest.raises(ModelError, match="images are a list; allowed: a uint8 tensor"):
+        sender.encode([1])  # type: ignore[arg-type]
+    for wrong in ("hello", 7, [3, "a"]):
+        with pytest.raises(ModelError, match=r"messages are .*; allowed: a list of bytes"):
+            receiver.decode(wrong)  # type: ignore[arg-type]
+    [message] = sender.encode(images(1))
+    alone, listed = receiver.decode(message), receiver.decode([message])
+    assert [facts(a) for a in alone] == [facts(a) for a in listed]
+
+
+def test_many_messages_are_decoded_in_groups(
+    codec: Mantis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many a call is given, no more than `max_total_pixels` are decoded at once."""
+    sender, server = ClientSession(codec.client_codec()), codec.server_codec()
+    server.stream_spec = replace(server.stream_spec, max_total_pixels=2 * 32 * 32)
+    sizes: list[int] = []
+    decode = server._decode_group
+
+    def counted(group: Any, shape: Any) -> Any:
+        sizes.append(len(group))
+        return decode(group, shape)
+
+    monkeypatch.setattr(server, "_decode_group", counted)
+    receiver = ServerSession(server, sender.hello)
+    answers = receiver.decode(sender.encode(images(5)))
+    assert sizes == [2, 2, 1]
+    assert [a.labels for a in answers] == [a.labels for a in codec.decode(codec.encode(images(5)))]
 
 
 def test_tasks_are_named_in_sessions_of_requests_alone(codec: Mantis) -> None:

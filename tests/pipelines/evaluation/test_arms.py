@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from mantis_core.baselines.per_task import PerTaskCodecs
+from mantis_core.codec.mantis import Mantis
 from mantis_core.config import DetectorConfig
-from pipelines.evaluation.answers import client_cost, run_codec, run_per_task
+from pipelines.evaluation.answers import client_cost, run_codec, run_image_codec, run_per_task
 from pipelines.evaluation.arms import ArmSource
 from tests.mantis_core.baselines.test_per_task import make_recipe
 from tests.mantis_core.conftest import (
@@ -70,6 +71,34 @@ def test_a_students_detector_costs_nothing_unless_it_answers() -> None:
     exits = ArmSource("a", "student_exit", None, exit_confidence=0.5)
     assert client_cost(exits, codec, problem)["client_macs"] == whole["client_macs"]
     assert client_cost(ArmSource("a", "teacher", None), make_teacher(problem), problem) == {}
+    detector = DetectorConfig(channels=8, blocks=0, hidden=8, classes=True)
+    sends = make_codec(problem, make_config(detector=detector, send_answer=True))
+    whole = sends.client_codec().describe()
+    student = client_cost(ArmSource("a", "student", None), sends, problem)
+    assert student["client_macs"] == whole["client_macs"]
+
+
+def test_sizes_in_a_session_are_those_of_models_that_have_sessions() -> None:
+    problem, batch = make_problem(), make_batch(make_problem(), 4)
+    arrays = {"task_mask": batch.task_mask.numpy()}
+    codec = make_codec(problem)
+    rows = run_codec(codec, batch.image, arrays, problem)
+    assert (rows["session_bytes"] == rows["wire_bytes"] - 9).all()
+    first = Mantis(codec.spec.model_copy(update={"stream_version": 1}))
+    first.load_state_dict(codec.state_dict())
+    rows = run_codec(first.eval(), batch.image, arrays, problem)
+    assert (rows["wire_bytes"] > 0).all()
+    assert (rows["session_bytes"] == -1).all()
+
+
+def test_an_image_codec_is_spared_its_headers_in_a_session() -> None:
+    problem, batch = make_problem(), make_batch(make_problem(), 4)
+    arrays = {"task_mask": batch.task_mask.numpy(), "row_id": np.arange(4)}
+    source = ArmSource("webp/quality-50", "webp", None, quality=50)
+    with torch.no_grad():
+        rows = run_image_codec(make_teacher(problem), batch.image, arrays, problem, source)
+    assert (rows["session_bytes"] == rows["payload_bytes"]).all()
+    assert (rows["session_bytes"] < rows["wire_bytes"]).all()
 
 
 def test_with_early_exit_a_clients_answers_are_told_apart_and_counted() -> None:

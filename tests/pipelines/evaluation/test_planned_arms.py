@@ -101,6 +101,8 @@ def test_an_answer_is_sent_by_a_detector_that_names_classes(config: Path, kind: 
     assert [name for name in stages if name.startswith("stage1")] == ["stage1"]
     with pytest.raises(SettingsError, match=f"`{kind}` sends the class .* this one names tasks"):
         planned(config, [asked[0], "model.detector.classes=false"])
+    with pytest.raises(SettingsError, match=f"`{kind}` is an arm .* those of all arms do"):
+        planned(config, [*asked, "model.send_answer=true"])
 
 
 @pytest.mark.parametrize("kind", ["student", "student_wide", "local"])
