@@ -41,6 +41,7 @@ from mantis_core.codec.spec import ModelSpec  # noqa: E402
 from mantis_core.config import ModelConfig  # noqa: E402
 from mantis_core.networks.bottleneck import Bottleneck  # noqa: E402
 from mantis_core.networks.client import Client, latent_size  # noqa: E402
+from mantis_core.networks.conditioning import shares_of  # noqa: E402
 from mantis_core.networks.inference import one_thread, still  # noqa: E402
 from mantis_core.networks.preprocessing import normalise  # noqa: E402
 from mantis_core.tasks import TaskSpec  # noqa: E402
@@ -114,7 +115,9 @@ def disturb(client: Client) -> None:
 def scale_latent(codec: Mantis, image: Tensor, scales: Tensor) -> None:
     """Gives the latent of `image` mean 0 and the deviations `scales` (C, 1, 1)."""
     view = codec.client(normalise(image))
-    latent = codec.client.encode(view, torch.sigmoid(view.logits))
+    latent = codec.client.encode(
+        view, torch.sigmoid(view.logits), shares_of(torch.zeros(1), codec.spec.num_rates)
+    )
     mean, factor = latent.mean((0, 2, 3)), scales.flatten() / latent.std((0, 2, 3))
     last = codec.client.encoder.to_latent
     assert last.bias is not None
@@ -129,7 +132,9 @@ def network_of(codec: ClientCodec, image: Tensor) -> Callable[[], object]:
     def call() -> object:
         with one_thread(), still(codec.client):
             view = codec.client(normalise(image))
-            return codec.client.encode(view, torch.sigmoid(view.logits))
+            return codec.client.encode(
+                view, torch.sigmoid(view.logits), shares_of(torch.zeros(1), codec.spec.num_rates)
+            )
 
     return call
 

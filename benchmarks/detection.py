@@ -30,6 +30,7 @@ from mantis_core.codec.mantis import Mantis
 from mantis_core.codec.mask import coverage_threshold, select_mask
 from mantis_core.codec.server_codec import decided
 from mantis_core.folders import read_meta
+from mantis_core.networks.conditioning import shares_of
 from mantis_core.networks.preprocessing import normalise
 
 COVERAGES = (0.8, 0.85, 0.9, 0.95)
@@ -57,7 +58,7 @@ def look(model: Mantis, shards: str, data: DataConfig, split: str) -> Seen:
         images = normalise(torch.from_numpy(batch["image"]))
         view = model.client(images)
         p = torch.sigmoid(view.logits.float())
-        latent = model.client.encode(view, p)
+        latent = model.client.encode(view, p, shares_of(torch.zeros(len(p)), model.spec.num_rates))
         truth, classes = (
             torch.from_numpy(batch["task_mask"]),
             torch.from_numpy(batch["class_label"]),
@@ -88,7 +89,8 @@ def score(model: Mantis, seen: Seen, mask: Tensor) -> dict[str, float]:
     size, hits = model.spec.image_size, 0
     for rows in torch.split(torch.arange(len(mask)), 128):
         sent = as_sent(seen.p[rows], mask[rows], levels=levels)
-        scores = model.joint(model.server(seen.latent[rows], size), sent.log())
+        shares = shares_of(torch.zeros(len(rows)), model.spec.num_rates)
+        scores = model.joint(model.server(seen.latent[rows], size, shares), sent.log())
         hits += int((decided(scores) == seen.classes[rows]).sum())
     return {
         "active_tasks": round(float(mask.sum(dim=1).float().mean()), 3),

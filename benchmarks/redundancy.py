@@ -1,6 +1,6 @@
 """Estimates what more context would save on a codec's real symbols, and how firmly they stand.
 
-    python -m benchmarks.redundancy MODEL DATA.parquet [DATA.parquet ...] [--images 2500]
+    python -m benchmarks.redundancy MODEL DATA.parquet [...] [--images 2500] [--level N]
 
 Each context selects the probability table of a symbol. Tables are counted on one half of the images
 and code the other half, and the other way round. So a context with too many tables pays for
@@ -28,6 +28,7 @@ from benchmarks.determinism import image_bytes
 from benchmarks.program import one_message, say
 from mantis_core.baselines.image_codecs import IMAGE_CODECS
 from mantis_core.codec.checkpoint import load_client
+from mantis_core.symbols import CONTEXTS, MOST, REACH, first_context, neighbour_sums, pass_of
 
 Symbols = NDArray[np.int64]
 Values = NDArray[np.float32]
@@ -50,26 +51,28 @@ class Latents(NamedTuple):
         return np.rint(self.plain).astype(np.int64).clip(-WIDEST, WIDEST)
 
 
-def read_latents(model: str, files: list[str], images: int) -> Latents:
+def read_latents(model: str, files: list[str], images: int, level: int = 0) -> Latents:
     """Runs the client on the first images, each alone, as it does when it codes them."""
     import torch
 
+    from mantis_core.networks.conditioning import shares_of
     from mantis_core.networks.inference import one_thread, still
     from mantis_core.networks.preprocessing import normalise
 
     codec = load_client(model)
+    shares = shares_of(torch.tensor([level]), codec.spec.num_rates)
 
     def latent(image: torch.Tensor) -> Values:
         with torch.no_grad(), one_thread(), still(codec.client):
             view = codec.client(normalise(image[None]))
-            found = codec.client.encode(view, torch.sigmoid(view.logits.float()))
+            found = codec.client.encode(view, torch.sigmoid(view.logits.float()), shares)
         values: Values = found[0].numpy()
         return values
 
     plain, of_jpegs, primary = [], [], []
     for data in islice(image_bytes(files), images):
         image = codec.prepare_image(data)
-        (seen,) = codec.look(image[None])
+        (seen,) = codec.look(image[None], level=level)
         plain.append(latent(image))
         if not np.array_equal(np.rint(plain[-1]), seen.image.map):
             raise AssertionError("the client rounds to other symbols than it sends")
@@ -113,6 +116,10 @@ def contexts(symbols: Symbols, primary: Symbols) -> dict[str, Symbols]:
     up[..., 1:, :] = signs[..., :-1, :]
     before[:, 1:] = np.cumsum(symbols[:, :-1] != 0, axis=1)
     neighbours = 3 * left + up
+    coded = coded_contexts(symbols)
+    half = symbols.shape[1] // 2
+    of_first_half = np.zeros_like(before)
+    of_first_half[:, half:] = before[:, [half]]
     task = np.broadcast_to(primary[:, None, None, None], symbols.shape)
     place = np.arange(height * width).reshape(height, width)
     return {
@@ -122,7 +129,24 @@ def contexts(symbols: Symbols, primary: Symbols) -> dict[str, Symbols]:
         "non-zero symbols of earlier channels": before.clip(max=8),
         "signs of the left and upper symbol": neighbours,
         "those signs and the primary task": 9 * task + neighbours,
+        "neighbours as they are coded": coded,
+        "those and the primary task": CONTEXTS * task + coded,
+        "those and non-zero symbols of earlier channels": CONTEXTS * before.clip(max=5) + coded,
+        "those and non-zero symbols of the first half": CONTEXTS * of_first_half.clip(max=5)
+        + coded,
     }
+
+
+def coded_contexts(symbols: Symbols) -> Symbols:
+    """The context of each symbol (N, C, h, w) by its neighbours, as `symbols.py` defines it."""
+    height, width = symbols.shape[2:]
+    padded = np.pad(symbols.clip(-REACH, REACH), ((0, 0), (0, 0), (1, 1), (1, 1)))
+    found = np.zeros_like(symbols)
+    for number in (1, 2):
+        own = pass_of(height, width) == number
+        sums = neighbour_sums(padded, number) + MOST + first_context(number)
+        found[..., own] = sums[..., own]
+    return found
 
 
 def bits_per_image(symbols: Symbols, context: Symbols) -> float:
@@ -152,8 +176,11 @@ def main() -> int:
     parser.add_argument(
         "--images", type=int, metavar="N", default=2500, help="only the first N images"
     )
+    parser.add_argument(
+        "--level", type=int, metavar="N", default=0, help="rate level of a model of several rates"
+    )
     arguments = parser.parse_args()
-    found = read_latents(arguments.model, arguments.data, arguments.images)
+    found = read_latents(arguments.model, arguments.data, arguments.images, arguments.level)
     symbols = found.symbols
     bits = {
         name: bits_per_image(symbols, each)

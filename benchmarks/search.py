@@ -37,7 +37,14 @@ from rich.table import Table
 
 from benchmarks.program import count, one_message, say
 from pipelines.search.journal import TrialRecord
-from pipelines.search.points import Halving, RdPoint, hypervolume, losses_of, rd_point, worst_corner
+from pipelines.search.points import (
+    Halving,
+    RdPoint,
+    SearchObjective,
+    hypervolume,
+    rd_points,
+    worst_corner,
+)
 from pipelines.search.run import search_task
 from pipelines.search.sampler import propose, random_weight
 from pipelines.search.space import Params, load_space
@@ -61,8 +68,7 @@ class Row:
 
     @property
     def final(self) -> RdPoint:
-        point = rd_point(self.epochs[-1])
-        assert point is not None
+        (point,) = rd_points(self.epochs[-1])
         return point
 
 
@@ -103,6 +109,7 @@ def replay_search(
     rows: Sequence[Row], space: Space, tune: TuneConfig, seed: int, corner: RdPoint, budget: int
 ) -> Replay:
     """Replays our search, one trial at a time, until the budget of epochs or the table is used."""
+    objective = SearchObjective("pareto", corner)
     epochs = len(rows[0].epochs)
     halving = Halving(epochs, tune.first_epochs, tune.reduction_factor)
     left = dict(enumerate(rows))
@@ -117,7 +124,7 @@ def replay_search(
             records,
             number,
             kind="optuna",
-            objective="pareto",
+            objective=objective,
             seed=seed,
             startup_trials=tune.startup_trials,
         )
@@ -128,8 +135,8 @@ def replay_search(
             used += 1
             record = replace(record, epochs={**record.epochs, epoch: figures})
             if tune.stop_early and epoch in halving.rungs:
-                own = _losses(figures)
-                others = [_losses(r.epochs[epoch]) for r in records if epoch in r.epochs]
+                own = _losses(figures, objective)
+                others = [_losses(r.epochs[epoch], objective) for r in records if epoch in r.epochs]
                 if not halving.goes_on(own, others, weight):
                     record = replace(record, state="stopped")
                     break
@@ -147,9 +154,11 @@ def distance(space: Mapping[str, Field], one: Params, other: Params) -> float:
 
 def rank_correlation(rows: Sequence[Row], epoch: int) -> dict[str, float]:
     """Returns Spearman's correlation of each objective after `epoch` with its final value."""
-    names = ["wire_bytes", "top1"]
-    early = pd.DataFrame([losses_of(row.epochs[epoch - 1], "pareto") for row in rows], None, names)
-    late = pd.DataFrame([losses_of(row.epochs[-1], "pareto") for row in rows], None, names)
+    names, objective = ["wire_bytes", "top1"], SearchObjective("pareto", RdPoint(math.inf, 0.0))
+    early, late = (
+        pd.DataFrame([_losses(row.epochs[place], objective) for row in rows], None, names)
+        for place in (epoch - 1, -1)
+    )
     return {name: round(float(early[name].rank().corr(late[name].rank())), 3) for name in names}
 
 
@@ -191,8 +200,9 @@ def train_table_plainly(
     from pipelines.chain.plain import train_plain
 
     task = search_task(load_settings(config, overrides), Path(config).stem)
+    unused = SearchObjective("pareto", RdPoint(math.inf, 0.0))
     samples = [
-        propose(space, (), n, kind="random", objective="pareto", seed=0, startup_trials=0)
+        propose(space, (), n, kind="random", objective=unused, seed=0, startup_trials=0)
         for n in range(configurations)
     ]
     plans = [task.plan(sample) for sample in samples]
@@ -263,8 +273,8 @@ def compare(
     }
 
 
-def _losses(figures: Mapping[str, float]) -> tuple[float, ...]:
-    losses = losses_of(figures, "pareto")
+def _losses(figures: Mapping[str, float], objective: SearchObjective) -> tuple[float, ...]:
+    losses = objective.losses(figures)
     assert losses is not None  # the table holds finite figures alone
     return losses
 

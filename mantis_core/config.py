@@ -8,7 +8,14 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    field_validator,
+    model_validator,
+)
 
 
 class Section(BaseModel):
@@ -67,7 +74,7 @@ class TrainingConfig(Section):
     Results differ by rounding alone, so no key depends on it."""
 
 
-Quantizer = Literal["ste", "noise", "rounded", "jitter"]
+Quantizer = Literal["ste", "noise", "rounded", "jitter", "soft"]
 
 
 class LossTerm(Section):
@@ -242,7 +249,8 @@ class ModelConfig(Section):
     """What decoders get in training, and what the rate is estimated of. `ste`: decoders get the
     rounded latent, as when the model is used, with the gradient passed straight through; the rate
     is of the latent with uniform noise. `noise`: that latent for both. `rounded`: the rounded one
-    for both. `jitter`: as `ste`, but the latent is moved by up to 0.2 before it is rounded."""
+    for both. `jitter`: as `ste`, but the latent is moved by up to 0.2 before it is rounded.
+    `soft`: as `ste`, but the rate is of the softly rounded latent with the noise."""
     neighbour_contexts: bool = False
     """Whether the neighbours of a symbol that are decoded already choose the table that codes
     it. It saves bytes and takes more calls of the coder."""
@@ -323,6 +331,12 @@ class Stage2Config(CodecTrainingConfig):
     rate_weight: float = Field(default=1e-3, ge=0)
     """The weight of the rate (beta), in units of the loss for each bit of an image's latent. A
     higher weight gives smaller streams."""
+    rate_weights: tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...] = Field(
+        default=(), max_length=16
+    )
+    """The weights of the rate that one model is trained for, in ascending order, in place of
+    `rate_weight`. The model then codes each image at the rate that is asked for, at these weights
+    and at three steps between any two of them."""
     rate_ramp_fraction: float = Field(default=0.1, ge=0, le=1)
     """The share of all steps in which the weight of the rate rises linearly from 0. The default
     is short: the codec of stage 1 codes well already."""
@@ -349,6 +363,16 @@ class Stage2Config(CodecTrainingConfig):
         },
     )
     """The terms of the loss by name. A term set to null is left out."""
+
+    @field_validator("rate_weights")
+    @classmethod
+    def _ascending(cls, weights: tuple[float, ...]) -> tuple[float, ...]:
+        if weights and (len(weights) < 2 or list(weights) != sorted(set(weights))):
+            raise ValueError(
+                f"{list(weights)}: give two weights or more, each larger than the one before, or "
+                "none and stage2.rate_weight"
+            )
+        return weights
 
 
 class IndividualConfig(TrainingConfig):

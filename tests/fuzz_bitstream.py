@@ -40,13 +40,7 @@ from mantis_core.bitstream.wire import (
     write_stream,
 )
 from mantis_core.symbols import CONTEXTS, Prior
-from tests.golden.cases import (
-    answered_image,
-    named_image,
-    random_image,
-    random_tables,
-    sure_counts,
-)
+from tests.golden.cases import answered_image, named_image, random_image, random_tables, sure_counts
 
 LIMIT_FACTOR = 3  # times the CPU time of the longest stream that may be written
 TRIES = 5  # before an input counts as slow: another process may have taken the processor's caches
@@ -387,7 +381,7 @@ def main() -> int:
         print(line, file=sys.stderr)
     print(json.dumps(result))
     wrong = tally.wrongly_accepted or tally.beyond_limits or grown * 1024 > LIMIT_BYTES
-    return 1 if wrong or too_many_passed(tally) else 0
+    return int(bool(wrong or too_many_passed(tally)))
 
 
 def too_many_passed(tally: Tally) -> bool:

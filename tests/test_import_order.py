@@ -52,6 +52,7 @@ ROOMS = {
         "tasks",
         "pixels",
         "config",
+        "rates",
         "errors",
     ),
     "data_prep": (

@@ -176,10 +176,10 @@ def score_elsewhere(done: Sequence[Step], data: str) -> list[dict[str, Any]]:
             continue
         command = [sys.executable, "-m", "pipelines", "score", str(model), data, "--json"]
         answer = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
-        metrics = json.loads(answer.splitlines()[-1])["metrics"]
-        scored.append(
-            {"model": Path(folder).name, **{n: metrics.get(m) for n, m in FIGURES.items()}}
-        )
+        measured = json.loads(answer.splitlines()[-1])
+        for each in measured["levels"] or [{"level": None, "metrics": measured["metrics"]}]:
+            about = {"model": Path(folder).name, "level": each["level"]}
+            scored.append({**about, **{n: each["metrics"].get(m) for n, m in FIGURES.items()}})
     return scored
 
 

@@ -29,7 +29,7 @@ class Protocol:
     previous one. The first of `rates` is the rate weight of the main arm. `exits` holds pairs of
     rate weight and confidence; arms at these weights are measured again with early exit. At a
     higher weight the latent adds less to the client's own answer, so a lower confidence is enough.
-    How they were chosen: EXITS_WERE_CHOSEN.
+    How they were chosen: EXITS_WERE_CHOSEN. With `levels` one model is trained for all rates.
     """
 
     seeds: tuple[int, ...]
@@ -38,6 +38,7 @@ class Protocol:
     overrides: tuple[str, ...] = ()
     codecs: str = "{}"
     exits: tuple[tuple[float, float], ...] = ()
+    levels: bool = False
 
 
 PROTOCOLS = {
@@ -63,6 +64,15 @@ PROTOCOLS = {
         (("none", "answer", "none_answer"),),
         overrides=("stage1.epochs=6",),
         exits=((3e-4, 0.5), (1e-3, 0.35), (3e-3, 0.2), (1e-2, 0.1)),
+    ),
+    # One model for every rate, of each kind: what do five trainings give that it does not?
+    "levels": Protocol(
+        (0, 1, 2),
+        (1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
+        (("none", "answer", "none_answer"), ("features_prior", "student_wide", "local")),
+        overrides=("stage1.epochs=6", "stage2.epochs=6"),
+        exits=((1e-4, 0.65), (3e-4, 0.5), (1e-3, 0.35), (3e-3, 0.2), (1e-2, 0.1)),
+        levels=True,
     ),
     # Longer training: how close is top1 to the teacher's, and does conditioning still help?
     "long": Protocol(
@@ -105,6 +115,8 @@ def named(config: str, arm: Arm, recipe: str) -> str:
     """
     stage = recipe[:12] or f"seed{arm.seed}"
     quality = "" if arm.quality is None else f"-q{arm.quality}"
+    if arm.level is not None:
+        stage += f"-l{arm.level}"
     if arm.scale is not None:
         quality += f"-s{arm.scale:g}"
     if arm.exit_confidence is not None:
@@ -115,6 +127,17 @@ def named(config: str, arm: Arm, recipe: str) -> str:
 def steps(protocol: Protocol, config: str, overrides: Sequence[str]) -> Iterator[Step]:
     """Yields the runs of a study, phase by phase, with all seeds in each phase."""
     main, *others = protocol.rates
+    of_rates = [
+        f"stage2.rate_weights={sorted(protocol.rates)!r}",
+        "evaluate.rate_weights=[]",
+        "evaluate.baseline_rate_weights=null",
+    ]
+    if not protocol.levels:
+        of_rates = [
+            f"stage2.rate_weight={main!r}",
+            f"evaluate.rate_weights={others!r}",
+            f"evaluate.baseline_rate_weights={list(protocol.rates)!r}",
+        ]
     exits = ", ".join(f"{rate!r}: {sure!r}" for rate, sure in protocol.exits)
     if not load_settings(config, overrides).model.detector.classes:
         exits = ""
@@ -124,9 +147,7 @@ def steps(protocol: Protocol, config: str, overrides: Sequence[str]) -> Iterator
                 *overrides,
                 *protocol.overrides,
                 f"seed={seed}",
-                f"stage2.rate_weight={main!r}",
-                f"evaluate.rate_weights={others!r}",
-                f"evaluate.baseline_rate_weights={list(protocol.rates)!r}",
+                *of_rates,
                 f"evaluate.baselines=[{', '.join(baselines)}]",
                 "evaluate.seeds=[]",
                 f"evaluate.early_exit={{{exits}}}",

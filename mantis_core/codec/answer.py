@@ -22,7 +22,8 @@ class Encoded:
     without the density. `answered` says whether the client has sent its own answer and no latent.
     `client_class` is the class that its detector gives, sent or not; -1 where that names tasks
     alone. `session_bytes` is what the image takes as a message of a session, whose hello is sent
-    once; -1 for a model that has no sessions.
+    once; -1 for a model that has no sessions. `rate_level` is the level that the latent was coded
+    at, 0 without one.
     """
 
     data: bytes
@@ -33,6 +34,7 @@ class Encoded:
     answered: bool = False
     client_class: int = -1
     session_bytes: int = -1
+    rate_level: int = 0
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,6 @@ from mantis_core.bitstream.coder import TableSet
 from mantis_core.bitstream.packed_tables import pack_counts, unpack_counts
 from mantis_core.codec.packed_weights import pack_weights, unpack_weights
 from mantis_core.codec.spec import Ids, ModelSpec
-from mantis_core.config import ModelConfig
 from mantis_core.errors import ModelError
 from mantis_core.folders import load_folder, save_folder
 from mantis_core.symbols import CONTEXTS
@@ -87,7 +86,7 @@ def load_model(folder: str | Path) -> Mantis:
     spec = _spec(folder, config)
     model = Mantis(spec)
     try:
-        model.load_state_dict(_unpacked(tensors, spec.model, len(spec.tasks)))
+        model.load_state_dict(_unpacked(tensors, spec))
     except (KeyError, RuntimeError, ValueError) as error:
         raise ModelError(f"{folder}: weights and config do not fit: {error}") from None
     model.eval()
@@ -128,7 +127,8 @@ def load_client(folder: str | Path) -> ClientCodec:
     from mantis_core.networks.client import Client
 
     tensors, spec, ids = _load_half(folder, "client")
-    client = Client(spec.model, len(spec.tasks), spec.class_members())
+    members = spec.class_members()
+    client = Client(spec.model, len(spec.tasks), members, num_rates=spec.num_rates)
     _load_part(folder, client, _part(tensors, _CLIENT))
     return ClientCodec(
         spec,
@@ -154,7 +154,7 @@ def load_server(folder: str | Path) -> ServerCodec:
     tables = _tables(folder, spec, tensors)
     fusion = None
     if spec.sends_answer:
-        fusion = Fusion().eval()
+        fusion = Fusion(spec.num_rates).eval()
         _load_part(folder, fusion, _part(tensors, _FUSION))
     return ServerCodec(
         spec,
@@ -242,9 +242,7 @@ def _packed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return packed
 
 
-def _unpacked(
-    tensors: Mapping[str, Tensor], model: ModelConfig, num_tasks: int
-) -> dict[str, Tensor]:
+def _unpacked(tensors: Mapping[str, Tensor], spec: ModelSpec) -> dict[str, Tensor]:
     """The tensors with tables as the bottleneck holds them, whichever form they have.
 
     Raises ValueError for packed tables that are not of this model, KeyError where some lack.
@@ -253,8 +251,9 @@ def _unpacked(
     packed = unpacked.pop(_PACKED, None)
     if packed is not None:
         lengths = unpacked[_TABLES + "lengths"].cpu().numpy()
-        rows = 1 if model.prior == "shared" else num_tasks
-        contexts = CONTEXTS if model.neighbour_contexts else 1
+        rows = 1 if spec.model.prior == "shared" else len(spec.tasks)
+        contexts = CONTEXTS if spec.model.neighbour_contexts else 1
+        rows *= spec.rate_levels
         cdf = unpack_counts(packed.cpu().numpy(), lengths, rows, contexts)
         unpacked[_CDF] = torch.from_numpy(cdf)
     return unpacked
@@ -262,9 +261,9 @@ def _unpacked(
 
 def _tables(folder: str | Path, spec: ModelSpec, tensors: Mapping[str, Tensor]) -> TableSet:
     try:
-        whole = _unpacked(tensors, spec.model, len(spec.tasks))
+        whole = _unpacked(tensors, spec)
         names = ("cdf", "offsets", "lengths")
         cdf, offsets, lengths = (whole[_TABLES + name].numpy() for name in names)
-        return TableSet(spec.model.prior, cdf, offsets, lengths)
+        return TableSet(spec.model.prior, cdf, offsets, lengths, spec.rate_levels)
     except (KeyError, ValueError) as error:
         raise ModelError(f"{folder} holds no coding tables: {error}") from None

@@ -23,9 +23,11 @@ from mantis_core.codec.answer import Encoded
 from mantis_core.codec.mask import primary_task, select_mask
 from mantis_core.codec.own_answer import ClientAnswers
 from mantis_core.codec.packed_weights import pack_weights
+from mantis_core.codec.requests import Budget, asked_levels, asked_tasks, check_exit, check_images
 from mantis_core.codec.spec import Ids, ModelSpec
-from mantis_core.errors import ModelError
+from mantis_core.errors import BudgetError, ModelError
 from mantis_core.networks.client import Client, View
+from mantis_core.networks.conditioning import shares_of
 from mantis_core.networks.cost import macs_of
 from mantis_core.networks.inference import one_thread, still
 from mantis_core.networks.preprocessing import normalise, prepare_image, prepare_images
@@ -33,8 +35,9 @@ from mantis_core.pixels import MAX_PIXELS
 
 _INT32_BYTES = 4
 
-Estimate = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""Bits (B,) of a latent (B, C, h, w) under a density, given mask (B, K) and primary task (B,)."""
+Estimate = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+"""Bits (B,) of a latent (B, C, h, w) under a density, given mask (B, K), primary task (B,) and
+shares of the rates (B, L), None for a model of one."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,6 +85,8 @@ class ClientCodec:
         tasks: str | Sequence[str] | Tensor | None = None,
         *,
         exit_confidence: float | None = None,
+        level: int | None = None,
+        max_bytes: int | None = None,
     ) -> list[bytes]:
         """uint8 images (B, 3, H, W) to one stream each.
 
@@ -89,11 +94,18 @@ class ClientCodec:
         image; a bool tensor (B, K) asks image by image, and one of (1, K) the same of all.
         `exit_confidence` is a probability: where the detector gives an image's class at least that
         much, the client answers itself, and the stream holds the answer and no latent (early exit,
-        after Teerapittayanon et al., ICPR 2016). It has no effect where tasks are asked for. Raises
-        ModelError for an unknown name, for images or tasks of another kind, and for an
-        `exit_confidence` where the detector names no classes.
+        after Teerapittayanon et al., ICPR 2016). It has no effect where tasks are asked for.
+
+        A model of several rates has levels: `level` 0, which None stands for, gives the largest
+        streams and the best answers. With `max_bytes` each image is coded at the lowest level whose
+        stream takes no more bytes; where none does, the client answers itself if it can. Raises
+        ModelError for an unknown name, for images or tasks of another kind, for an
+        `exit_confidence` where the detector names no classes, for a level that the model has not,
+        and for an image that `max_bytes` do not hold.
         """
-        seen = self.encode_in_detail(images, tasks, exit_confidence=exit_confidence)
+        seen = self.encode_in_detail(
+            images, tasks, exit_confidence=exit_confidence, level=level, max_bytes=max_bytes
+        )
         return [encoded.data for encoded in seen]
 
     def encode_in_detail(
@@ -102,10 +114,15 @@ class ClientCodec:
         tasks: str | Sequence[str] | Tensor | None = None,
         *,
         exit_confidence: float | None = None,
+        level: int | None = None,
+        max_bytes: int | None = None,
     ) -> list[Encoded]:
         """As `encode`, with the sizes and the detector's view of each image."""
         encoded = []
-        for seen in self.look(images, tasks, exit_confidence=exit_confidence):
+        budget = self.budget(max_bytes)
+        for seen in self.look(
+            images, tasks, exit_confidence=exit_confidence, level=level, budget=budget
+        ):
             packed = write_stream([seen.image], seen.input_shape, self.tables, self.stream_spec)
             mask = np.array(seen.image.tasks.mask)
             encoded.append(
@@ -118,9 +135,17 @@ class ClientCodec:
                     not seen.image.has_latent,
                     seen.client_class,
                     self._session_bytes(seen, packed, requests=tasks is not None),
+                    seen.image.rate_level,
                 )
             )
         return encoded
+
+    def budget(self, max_bytes: int | None) -> Budget | None:
+        """What bounds the stream of each image; None without a bound."""
+        return None if max_bytes is None else Budget(max_bytes, self._file)
+
+    def _file(self, image: CodedImage, input_shape: tuple[int, int]) -> bytes:
+        return write_stream([image], input_shape, self.tables, self.stream_spec).data
 
     def _session_bytes(self, seen: Seen, packed: Packed, *, requests: bool) -> int:
         """The size of an image's message; of a reply to a request, which holds no task field.
@@ -153,6 +178,8 @@ class ClientCodec:
         tasks: str | Sequence[str] | Tensor | None = None,
         *,
         exit_confidence: float | None = None,
+        level: int | None = None,
+        budget: Budget | None = None,
     ) -> Iterator[Seen]:
         """The task field and symbols of each of `images`; arguments and errors as `encode`.
 
@@ -164,15 +191,16 @@ class ClientCodec:
         asked = None
         if tasks is not None:
             asked = asked_tasks(self.spec, tasks, len(images)).to(images.device)
-        self._check_exit(exit_confidence)
+        check_exit(self.spec, exit_confidence)
+        levels = asked_levels(self.spec, level, None if budget is None else budget.max_bytes)
         if images.device.type != "cpu":
-            yield from self._look(images, asked, exit_confidence)
+            yield from self._look(images, asked, exit_confidence, levels, budget)
             return
         for row in range(len(images)):
             own = slice(row, row + 1)
             with one_thread():
                 mine = None if asked is None else asked[own]
-                seen = list(self._look(images[own], mine, exit_confidence))
+                seen = list(self._look(images[own], mine, exit_confidence, levels, budget))
             yield from seen
 
     def prepare_image(self, data: bytes, *, max_pixels: float = MAX_PIXELS) -> Tensor:
@@ -209,7 +237,12 @@ class ClientCodec:
         }
 
     def _look(
-        self, images: Tensor, asked: Tensor | None, exit_confidence: float | None
+        self,
+        images: Tensor,
+        asked: Tensor | None,
+        exit_confidence: float | None,
+        levels: range,
+        budget: Budget | None,
     ) -> Iterator[Seen]:
         shape = (int(images.shape[2]), int(images.shape[3]))
         with still(self.client):
@@ -218,15 +251,22 @@ class ClientCodec:
             own: list[CodedImage | None] = [None] * len(images)
             if exit_confidence is not None and asked is None and view.class_logits is not None:
                 own = self._answers(view.class_logits, detected, exit_confidence, shape)
+            if budget is not None:
+                own = [a if a is None or budget.holds(a, shape) else None for a in own]
             rest = [row for row, answer in enumerate(own) if answer is None]
             coded: dict[int, tuple[CodedImage, float]] = {}
-            if rest:
+            # With a budget each image finds a level of its own.
+            for rows in [rest] if rest and budget is None else [[row] for row in rest]:
                 some, wanted, theirs = view, asked, detected
-                if len(rest) < len(images):
-                    some = _rows_of(view, rest)
-                    wanted = None if asked is None else asked[rest]
-                    theirs = detected[rest]
-                coded = dict(zip(rest, self._code(some, theirs, wanted), strict=True))
+                if len(rows) < len(images):
+                    some = _rows_of(view, rows)
+                    wanted = None if asked is None else asked[rows]
+                    theirs = detected[rows]
+                if budget is None:
+                    found = list(self._code(some, theirs, wanted, levels[0]))
+                else:
+                    found = [self._fitted(some, theirs, wanted, levels, budget, shape)]
+                coded |= zip(rows, found, strict=True)
         probabilities = detected.cpu().numpy()
         named = [-1] * len(images)
         if view.class_logits is not None:
@@ -234,6 +274,50 @@ class ClientCodec:
         for row, answer in enumerate(own):
             image, bits = coded[row] if answer is None else (answer, 0.0)
             yield Seen(image, shape, probabilities[row], bits, named[row])
+
+    def _fitted(
+        self,
+        view: View,
+        detected: Tensor,
+        asked: Tensor | None,
+        levels: range,
+        budget: Budget,
+        input_shape: tuple[int, int],
+    ) -> tuple[CodedImage, float]:
+        """One image at a level that the budget holds, by bisection the lowest of `levels`.
+
+        Sizes fall with the level, but for a byte or so between neighbours. If bisection finds none,
+        those that it left out are tried, and then the client's own answer; BudgetError if that does
+        not fit either.
+        """
+        best: tuple[CodedImage, float] | None = None
+        tried: dict[int, int] = {}
+        low, high = 0, len(levels)
+        while low < high:
+            middle = (low + high) // 2
+            (found,) = self._code(view, detected, asked, levels[middle])
+            tried[middle] = len(budget.write(found[0], input_shape))
+            if tried[middle] <= budget.max_bytes:
+                best, high = found, middle
+            else:
+                low = middle + 1
+        for other in reversed(range(len(levels))):
+            if best is not None or other in tried:
+                continue
+            (found,) = self._code(view, detected, asked, levels[other])
+            tried[other] = len(budget.write(found[0], input_shape))
+            if tried[other] <= budget.max_bytes:
+                best = found
+        if best is None and asked is None and view.class_logits is not None:
+            (answer,) = self._answers(view.class_logits, detected, 0.0, input_shape)
+            if answer is not None and budget.holds(answer, input_shape):
+                best = answer, 0.0
+        if best is None:
+            raise BudgetError(
+                f"an image takes {min(tried.values())} bytes at the smallest rate, and max_bytes "
+                f"is {budget.max_bytes}: allow more, or train for a larger rate weight"
+            )
+        return best
 
     def _answers(
         self,
@@ -273,7 +357,7 @@ class ClientCodec:
         return found
 
     def _code(
-        self, view: View, detected: Tensor, asked: Tensor | None
+        self, view: View, detected: Tensor, asked: Tensor | None, level: int
     ) -> Iterator[tuple[CodedImage, float]]:
         """Task field and symbols of each image, and the estimate of the latent's bits."""
         mask = asked
@@ -281,10 +365,12 @@ class ClientCodec:
             limit = self.spec.model.max_active_tasks
             mask = select_mask(detected, self.mask_threshold, limit)
         primary = primary_task(detected, mask)
-        latent = self.client.encode(view, detected if asked is None else asked.float())
+        everyone = torch.full((len(detected),), level, device=detected.device)
+        shares = shares_of(everyone, self.spec.num_rates)
+        latent = self.client.encode(view, detected if asked is None else asked.float(), shares)
         bits = [float("nan")] * len(detected)
         if self.estimate is not None:
-            bits = self.estimate(latent, mask, primary).tolist()
+            bits = self.estimate(latent, mask, primary, shares).tolist()
         sends = self.spec.model.send_probabilities and asked is None
         maps = to_symbols(latent.float().cpu().numpy())
         masks, probabilities = mask.cpu().numpy(), detected.cpu().numpy()
@@ -300,18 +386,7 @@ class ClientCodec:
             active = masks[i]
             levels = tuple(quantise_log2(float(p)) for p in probabilities[i][active])
             field = TaskField(tuple(active.tolist()), first, levels if sends else None)
-            yield CodedImage(field, maps[i], *said[i]), bits[i]
-
-    def _check_exit(self, confidence: float | None) -> None:
-        if confidence is None:
-            return
-        if not self.spec.model.detector.classes:
-            raise ModelError(
-                "exit_confidence needs a detector that names classes, and this model's names tasks "
-                "alone: train it with model.detector.classes=true, or leave exit_confidence out"
-            )
-        if not isinstance(confidence, int | float) or not 0 <= confidence <= 1:
-            raise ModelError(f"exit_confidence is {confidence!r}: give a probability, 0 to 1")
+            yield CodedImage(field, maps[i], *said[i], rate_level=level), bits[i]
 
 
 def _rows_of(view: View, rows: list[int]) -> View:
@@ -322,53 +397,3 @@ def _rows_of(view: View, rows: list[int]) -> View:
         view.logits[rows],
         None if classes is None else classes[rows],
     )
-
-
-def check_images(images: Tensor) -> None:
-    """ModelError for what is no batch of images."""
-    if not isinstance(images, Tensor):
-        raise ModelError(
-            f"images are a {type(images).__name__}; allowed: a uint8 tensor (B, 3, H, W)"
-        )
-    whole = images.ndim == 4 and images.shape[1] == 3 and min(images.shape[2:]) > 0
-    if images.dtype != torch.uint8 or not whole:
-        raise ModelError(
-            f"images are {images.dtype} {tuple(images.shape)}; allowed: uint8 (B, 3, H, W)"
-        )
-
-
-def asked_tasks(spec: ModelSpec, tasks: str | Sequence[str] | Tensor, count: int) -> Tensor:
-    """Tasks that are asked for of `count` images, as names or a tensor, as bool (count, K).
-
-    Raises ModelError for what this model cannot be asked.
-    """
-    names = spec.task_names
-    if isinstance(tasks, Tensor):
-        allowed = ((count, len(names)), (1, len(names)))
-        if tasks.dtype != torch.bool or tuple(tasks.shape) not in allowed:
-            raise ModelError(
-                f"tasks are {tasks.dtype} {tuple(tasks.shape)}; allowed for {count} images: "
-                f"bool {allowed[0]}, or {allowed[1]} for all of them; or names of tasks"
-            )
-        empty = (~tasks.any(dim=1)).nonzero()
-        if len(empty):
-            raise ModelError(f"image {int(empty[0])} is asked about no task; name at least one")
-        return tasks.expand(count, -1)
-    wanted = [tasks] if isinstance(tasks, str) else _listed(tasks)
-    unknown = [name for name in wanted if name not in names]
-    if unknown or not wanted:
-        raise ModelError(f"tasks {unknown or 'none'} asked for; this model has {', '.join(names)}")
-    return torch.tensor([[name in wanted for name in names]]).expand(count, -1)
-
-
-def _listed(tasks: Sequence[str]) -> list[str]:
-    """The names of tasks; ModelError for what holds others than names."""
-    try:
-        names = list(tasks)
-    except TypeError:
-        names = [tasks]  # type: ignore[list-item]
-    if not all(isinstance(name, str) for name in names):
-        raise ModelError(
-            f"tasks are {type(tasks).__name__}; allowed: names of tasks, or a bool tensor (B, K)"
-        )
-    return names

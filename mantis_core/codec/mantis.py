@@ -23,6 +23,7 @@ from mantis_core.codec.spec import Ids, ModelSpec
 from mantis_core.codec.tables import table_set, update_tables
 from mantis_core.networks.bottleneck import Bottleneck
 from mantis_core.networks.client import Client, View
+from mantis_core.networks.conditioning import shares_of
 from mantis_core.networks.inference import still
 from mantis_core.networks.preprocessing import prepare_image, prepare_images
 from mantis_core.pixels import MAX_PIXELS
@@ -68,13 +69,16 @@ class Mantis(nn.Module):
         super().__init__()
         self.spec = spec
         config = spec.model
-        self.client = Client(config, len(spec.tasks), spec.class_members())
+        self.client = Client(
+            config, len(spec.tasks), spec.class_members(), num_rates=spec.num_rates
+        )
         self.bottleneck = Bottleneck(
             config.encoder.latent_channels,
             len(spec.tasks),
             config.prior,
             quantizer=config.quantizer,
             neighbour_contexts=config.neighbour_contexts,
+            num_rates=spec.num_rates,
         )
         self.server = new_server(spec, trunk)
         self.joint = new_joint(spec)
@@ -82,7 +86,7 @@ class Mantis(nn.Module):
         self.fusion: Fusion | None = None
         if spec.sends_answer:
             self.own_answers = ClientAnswers(spec.tasks, len(spec.classes))
-            self.fusion = Fusion()
+            self.fusion = Fusion(spec.num_rates)
             self.register_buffer("answer_counts", even_counts())
         self._model_id: bytes | None = None
         self._stream_id: bytes | None = None
@@ -97,6 +101,7 @@ class Mantis(nn.Module):
         *,
         view: View | None = None,
         heard: Tensor | None = None,
+        level: Tensor | None = None,
     ) -> MantisOutput:
         """Normalised images (B, 3, H, W) through the whole codec, its latent not coded.
 
@@ -104,7 +109,8 @@ class Mantis(nn.Module):
         bool the tasks that the stream would carry. None takes both as the detector says, without a
         gradient to it. `view` is `client(images)`, for a caller that has looked already: stem and
         detector then do not run again. `heard` (B,) bool are the images whose own answer by the
-        client counts; None is all of them.
+        client counts; None is all of them. `level` (B,) int64 are the rate levels, for a model of
+        several rates; None is level 0 for all.
         """
         if view is None:
             view = self.client(images)
@@ -113,16 +119,17 @@ class Mantis(nn.Module):
             condition = detected
         if mask is None:
             mask = self.select_mask(detected)
-        latent = self.client.encode(view, condition)
+        shares = self._shares(level, len(images), images.device)
+        latent = self.client.encode(view, condition, shares)
         primary = primary_task(detected, mask)
-        received = self.bottleneck(latent, mask, primary)
-        tasks = self.server(received.y_hat, (images.shape[2], images.shape[3]))
+        received = self.bottleneck(latent, mask, primary, shares)
+        tasks = self.server(received.y_hat, (images.shape[2], images.shape[3]), shares)
         if self.fusion is not None:
             assert view.class_logits is not None
             answer = self.own_answers(view.class_logits.detach(), primary)
             if heard is not None:
                 answer = answer._replace(label=answer.label.masked_fill(~heard, -1))
-            tasks = self.fusion.stacked(tasks, self.server.layout, primary, answer)
+            tasks = self.fusion.stacked(tasks, self.server.layout, primary, answer, shares)
         joint = decision = None
         if self.joint is not None:
             log_p = logsigmoid(view.logits.float())
@@ -155,10 +162,14 @@ class Mantis(nn.Module):
         tasks: str | Sequence[str] | Tensor | None = None,
         *,
         exit_confidence: float | None = None,
+        level: int | None = None,
+        max_bytes: int | None = None,
     ) -> list[bytes]:
         """uint8 images (B, 3, H, W) to one stream each, as ClientCodec.encode."""
         codec = self._client_codec(None)  # nobody reads the estimates
-        return codec.encode(images, tasks, exit_confidence=exit_confidence)
+        return codec.encode(
+            images, tasks, exit_confidence=exit_confidence, level=level, max_bytes=max_bytes
+        )
 
     def encode_in_detail(
         self,
@@ -166,10 +177,14 @@ class Mantis(nn.Module):
         tasks: str | Sequence[str] | Tensor | None = None,
         *,
         exit_confidence: float | None = None,
+        level: int | None = None,
+        max_bytes: int | None = None,
     ) -> list[Encoded]:
         """As `encode`, with the sizes, the estimate and the detector's view of each image."""
         codec = self.client_codec()
-        return codec.encode_in_detail(images, tasks, exit_confidence=exit_confidence)
+        return codec.encode_in_detail(
+            images, tasks, exit_confidence=exit_confidence, level=level, max_bytes=max_bytes
+        )
 
     def decode(self, streams: Iterable[bytes]) -> list[Answer]:
         """Streams to answers, as ServerCodec.decode."""
@@ -255,9 +270,17 @@ class Mantis(nn.Module):
     def _answer_counts(self) -> Tensor | None:
         return None if self.fusion is None else self.answer_counts
 
-    def _estimate(self, latent: Tensor, mask: Tensor, primary: Tensor) -> Tensor:
+    def _shares(self, level: Tensor | None, count: int, device: torch.device) -> Tensor | None:
+        """The shares of the rates (B, L) for levels (B,); None for a model of one rate."""
+        if level is None:
+            level = torch.zeros(count, dtype=torch.long, device=device)
+        return shares_of(level, self.spec.num_rates)
+
+    def _estimate(
+        self, latent: Tensor, mask: Tensor, primary: Tensor, shares: Tensor | None
+    ) -> Tensor:
         with still(self.bottleneck):
-            return self.bottleneck(latent, mask, primary).bits  # type: ignore[no-any-return]
+            return self.bottleneck(latent, mask, primary, shares).bits  # type: ignore[no-any-return]
 
 
 def _forget(model: Mantis, _: object) -> None:

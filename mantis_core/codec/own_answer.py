@@ -72,39 +72,55 @@ class Fusion(nn.Module):
     log P'(c) = s_l log P(c) + w_l [c is the client's label], normalised over the labels of the
     primary task and "not mine"; l is the level of confidence. s starts at 1 and w at 0, where the
     client is not heard. Both are trained, as `log_scale` and `bonus`, and then fitted to rows that
-    training has not seen: eval mode decides by what was fitted. `accuracy` is the share of right
-    labels at each level.
+    training has not seen: eval mode decides by what was fitted. A model of L > 1 rates has both for
+    each of them, and a mixture between: the less the latent says, the more the answer weighs.
+    `accuracy` is the share of right labels at each level.
     """
 
     fitted_log_scale: Tensor
     fitted_bonus: Tensor
     accuracy: Tensor
 
-    def __init__(self) -> None:
+    def __init__(self, num_rates: int = 1) -> None:
         super().__init__()
-        self.log_scale = nn.Parameter(torch.zeros(CONFIDENCE_LEVELS))
-        self.bonus = nn.Parameter(torch.zeros(CONFIDENCE_LEVELS))
-        self.register_buffer("fitted_log_scale", torch.zeros(CONFIDENCE_LEVELS))
-        self.register_buffer("fitted_bonus", torch.zeros(CONFIDENCE_LEVELS))
+        self.num_rates = num_rates
+        shape = (num_rates, CONFIDENCE_LEVELS) if num_rates > 1 else (CONFIDENCE_LEVELS,)
+        self.log_scale = nn.Parameter(torch.zeros(shape))
+        self.bonus = nn.Parameter(torch.zeros(shape))
+        self.register_buffer("fitted_log_scale", torch.zeros(shape))
+        self.register_buffer("fitted_bonus", torch.zeros(shape))
         self.register_buffer("accuracy", torch.full((CONFIDENCE_LEVELS,), 0.5))
 
-    def forward(self, log_p: Tensor, answer: ClientAnswer) -> Tensor:
+    def forward(self, log_p: Tensor, answer: ClientAnswer, shares: Tensor | None = None) -> Tensor:
         """The primary task's log P (B, W), -inf at padding, decided with the client's answer.
 
-        Images without one keep theirs.
+        Images without one keep theirs. `shares` (B, L) are those of the rates, for a model of
+        several.
         """
         log_scale, bonus = self.fitted_log_scale, self.fitted_bonus
         if self.training:
             log_scale, bonus = self.log_scale, self.bonus
-        level, heard = answer.level.clamp_min(0), (answer.label >= 0)[:, None]
+        level, heard = answer.level.clamp_min(0)[:, None], (answer.label >= 0)[:, None]
+        if self.num_rates == 1:
+            own_scale, own_bonus = log_scale[level], bonus[level]
+        else:
+            assert shares is not None
+            mixed = shares.to(bonus.dtype)
+            own_scale = (mixed @ log_scale).gather(1, level)
+            own_bonus = (mixed @ bonus).gather(1, level)
         padding = log_p == -torch.inf
-        scores = log_p.masked_fill(padding, 0.0) * log_scale.exp()[level][:, None]
-        said = one_hot(answer.label.clamp_min(0), log_p.shape[1]) * bonus[level][:, None]
+        scores = log_p.masked_fill(padding, 0.0) * own_scale.exp()
+        said = one_hot(answer.label.clamp_min(0), log_p.shape[1]) * own_bonus
         fused = torch.log_softmax((scores + said).masked_fill(padding, -torch.inf), dim=1)
         return torch.where(heard, fused, log_p)
 
     def stacked(
-        self, outputs: TaskOutputs, layout: TaskLayout, primary: Tensor, answer: ClientAnswer
+        self,
+        outputs: TaskOutputs,
+        layout: TaskLayout,
+        primary: Tensor,
+        answer: ClientAnswer,
+        shares: Tensor | None = None,
     ) -> TaskOutputs:
         """Outputs of all tasks, those of each image's primary task (B,) decided with its answer."""
         if outputs.log_p is None:
@@ -112,17 +128,25 @@ class Fusion(nn.Module):
         is_primary = layout.columns == primary[:, None]  # (B, N)
         row = is_primary.int().argmax(dim=1)
         own = outputs.log_p[torch.arange(len(row), device=row.device), row]
-        fused = torch.where(is_primary[:, :, None], self(own, answer)[:, None, :], outputs.log_p)
+        decided = self(own, answer, shares)[:, None, :]
+        fused = torch.where(is_primary[:, :, None], decided, outputs.log_p)
         return TaskOutputs(outputs.layout, fused, outputs.segmentation)
 
-    def calibrate(self, log_p: Tensor, answer: ClientAnswer, truth: Tensor) -> None:
+    def calibrate(
+        self,
+        log_p: Tensor,
+        answer: ClientAnswer,
+        truth: Tensor,
+        shares: Tensor | None = None,
+    ) -> None:
         """Fits s and w of each level to rows that were held back from training.
 
         `log_p` (B, W) are the server's own outputs of the primary task, `truth` (B,) the right
-        place among them. What was trained counts as a few images of each level, so that a level
-        which no image has keeps it, and is itself left as it is: it makes no difference how often
-        this is called. Images without an answer do not count; nor do those with outputs that are
-        not finite, of a training that diverged.
+        place among them, `shares` (B, L) those of the rates that they were coded at. What was
+        trained counts as a few images of each level, so that a level which no image has keeps it,
+        and is itself left as it is: it makes no difference how often this is called. Images without
+        an answer do not count; nor do those with outputs that are not finite, of a training that
+        diverged.
         """
         self.fitted_log_scale.copy_(self.log_scale.detach())
         self.fitted_bonus.copy_(self.bonus.detach())
@@ -131,13 +155,14 @@ class Fusion(nn.Module):
         if not heard.any():
             return
         log_p, truth = log_p[heard].double(), truth[heard]
+        shares = None if shares is None else shares[heard].double()
         answer = ClientAnswer(answer.label[heard], answer.level[heard])
         right = answer.label == truth
         everywhere = right.double().mean()
         hits = torch.bincount(answer.level, right.double(), CONFIDENCE_LEVELS)
         seen = torch.bincount(answer.level, minlength=CONFIDENCE_LEVELS)
         self.accuracy.copy_((hits + _PRIOR_IMAGES * everywhere) / (seen + _PRIOR_IMAGES))
-        fitted = Fusion().double()
+        fitted = Fusion(self.num_rates).double()
         fitted.load_state_dict(self.state_dict())
         start = [value.detach().clone() for value in fitted.parameters()]
         optimiser = torch.optim.LBFGS(
@@ -146,7 +171,7 @@ class Fusion(nn.Module):
 
         def loss() -> Tensor:
             optimiser.zero_grad()
-            found = cross_entropy(fitted(log_p, answer), truth, reduction="sum")
+            found = cross_entropy(fitted(log_p, answer, shares), truth, reduction="sum")
             for value, began in zip(fitted.parameters(), start, strict=True):
                 found = found + 0.5 * _PRIOR_IMAGES * (value - began).square().sum()
             found.backward()  # type: ignore[no-untyped-call]

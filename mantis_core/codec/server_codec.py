@@ -22,6 +22,7 @@ from mantis_core.codec.own_answer import ClientAnswer, Fusion
 from mantis_core.codec.spec import Ids, ModelSpec
 from mantis_core.errors import ModelError
 from mantis_core.networks.client import latent_size
+from mantis_core.networks.conditioning import shares_of
 from mantis_core.networks.inference import still
 from mantis_core.networks.server import JointDecision, Server
 from mantis_core.networks.teacher import Backbone
@@ -142,14 +143,18 @@ class ServerCodec:
         maps = torch.from_numpy(np.stack([image.map for image in images])).to(device).float()
         with still(self.server):
             latent = maps.contiguous(memory_format=torch.channels_last)
-            split, last = self.server.features(latent)
+            level = torch.tensor([image.rate_level for image in images], device=device)
+            shares = shares_of(level, self.spec.num_rates)
+            split, last = self.server.features(latent, shares)
             outputs: dict[str, Tensor] = {}
             answers: dict[str, dict[int, Any]] = {}
             for k, task in enumerate(self.spec.tasks):
                 rows = np.flatnonzero(mask[:, k])
                 own = self._task_output(k, rows, split, last, shape)
                 if self.fusion is not None and task.is_classification and len(rows):
-                    own = self.fusion(own, _answers_to(k, [images[row] for row in rows], device))
+                    said = _answers_to(k, [images[row] for row in rows], device)
+                    mine = None if shares is None else shares[torch.from_numpy(rows).to(device)]
+                    own = self.fusion(own, said, mine)
                 places = torch.from_numpy(rows).to(device)
                 outputs[task.name] = _at_rows(own, places, len(images))
                 answers[task.name] = dict(zip(rows.tolist(), _said(task, own), strict=True))
@@ -219,6 +224,7 @@ def new_server(spec: ModelSpec, trunk: nn.Module | None = None) -> Server:
         last_shape=spec.last_shape,
         split_signed=spec.split_signed,
         last_signed=spec.last_signed,
+        num_rates=spec.num_rates,
         trunk=Backbone(spec.teacher).tail_after(spec.split) if trunk is None else trunk,
     )
 

@@ -15,9 +15,10 @@ from collections.abc import Iterable, Sequence
 from torch import Tensor
 
 from mantis_core.bitstream.session import Session, read_hello, write_hello
-from mantis_core.bitstream.wire import read_message, write_message
+from mantis_core.bitstream.wire import CodedImage, read_message, write_message
 from mantis_core.codec.answer import Answer
-from mantis_core.codec.client_codec import ClientCodec, asked_tasks, check_images
+from mantis_core.codec.client_codec import ClientCodec
+from mantis_core.codec.requests import Budget, asked_tasks, check_images
 from mantis_core.codec.server_codec import ServerCodec, listed_bytes
 from mantis_core.errors import ModelError
 
@@ -49,6 +50,8 @@ class ClientSession:
         tasks: str | Sequence[str] | Tensor | None = None,
         *,
         exit_confidence: float | None = None,
+        level: int | None = None,
+        max_bytes: int | None = None,
     ) -> list[bytes]:
         """uint8 images (B, 3, H, W) to one message each; arguments as ClientCodec.encode.
 
@@ -62,13 +65,17 @@ class ClientSession:
                 f"images have {shape[0]}x{shape[1]} pixels; those of this session have "
                 f"{self.session.input_shape[0]}x{self.session.input_shape[1]}: open another one"
             )
-        codec = self.codec
+        budget = None if max_bytes is None else Budget(max_bytes, self._message)
         return [
-            write_message(
-                seen.image, self.session, self.hello, codec.tables, codec.stream_spec
-            ).data
-            for seen in codec.look(images, tasks, exit_confidence=exit_confidence)
+            self._message(seen.image, seen.input_shape)
+            for seen in self.codec.look(
+                images, tasks, exit_confidence=exit_confidence, level=level, budget=budget
+            )
         ]
+
+    def _message(self, image: CodedImage, _: tuple[int, int]) -> bytes:
+        codec = self.codec
+        return write_message(image, self.session, self.hello, codec.tables, codec.stream_spec).data
 
 
 class ServerSession:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mantis_core.bitstream.container import MAX_IMAGES, VERSIONS, StreamSpec
 from mantis_core.config import ModelConfig
+from mantis_core.rates import count_levels
 from mantis_core.tasks import Problem, TaskSpec, class_members
 
 if TYPE_CHECKING:  # at run time a client needs no torchvision
@@ -38,7 +39,8 @@ class ModelSpec(BaseModel):
 
     The shapes are those of the teacher's features, at its split and of its last block;
     `split_signed` and `last_signed` say whether these have negative values. `stream_version` is the
-    format of the model's streams: 1 for folders of before there was another.
+    format of the model's streams: 1 for folders of before there was another. `rates` are the rate
+    weights that a model of several was trained for, in ascending order; () for a model of one.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -57,6 +59,7 @@ class ModelSpec(BaseModel):
     split_signed: bool = False
     last_signed: bool = False
     stream_version: int = 1
+    rates: tuple[float, ...] = ()
 
     @field_validator("stream_version")
     @classmethod
@@ -74,6 +77,16 @@ class ModelSpec(BaseModel):
     def class_members(self) -> Tensor | None:
         """The classes of each task, bool (K, classes); None where an image may have several."""
         return class_members(self.tasks, len(self.classes)) if self.single_class else None
+
+    @property
+    def num_rates(self) -> int:
+        """How many rate weights the model was trained for."""
+        return max(1, len(self.rates))
+
+    @property
+    def rate_levels(self) -> int:
+        """How many rate levels the model has, see `rates.py`."""
+        return count_levels(self.num_rates)
 
     @property
     def sends_answer(self) -> bool:
@@ -97,6 +110,7 @@ class ModelSpec(BaseModel):
             max_pixels=_MAX_AREA_RATIO * own,
             max_total_pixels=MAX_IMAGES * own,
             version=self.stream_version,
+            rate_levels=self.rate_levels,
             confidence=()
             if confidence is None
             else tuple(tuple(row) for row in confidence.tolist()),
@@ -143,6 +157,8 @@ class ModelSpec(BaseModel):
         }
         if self.stream_version > 1:
             facts |= {"version": self.stream_version, "send_answer": self.sends_answer}
+        if self.rates:
+            facts["rate_levels"] = self.rate_levels
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
         for name, tensor in sorted(state.items()):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
@@ -150,8 +166,10 @@ class ModelSpec(BaseModel):
         return digest.digest()[:4]
 
 
-def model_spec(model: ModelConfig, teacher: Teacher, problem: Problem) -> ModelSpec:
-    """The spec of the codec for these sections."""
+def model_spec(
+    model: ModelConfig, teacher: Teacher, problem: Problem, rates: tuple[float, ...] = ()
+) -> ModelSpec:
+    """The spec of the codec for these sections, of several `rates` or of one."""
     split_shape, last_shape = teacher.feature_shapes(problem.image_size)
     split_signed, last_signed = teacher.signed_features(problem.image_size)
     return ModelSpec(
@@ -169,4 +187,5 @@ def model_spec(model: ModelConfig, teacher: Teacher, problem: Problem) -> ModelS
         split_signed=split_signed,
         last_signed=last_signed,
         stream_version=VERSIONS[-1],
+        rates=rates,
     )

@@ -1,7 +1,7 @@
 """From a trained density to the integer tables that streams are coded by. Codes nothing itself.
 
-Shapes: C channels of the latent, R prior rows (1 if shared, else K), X contexts of a channel,
-E edges between symbols, L entries of the longest table.
+Shapes: C channels of the latent, G rate levels, R prior rows (1 if shared, else K), X contexts of a
+channel, E edges between symbols, L entries of the longest table.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ def update_tables(bottleneck: Bottleneck) -> None:
     """
     first, last = _ranges(bottleneck)
     lengths = last - first + 2
-    tables = bottleneck.num_rows, bottleneck.channels, bottleneck.num_contexts
+    rows = bottleneck.num_levels * bottleneck.num_rows
+    tables = rows, bottleneck.channels, bottleneck.num_contexts
     cdf = np.full((*tables, lengths.max() + 1), TOTAL, np.int32)
     for channel, (start, length) in enumerate(zip(first, lengths, strict=True)):
         edges = np.arange(start, start + length)
@@ -49,7 +50,7 @@ def table_set(bottleneck: Bottleneck) -> TableSet:
         raise RuntimeError("the bottleneck has no tables: call update_tables() after training")
     kept = (bottleneck.table_cdf, bottleneck.table_offsets, bottleneck.table_lengths)
     cdf, offsets, lengths = (table.cpu().numpy().copy() for table in kept)
-    return TableSet(bottleneck.prior, cdf, offsets, lengths)
+    return TableSet(bottleneck.prior, cdf, offsets, lengths, levels=bottleneck.num_levels)
 
 
 def _cumulative(
@@ -67,7 +68,8 @@ def _ranges(bottleneck: Bottleneck) -> tuple[NDArray[np.int64], NDArray[np.int64
 
     Found by bisection, for the lower tail and for the upper one: the density only rises.
     """
-    shape = (bottleneck.num_rows, bottleneck.channels, bottleneck.num_contexts)
+    rows = bottleneck.num_levels * bottleneck.num_rows
+    shape = (rows, bottleneck.channels, bottleneck.num_contexts)
     at_least, at_most = np.empty((2, 2, *shape), np.int64)
     at_least[0], at_least[1], at_most[:] = 1, 0, 2 * _WIDEST + 1
     at_most[0] += 1

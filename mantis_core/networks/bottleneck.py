@@ -3,12 +3,14 @@
 It keeps the integer tables among its buffers; `codec/tables.py` makes them of its density.
 
 Shapes: B batch, C h w of the latent, K tasks, R prior rows (1 if shared, else K), X contexts of a
-channel (1, or those of `symbols.py`), N values.
+channel (1, or those of `symbols.py`), L rates and G levels (1 each, or those of `rates.py`), N
+values.
 """
 
 from __future__ import annotations
 
 import copy
+import math
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -20,13 +22,16 @@ from torch.nn import functional
 
 from mantis_core.config import Quantizer
 from mantis_core.networks.blocks import without_autocast
+from mantis_core.networks.conditioning import shares_of
 from mantis_core.networks.stacked import end_to_end
+from mantis_core.rates import count_levels
 from mantis_core.symbols import CONTEXTS, MAX_SYMBOL, MOST, REACH, Prior, first_context
 
 _LIKELIHOOD_BOUND = 1e-9
 # CompressAI starts densities at scale 10; latents start below 1, and short trainings pay for it.
 _START_SCALE = 3.0
 _JITTER = 0.2  # each way
+_SHARPNESS = 5.0  # of soft rounding
 _TABLES = ("table_cdf", "table_offsets", "table_lengths")
 
 
@@ -53,11 +58,17 @@ class Bottleneck(nn.Module):
     trained on: `ste` the rounded latent, its gradient passed through; `noise` the same noisy latent
     as the rate; with `rounded` the rate too is of the rounded latent; with `jitter` the latent is
     moved by up to 0.2 before it is rounded, the rate is of the noisy one. A symbol near its
-    threshold then flips from step to step, and training moves it away.
+    threshold then flips from step to step, and training moves it away. With `soft` the noise of the
+    rate is added to the softly rounded latent: no rate pulls a symbol down but near its threshold,
+    where it is sent or not.
 
     With `neighbour_contexts` a symbol's density is its channel's, shifted and stretched by the
     context that its neighbours give, in training as in the tables:
     P(y) = F(s (y + 1/2 - m)) - F(s (y - 1/2 - m)), m and s of the channel and context.
+
+    A model of L > 1 rates has such a shift and stretch for each of them too, with contexts or
+    without; the density's weights are the same at all rates. Levels between two rates have a
+    mixture of theirs (`rates.py`).
 
     `most_active` is the largest number of active tasks that masks have in training. Only `per_task`
     reads it; None if it is not known.
@@ -75,9 +86,11 @@ class Bottleneck(nn.Module):
         quantizer: Quantizer = "ste",
         *,
         neighbour_contexts: bool = False,
+        num_rates: int = 1,
     ) -> None:
         super().__init__()
         self.channels = channels
+        self.num_rates = num_rates
         self.num_tasks = num_tasks
         self.prior: Prior = prior
         self.quantizer: Quantizer = quantizer
@@ -85,43 +98,56 @@ class Bottleneck(nn.Module):
         self.most_active: int | None = None
         self.density = EntropyBottleneck(self.channels * self.num_rows, init_scale=_START_SCALE)
         self.density.quantiles.requires_grad_(False)  # medians stay 0, tails are searched
+        self.num_contexts = CONTEXTS if neighbour_contexts else 1
         self.context_shift: nn.Parameter | None = None
         self.context_log_scale: nn.Parameter | None = None
-        if neighbour_contexts:
-            self.context_shift = nn.Parameter(torch.zeros(self.channels, CONTEXTS))
-            self.context_log_scale = nn.Parameter(torch.zeros(self.channels, CONTEXTS))
+        if neighbour_contexts or num_rates > 1:
+            of_rates = (num_rates,) if num_rates > 1 else ()
+            shape = (*of_rates, self.channels, self.num_contexts)
+            self.context_shift = nn.Parameter(torch.zeros(shape))
+            self.context_log_scale = nn.Parameter(torch.zeros(shape))
         self.likelihood_bound = LowerBound(_LIKELIHOOD_BOUND)
         for name in _TABLES:
             self.register_buffer(name, torch.zeros(0, dtype=torch.int32))
 
-    def forward(self, latent: Tensor, mask: Tensor, primary: Tensor) -> BottleneckOutput:
+    def forward(
+        self, latent: Tensor, mask: Tensor, primary: Tensor, shares: Tensor | None = None
+    ) -> BottleneckOutput:
         """Quantises a latent (B, C, h, w) and estimates its size; float32, under autocast too.
 
         `mask` (B, K) bool are the active tasks, `primary` (B,) int64 the most probable of them;
-        each is read only by the prior that needs it. ValueError if an image has no row, unless
+        each is read only by the prior that needs it. `shares` (B, L) are those of the rates, for a
+        bottleneck of several. ValueError if an image has no row, unless
         `most_active` is set: then its bits are nan. In training mode every parameter gets a
         gradient (zero for the rows of tasks that are absent).
         """
         with without_autocast(latent):
             y = latent.float()
             if self.training:
-                near = y
-                if self.quantizer == "jitter":
-                    near = y + (2 * _JITTER) * (torch.rand_like(y) - 0.5)
-                rounded = y + (near.round() - y).detach()
-                noisy = rounded if self.quantizer == "rounded" else y + torch.rand_like(y) - 0.5
-                y_hat = noisy if self.quantizer == "noise" else rounded
+                y_hat, noisy = self._in_training(y)
             else:
                 noisy = y_hat = y.round().clamp(-MAX_SYMBOL, MAX_SYMBOL)
-            noisy, half = self._by_context(noisy, y)
+            noisy, half = self._by_context(noisy, y, shares)
             likelihood = self._likelihood(noisy, half, mask, primary)
             bits = -self.likelihood_bound(likelihood).log2().flatten(1).sum(1)
         return BottleneckOutput(y_hat, bits)
 
+    def _in_training(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """What decoders get of a latent in training, and what the rate is estimated of."""
+        near = y
+        if self.quantizer == "jitter":
+            near = y + (2 * _JITTER) * (torch.rand_like(y) - 0.5)
+        rounded = y + (near.round() - y).detach()
+        if self.quantizer == "rounded":
+            return rounded, rounded
+        smooth = soft_round(y) if self.quantizer == "soft" else y
+        noisy = smooth + torch.rand_like(y) - 0.5
+        return noisy if self.quantizer == "noise" else rounded, noisy
+
     @property
-    def num_contexts(self) -> int:
-        """X."""
-        return 1 if self.context_shift is None else CONTEXTS
+    def num_levels(self) -> int:
+        """G, see `rates.py`."""
+        return count_levels(self.num_rates)
 
     @property
     def tables_ready(self) -> bool:
@@ -138,22 +164,35 @@ class Bottleneck(nn.Module):
     def cumulative(self, values: Tensor, channels: slice = slice(None)) -> Tensor:
         """The cumulative density of `channels`, c of them, at float64 `values`, on the CPU.
 
-        `values` broadcast to (R, c, X, N), the shape of the result.
+        `values` broadcast to (G * R, c, X, N), the shape of the result: level after level.
         """
+        count = len(range(self.channels)[channels])
+        shape = (self.num_levels * self.num_rows, count, self.num_contexts, values.shape[-1])
+        values = values.expand(shape)
         if self.context_shift is not None and self.context_log_scale is not None:
-            shift, log_scale = self.context_shift[channels], self.context_log_scale[channels]
-            scale = log_scale.double().cpu().exp()[..., None]
-            values = (values - shift.double().cpu()[..., None]) * scale
+            shares = shares_of(torch.arange(self.num_levels), self.num_rates)
+            known = torch.ones(1, 1) if shares is None else shares
+            shift, log_scale = (
+                (known.double() @ own.detach().double().cpu().view(self.num_rates, -1)).view(
+                    -1, 1, self.channels, self.num_contexts
+                )[:, :, channels, :, None]
+                for own in (self.context_shift, self.context_log_scale)
+            )
+            by_level = values.reshape(self.num_levels, self.num_rows, *shape[1:])
+            values = ((by_level - shift) * log_scale.exp()).reshape(shape)
         weights = [
             [t.view(self.num_rows, -1, *t.shape[1:])[:, channels].flatten(0, 1) for t in tensors]
             for tensors in _weights(copy.deepcopy(self.density).cpu().double())
         ]
-        count = len(range(self.channels)[channels])
-        values = values.expand(self.num_rows, count, self.num_contexts, values.shape[-1])
-        logits = _cumulative_logits(values.flatten(0, 1).flatten(1)[:, None], *weights)
-        return torch.sigmoid(logits).view(values.shape)
+        # Rows of all levels side by side: they have the same weights.
+        side_by_side = values.reshape(self.num_levels, self.num_rows * count, -1).transpose(0, 1)
+        logits = _cumulative_logits(side_by_side.flatten(1)[:, None], *weights)
+        by_row = logits.view(self.num_rows * count, self.num_levels, -1).transpose(0, 1)
+        return torch.sigmoid(by_row).reshape(shape)
 
-    def _by_context(self, values: Tensor, latent: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _by_context(
+        self, values: Tensor, latent: Tensor, shares: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """Where the channel's density is asked for `values`, and half the width of a symbol there.
 
         The contexts are those of the rounded `latent`; both are (B, C, h, w). A half width of None
@@ -162,10 +201,22 @@ class Bottleneck(nn.Module):
         if self.context_shift is None or self.context_log_scale is None:
             return values, None
         pair = self.context_shift.view(-1, 1), self.context_log_scale.view(-1, 1)
-        rows = _context_rows(latent.detach())
-        shift, log_scale = functional.embedding(rows, end_to_end(pair, 1)).unbind(-1)
+        known = end_to_end(pair, 1)  # (L * C * X, 2)
+        places = self.channels * self.num_contexts
+        if self.num_rates > 1:
+            assert shares is not None
+            of_rates = known.view(1, self.num_rates, -1)
+            known = (shares[:, :, None] * of_rates).sum(dim=1).view(-1, 2)  # (B * C * X, 2)
+        if self.num_contexts == 1:
+            shift, log_scale = known.view(-1, self.channels, 1, 1, 2).unbind(-1)
+        else:
+            rows = _context_rows(latent.detach())
+            if self.num_rates > 1:
+                images = torch.arange(len(latent), device=latent.device)
+                rows = rows + places * images[:, None, None, None]
+            shift, log_scale = functional.embedding(rows, known).unbind(-1)
         scale = log_scale.exp()
-        return (values - shift) * scale, 0.5 * scale
+        return (values - shift) * scale, (0.5 * scale).expand_as(values)
 
     def _likelihood(
         self, values: Tensor, half: Tensor | None, mask: Tensor, primary: Tensor
@@ -248,6 +299,15 @@ class Bottleneck(nn.Module):
                 here = getattr(self, name)
                 setattr(self, name, here.new_zeros(state_dict[prefix + name].shape))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+def soft_round(y: Tensor) -> Tensor:
+    """Rounding with a slope: steep at the thresholds, nearly flat around the integers.
+
+    Agustsson and Theis, "Universally Quantized Neural Compression" (NeurIPS 2020), equation 12.
+    """
+    middle = y.floor() + 0.5
+    return middle + 0.5 * torch.tanh(_SHARPNESS * (y - middle)) / math.tanh(0.5 * _SHARPNESS)
 
 
 def _context_rows(latent: Tensor) -> Tensor:

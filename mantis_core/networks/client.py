@@ -20,7 +20,13 @@ from mantis_core.networks.blocks import (
     pool,
     without_autocast,
 )
-from mantis_core.networks.conditioning import CONDITIONING, Layers, Modulation
+from mantis_core.networks.conditioning import (
+    CONDITIONING,
+    Layers,
+    LevelModulation,
+    Modulation,
+    one_after_another,
+)
 
 
 class View(NamedTuple):
@@ -211,10 +217,18 @@ class Client(nn.Module):
     x ─ stem ─┬─ detector ─▶ p, its map ─ conditioning ─▶ gamma, beta
               └───────────────── encoder ──────────────┴─▶ y
 
-    With `encoder.start` "detector" the encoder begins at the detector's map instead.
+    With `encoder.start` "detector" the encoder begins at the detector's map instead. A client of
+    several rates is modulated by the rate level too, after the tasks.
     """
 
-    def __init__(self, config: ModelConfig, num_tasks: int, members: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        num_tasks: int,
+        members: Tensor | None = None,
+        *,
+        num_rates: int = 1,
+    ) -> None:
         """`members` (K, classes) are the classes of each task, where images have one class each."""
         super().__init__()
         encoder, detector = config.encoder, config.detector
@@ -255,14 +269,23 @@ class Client(nn.Module):
             ),
             hidden=config.conditioning.hidden,
         )
+        self.by_level: LevelModulation | None = None
+        if num_rates > 1:
+            self.by_level = LevelModulation(num_rates, self.encoder.modulated_channels)
 
     def forward(self, x: Tensor) -> View:
         """Normalised images (B, 3, H, W) to what the detector says and the encoder starts from."""
         return self.detector(self.stem(x))  # type: ignore[no-any-return]
 
-    def encode(self, view: View, probabilities: Tensor) -> Tensor:
-        """A view and p (B, K), or a multi-hot, to the latent (B, C, h, w), not rounded."""
+    def encode(self, view: View, probabilities: Tensor, shares: Tensor | None = None) -> Tensor:
+        """A view and p (B, K), or a multi-hot, to the latent (B, C, h, w), not rounded.
+
+        `shares` (B, L) are those of the rates, for a client of several.
+        """
         layers = self.conditioning(probabilities, view.detected)
+        if self.by_level is not None:
+            assert shares is not None
+            layers = one_after_another(layers, self.by_level(shares))
         features = view.detected if self.behind_detector else view.stem
         return self.encoder(features, layers)  # type: ignore[no-any-return]
 

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d
 
+from mantis_core.rates import BETWEEN
+
 Modulation = list[tuple[Tensor, Tensor] | None]
 """For each modulated layer gamma and beta, (B, C, 1, 1) or (B, C, h, w) each, None for identity.
 
@@ -104,6 +106,47 @@ class AttentionConditioning(nn.Module):
             delta, beta = last(pooled[step]).float().chunk(2, dim=1)
             modulation.append((1 + delta, beta))
         return modulation
+
+
+def shares_of(level: Tensor, num_rates: int) -> Tensor | None:
+    """How much of each trained rate is in levels (B,): (B, L) float32, one or two above 0.
+
+    None for a model of one rate.
+    """
+    if num_rates == 1:
+        return None
+    places = torch.arange(num_rates, device=level.device)
+    return (1 - (level[:, None] / BETWEEN - places).abs()).clamp_min(0.0).float()
+
+
+class LevelModulation(nn.Module):
+    """FiLM by the rate level: a scale and a shift of each channel, the identity at init.
+
+    A level between two trained rates has a mixture of theirs.
+    """
+
+    def __init__(self, num_rates: int, channels: Sequence[int]) -> None:
+        super().__init__()
+        self.sizes = [c for own in channels for c in (own, own)]
+        self.values = nn.Parameter(torch.zeros(num_rates, sum(self.sizes)))
+
+    def forward(self, shares: Tensor) -> Modulation:
+        """Shares of the rates (B, L), as `shares_of` gives them."""
+        mixed = (shares[:, :, None] * self.values).sum(dim=1)[:, :, None, None]
+        parts = torch.split(mixed, self.sizes, dim=1)
+        return [(1 + delta, beta) for delta, beta in zip(parts[::2], parts[1::2], strict=True)]
+
+
+def one_after_another(first: Modulation, second: Modulation) -> Modulation:
+    """The modulation of each layer by `first` and then by `second`."""
+    both: Modulation = []
+    for before, after in zip(first, second, strict=True):
+        if before is None or after is None:
+            both.append(before or after)
+            continue
+        gamma, beta = after
+        both.append((gamma * before[0], gamma * before[1] + beta))
+    return both
 
 
 class NoConditioning(nn.Module):

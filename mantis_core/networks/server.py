@@ -14,7 +14,14 @@ from torch.nn.functional import conv2d, pad
 from torch.nn.functional import group_norm as normalised_groups
 
 from mantis_core.config import DecoderConfig
-from mantis_core.networks.blocks import ResidualBlock, SegmentationHead, TaskModules, group_norm
+from mantis_core.networks.blocks import (
+    ResidualBlock,
+    SegmentationHead,
+    TaskModules,
+    group_norm,
+    modulate,
+)
+from mantis_core.networks.conditioning import LevelModulation
 from mantis_core.networks.stacked import TaskLayout, TaskOutputs, as_stacked, end_to_end
 from mantis_core.tasks import TaskSpec, class_slots
 
@@ -37,6 +44,7 @@ class FeatureDecoder(nn.Module):
         channels: int,
         blocks: int,
         signed: bool = False,
+        num_rates: int = 1,
     ) -> None:
         """Takes the feature's shape `target` and the latent's (h, w) for the model's own size.
 
@@ -61,10 +69,22 @@ class FeatureDecoder(nn.Module):
                 scale.append(ResidualBlock(channels, channels, stride=2))
         self.scale = nn.Sequential(*scale)
         self.last = nn.Conv2d(channels, target[0], 1)
+        self.by_level: LevelModulation | None = None
+        if num_rates > 1:
+            self.by_level = LevelModulation(num_rates, (latent_channels, channels))
 
-    def forward(self, latent: Tensor) -> Tensor:
-        """(B, C, h, w) to the feature (B, C', h', w') at the teacher's split."""
-        x = self.scale(self.blocks(torch.relu(self.first(latent))))
+    def forward(self, latent: Tensor, shares: Tensor | None = None) -> Tensor:
+        """(B, C, h, w) to the feature (B, C', h', w') at the teacher's split.
+
+        `shares` (B, L) are those of the rates, for a model of several.
+        """
+        if self.by_level is None:
+            x = self.first(latent)
+        else:
+            assert shares is not None
+            before, behind = self.by_level(shares)
+            x = modulate(self.first(modulate(latent, before)), behind)
+        x = self.scale(self.blocks(torch.relu(x)))
         if latent.shape[2:] == self.latent_size:
             x = x[..., : self.target[1], : self.target[2]]
         feature = self.last(x)
@@ -163,10 +183,12 @@ class Server(nn.Module):
         trunk: nn.Module,
         split_signed: bool = False,
         last_signed: bool = False,
+        num_rates: int = 1,
     ) -> None:
-        """The last two say whether the feature at the split and the deep one have negative values.
+        """Sizes are those of the model's own input.
 
-        Sizes are those of the model's own input.
+        `split_signed` and `last_signed` say whether the feature at the split and the deep one have
+        negative values.
         """
         super().__init__()
         self.tasks = tuple(tasks)
@@ -177,6 +199,7 @@ class Server(nn.Module):
             channels=config.channels,
             blocks=config.blocks,
             signed=split_signed,
+            num_rates=num_rates,
         )
         self.trunk = trunk
         self.task_decoders = TaskModules()
@@ -193,9 +216,12 @@ class Server(nn.Module):
         self.layout = TaskLayout(tasks)
         self.register_buffer("tail_rows", _rows_of(self.layout), persistent=False)
 
-    def features(self, latent: Tensor) -> tuple[Tensor, Tensor]:
-        """The received latent (B, C, h, w) to the split feature and the deep one."""
-        split = self.decoder(latent)
+    def features(self, latent: Tensor, shares: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The received latent (B, C, h, w) to the split feature and the deep one.
+
+        `shares` (B, L) are those of the rates, for a model of several.
+        """
+        split = self.decoder(latent, shares)
         return split, self.trunk(split)
 
     def answer(self, task: TaskSpec, split: Tensor, last: Tensor, size: tuple[int, int]) -> Tensor:
@@ -205,14 +231,18 @@ class Server(nn.Module):
             return self.tails[task.name](own)  # type: ignore[no-any-return]
         return self.tails[task.name](split, own, size)  # type: ignore[no-any-return]
 
-    def forward(self, latent: Tensor, size: tuple[int, int]) -> TaskOutputs:
+    def forward(
+        self, latent: Tensor, size: tuple[int, int], shares: Tensor | None = None
+    ) -> TaskOutputs:
         """The received latent (B, C, h, w) to every task's output, of images of `size` (H, W).
+
+        `shares` are as `features` takes them.
 
         For training: all decoders take part in every step. Those of the classification tasks run
         as one; what grows with the number of tasks is the arithmetic, and a view and a gradient for
         each of a task's nine parameters. Each segmentation runs by itself.
         """
-        split, last = self.features(latent)
+        split, last = self.features(latent, shares)
         segmentation = {
             task.name: self.answer(task, split, last, size)
             for task in self.tasks

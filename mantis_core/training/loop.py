@@ -10,6 +10,7 @@ import hashlib
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,8 @@ from mantis_core.training.recipe import Recipe, StepOutput
 from mantis_core.training.workers import average_buffers, gather_rows
 
 OnStep = Callable[[int, int, dict[str, float]], None]
+OF_A_LEVEL = ("bits", "top1")
+"""Held-back figures that a student of several rates has for each, `holdout/level-4/bits`."""
 
 
 class TrainingError(RuntimeError):
@@ -194,28 +197,37 @@ class Session:
         """Figures on held-back rows, in eval mode, of the weights that would be shipped.
 
         `holdout` gives this worker's share of the rows, which may be none; the figures are those of
-        all rows, whatever the shares and batches. Keeps a copy of the weights if their loss is
-        finite and the lowest so far. TrainingError if no row is held back.
+        all rows, whatever the shares and batches. A student of several rates is measured at each:
+        its figures are the means, with bits and top1 of every level beside them. Keeps a copy of
+        the weights if their loss is finite and the lowest so far. TrainingError if no row is held
+        back.
         """
         student, self.recipe.student = self.recipe.student, self.shipped
         try:
             self.recipe.eval()
             self.recipe.calibrate(self.recipe.student, holdout(), gather_rows)
-            meter = Meter(self.device)
+            meters = {level: Meter(self.device) for level in self.recipe.held_levels or (0,)}
             with torch.no_grad(), self._autocast():
                 for batch in holdout():
-                    meter.add(self.recipe(batch, 1.0), batch.image.shape[2] * batch.image.shape[3])
+                    for self.recipe.level, own in meters.items():
+                        pixels = batch.image.shape[2] * batch.image.shape[3]
+                        own.add(self.recipe(batch, 1.0), pixels)
             shipped = self.recipe.student.state_dict()
         finally:
             self.recipe.student = student
         copy_buffers(self.shipped, student)
-        meter.reduce()
-        if meter.count == 0:
+        for own in meters.values():
+            own.reduce()
+        if not all(own.count for own in meters.values()):
             raise TrainingError(
                 "no row is held back, so no epoch can be chosen: raise data.holdout_fraction or "
                 "add images"
             )
-        figures = meter.figures("holdout")
+        each = [own.figures("holdout") for own in meters.values()]
+        figures = {name: fmean(found[name] for found in each) for name in each[0]}
+        for level, found in zip(self.recipe.held_levels, each, strict=False):
+            of_level = {n: found[f"holdout/{n}"] for n in OF_A_LEVEL if f"holdout/{n}" in found}
+            figures |= {f"holdout/level-{level}/{n}": value for n, value in of_level.items()}
         lowest = self.best.get("holdout/loss", math.inf)
         if figures["holdout/loss"] < lowest:  # never true of nan
             self.best = {**figures, "epoch": float(self.epoch)}

@@ -52,11 +52,15 @@ class Recipe(nn.Module):
     """What one stage computes. `student` is trained and shipped, everything else is frozen.
 
     `loaded` are the names of those parameters of the student that start from trained ones beside
-    others that start at random. It is empty where all of them start alike.
+    others that start at random. It is empty where all of them start alike. `held_levels` are the
+    rate levels at which held-back rows are measured, in eval mode at `level` one after another;
+    empty for a student of one rate.
     """
 
     student: nn.Module
     loaded: Collection[str] = ()
+    held_levels: Sequence[int] = ()
+    level: int = 0
 
     def __init__(self, tasks: Sequence[TaskSpec], losses: Mapping[str, LossTerm]) -> None:
         super().__init__()
@@ -150,9 +154,14 @@ class Recipe(nn.Module):
 
 def rate_weight(config: Stage1Config | Stage2Config, progress: float, *, training: bool) -> float:
     """The rate weight at `progress`: a linear ramp at the start of training, full in eval mode."""
+    return config.rate_weight * ramp(config, progress, training=training)
+
+
+def ramp(config: Stage1Config | Stage2Config, progress: float, *, training: bool) -> float:
+    """The share of the rate weight that counts at `progress`, see `rate_weight`."""
     if not training or config.rate_ramp_fraction == 0:
-        return config.rate_weight
-    return config.rate_weight * min(1.0, progress / config.rate_ramp_fraction)
+        return 1.0
+    return min(1.0, progress / config.rate_ramp_fraction)
 
 
 def model_in_training(model: ModelConfig, config: Stage1Config | Stage2Config) -> ModelConfig:

@@ -22,11 +22,13 @@ from mantis_core.codec.spec import model_spec
 from mantis_core.config import ModelConfig, Stage2Config
 from mantis_core.errors import ModelError
 from mantis_core.networks.client import View
+from mantis_core.networks.conditioning import shares_of
 from mantis_core.networks.cost import with_wide_encoder
 from mantis_core.networks.inference import still
 from mantis_core.networks.preprocessing import normalise
 from mantis_core.networks.server import ClassificationTail
 from mantis_core.networks.teacher import Teacher, freeze
+from mantis_core.rates import levels_of, weight_at
 from mantis_core.tasks import Batch, Problem, TaskSpec, class_members, one_task
 from mantis_core.training.hits import decision_hits
 from mantis_core.training.losses import DETECTION, check_detection
@@ -35,6 +37,7 @@ from mantis_core.training.recipe import (
     Measured,
     Recipe,
     model_in_training,
+    ramp,
     rate_weight,
     without_detection,
 )
@@ -43,7 +46,8 @@ logger = logging.getLogger(__name__)
 
 _FROM_STAGE1 = ("client.stem.", "client.encoder.", "server.decoder.")
 _DETECTOR = "client.detector."
-_FACTS = 4  # of an image, beside its outputs: see `_answers_and_outputs`
+_AT_ENDS = 0.25  # the share of images that are coded at the lowest or the highest rate
+_FACTS = 5  # of an image, beside its outputs: see `_answers_and_outputs`
 
 
 def stage2_recipe(
@@ -66,19 +70,26 @@ def stage2_recipe(
     torch.manual_seed(seed)
     if model.single_task:
         problem = one_task(problem)
-    codec, loaded = started_codec(model_in_training(model, config), teacher, problem, stage1)
+    codec, loaded = started_codec(
+        model_in_training(model, config), teacher, problem, stage1, rates=config.rate_weights
+    )
     return Stage2Recipe(codec, teacher, config, loaded=loaded)
 
 
 def started_codec(
-    model: ModelConfig, teacher: Teacher, problem: Problem, stage1: Mapping[str, Tensor]
+    model: ModelConfig,
+    teacher: Teacher,
+    problem: Problem,
+    stage1: Mapping[str, Tensor],
+    *,
+    rates: tuple[float, ...] = (),
 ) -> tuple[Mantis, frozenset[str]]:
     """A codec with the weights of `stage1`, the teacher's blocks as trunk, its rows as tails.
 
     Returns it with the names of all tensors that do not start at random.
     """
     trunk = teacher.backbone.tail_after(teacher.split).requires_grad_(True)  # it may be frozen
-    codec = Mantis(model_spec(model, teacher, problem), trunk=trunk)
+    codec = Mantis(model_spec(model, teacher, problem, rates), trunk=trunk)
     of_trunk = {name for name in codec.state_dict() if name.startswith("server.trunk.")}
     loaded = start_from_stage1(codec, stage1) | start_tails_from_teacher(codec, teacher)
     return codec, frozenset(loaded | of_trunk)
@@ -96,6 +107,9 @@ def start_from_stage1(model: Mantis, stage1: Mapping[str, Tensor]) -> set[str]:
         if name.startswith("bottleneck.table"):
             continue
         target = f"server.{name}" if name.startswith("decoder.") else name
+        if target.startswith("bottleneck.context_") and target in own:
+            many = own[target].ndim > value.ndim
+            value = value.expand_as(own[target]) if many else value  # each rate begins alike
         if target.startswith("bottleneck.density.") and target in own:
             rows = own[target].shape[0] // max(1, value.shape[0]) if value.ndim else 1
             value = value.repeat(rows, *([1] * (value.ndim - 1))) if rows > 1 else value
@@ -107,6 +121,7 @@ def start_from_stage1(model: Mantis, stage1: Mapping[str, Tensor]) -> set[str]:
         name
         for name in own
         if name.startswith(wanted)
+        and ".by_level." not in name
         and (name not in start and own[name].shape[:1] != (len(model.spec.tasks),))
     ]
     assert not missing, f"stage 1 lacks {missing[:3]}"
@@ -151,6 +166,8 @@ def start_tails_from_teacher(model: Mantis, teacher: Teacher) -> set[str]:
 class Stage2Recipe(Recipe):
     """Detection + task losses + rate on the whole codec, the stem frozen or not."""
 
+    level_weights: Tensor
+
     def __init__(
         self,
         student: Mantis,
@@ -171,6 +188,10 @@ class Stage2Recipe(Recipe):
         check_detection(config.losses, names_classes=names_classes)
         self._check_reach(teacher)
         self.set_teacher(teacher, split=teacher.split, last=teacher.backbone.names[-1])
+        rates, levels = student.spec.rates, range(student.spec.rate_levels)
+        weights = torch.tensor([weight_at(rates, level) for level in levels] if rates else [])
+        self.held_levels = levels_of(rates)
+        self.register_buffer("level_weights", weights, persistent=False)
 
     def _check_reach(self, teacher: Teacher) -> None:
         """Freezes what no term of detection reaches; ModelError if none reaches a task's answer.
@@ -229,10 +250,17 @@ class Stage2Recipe(Recipe):
                 # The answer of a forced image would be one within its true task.
                 heard = torch.rand(len(batch), device=images.device) >= self.config.answer_dropout
                 heard &= ~forced
-            output: MantisOutput = student(images, condition, mask, view=view, heard=heard)
+            level = self._levels(batch)
+            output: MantisOutput = student(
+                images, condition, mask, view=view, heard=heard, level=level
+            )
         computed = {name: value for name, value in output._asdict().items() if value is not None}
         student_io["outputs"] = {**computed, "loss_mask": loss_mask}
-        rate = rate_weight(self.config, progress, training=self.training) * output.bits.mean()
+        if level is None:
+            rate = rate_weight(self.config, progress, training=self.training) * output.bits.mean()
+        else:
+            share = ramp(self.config, progress, training=self.training)
+            rate = share * (self.level_weights[level] * output.bits).mean()
         objective = self.objective(student_io, teacher_io, batch, rate)
         sums = decision_hits(computed, student.server.layout, batch)
         return Measured((objective,), {**sums, "bits": output.bits.detach().sum()})
@@ -272,6 +300,22 @@ class Stage2Recipe(Recipe):
         assert isinstance(student, Mantis)
         student.finish()
         save_model(folder, student, meta)
+
+    def _levels(self, batch: Batch) -> Tensor | None:
+        """The rate level of each image (B,), None for a model of one rate.
+
+        In training at random, the two ends more often, for nothing lies beyond them. In eval mode
+        `level`.
+        """
+        count = self.student.spec.rate_levels
+        if count == 1:
+            return None
+        if not self.training:
+            return torch.full_like(batch.row_id, self.level)
+        device, rows = batch.image.device, len(batch)
+        drawn = torch.randint(count, (rows,), device=device)
+        ends = torch.randint(2, (rows,), device=device) * (count - 1)
+        return torch.where(torch.rand(rows, device=device) < _AT_ENDS, ends, drawn)
 
     def _own(self, batch: Batch) -> Batch:
         """The batch with this codec's tasks, which may be one of all classes."""
@@ -318,11 +362,12 @@ def _answers_and_outputs(student: Mantis, images: Tensor, view: View, batch: Bat
     """What `_calibrate_answers` reads of normalised images, (B, W + _FACTS), with `layout.width` W.
 
     The server's log P of the primary task by itself; then the client's label, the level of its
-    confidence, the right place among the outputs, the level of the task's probability.
+    confidence, the right place among the outputs, the level of the task's probability, the rate.
     """
     layout, count = student.server.layout, len(images)
     nobody = torch.zeros(count, dtype=torch.bool, device=images.device)
-    output = student(images, view=view, heard=nobody)
+    level = batch.row_id % student.spec.rate_levels
+    output = student(images, view=view, heard=nobody, level=level)
     assert view.class_logits is not None
     best = torch.sigmoid(view.logits.float()).max(dim=1)
     answer = student.own_answers(view.class_logits, best.indices)
@@ -331,16 +376,17 @@ def _answers_and_outputs(student: Mantis, images: Tensor, view: View, batch: Bat
     truth = layout.own(batch.labels)[place, row]
     truth = torch.where(truth < 0, layout.not_mine[row], truth)
     task_level = (-2 * best.values.log2()).round().clamp(0, MAX_LEVEL)
-    facts = torch.stack([answer.label, answer.level, truth, task_level.long()], dim=1)
+    facts = torch.stack([answer.label, answer.level, truth, task_level.long(), level], dim=1)
     return torch.cat([output.tasks.log_p[place, row].float(), facts.float()], dim=1)
 
 
 def _calibrate_answers(student: Mantis, fusion: Fusion, known: Tensor) -> None:
     """Fits fusion and tables of the client's answers to rows (N, W + _FACTS) of all workers."""
     log_p, facts = known[:, :-_FACTS], known[:, -_FACTS:].long()
-    heard = (facts[:, 0] >= 0) & (facts[:, -1] >= 0)  # the second: no task has a probability of nan
-    label, level, truth, task_level = facts[heard].T
-    fusion.calibrate(log_p[heard], ClientAnswer(label, level), truth)
+    heard = (facts[:, 0] >= 0) & (facts[:, 3] >= 0)  # the second: no task has a probability of nan
+    label, level, truth, task_level, rate_level = facts[heard].T
+    shares = shares_of(rate_level, student.spec.num_rates)
+    fusion.calibrate(log_p[heard], ClientAnswer(label, level), truth, shares)
     student.answer_counts.copy_(confidence_counts(task_level.numpy(), level.numpy()))
 
 

@@ -148,7 +148,9 @@ def _recipe(kind: str, settings: Settings, problem: Problem, built: _Built) -> R
     return recipe
 
 
-def _as_sent(latent: Tensor, mask: Tensor, primary: Tensor) -> BottleneckOutput:
+def _as_sent(
+    latent: Tensor, mask: Tensor, primary: Tensor, shares: Tensor | None = None
+) -> BottleneckOutput:
     """Stands for Bottleneck.forward, which counts images by their values."""
     return BottleneckOutput(latent, latent.new_zeros(len(latent)))
 

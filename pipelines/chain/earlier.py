@@ -28,7 +28,12 @@ ADDED: dict[str, dict[str, Any]] = {
     "model": {"wide_encoder": False, "send_answer": False},
     "model.encoder": {"start": "stem"},
     "stage1": {"quantizer": None},
-    "stage2": {"quantizer": None, "freeze_stem": True, "answer_dropout": 0.2},
+    "stage2": {
+        "quantizer": None,
+        "freeze_stem": True,
+        "answer_dropout": 0.2,
+        "rate_weights": [],
+    },
     "codec_teacher": {"scales": [1.0]},
 }
 """Fields that recipes did not hold yet, with their default. Another value has no old recipe."""

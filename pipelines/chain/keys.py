@@ -23,6 +23,9 @@ digest of a config that leaves it out, and a changed default changes the digest 
 ROUNDING = ("compile",)
 """Fields of a training's section that change its result by rounding alone."""
 
+REPLACED = {"rate_weight": "rate_weights"}
+"""Fields of a training's section that decide nothing once another one of it is set."""
+
 
 def config_slice(settings: Settings, stage: Stage) -> dict[str, Any]:
     """Returns the part of the config that decides a stage's result, as nested plain values."""
@@ -100,8 +103,12 @@ def _picked(resolved: Mapping[str, Any], stage: Stage) -> dict[str, Any]:
             target = target.get(name, {})
         target.pop(last, None)
     if stage.section:
+        section = stage.section.split(".")
         for name in ROUNDING:
-            _leave_out(picked, [*stage.section.split("."), name])
+            _leave_out(picked, [*section, name])
+        for name, several in REPLACED.items():
+            if picked.get(section[0], {}).get(several):
+                _leave_out(picked, [*section, name])
     return picked
 
 

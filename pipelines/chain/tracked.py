@@ -131,7 +131,8 @@ def _params(spec: StageSpec) -> dict[str, Any]:
     if spec.kind == "stage1":
         params["rate_weight"] = settings.stage1.rate_weight
     if spec.kind == "stage2":
-        params["rate_weight"] = settings.stage2.rate_weight
+        rates = settings.stage2.rate_weights
+        params["rate_weight"] = ", ".join(map(repr, rates)) or settings.stage2.rate_weight
         params["conditioning"] = settings.model.conditioning.kind
         params["prior"] = settings.model.prior
         params["latent_channels"] = settings.model.encoder.latent_channels

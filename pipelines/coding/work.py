@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mantis_core.bitstream.container import MAX_IMAGES, BitstreamError, peek
+from mantis_core.errors import BudgetError
 from mantis_core.pixels import ImageError
 from pipelines.coding.files import Failure, FilesError, Source, read, shown
 from pipelines.coding.packed import read_image
@@ -23,10 +24,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Asked:
-    """What the client is asked: the tasks to send (None: detect them) and its early exit."""
+    """What the client is asked: the tasks to send (None: detect them), its early exit, the rate.
+
+    `level` is a rate level, `max_bytes` the most that the stream of an image may take.
+    """
 
     tasks: tuple[str, ...] | None = None
     exit_confidence: float | None = None
+    level: int | None = None
+    max_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -122,13 +128,14 @@ def predict_each(
             yield Decoded(source, len(coded.data), tuple(server.decode([coded.data])))
 
 
-def is_stream_of(codec: ClientCodec, path: Path) -> bool:
-    """Returns whether a file is a whole stream that this model has made."""
+def is_stream_of(codec: ClientCodec, path: Path, max_bytes: int | None = None) -> bool:
+    """Returns whether a file is a whole stream that this model has made, of at most `max_bytes`."""
     try:
-        found: bool = peek(path.read_bytes())["stream_id"] == codec.ids.stream.hex()
+        data = path.read_bytes()
+        found: bool = peek(data)["stream_id"] == codec.ids.stream.hex()
     except (OSError, BitstreamError):
         return False
-    return found
+    return found and (max_bytes is None or len(data) <= max_bytes)
 
 
 def _look(codec: ClientCodec, source: Source, asked: Asked) -> Seen | Failure:
@@ -138,5 +145,14 @@ def _look(codec: ClientCodec, source: Source, asked: Asked) -> Seen | Failure:
         return Failure(source.path, str(error))
     except ImageError as error:
         return Failure(source.path, f"{shown(source.path)} is no readable image: {error}")
-    (seen,) = codec.look(image[None], asked.tasks, exit_confidence=asked.exit_confidence)
+    try:
+        (seen,) = codec.look(
+            image[None],
+            asked.tasks,
+            exit_confidence=asked.exit_confidence,
+            level=asked.level,
+            budget=codec.budget(asked.max_bytes),
+        )
+    except BudgetError as error:
+        return Failure(source.path, f"{shown(source.path)}: {error}")
     return seen

@@ -115,7 +115,8 @@ def models(
 
     Shows the id that streams carry, the figures, the config and the aliases.
 
-    With --max-bpp the most accurate model comes first.
+    With --max-bpp the most accurate model comes first. Of a model of several rates the
+    level is named that keeps within the bounds.
 
     Example: mantis models --max-bpp 0.1
     """
@@ -197,6 +198,8 @@ def _figure(value: float | None) -> str:
 def _model_line(entry: dict[str, Any]) -> str:
     """Returns the line of `mantis models` for a model."""
     figures = f"top1 {_figure(entry['top1'])}  bpp {_figure(entry['bpp'])}"
+    if entry["level"] is not None:
+        figures += f"  level {entry['level']} of {entry['levels'][-1]['level']}"
     config = str(entry["config"])
     if entry["trial"] is not None:
         values = " ".join(f"{name}={value}" for name, value in entry["overrides"].items())

@@ -50,6 +50,44 @@ Experiment = Annotated[
 Run = Annotated[
     str, typer.Argument(metavar="RUN", help="MLflow run id of a pipeline, or `latest`.")
 ]
+Images = Annotated[
+    list[Path],
+    typer.Argument(
+        metavar="PATH",
+        help="Image files, Parquet files or tars of images, or folders whose images are taken.",
+    ),
+]
+Tasks = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--task",
+        help="Task to send; repeat it for several. The default detects the tasks of each image.",
+    ),
+]
+ExitConfidence = Annotated[
+    float | None,
+    typer.Option(
+        "--exit-confidence",
+        help="Confidence (0 to 1) from which the client answers by itself. It then sends the "
+        "class and no latent.",
+    ),
+]
+Level = Annotated[
+    int | None,
+    typer.Option(
+        "--level",
+        help="Rate level of a model of several rates. 0, the default, gives the largest streams "
+        "and the best answers.",
+    ),
+]
+MaxBytes = Annotated[
+    int | None,
+    typer.Option(
+        "--max-bytes",
+        help="Most bytes of each stream. The model's lowest level that fits is taken, image by "
+        "image.",
+    ),
+]
 Model = Annotated[
     str,
     typer.Argument(

@@ -43,7 +43,8 @@ def score(
 ) -> None:
     """Measure one model on other images of its classes.
 
-    Encodes every image to a real stream and decodes it.
+    Encodes every image to a real stream and decodes it. A model of several rates is measured at
+    each of them, level 0 first.
 
     Example: mantis score models:/mantis@champion photos/
     """
@@ -78,6 +79,11 @@ def score(
         typer.echo(f"note: {remark}")
     for name, value in measured["metrics"].items():
         typer.echo(f"{name}  {value:.6g}")
+    for each in measured["levels"][1:]:
+        typer.echo(f"level {each['level']}, rate weight {each['rate_weight']:g}")
+        for name in ("val/top1", "val/miou", "val/wire_bytes"):
+            if name in each["metrics"]:
+                typer.echo(f"  {name}  {each['metrics'][name]:.6g}")
     if measured["chance"] is not None:
         typer.echo(f"chance  {measured['chance']:.6g}")
 

@@ -10,36 +10,24 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pipelines.commands.errors import MISTAKE, SOME_FAILED, Stopped, ending_well, print_json
-from pipelines.commands.options import AsJson, Model, Root, StreamFile, model_folder
+from pipelines.commands.options import (
+    AsJson,
+    ExitConfidence,
+    Images,
+    Level,
+    MaxBytes,
+    Model,
+    Root,
+    StreamFile,
+    Tasks,
+    model_folder,
+)
 
 if TYPE_CHECKING:
     from pipelines.coding.answers import Table
     from pipelines.coding.files import Failure, Found, Source
     from pipelines.coding.work import Decoded
     from pipelines.terminal.counting import Counter
-
-Images = Annotated[
-    list[Path],
-    typer.Argument(
-        metavar="PATH",
-        help="Image files, Parquet files or tars of images, or folders whose images are taken.",
-    ),
-]
-Tasks = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--task",
-        help="Task to send; repeat it for several. The default detects the tasks of each image.",
-    ),
-]
-ExitConfidence = Annotated[
-    float | None,
-    typer.Option(
-        "--exit-confidence",
-        help="Confidence (0 to 1) from which the client answers by itself. It then sends the "
-        "class and no latent.",
-    ),
-]
 
 
 @ending_well
@@ -57,6 +45,8 @@ def encode(
     ],
     task: Tasks = None,
     exit_confidence: ExitConfidence = None,
+    level: Level = None,
+    max_bytes: MaxBytes = None,
     skip_existing: Annotated[
         bool,
         typer.Option(
@@ -80,6 +70,14 @@ def encode(
     together = output.suffix == ".mts" and not output.is_dir()
     if together and skip_existing:
         raise Stopped("error: --skip-existing needs a folder as OUT.", MISTAKE)
+    if skip_existing and level is not None:
+        raise Stopped(
+            "error: --skip-existing cannot see the level of a stream. Leave one of --skip-existing "
+            "and --level out.",
+            MISTAKE,
+        )
+    if together and max_bytes is not None:
+        raise Stopped("error: --max-bytes needs a folder as OUT: it is for a stream each.", MISTAKE)
     found = _find_images(paths, output)
     sources = found.sources
     streams: dict[Source, Path] = {}
@@ -91,8 +89,10 @@ def encode(
     if together:
         work.check_room(codec, len(sources))
     if skip_existing:
-        sources = [each for each in sources if not work.is_stream_of(codec, streams[each])]
-    asked = work.Asked(tuple(task) if task else None, exit_confidence)
+        sources = [
+            each for each in sources if not work.is_stream_of(codec, streams[each], max_bytes)
+        ]
+    asked = work.Asked(tuple(task) if task else None, exit_confidence, level, max_bytes)
     encoded = work.encode_together if together else work.encode_each
     written: list[dict[str, Any]] = []
     with counting("images", len(sources)) as counter:
@@ -199,6 +199,8 @@ def predict(
     ] = None,
     task: Tasks = None,
     exit_confidence: ExitConfidence = None,
+    level: Level = None,
+    max_bytes: MaxBytes = None,
     root: Root = None,
     as_json: AsJson = False,
 ) -> None:
@@ -220,7 +222,7 @@ def predict(
         _targets(found.sources, masks, ".png")
     folder = str(model_folder(model, root))
     client, server = _load("client", folder, root), _load("server", folder, root)
-    asked = work.Asked(tuple(task) if task else None, exit_confidence)
+    asked = work.Asked(tuple(task) if task else None, exit_confidence, level, max_bytes)
     tasks = server.spec.tasks
     table = None if as_json and output is None else answers.Table(output, tasks)
     if masks is not None:

@@ -135,10 +135,10 @@ COMMANDS = (tune,)
 def _show_plan(settings: Settings, space: str, include_stage1: bool, as_json: bool) -> None:
     """Prints the stages of a trial with the values of the config, and the searched fields."""
     from pipelines.chain.plan import make_plan
-    from pipelines.search.space import describe, load_space
+    from pipelines.search.space import describe, searched_space
     from pipelines.stages.spec import with_upstream
 
-    searched = describe(load_space(space, include_stage1=include_stage1))
+    searched = describe(searched_space(settings, space, include_stage1=include_stage1))
     plan = make_plan(settings)
     print_plan(plan, with_upstream(plan.specs, "stage2"), as_json, space=searched)
 
@@ -149,13 +149,20 @@ def _show(result: SearchResult, stream: TextIO) -> None:
 
     with Console(stream, live=False) as console:
         rows = [
-            [str(point.trial), f"{point.top1:.4g}", f"{point.wire_bytes:.1f}", point.model or ""]
+            [
+                str(point.trial),
+                *([] if point.level is None else [str(point.level)]),
+                f"{point.top1:.4g}",
+                f"{point.wire_bytes:.1f}",
+                point.model or "",
+            ]
             for point in result.front
         ]
-        columns = ("trial", "top1", "bytes, estimated", "model")
+        of_level = () if all(point.level is None for point in result.front) else ("level",)
+        columns = ("trial", *of_level, "top1", "bytes, estimated", "model")
         console.final_table("Pareto front on the holdout", columns, rows)
-        for point in result.front:
-            console.note(f"trial {point.trial}: {describe_params(point.params)}")
+        for number, params in {point.trial: point.params for point in result.front}.items():
+            console.note(f"trial {number}: {describe_params(params)}")
         counts = ", ".join(f"{count} {state}" for state, count in result.trials.items())
         console.note(f"trials: {counts}; {result.epochs} epochs; {result.seconds:.0f} s")
         if result.overhead is not None:

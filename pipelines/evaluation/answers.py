@@ -86,8 +86,8 @@ class ArmEvaluator:
                 if source.quality is not None:
                     rows = run_image_codec(model, images, batch, self.problem, source)
                 else:
-                    sure = source.exit_confidence
-                    how = {} if sure is None else {"exit_confidence": sure}
+                    asked = {"exit_confidence": source.exit_confidence, "level": source.level}
+                    how = {name: value for name, value in asked.items() if value is not None}
                     rows = ANSWERS[ARM_KINDS[source.kind].answers](
                         model, images, batch, self.problem, **how
                     )
@@ -142,6 +142,7 @@ def run_codec(
     *,
     oracle: bool = False,
     exit_confidence: float | None = None,
+    level: int | None = None,
 ) -> Arrays:
     """Encodes every image to bytes and decodes it from those bytes alone."""
     count, tasks = len(images), problem.tasks
@@ -150,7 +151,7 @@ def run_codec(
         asked = torch.zeros(count, len(tasks), dtype=torch.bool)
         asked[: len(batch["task_mask"])] = torch.from_numpy(np.array(batch["task_mask"]))
         asked[~asked.any(dim=1), 0] = True  # a stream needs at least one task
-    encoded = model.encode_in_detail(images, asked, exit_confidence=exit_confidence)
+    encoded = model.encode_in_detail(images, asked, exit_confidence=exit_confidence, level=level)
     answers = model.decode([each.data for each in encoded])
     rows = _blank(count, tasks)
     for index, (sent, answer) in enumerate(zip(encoded, answers, strict=True)):
@@ -180,9 +181,10 @@ def run_student(
     problem: Problem,
     *,
     exit_confidence: float | None = None,
+    level: int | None = None,
 ) -> Arrays:
     """Runs a codec with one task of all classes. Its class answers the true tasks of an image."""
-    encoded = model.encode_in_detail(images, exit_confidence=exit_confidence)
+    encoded = model.encode_in_detail(images, exit_confidence=exit_confidence, level=level)
     answers = model.decode([each.data for each in encoded])
     rows = _blank(len(images), problem.tasks)
     rows["decoded"][: len(batch["task_mask"])] = batch["task_mask"]
@@ -295,8 +297,10 @@ def _group_posteriors(logits: Tensor, tasks: Sequence[TaskSpec]) -> np.ndarray[A
     return torch.stack(groups, dim=1).cpu().numpy()
 
 
-def _run_oracle(model: Mantis, images: Tensor, batch: Arrays, problem: Problem) -> Arrays:
-    return run_codec(model, images, batch, problem, oracle=True)
+def _run_oracle(
+    model: Mantis, images: Tensor, batch: Arrays, problem: Problem, *, level: int | None = None
+) -> Arrays:
+    return run_codec(model, images, batch, problem, oracle=True, level=level)
 
 
 def _with_labels_of_class(rows: Arrays, tasks: Sequence[TaskSpec]) -> Arrays:

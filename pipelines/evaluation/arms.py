@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mantis_core.rates import levels_of
 from pipelines.settings.arms import ARM_KINDS, TUNED, ArmKind
 
 if TYPE_CHECKING:
@@ -25,8 +26,9 @@ class Arm:
     """One line of the evaluation: a codec or baseline at one rate and seed.
 
     `kind` is a key of ARM_KINDS. `quality` is set for an image codec, `scale` too where it codes
-    images at a share of their sides, `exit_confidence` for an arm with early exit. `stage` is the
-    planned stage whose checkpoint the arm measures, "" for a teacher with given weights.
+    images at a share of their sides, `exit_confidence` for an arm with early exit, `level` for a
+    model of several rates. `stage` is the planned stage whose checkpoint the arm measures, "" for a
+    teacher with given weights.
     """
 
     name: str
@@ -37,6 +39,7 @@ class Arm:
     quality: int | None = None
     exit_confidence: float | None = None
     scale: float | None = None
+    level: int | None = None
 
     @property
     def trains(self) -> str:
@@ -54,7 +57,7 @@ class ArmSource:
     """An arm and the folder of its weights.
 
     `folder` is that of a stage or a model, None for a teacher with given weights. `quality` and
-    `scale` are those of an image codec; `exit_confidence` goes to `ClientCodec.encode`.
+    `scale` are those of an image codec; `exit_confidence` and `level` go to `ClientCodec.encode`.
     """
 
     name: str
@@ -63,14 +66,22 @@ class ArmSource:
     quality: int | None = None
     exit_confidence: float | None = None
     scale: float | None = None
+    level: int | None = None
 
 
 def plan_arms(settings: Settings) -> Iterator[Arm]:
     """Yields the arms that `evaluate` measures, the main arm first. The settings are validated."""
     evaluate, main_rate = settings.evaluate, settings.stage2.rate_weight
     seeds = (settings.seed, *evaluate.seeds)
+    of_levels: list[tuple[float, int | None]] = [
+        *zip(settings.stage2.rate_weights, levels_of(settings.stage2.rate_weights), strict=True)
+    ]
     rates = evaluate.baseline_rate_weights
     rates = (main_rate,) if rates is None else rates
+    own_points, points = (
+        of_levels or [(rate, None) for rate in trained_at]
+        for trained_at in ((main_rate, *evaluate.rate_weights), rates)
+    )
     asked = [ARM_KINDS[name] for name in ARM_KINDS if name in evaluate.baselines]
     trained = {"mantis", *(kind.name for kind in asked if kind.measures == "own")}
     exits = [
@@ -89,33 +100,40 @@ def plan_arms(settings: Settings) -> Iterator[Arm]:
         first = "stage2" if own else kind
         return f"{first}/{'-'.join(parts)}" if parts else first
 
-    def arm(kind: str, rate: float, seed: int, exits: float | None = None) -> Arm:
+    def arm(
+        kind: str, rate: float, level: int | None, seed: int, exits: float | None = None
+    ) -> Arm:
         measures = ARM_KINDS[kind].measures
         whose = kind if measures == "own" else measures
+        trained_at = rate if level is None else main_rate
+        name = named(kind, trained_at, seed)
+        if level:
+            name = f"{kind}/level-{level}" + (f"-seed-{seed}" if seed != settings.seed else "")
         return Arm(
-            named(kind, rate, seed),
+            name,
             kind,
             rate,
             seed,
-            named(whose, rate, seed),
+            named(whose, trained_at, seed),
             exit_confidence=exits,
+            level=level,
         )
 
     for seed in seeds:
-        for rate in (main_rate, *evaluate.rate_weights):
-            yield arm("mantis", rate, seed)
+        for rate, level in own_points:
+            yield arm("mantis", rate, level, seed)
             if rate in evaluate.early_exit:
-                yield arm("early_exit", rate, seed, evaluate.early_exit[rate])
+                yield arm("early_exit", rate, level, seed, evaluate.early_exit[rate])
     for seed in seeds:
-        for rate in rates:
+        for rate, level in points:
             for kind in asked:
                 if kind.measures == "own":
-                    yield arm(kind.name, rate, seed)
+                    yield arm(kind.name, rate, level, seed)
             for kind in exits if rate in evaluate.early_exit else ():
-                yield arm(kind.name, rate, seed, evaluate.early_exit[rate])
+                yield arm(kind.name, rate, level, seed, evaluate.early_exit[rate])
             for kind in asked:
                 if kind.measures in trained:
-                    yield arm(kind.name, rate, seed)
+                    yield arm(kind.name, rate, level, seed)
         for kind in asked:
             if kind.measures in ("local", "individual"):
                 name = named(kind.name, main_rate, seed)
@@ -144,7 +162,7 @@ def _of_the_teacher(settings: Settings, asked: list[ArmKind]) -> Iterator[Arm]:
 def arm_settings(settings: Settings, arm: Arm) -> Settings:
     """Returns the settings of the stage that an arm trains, without its section `evaluate`."""
     overrides = [f"seed={arm.seed}", *ARM_KINDS[arm.kind].overrides]
-    if arm.rate_weight is not None:
+    if arm.rate_weight is not None and arm.level is None:
         overrides.append(f"stage2.rate_weight={arm.rate_weight!r}")
     if arm.stage.startswith("codec_teacher/"):
         codec = arm.kind.removesuffix(TUNED)

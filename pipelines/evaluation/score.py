@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from data_prep.config import DataConfig
 from data_prep.errors import DataError
+from mantis_core.rates import levels_of
 from pipelines.evaluation.arms import SPLIT, ArmSource
 from pipelines.evaluation.split_pass import arm_figures, chance_of, evaluate_split
 from pipelines.storage import Store, is_shared, shared_scratch
@@ -25,7 +26,9 @@ def evaluate_model(
     flat one with the label file `labels`. The prepared images lie below the storage root `root` for
     the time of the measurement. If that is a URI, a copy of the model lies beside them, because
     other nodes measure too. Returns {"rows", "rejected", "unassigned", "remarks", "metrics",
-    "chance", "computed_on"}. Raises DataError if the data has none of the model's classes.
+    "levels", "chance", "computed_on"}. `levels` holds the metrics at each rate of a model of
+    several, and `metrics` those of the first. Raises DataError if the data has none of the model's
+    classes.
     """
     from data_prep.finding import source_for_path
     from data_prep.manifest import Task, TaskTable
@@ -61,7 +64,10 @@ def evaluate_model(
         if is_shared(root):
             weights = f"{folder}/model"
             Store(weights).upload_folder(model_folder, "")
-        sources = [ArmSource("model", "mantis", weights)]
+        sources = [
+            ArmSource(f"level {level}", "mantis", weights, level=level)
+            for level in levels_of(model.spec.rates) or (None,)
+        ]
         done = evaluate_split(
             folder,
             manifest,
@@ -69,12 +75,21 @@ def evaluate_model(
             sources,
             settings=settings,
         )
+        levels = [
+            {
+                "level": source.level,
+                "rate_weight": rate,
+                "metrics": arm_figures(done, source.name)["metrics"],
+            }
+            for source, rate in zip(sources, model.spec.rates or (None,), strict=True)
+        ]
         return {
             "rows": manifest.splits[SPLIT].rows,
             "rejected": manifest.rejected,
             "unassigned": manifest.unassigned.get(SPLIT, 0),
             "remarks": list(manifest.remarks),
-            "metrics": arm_figures(done, "model")["metrics"],
+            "metrics": levels[0]["metrics"],
+            "levels": levels if model.spec.rates else [],
             "chance": chance_of(done),
             COMPUTED_ON: list(done.computed_on),
         }

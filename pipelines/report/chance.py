@@ -37,7 +37,7 @@ def chance_sentences(evaluation: Mapping[str, Any]) -> list[str]:
     else:
         said.append(
             "the codec needs more steps or more bytes: larger stage1.epochs and stage2.epochs, a "
-            "smaller batch_size of both, or a smaller stage2.rate_weight"
+            "smaller batch_size of both, or a smaller rate weight of stage2"
         )
     return said
 

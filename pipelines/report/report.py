@@ -16,7 +16,17 @@ from pipelines.report.figures import rd_figure, styled, to_png
 from pipelines.report.marks import Arms
 from pipelines.report.page import report_page
 
-IDENTITY = ("name", "label", "kind", "rate_weight", "quality", "scale", "seed", "stage_key")
+IDENTITY = (
+    "name",
+    "label",
+    "kind",
+    "rate_weight",
+    "level",
+    "quality",
+    "scale",
+    "seed",
+    "stage_key",
+)
 ABOUT = ("split", "rows", "image_size", "tasks", "single_class", "chance")
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipelines.chain.plan import Plan
 from pipelines.search.journal import Journal, TrialRecord, finished_points
-from pipelines.search.points import RdPoint, hypervolume, pareto_front
+from pipelines.search.points import RdPoint, SearchObjective, hypervolume, pareto_front
 from pipelines.search.referee import Verdict
 from pipelines.search.result import SearchOptions
 from pipelines.search.sampler import propose, random_weight
@@ -70,12 +70,12 @@ class SearchDriver:
         runs: SearchRuns,
         view: SearchView,
         *,
-        reference: RdPoint,
+        objective: SearchObjective,
         check: Callable[[Plan], None],
     ) -> None:
         self.options, self.space, self.task = options, space, task
         self.journal, self.runs, self.view = journal, runs, view
-        self.reference, self.check = reference, check
+        self.objective, self.check = objective, check
         self.timing = Timing()
         self.unfinished = [r.number for r in journal.trials.values() if r.state == "running"]
 
@@ -138,7 +138,7 @@ class SearchDriver:
                 records,
                 number,
                 kind=options.kind,
-                objective=options.objective,
+                objective=self.objective,
                 seed=options.seed,
                 startup_trials=self.task.settings.tune.startup_trials,
                 attempt=attempt,
@@ -182,7 +182,7 @@ class SearchDriver:
         record = self.journal.trials[number]
         self.runs.close_trial(record)
         ended = [r for r in self.journal.trials.values() if r.state != "running"]
-        self.runs.progress(len(ended), summary(ended, self.reference))
+        self.runs.progress(len(ended), summary(ended, self.objective.reference))
         self.view.ended(record)
 
 

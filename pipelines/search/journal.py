@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from pipelines.search.points import RdPoint, rd_point
+from pipelines.search.points import RdPoint, rd_points
 from pipelines.search.space import Params
 from pipelines.stages.record import locked
 from pipelines.storage import Store
@@ -43,18 +43,25 @@ class TrialRecord:
     ended: float | None = None
 
     @property
-    def point(self) -> RdPoint | None:
-        """Returns the final rate-accuracy point, or that of the last epoch while it runs."""
+    def points(self) -> tuple[RdPoint, ...]:
+        """Returns the final rate-accuracy points, or those of the last epoch while it runs.
+
+        One, or one of each rate of a model of several; empty before the first epoch.
+        """
         last = self.epochs[max(self.epochs)] if self.epochs else {}
-        return rd_point(self.figures or last)
+        return rd_points(self.figures or last)
 
 
-def finished_points(trials: Mapping[int, TrialRecord]) -> dict[int, RdPoint]:
-    """Returns the points of the trials that trained all their epochs, by trial number."""
+def finished_points(trials: Mapping[int, TrialRecord]) -> dict[tuple[int, int], RdPoint]:
+    """Returns the points of the trials that trained all their epochs.
+
+    The keys are trial number and level, which is 0 for a model of one rate.
+    """
     return {
-        number: record.point
+        (number, point.level or 0): point
         for number, record in trials.items()
-        if record.state == "finished" and record.point is not None
+        if record.state == "finished"
+        for point in record.points
     }
 
 

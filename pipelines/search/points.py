@@ -6,10 +6,13 @@ Pure functions of an epoch's figures. Knows no Ray, no MLflow and no files.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 Figures = Mapping[str, float]
+Key = TypeVar("Key", bound=int | tuple[int, int])
 Losses = tuple[float, ...]
 """One number per objective. Lower is better."""
 
@@ -22,35 +25,78 @@ class RdPoint:
     """Rate and accuracy on the holdout rows.
 
     `wire_bytes` is the estimated mean size of a stream with one image: payload and container.
+    `level` is the rate level of a model of several rates.
     """
 
     wire_bytes: float
     top1: float
+    level: int | None = None
 
 
-def rd_point(figures: Figures) -> RdPoint | None:
-    """Returns the point of an epoch, or None if a figure is missing or not finite."""
-    bits, top1 = figures.get("holdout/bits"), figures.get("holdout/top1")
-    if bits is None or top1 is None or not (math.isfinite(bits) and math.isfinite(top1)):
-        return None
-    return RdPoint(bits / 8 + CONTAINER_BYTES, top1)
+def rd_points(figures: Figures) -> tuple[RdPoint, ...]:
+    """Returns the points of an epoch: one, or one of each rate of a model of several.
+
+    They rise in level. Empty if a figure is missing or not finite.
+    """
+    levels = sorted(int(found[1]) for name in figures if (found := _OF_LEVEL.fullmatch(name)))
+    points = []
+    for level in levels or (None,):
+        prefix = "holdout" if level is None else f"holdout/level-{level}"
+        bits, top1 = figures.get(f"{prefix}/bits"), figures.get(f"{prefix}/top1")
+        if bits is None or top1 is None or not (math.isfinite(bits) and math.isfinite(top1)):
+            return ()
+        points.append(RdPoint(bits / 8 + CONTAINER_BYTES, top1, level))
+    return tuple(points)
 
 
-def losses_of(figures: Figures, objective: str) -> Losses | None:
-    """Returns the values to minimise for an epoch, or None if a figure is missing or not finite."""
-    point = rd_point(figures)
-    if point is None:
-        return None
-    losses = OBJECTIVES[objective](figures, point)
-    return losses if all(math.isfinite(loss) for loss in losses) else None
+_OF_LEVEL = re.compile(r"holdout/level-(\d+)/bits")
 
 
-def pareto_front(points: Mapping[int, RdPoint]) -> list[int]:
+@dataclass(frozen=True)
+class SearchObjective:
+    """What a search minimises: `name` is one of OBJECTIVES.
+
+    `reference` is that of hypervolumes. With `levels` each trial is a model of several rates, which
+    has a front of its own.
+    """
+
+    name: str
+    reference: RdPoint
+    levels: bool = False
+
+    @property
+    def dimensions(self) -> int:
+        """Returns the number of losses: two for the trade-off of trials that are one point each."""
+        return 2 if self.name == "pareto" and not self.levels else 1
+
+    def losses(self, figures: Figures) -> Losses | None:
+        """Returns the values to minimise for an epoch; None if a figure is missing or not finite.
+
+        Of a front of its own that is the hypervolume, with a minus.
+        """
+        points = rd_points(figures)
+        if not points:
+            return None
+        if self.name == "pareto" and self.levels:
+            losses: Losses = (-hypervolume(points, self.reference),)
+        elif self.name == "pareto":
+            losses = (math.log10(points[0].wire_bytes), -points[0].top1)
+        else:
+            losses = (_SIGNS[self.name] * figures.get(f"holdout/{self.name}", math.nan),)
+        return losses if all(math.isfinite(loss) for loss in losses) else None
+
+
+_SIGNS = {"top1": -1.0, "bits": 1.0, "loss": 1.0}
+OBJECTIVES = ("pareto", *_SIGNS)
+"""`--objective`: the rate-accuracy trade-off, or one figure of the holdout rows."""
+
+
+def pareto_front(points: Mapping[Key, RdPoint]) -> list[Key]:
     """Returns the keys of the non-dominated points, by rising bytes.
 
     Of equal points the lowest key is kept.
     """
-    front: list[int] = []
+    front: list[Key] = []
     best = -math.inf
     for key in sorted(points, key=lambda key: (points[key].wire_bytes, -points[key].top1, key)):
         if points[key].top1 > best:
@@ -78,14 +124,15 @@ def worst_corner(points: Sequence[RdPoint]) -> RdPoint:
     return RdPoint(max(p.wire_bytes for p in points), min(p.top1 for p in points))
 
 
-def spread(points: Mapping[int, RdPoint], most: int, reference: RdPoint) -> list[int]:
+def spread(points: Mapping[Key, RdPoint], most: int, reference: RdPoint) -> list[Key]:
     """Returns at most `most` keys of the front, by rising bytes.
 
     Chosen greedily, each to add the most hypervolume.
     """
-    left, chosen = pareto_front(points), list[int]()
+    left = pareto_front(points)
+    chosen: list[Key] = []
 
-    def covered(keys: Sequence[int]) -> float:
+    def covered(keys: Sequence[Key]) -> float:
         return hypervolume([points[key] for key in keys], reference)
 
     while left and len(chosen) < most:
@@ -152,16 +199,3 @@ class Halving:
 def _beats(one: Losses, other: Losses) -> bool:
     """Returns True if `one` dominates `other`: nowhere worse and somewhere better."""
     return one != other and all(a <= b for a, b in zip(one, other, strict=True))
-
-
-def _pareto(figures: Figures, point: RdPoint) -> Losses:
-    return (math.log10(point.wire_bytes), -point.top1)
-
-
-OBJECTIVES: dict[str, Callable[[Figures, RdPoint], Losses]] = {
-    "pareto": _pareto,
-    "top1": lambda figures, point: (-point.top1,),
-    "bits": lambda figures, point: (figures["holdout/bits"],),
-    "loss": lambda figures, point: (figures.get("holdout/loss", math.nan),),
-}
-"""`--objective`: the rate-accuracy trade-off, or one figure of the holdout rows."""

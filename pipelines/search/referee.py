@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipelines.search.journal import TrialRecord
-from pipelines.search.points import Figures, Halving, Losses, losses_of
+from pipelines.search.points import Figures, Halving, Losses, SearchObjective
 from pipelines.stages.spec import TrainingStopped
 
 logger = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ class Verdict:
 class Referee:
     """Keeps the losses of each trial at each epoch and judges new epochs by them."""
 
-    def __init__(self, halving: Halving | None, objective: str) -> None:
+    def __init__(self, halving: Halving | None, objective: SearchObjective) -> None:
         self._halving, self._objective = halving, objective
         self._rungs: dict[int, dict[int, Losses]] = {}
         self._news: list[Verdict] = []
@@ -45,14 +45,14 @@ class Referee:
         """Loads the epochs in the journal, so a resumed search judges against all trials."""
         for record in records:
             for epoch, figures in record.epochs.items():
-                losses = losses_of(figures, self._objective)
+                losses = self._objective.losses(figures)
                 if losses is not None:
                     self._rungs.setdefault(epoch, {})[record.number] = losses
 
     def judge(self, trial: int, weight: float, figures: Figures) -> Verdict:
         """Records an epoch of a trial and decides whether the trial continues."""
         epoch = int(figures["epoch"])
-        losses = losses_of(figures, self._objective)
+        losses = self._objective.losses(figures)
         if losses is None:
             why = not_a_number(figures)
             verdict = Verdict(trial, figures, goes_on=False, broken=True, reason=why)

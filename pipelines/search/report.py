@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from tune_spaces.domains import Space
 
 Part = tuple[Callable[..., None], Any]
-PLAIN = ("trial", "state", "epochs", "wire_bytes", "top1", "on_front", "reason", "run_id")
+PLAIN = ("trial", "level", "state", "epochs", "wire_bytes", "top1", "on_front", "reason", "run_id")
 
 
 def write_search_report(
@@ -42,14 +42,18 @@ def write_search_report(
 
     Field importances are computed from the points after `epoch`, which every trial has reached.
     """
-    front = {point.trial for point in result.front}
-    rows = [_row(record, record.number in front) for record in trials.values()]
+    front = {(point.trial, point.level) for point in result.front}
+    rows = [
+        _row(record, point, point is not None and (record.number, point.level) in front)
+        for record in trials.values()
+        for point in record.points or (None,)
+    ]
     keys = list(space)
     (folder / "trials.csv").write_text(_csv(rows, keys), "utf-8")
     on_front = sorted((row for row in rows if row["on_front"]), key=lambda row: row["wire_bytes"])
     (folder / "front.csv").write_text(_csv(on_front, keys), "utf-8")
     progress = hypervolume_over_time(trials, reference)
-    matter = importances(space, trials.values(), epoch=epoch)
+    matter = importances(space, trials.values(), reference, epoch=epoch)
     places = ("root", "folder")  # left out: paths of this machine may contain a user name
     content = {
         **{name: value for name, value in asdict(result).items() if name not in places},
@@ -70,6 +74,7 @@ def write_search_report(
         result=result,
         figures=figures,
         keys=keys,
+        levels=any(row["level"] != "" for row in rows),
         rows=sorted(rows, key=lambda row: (not row["on_front"], row["wire_bytes"] or 1e12)),
         matter=matter,
         epoch=epoch,
@@ -90,8 +95,8 @@ def hypervolume_over_time(
     epochs, rows = 0, []
     for record in ended:
         epochs += len(record.epochs)
-        if record.state == "finished" and record.point is not None:
-            points.append(record.point)
+        if record.state == "finished":
+            points.extend(record.points)
         rows.append(
             {
                 "trial": record.number,
@@ -114,8 +119,8 @@ def _figure(*parts: Part) -> Figure:
 
 def _draw_points(axes: Axes, trials: Mapping[int, TrialRecord]) -> None:
     points = finished_points(trials)
-    cut = [r.point for r in trials.values() if r.point and r.state == "stopped"]
-    front = [points[number] for number in pareto_front(points)]
+    cut = [point for r in trials.values() if r.state == "stopped" for point in r.points]
+    front = [points[key] for key in pareto_front(points)]
     plain = {**stroke("teacher"), "linestyle": "none", "markersize": 5}
     axes.plot(*_axes(cut), **{**plain, "marker": "x", "label": "stopped early"})
     axes.plot(*_axes(list(points.values())), **{**plain, "marker": "o", "label": "finished"})
@@ -136,10 +141,11 @@ def _axes(points: Sequence[RdPoint]) -> tuple[list[float], list[float]]:
     return [point.wire_bytes for point in points], [100 * point.top1 for point in points]
 
 
-def _row(record: TrialRecord, on_front: bool) -> dict[str, Any]:
-    point = record.point
+def _row(record: TrialRecord, point: RdPoint | None, on_front: bool) -> dict[str, Any]:
+    """A line of a trial: each of its points has one, and a trial without a point has one."""
     return {
         "trial": record.number,
+        "level": "" if point is None or point.level is None else point.level,
         "state": record.state,
         "epochs": len(record.epochs),
         "wire_bytes": "" if point is None else round(point.wire_bytes, 3),

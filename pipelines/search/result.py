@@ -12,7 +12,7 @@ from pipelines.search.sampler import SearchKind
 class FrontPoint:
     """A trial on the front, with its estimates on the holdout rows.
 
-    `model` is the registered model, if any.
+    `model` is the registered model, if any, `level` the rate level of a model of several rates.
     """
 
     trial: int
@@ -21,6 +21,7 @@ class FrontPoint:
     params: dict[str, Any]
     run_id: str | None
     model: str | None = None
+    level: int | None = None
 
 
 @dataclass(frozen=True)

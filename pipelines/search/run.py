@@ -21,9 +21,16 @@ from pipelines.cluster.connect import connect
 from pipelines.cluster.preflight import check_machine, cluster_address
 from pipelines.search.driver import SearchDriver
 from pipelines.search.journal import Journal, TrialRecord, finished_points, open_journal
-from pipelines.search.points import Halving, RdPoint, hypervolume, pareto_front, spread
+from pipelines.search.points import (
+    Halving,
+    RdPoint,
+    SearchObjective,
+    hypervolume,
+    pareto_front,
+    spread,
+)
 from pipelines.search.result import FrontPoint, SearchOptions, SearchResult
-from pipelines.search.space import describe, first_stage, load_space
+from pipelines.search.space import describe, first_stage, searched_space
 from pipelines.search.trial import SearchTask, search_settings
 from pipelines.settings.errors import SettingsError
 from pipelines.settings.sections import Settings
@@ -51,12 +58,12 @@ def run_search(
     """
     began = time.monotonic()
     task = search_task(settings, config_name)
-    space = load_space(options.space, include_stage1=options.include_stage1)
+    space = searched_space(settings, options.space, include_stage1=options.include_stage1)
     base = task.plan({})
     key = search_key(base, space, options)
     store = Store(settings.storage.root)
     folder = f"searches/{options.space}-{key[:12]}"
-    _check_first(store, folder, settings, options)
+    _check_first(store, folder, settings, options, space)
     preflight = Preflight(base, with_upstream(base.specs, "stage2"))
     notes = preflight.check()
     with open_journal(store, folder) as journal, Console(stream) as console:
@@ -123,6 +130,8 @@ class _Session:
         self.concurrent: int | None = None
         self.wall = self.idle = 0.0
         self.models: dict[int, str] = {}
+        levels = bool(task.settings.stage2.rate_weights)
+        self.objective = SearchObjective(options.objective, reference_point(base), levels)
 
     def run(self) -> SearchResult:
         """Does the remaining work. Ray is started only if a trial or an evaluation is left."""
@@ -179,7 +188,7 @@ class _Session:
                 self.journal,
                 self.runs,
                 view,
-                reference=reference_point(self.base),
+                objective=self.objective,
                 check=check,
             )
             view.start(
@@ -197,8 +206,9 @@ class _Session:
     def _chosen(self) -> list[TrialRecord]:
         """Returns the trials to register. The most accurate is last and keeps `candidate`."""
         points = finished_points(self.journal.trials)
-        numbers = spread(points, REGISTERED, reference_point(self.base))
-        return [self.journal.trials[number] for number in numbers]
+        chosen = spread(points, REGISTERED, self.objective.reference)
+        last = {number: place for place, (number, _) in enumerate(chosen)}
+        return [self.journal.trials[number] for number in sorted(last, key=last.__getitem__)]
 
     def _is_evaluated(self, record: TrialRecord) -> bool:
         plan = self.task.plan(record.params)
@@ -264,7 +274,6 @@ class _Session:
     def _result(self) -> SearchResult:
         trials = self.journal.trials
         points = finished_points(trials)
-        front = [trials[number] for number in pareto_front(points)]
         stage1 = {r.keys["stage1"] for r in trials.values() if r.epochs and "stage1" in r.keys}
         states = ("finished", "stopped", "failed", "equal")
         counts = {s: sum(r.state == s for r in trials.values()) for s in states}
@@ -275,16 +284,17 @@ class _Session:
             trials=counts,
             front=tuple(
                 FrontPoint(
-                    record.number,
-                    round(points[record.number].wire_bytes, 3),
-                    round(points[record.number].top1, 5),
-                    dict(record.params),
-                    record.run_id,
-                    self.models.get(record.number),
+                    key[0],
+                    round(points[key].wire_bytes, 3),
+                    round(points[key].top1, 5),
+                    dict(trials[key[0]].params),
+                    trials[key[0]].run_id,
+                    self.models.get(key[0]),
+                    points[key].level,
                 )
-                for record in front
+                for key in pareto_front(points)
             ),
-            hypervolume=round(hypervolume(list(points.values()), reference_point(self.base)), 6),
+            hypervolume=round(hypervolume(list(points.values()), self.objective.reference), 6),
             stage1_configs=len(stage1),
             epochs=sum(len(record.epochs) for record in trials.values()),
             failed={r.number: r.reason for r in trials.values() if r.state == "failed"},
@@ -304,7 +314,7 @@ class _Session:
                 result,
                 self.journal.trials,
                 self.space,
-                reference=reference_point(self.base),
+                reference=self.objective.reference,
                 epoch=halving_epoch,
                 title=f"{self.task.config_name}, space {self.options.space}",
             )
@@ -336,7 +346,9 @@ def search_task(settings: Settings, config_name: str) -> SearchTask:
     return SearchTask(settings, table, fingerprint, config_name)
 
 
-def _check_first(store: Store, folder: str, settings: Settings, options: SearchOptions) -> None:
+def _check_first(
+    store: Store, folder: str, settings: Settings, options: SearchOptions, space: Space
+) -> None:
     """Raises SettingsError or PreflightError for mistakes that can be found before any work."""
     if all(task.kind == "segmentation" for task in settings.tasks):
         raise SettingsError(

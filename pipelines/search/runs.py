@@ -54,10 +54,10 @@ class SearchRuns:
     def close_trial(self, record: TrialRecord) -> None:
         """Ends the run of a trial and logs its point, state and reason."""
         run_id = record.run_id or self.open_trial(record.number, record.params, record.weight)
-        point = record.point
         metrics = dict(record.figures)
-        if point is not None:
-            metrics |= {"search/wire_bytes": point.wire_bytes, "search/top1": point.top1}
+        for point in record.points:
+            of = "search" if point.level is None else f"search/level-{point.level}"
+            metrics |= {f"{of}/wire_bytes": point.wire_bytes, f"{of}/top1": point.top1}
         metrics["search/epochs"] = len(record.epochs)
         tags = {"mantis.state": record.state, "mantis.reason": record.reason}
         self.tracker.finish(run_id, STATUS[record.state], metrics=metrics, tags=tags)

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Literal
 
 from pipelines.search.journal import TrialRecord
-from pipelines.search.points import losses_of
+from pipelines.search.points import RdPoint, SearchObjective
 from pipelines.search.space import Params, distributions
 from tune_spaces.domains import Field
 
@@ -28,7 +28,7 @@ def propose(
     number: int,
     *,
     kind: SearchKind,
-    objective: str,
+    objective: SearchObjective,
     seed: int,
     startup_trials: int,
     attempt: int = 0,
@@ -57,7 +57,7 @@ def random_weight(seed: int, number: int) -> float:
 def study_of(
     space: Mapping[str, Field],
     records: Iterable[TrialRecord],
-    objective: str,
+    objective: SearchObjective,
     sampler: BaseSampler | None = None,
     *,
     epoch: int | None = None,
@@ -71,16 +71,15 @@ def study_of(
     from optuna.trial import TrialState, create_trial
 
     known = distributions(space)
-    dimensions = 2 if objective == "pareto" else 1
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    study = optuna.create_study(directions=["minimize"] * dimensions, sampler=sampler)
+    study = optuna.create_study(directions=["minimize"] * objective.dimensions, sampler=sampler)
     for record in records:
         if epoch is not None:
             figures = record.epochs.get(epoch, {})
         else:
             last = record.epochs[max(record.epochs)] if record.epochs else {}
             figures = record.figures or last
-        losses = None if record.state == "failed" else losses_of(figures, objective)
+        losses = None if record.state == "failed" else objective.losses(figures)
         state = TrialState.COMPLETE
         if losses is None:
             state = TrialState.RUNNING if record.state == "running" else TrialState.FAIL
@@ -93,7 +92,11 @@ def study_of(
 
 
 def importances(
-    space: Mapping[str, Field], records: Iterable[TrialRecord], *, epoch: int
+    space: Mapping[str, Field],
+    records: Iterable[TrialRecord],
+    reference: RdPoint,
+    *,
+    epoch: int,
 ) -> dict[str, dict[str, float]]:
     """Returns the importance of each field for each objective. Those of an objective sum to 1.
 
@@ -105,7 +108,7 @@ def importances(
 
     found: dict[str, dict[str, float]] = {}
     for objective in ("bits", "top1"):
-        study = study_of(space, records, objective, epoch=epoch)
+        study = study_of(space, records, SearchObjective(objective, reference), epoch=epoch)
         complete = study.get_trials(states=[optuna.trial.TrialState.COMPLETE])
         if len(complete) < MIN_TRIALS or len({trial.values[0] for trial in complete}) == 1:
             continue

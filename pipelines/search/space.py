@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import tune_spaces
 from data_prep.tasks import did_you_mean
 from pipelines.settings.errors import SettingsError
+from pipelines.settings.sections import Settings
 from tune_spaces.domains import Choice, Domain, Field, Integer, LogUniform, Space, Uniform, Value
 
 if TYPE_CHECKING:
@@ -40,6 +41,23 @@ def load_space(name: str, *, include_stage1: bool) -> Space:
         raise SettingsError(f"--space {name}: there is no such space{hint}")
     space: Space = importlib.import_module(f"tune_spaces.{name}").SPACE
     return {key: field for key, field in space.items() if include_stage1 or not field.optional}
+
+
+def searched_space(settings: Settings, name: str, *, include_stage1: bool) -> Space:
+    """Loads the fields that a search of this config varies.
+
+    A model of several rates has no rate weight to search: its field is left out. Raises
+    SettingsError if no field is left, or as `load_space`.
+    """
+    space = load_space(name, include_stage1=include_stage1)
+    if settings.stage2.rate_weights:
+        space.pop("stage2.rate_weight", None)
+    if not space:
+        raise SettingsError(
+            f"--space {name} varies stage2.rate_weight alone, and stage2.rate_weights takes its "
+            "place: set it to [], or search another space"
+        )
+    return space
 
 
 def first_stage(space: Mapping[str, Field]) -> str:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from pipelines.chain.plan import Plan, plan_stages, with_adopted
 from pipelines.chain.run import make_tracker, run_stages
-from pipelines.search.points import rd_point
+from pipelines.search.points import rd_points
 from pipelines.search.space import Params, overrides_of
 from pipelines.settings.reading import with_overrides
 from pipelines.settings.sections import EvaluateConfig, Settings
@@ -111,8 +111,7 @@ def train_trial(config: Mapping[str, Any], task: SearchTask, concurrent: int) ->
     try:
         plan = task.plan(config["params"])
         figures, epochs = _train(plan, config, task.config_name, concurrent=concurrent)
-        point = rd_point(figures)
-        state, reason = ("finished", "") if point else ("failed", _no_point(epochs))
+        state, reason = ("finished", "") if rd_points(figures) else ("failed", _no_point(epochs))
     except TrainingStopped as stop:
         state, reason = "stopped", str(stop)
     except StageFailed as error:

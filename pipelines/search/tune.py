@@ -194,7 +194,7 @@ def _referee(driver: SearchDriver, halving: Halving | None) -> Iterator[tuple[st
     referee = (
         ray.remote(num_cpus=0)(Referee)
         .options(name=name, max_restarts=0, scheduling_strategy=on_this_node())
-        .remote(halving, driver.options.objective)
+        .remote(halving, driver.objective)
     )
     ray.get(referee.recall.remote(list(driver.journal.trials.values())))
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
+from collections.abc import Sequence
 from typing import TextIO
 
 from rich.console import Console as RichConsole
@@ -74,7 +75,7 @@ class SearchView:
         self._keep(record)
         self._line(
             f"trial {record.number}: epoch {len(record.epochs)}/{self._epochs}"
-            f"{_figures(record.point)}"
+            f"{_figures(record.points)}"
         )
 
     def ended(self, record: TrialRecord) -> None:
@@ -87,7 +88,7 @@ class SearchView:
         left = f", {text} left" if (text := self._time_left()) else ""
         done = sum(r.state != "running" for r in self._trials.values())
         self._line(
-            f"trial {record.number}: {record.state}{reason}{_figures(record.point)}{place} "
+            f"trial {record.number}: {record.state}{reason}{_figures(record.points)}{place} "
             f"({done}/{self._total}{left})"
         )
 
@@ -96,7 +97,8 @@ class SearchView:
             self._trials[record.number] = record
 
     def _front(self) -> list[int]:
-        return pareto_front(finished_points(self._trials))
+        front = pareto_front(finished_points(self._trials))
+        return list(dict.fromkeys(number for number, _ in front))
 
     def _time_left(self) -> str:
         """Estimates the time left from the mean time of a trial in this session.
@@ -127,18 +129,17 @@ class SearchView:
         elapsed = duration(time.monotonic() - self._started)
         head.add_row("time", elapsed, f"{self._time_left() or 'unknown'} left")
         if front:
-            best = max(front, key=lambda record: record.point.top1 if record.point else 0.0)
-            head.add_row("best top1", f"trial {best.number}{_figures(best.point)}")
+            best = max(front, key=lambda record: max(point.top1 for point in record.points))
+            head.add_row("best top1", f"trial {best.number}{_figures(best.points)}")
         body = Table("", "trial", "epoch", "top1", "bytes", "sample", box=None, pad_edge=False)
         for mark, records in (("▸", running), ("◆", front[-MAX_ROWS:])):
             for record in records:
-                point = record.point
                 body.add_row(
                     mark,
                     str(record.number),
                     f"{len(record.epochs)}/{self._epochs}",
-                    f"{point.top1:.4g}" if point else "",
-                    f"{point.wire_bytes:.1f}" if point else "",
+                    _span([point.top1 for point in record.points], ".4g"),
+                    _span([point.wire_bytes for point in record.points], ".1f"),
                     describe_params(record.params),
                 )
         return Group(head, body)
@@ -152,5 +153,16 @@ def describe_params(params: Params) -> str:
     )
 
 
-def _figures(point: RdPoint | None) -> str:
-    return f", top1 {point.top1:.4g} at {point.wire_bytes:.1f} bytes" if point else ""
+def _figures(points: Sequence[RdPoint]) -> str:
+    if not points:
+        return ""
+    top1 = _span([point.top1 for point in points], ".4g")
+    return f", top1 {top1} at {_span([point.wire_bytes for point in points], '.1f')} bytes"
+
+
+def _span(values: Sequence[float], spec: str) -> str:
+    """Formats the values of a trial: one, or the least and the most of several rates."""
+    texts = (
+        dict.fromkeys(f"{value:{spec}}" for value in (min(values), max(values))) if values else ()
+    )
+    return " to ".join(texts)

@@ -244,6 +244,12 @@ class Settings(_Section):
     @model_validator(mode="after")
     def _arms_are_distinct(self) -> Settings:
         rates, seeds = self.evaluate.rate_weights, self.evaluate.seeds
+        levels = self.stage2.rate_weights
+        if levels and (rates or self.evaluate.baseline_rate_weights is not None):
+            raise ValueError(
+                "stage2.rate_weights trains one model that is measured at all of them: leave "
+                "evaluate.rate_weights and evaluate.baseline_rate_weights out"
+            )
         if len(set(rates)) < len(rates) or self.stage2.rate_weight in rates:
             raise ValueError(
                 f"evaluate.rate_weights {list(rates)} must differ from each other and from the "
@@ -266,11 +272,15 @@ class Settings(_Section):
                 "stage2.rate_weight or members of evaluate.rate_weights, or add them there"
             )
         exits = self.evaluate.early_exit
-        stray = set(exits) - {self.stage2.rate_weight, *rates}
+        stray = set(exits) - {*(levels or (self.stage2.rate_weight, *rates))}
         if stray:
+            where = (
+                "members of stage2.rate_weights"
+                if levels
+                else "stage2.rate_weight or members of evaluate.rate_weights, or add them there"
+            )
             raise ValueError(
-                f"evaluate.early_exit has {sorted(stray)}, which no MANTiS arm has: use "
-                "stage2.rate_weight or members of evaluate.rate_weights, or add them there"
+                f"evaluate.early_exit has {sorted(stray)}, which no MANTiS arm has: use {where}"
             )
         if exits and not self.model.detector.classes:
             raise ValueError(

@@ -32,10 +32,11 @@ if TYPE_CHECKING:
 def identities(settings: Settings, inputs: Inputs) -> dict[str, Any]:
     """Returns the arms that are measured.
 
-    A scale of None is left out: arms had none when the first evaluations were kept.
+    A scale or a level of None is left out: arms had none when the first evaluations were kept.
     """
     arms = [asdict(arm) for arm in inputs.arms]
-    return {"arms": [{k: v for k, v in arm.items() if (k, v) != ("scale", None)} for arm in arms]}
+    later = (("scale", None), ("level", None))
+    return {"arms": [{k: v for k, v in arm.items() if (k, v) not in later} for arm in arms]}
 
 
 def run(spec: StageSpec, context: StageContext) -> dict[str, Any]:
@@ -100,6 +101,7 @@ def arm_sources(arms: Sequence[Arm], specs: Mapping[str, StageSpec]) -> list[Arm
             quality=arm.quality,
             exit_confidence=arm.exit_confidence,
             scale=arm.scale,
+            level=arm.level,
         )
         for arm in arms
     ]
@@ -127,6 +129,7 @@ def write_evaluation(
             "quality": arm.quality,
             "scale": arm.scale,
             "exit_confidence": arm.exit_confidence,
+            "level": arm.level,
             "seed": arm.seed,
             "stage_key": specs[arm.stage].key if arm.stage else "",
         }

@@ -30,9 +30,9 @@ NOTE = b"mantis"  # key of our entry in the metadata of the file
 def measured_file(spec: StageSpec, arm: Arm, specs: Mapping[str, StageSpec]) -> str:
     """Returns the path of an arm's answers below the storage root.
 
-    `spec` is the stage `evaluate`. The path depends on the arm's kind, quality, scale and exit
-    confidence, on the weights it measures, the data, the batch size, the packages and the code. An
-    arm of a given teacher is told by stage 1, whose key holds that teacher.
+    `spec` is the stage `evaluate`. The path depends on the arm's kind, quality, scale, exit
+    confidence and level, on the weights it measures, the data, the batch size, the packages and the
+    code. An arm of a given teacher is told by stage 1, whose key holds that teacher.
     """
     decides = {
         "kind": arm.kind,
@@ -43,6 +43,7 @@ def measured_file(spec: StageSpec, arm: Arm, specs: Mapping[str, StageSpec]) -> 
         "config": {name: value for name, value in spec.config.items() if name != "arms"},
         "code": spec.code_key,
         **({} if arm.scale is None else {"scale": arm.scale}),
+        **({} if arm.level is None else {"level": arm.level}),
     }
     text = json.dumps(decides, sort_keys=True, separators=(",", ":"))
     return f"{FOLDER}/{hashlib.sha256(text.encode()).hexdigest()[:24]}.parquet"

@@ -28,19 +28,22 @@ class MantisClient(PythonModel):
     ) -> Any:
         """Maps column `image` (bytes of image files) to `stream`, `wire_bytes` and `error`.
 
-        A row whose image cannot be read has an empty stream and says why in `error`, which is
-        missing in all others.
+        `params` may name `level` or `max_bytes`, for all rows. A row whose image cannot be read or
+        does not fit has an empty stream and says why in `error`, which is missing in all others.
         """
+        from mantis_core.errors import BudgetError
         from mantis_core.pixels import ImageError
 
+        given = {name: int(own) for name, own in (params or {}).items() if own is not None}
+        level, max_bytes = given.get("level"), given.get("max_bytes")
         rows = []
         for data in model_input["image"]:
             try:
                 image = self.codec.prepare_image(data)
-            except ImageError as error:
+                (stream,) = self.codec.encode(image[None], level=level, max_bytes=max_bytes)
+            except (ImageError, BudgetError) as error:
                 rows.append({"stream": b"", "wire_bytes": 0, "error": str(error)})
                 continue
-            (stream,) = self.codec.encode(image[None])
             rows.append({"stream": stream, "wire_bytes": len(stream), "error": None})
         return pd.DataFrame(rows, index=model_input.index, columns=COLUMNS)
 

@@ -17,7 +17,7 @@ import yaml
 from mlflow.models import Model, ModelSignature
 from mlflow.pyfunc import save_model
 from mlflow.types import ColSpec, DataType, Schema
-from mlflow.types.schema import Array
+from mlflow.types.schema import Array, ParamSchema, ParamSpec
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
@@ -39,6 +39,11 @@ _SERVER_PACKAGES = (*_CLIENT_PACKAGES, "torchvision")
 _IMAGE = Schema([ColSpec(DataType.binary, "image")])
 _ERROR = ColSpec(DataType.string, "error", required=False)
 _STREAM = Schema([ColSpec(DataType.binary, "stream"), ColSpec(DataType.long, "wire_bytes"), _ERROR])
+
+_RATE = ParamSchema(
+    [ParamSpec("level", DataType.long, None), ParamSpec("max_bytes", DataType.long, None)]
+)
+"""What an encoder may be given for all images, as ClientCodec.encode takes it."""
 
 _ANSWER = Schema(
     [
@@ -65,10 +70,12 @@ PARTS = {
     "whole": Part(
         "whole_model.py",
         (*_SERVER_PACKAGES, "compressai", "torchdistill"),
-        ModelSignature(inputs=_IMAGE, outputs=_ANSWER),
+        ModelSignature(inputs=_IMAGE, outputs=_ANSWER, params=_RATE),
     ),
     "client": Part(
-        "client_model.py", _CLIENT_PACKAGES, ModelSignature(inputs=_IMAGE, outputs=_STREAM)
+        "client_model.py",
+        _CLIENT_PACKAGES,
+        ModelSignature(inputs=_IMAGE, outputs=_STREAM, params=_RATE),
     ),
     "server": Part(
         "server_model.py",

@@ -24,11 +24,10 @@ from mlflow.entities.model_registry import ModelVersion
 from pipelines.storage import Store, scratch
 from pipelines.tracking import lookup
 from pipelines.tracking.lookup import StageRun
-from pipelines.tracking.metric_writer import finite
 from pipelines.tracking.pages.annotate import LOGGED_MODEL, annotate
 from pipelines.tracking.pages.arms import find_arms
 from pipelines.tracking.pages.datasets import inputs_of
-from pipelines.tracking.pages.description import main_arm, model_description
+from pipelines.tracking.pages.description import model_description
 from pipelines.tracking.pages.logged_models import checkpoints, find_checkpoint
 from pipelines.tracking.runs import Tracker
 from pipelines.tracking.store.client import TRACKING_FAILURES, asking, explain, send_files, writing
@@ -43,8 +42,7 @@ from pipelines.tracking.store.versions import (
     has_files,
     part_names,
 )
-
-FIGURES = ("val/top1", "val/bpp", "val/wire_bytes")
+from pipelines.tracking.summaries import client_tags, summary, tags_of
 
 
 def register(tracker: Tracker, run: str, experiment: str | None = None) -> dict[str, Any]:
@@ -79,7 +77,7 @@ def promote(tracker: Tracker, version: str, alias: str = "champion") -> dict[str
         for name, own in _parts_of(client, found).items():
             client.set_registered_model_alias(name, alias, own)
         moved = client.get_model_version(found.name, found.version)
-        return _summary(moved, sorted(moved.aliases))
+        return summary(moved, sorted(moved.aliases))
 
 
 def _only_name(client: MlflowClient) -> str:
@@ -98,19 +96,22 @@ def models(
 ) -> list[dict[str, Any]]:
     """Lists versions with their figures, newest first; with `max_bpp`, most accurate first.
 
-    A bound also drops the versions that lack its figure.
+    A bound also drops the versions that lack its figure. Of a model of several rates the figures
+    are those of the level that keeps within the bounds.
     """
     with asking(tracker.location.uri) as client:
         found = list(codec_versions(client))
     found.sort(key=lambda each: (each[0].creation_timestamp, int(each[0].version)), reverse=True)
-    summaries = [_summary(version, aliases) for version, aliases in found]
+    summaries = [
+        summary(version, aliases, max_bpp=max_bpp, min_top1=min_top1) for version, aliases in found
+    ]
     if max_bpp is not None:
         summaries = [s for s in summaries if s["bpp"] is not None and s["bpp"] <= max_bpp]
     if min_top1 is not None:
         summaries = [s for s in summaries if s["top1"] is not None and s["top1"] >= min_top1]
     if max_bpp is None:
         return summaries
-    return sorted(summaries, key=lambda summary: -(summary["top1"] or 0.0))
+    return sorted(summaries, key=lambda each: -(each["top1"] or 0.0))
 
 
 def lineage(tracker: Tracker, run: str, experiment: str | None = None) -> dict[str, Any]:
@@ -147,7 +148,7 @@ def lineage(tracker: Tracker, run: str, experiment: str | None = None) -> dict[s
         ],
         "arms": [asdict(arm) for arm in arms],
         "models": [
-            _summary(version, aliases)
+            summary(version, aliases)
             for version, aliases in registered
             if version.tags.get("mantis.stage_key") in keys
         ],
@@ -164,8 +165,8 @@ def register_stages(tracker: Tracker, stages: Mapping[str, StageRun], config_nam
     store = Store(main.folder)
     checkpoint = _read(store, "result.json")["model_folder"]
     evaluation = _read(Store(stages["evaluate"].folder), "evaluation.json")
-    tags = _tags(evaluation, stages, config_name)
-    tags |= _client_tags(store.read_json(f"{checkpoint}/meta.json"))
+    tags = tags_of(evaluation, stages, config_name)
+    tags |= client_tags(store.read_json(f"{checkpoint}/meta.json"))
     names, uri = part_names(tracker.model), tracker.location.uri
     try:
         with writing(uri) as client:
@@ -343,55 +344,3 @@ def _write_files_again(
         send_files(client, found[0], package)
     else:  # MLflow may remember where they were, by the model's id
         shutil.copytree(package, folder, dirs_exist_ok=True)
-
-
-def _tags(
-    evaluation: Mapping[str, Any], stages: Mapping[str, StageRun], config_name: str
-) -> dict[str, str]:
-    key = stages["stage2"].key
-    arm = main_arm(evaluation, key)
-    figures = finite(arm["metrics"])
-    return {
-        "mantis.stage_key": key,
-        "mantis.evaluate_key": stages["evaluate"].key,
-        "mantis.data_key": stages["prepare"].key,
-        "mantis.config": config_name,
-        "mantis.tasks": ", ".join(task["name"] for task in evaluation["tasks"]),
-        "mantis.rate_weight": str(arm["rate_weight"]),
-        **{name: str(figures[name]) for name in FIGURES if name in figures},
-    }
-
-
-def _client_tags(meta: Mapping[str, Any]) -> dict[str, str]:
-    """Returns tags with the cost of the client, the model's id and the one its streams carry."""
-    tags = {f"mantis.{name}": str(value) for name, value in meta.get("client", {}).items()}
-    stream_id = meta.get("stream_id", meta["model_id"])
-    return {**tags, "mantis.model_id": meta["model_id"], "mantis.stream_id": stream_id}
-
-
-def _summary(version: ModelVersion, aliases: list[str]) -> dict[str, Any]:
-    figures = {name: version.tags.get(name) for name in (*FIGURES, "mantis.rate_weight")}
-    numbers = [None if value is None else float(value) for value in figures.values()]
-    return {
-        "model": f"models:/{version.name}/{version.version}",
-        "name": version.name,
-        "version": str(version.version),
-        "aliases": aliases,
-        **dict(zip(("top1", "bpp", "wire_bytes", "rate_weight"), numbers, strict=True)),
-        "client_bytes": _whole_number(version.tags.get("mantis.client_bytes")),
-        "client_macs": _whole_number(version.tags.get("mantis.client_macs")),
-        "model_id": version.tags.get("mantis.model_id"),
-        "stream_id": version.tags.get("mantis.stream_id", version.tags.get("mantis.model_id")),
-        "config": version.tags.get("mantis.config"),
-        "trial": _whole_number(version.tags.get("mantis.trial")),
-        "overrides": json.loads(version.tags.get("mantis.overrides", "{}")),
-        "tasks": version.tags.get("mantis.tasks"),
-        "data_key": version.tags.get("mantis.data_key"),
-        "stage_key": version.tags.get("mantis.stage_key"),
-        "evaluate_key": version.tags.get("mantis.evaluate_key"),
-        "run_id": version.run_id,
-    }
-
-
-def _whole_number(tag: str | None) -> int | None:
-    return None if tag is None else int(tag)

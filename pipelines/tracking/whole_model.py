@@ -30,20 +30,23 @@ class MantisModel(PythonModel):
 
         `class_index` is -1 and `class_name` None if the image has no single class, or if no decoded
         task has classes. `answer` is the whole answer as JSON. A row whose image cannot be read
-        says why in `error`, which is missing in all others.
+        or does not fit says why in `error`, which is missing in all others. `params` may name
+        `level` or `max_bytes`, for all rows.
         """
         from mantis_core.codec.answer import COLUMNS, failed_row
+        from mantis_core.errors import BudgetError
         from mantis_core.pixels import ImageError
 
+        given = {name: int(own) for name, own in (params or {}).items() if own is not None}
+        level, max_bytes = given.get("level"), given.get("max_bytes")
         rows: dict[int, dict[str, Any]] = {}
         streams: dict[int, bytes] = {}
         for row, data in enumerate(model_input["image"]):
             try:
                 image = self.codec.prepare_image(data)
-            except ImageError as error:
+                (streams[row],) = self.codec.encode(image[None], level=level, max_bytes=max_bytes)
+            except (ImageError, BudgetError) as error:
                 rows[row] = failed_row(str(error))
-                continue
-            (streams[row],) = self.codec.encode(image[None])
         good = list(streams)
         for start in range(0, len(good), BATCH_SIZE):
             some = good[start : start + BATCH_SIZE]

@@ -10,10 +10,20 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from PIL import Image
 
-from benchmarks.redundancy import bits_per_image, flipped, main, near_threshold, with_noise
+from benchmarks.redundancy import (
+    bits_per_image,
+    coded_contexts,
+    flipped,
+    main,
+    near_threshold,
+    with_noise,
+)
 from mantis_core.codec.checkpoint import save_model
+from mantis_core.networks.bottleneck import _context_rows
+from mantis_core.symbols import CONTEXTS
 from tests.mantis_core.conftest import make_batch, make_codec, make_problem
 
 
@@ -41,6 +51,13 @@ def test_a_context_that_tells_the_symbol_saves_its_bits() -> None:
     nothing = bits_per_image(symbols, np.zeros_like(symbols))
     assert nothing == pytest.approx(16 * np.log2(3), rel=0.02)
     assert bits_per_image(symbols, symbols + 1) < 0.1 * nothing
+
+
+def test_the_contexts_are_those_that_are_coded() -> None:
+    symbols = np.random.default_rng(0).integers(-3, 4, (2, 3, 5, 6))
+    rows = _context_rows(torch.from_numpy(symbols).float()).numpy()
+    channels = np.arange(3)[:, None, None]
+    np.testing.assert_array_equal(coded_contexts(symbols), rows - CONTEXTS * channels)
 
 
 def test_a_codec_is_read_and_its_figures_printed(

@@ -20,7 +20,7 @@ from benchmarks.search import (
 )
 from pipelines.search.sampler import propose
 from pipelines.settings.sections import TuneConfig
-from tests.pipelines.search_bench import joint, learned
+from tests.pipelines.search_bench import PARETO, joint, learned
 
 EPOCHS = 9
 
@@ -31,7 +31,7 @@ def rows() -> list[Row]:
     noise, found = random.Random(0), []
     for number in range(128):
         params = propose(
-            joint(), (), number, kind="random", objective="pareto", seed=0, startup_trials=1
+            joint(), (), number, kind="random", objective=PARETO, seed=0, startup_trials=1
         )
         luck = noise.gauss(1, 0.02)
         epochs = []

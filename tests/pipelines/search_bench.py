@@ -12,12 +12,15 @@ import yaml
 
 from data_prep.finding import source_fingerprint
 from data_prep.tasks import resolve_tasks
+from pipelines.search.points import RdPoint, SearchObjective
 from pipelines.search.space import load_space
 from pipelines.search.trial import SearchTask, TrialOutcome, search_settings
 from pipelines.settings.reading import load_settings
 from pipelines.settings.sections import Settings
 from tune_spaces.domains import Space
 
+REFERENCE = RdPoint(10_000.0, 0.0)
+PARETO = SearchObjective("pareto", REFERENCE)
 CONFIG: dict[str, Any] = {
     "data": {"sources": [{"kind": "shapes", "train_rows": 20, "val_rows": 10}]},
     "tasks": [{"name": "outline", "classes_from": "shapes"}],

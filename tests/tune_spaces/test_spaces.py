@@ -14,6 +14,7 @@ from pipelines.settings.errors import SettingsError
 from pipelines.settings.reading import load_settings, with_overrides
 from pipelines.settings.sections import Settings
 from pipelines.stages.order import STAGES
+from tests.pipelines.search_bench import PARETO
 from tune_spaces.domains import Choice, Domain, Integer, LogUniform, Uniform, Value
 
 CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.yaml"))
@@ -47,7 +48,7 @@ class TestEverySpace:
         space = load_space(name, include_stage1=True)
         for number in range(SAMPLES):
             sample = propose(
-                space, (), number, kind="random", objective="pareto", seed=0, startup_trials=1
+                space, (), number, kind="random", objective=PARETO, seed=0, startup_trials=1
             )
             assert set(sample) == set(space)
             with_overrides(settings, overrides_of(sample))
@@ -116,7 +117,7 @@ def test_every_kind_of_domain_stays_within_its_bounds() -> None:
     seed = random.Random(0).randrange(1000)
     for number in range(50):
         sample = propose(
-            space, (), number, kind="random", objective="pareto", seed=seed, startup_trials=1
+            space, (), number, kind="random", objective=PARETO, seed=seed, startup_trials=1
         )
         assert -1.0 <= sample["a"] <= 2.0
         assert 1e-3 <= sample["b"] <= 1e-1

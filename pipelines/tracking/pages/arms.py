@@ -19,7 +19,7 @@ from pipelines.tracking.runs import Tracker
 
 ARM_KEY = "mantis.arm_key"
 LOGGED = "mantis.arms"  # tag of the run of `evaluate`: the number of arms that have runs
-PARAMS = ("kind", "label", "rate_weight", "quality", "scale", "exit_confidence", "seed")
+PARAMS = ("kind", "label", "rate_weight", "level", "quality", "scale", "exit_confidence", "seed")
 HEADLINES = ("val/top1", "val/miou", "val/bpp", "val/wire_bytes")
 
 

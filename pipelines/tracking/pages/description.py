@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
@@ -169,9 +170,17 @@ def _facts(tags: Mapping[str, str]) -> str:
         "carries it, and a server refuses the streams of another client.\n"
         f"- Model id `{tags['mantis.model_id']}`: names client and server together.\n"
         f"{cost}"
-        f"- Config `{_plain(tags['mantis.config'])}`, rate weight {tags['mantis.rate_weight']}.\n"
+        f"- Config `{_plain(tags['mantis.config'])}`, {_rates(tags)}.\n"
         f"- {_code()}"
     )
+
+
+def _rates(tags: Mapping[str, str]) -> str:
+    levels = json.loads(tags.get("mantis.levels", "[]"))
+    if not levels:
+        return f"rate weight {tags['mantis.rate_weight']}"
+    weights = ", ".join(f"{each['rate_weight']:g}" for each in levels)
+    return f"rate weights {weights} in one model: a pyfunc takes the params level and max_bytes"
 
 
 def _code() -> str:

@@ -273,28 +273,6 @@ def test_a_folder_of_a_later_format_of_streams_is_refused(
             load(folder)
 
 
-def test_counts_of_confidence_that_no_stream_can_have_are_refused(
-    problem: Problem,
-    codec_of: Callable[..., Mantis],
-    small_config: Callable[..., ModelConfig],
-    tmp_path: Path,
-) -> None:
-    detector = DetectorConfig(channels=8, blocks=0, hidden=8, classes=True)
-    codec = codec_of(problem, small_config(detector=detector, send_answer=True))
-    save_model(tmp_path / "model", codec, {})
-    tensors, config, meta = load_folder(tmp_path / "model")
-    tensors["answer_counts"][3, 0] += 1
-    save_folder(tmp_path / "model", tensors, config, meta)
-    for load in (load_client, load_server):
-        with pytest.raises(ModelError, match="holds no counts of confidence"):
-            load(tmp_path / "model")
-    del tensors["answer_counts"]
-    save_folder(tmp_path / "model", tensors, config, meta)
-    for load in (load_client, load_server):
-        with pytest.raises(ModelError, match="lacks answer_counts"):
-            load(tmp_path / "model")
-
-
 @pytest.mark.parametrize("damage", ["cut", "other"])
 def test_packed_tables_that_are_damaged_or_of_another_model_are_refused(
     damage: str, saved: Path, halves: dict[Half, Path]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from mantis_core.bitstream.coder import TOTAL
 from mantis_core.bitstream.wire import read_stream
+from mantis_core.codec.checkpoint import load_client, load_server, save_model
 from mantis_core.codec.mantis import Mantis
 from mantis_core.codec.own_answer import (
     EDGES,
@@ -21,6 +23,8 @@ from mantis_core.codec.own_answer import (
     confidence_counts,
 )
 from mantis_core.config import DetectorConfig, ModelConfig
+from mantis_core.errors import ModelError
+from mantis_core.folders import load_folder, save_folder
 from mantis_core.networks.preprocessing import normalise
 from mantis_core.tasks import Batch, Problem, TaskSpec
 from mantis_core.training.stage2 import Stage2Recipe
@@ -201,11 +205,12 @@ def test_the_rule_is_fitted_to_what_the_server_says_by_itself(
     assert student.fusion is not None
     of_many_minds(student)
     student.fusion.fitted_bonus.fill_(7.0)  # must not be heard
-    given: list[tuple[Tensor, ClientAnswer, Tensor]] = []
+    given: list[tuple[Tensor, ClientAnswer, Tensor, Tensor | None]] = []
     monkeypatch.setattr(student.fusion, "calibrate", lambda *rows: given.append(rows))
     batch = batch_of(problem, 32)
     recipe.calibrate(student, [batch], lambda rows: rows)
-    log_p, answer, truth = given[0]
+    log_p, answer, truth, shares = given[0]
+    assert shares is None
     student.eval()
     with torch.no_grad():
         view = student.client(normalise(batch.image))
@@ -322,3 +327,24 @@ def test_an_answer_alone_has_the_probability_of_its_level(
 def test_a_detector_that_names_tasks_has_no_answer_to_send() -> None:
     with pytest.raises(ValidationError, match=r"model\.send_answer"):
         ModelConfig(detector=DetectorConfig(classes=False), send_answer=True)
+
+
+def test_counts_of_confidence_that_no_stream_can_have_are_refused(
+    problem: Problem,
+    codec_of: Callable[..., Mantis],
+    small_config: Callable[..., ModelConfig],
+    tmp_path: Path,
+) -> None:
+    codec = codec_of(problem, small_config(detector=DETECTOR, send_answer=True))
+    save_model(tmp_path / "model", codec, {})
+    tensors, config, meta = load_folder(tmp_path / "model")
+    tensors["answer_counts"][3, 0] += 1
+    save_folder(tmp_path / "model", tensors, config, meta)
+    for load in (load_client, load_server):
+        with pytest.raises(ModelError, match="holds no counts of confidence"):
+            load(tmp_path / "model")
+    del tensors["answer_counts"]
+    save_folder(tmp_path / "model", tensors, config, meta)
+    for load in (load_client, load_server):
+        with pytest.raises(ModelError, match="lacks answer_counts"):
+            load(tmp_path / "model")

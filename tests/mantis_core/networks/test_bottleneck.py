@@ -13,6 +13,7 @@ from mantis_core.networks.bottleneck import (
     _context_rows,
     _cumulative_logits,
     _weights,
+    soft_round,
 )
 from mantis_core.symbols import (
     CONTEXTS,
@@ -70,6 +71,34 @@ def test_rounded_gives_the_rate_too_the_rounded_latent_and_a_gradient_through_it
     assert torch.allclose(bits, expected, rtol=1e-4)
     bits.sum().backward()
     assert latent.grad.abs().sum() > 0
+
+
+def test_soft_rounding_rises_from_integer_to_integer_and_is_steepest_between() -> None:
+    whole = torch.arange(-3.0, 4.0)
+    torch.testing.assert_close(soft_round(whole), whole)
+    torch.testing.assert_close(soft_round(whole + 0.5), whole + 0.5)
+    fine = torch.linspace(-2, 2, 4001, requires_grad=True)
+    soft = soft_round(fine)
+    assert (soft.diff() > 0).all()
+    assert (soft - fine).abs().max() < 0.3
+    soft.sum().backward()
+    slope = fine.grad
+    assert slope[(fine.detach() % 1 - 0.5).abs() < 0.01].min() > 2
+    assert slope[((fine.detach() + 0.5) % 1 - 0.5).abs() < 0.05].max() < 0.2
+
+
+def test_with_soft_rounding_the_rate_does_not_pull_at_firm_symbols() -> None:
+    latent = torch.tensor([0.52, 1.0]).view(1, 1, 1, 2).repeat(1, CHANNELS, 1, 1)
+    pulls = {}
+    for quantizer in ("ste", "soft"):
+        torch.manual_seed(0)
+        bottleneck = build(quantizer=quantizer).train()
+        y = latent.repeat(256, 1, 1, 1).requires_grad_(True)
+        mask = torch.ones(256, bottleneck.num_tasks, dtype=torch.bool)
+        bottleneck(y, mask, torch.zeros(256).long()).bits.sum().backward()
+        pulls[quantizer] = y.grad.mean(dim=(0, 1, 2))
+    assert pulls["soft"][0].abs() > 1.5 * pulls["ste"][0].abs()
+    assert pulls["soft"][1].abs() < 0.2 * pulls["ste"][1].abs()
 
 
 def test_jitter_flips_symbols_near_their_threshold_in_training_alone():

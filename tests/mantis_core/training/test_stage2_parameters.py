@@ -57,7 +57,7 @@ def test_a_stem_that_is_not_frozen_is_fine_tuned(
     assert without_gradient(recipe) == []
 
 
-@pytest.mark.parametrize("own", [None, "noise", "rounded", "jitter"])
+@pytest.mark.parametrize("own", [None, "noise", "rounded", "jitter", "soft"])
 def test_a_training_may_have_a_quantizer_of_its_own(
     problem: Problem, stage1_of: Callable[..., Any], stage2_of: Callable[..., Any], own: Any
 ) -> None:

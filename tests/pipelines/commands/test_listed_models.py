@@ -17,6 +17,8 @@ def model(version: int, **fields: Any) -> dict[str, Any]:
         "aliases": [],
         "top1": 0.75,
         "bpp": 0.5,
+        "level": None,
+        "levels": [],
         "stream_id": "9f95d016",
         "config": "base",
         "trial": None,
@@ -53,6 +55,15 @@ def test_a_model_is_listed_with_the_id_that_its_streams_carry(
         "models:/mantis/2  9f95d016  top1 0.75  bpp 0.5  base  @candidate",
         "models:/mantis/1  -  top1 0.75  bpp 0.5  base",
     ]
+
+
+def test_a_model_of_several_rates_is_listed_with_the_level_of_the_figures(
+    registered: list[dict[str, Any]],
+) -> None:
+    levels = [{"level": level, "top1": 0.75, "bpp": 0.5} for level in (0, 4, 8)]
+    registered.append(model(4, level=4, levels=levels))
+    (line,) = mantis("models").stdout.splitlines()
+    assert line == "models:/mantis/4  9f95d016  top1 0.75  bpp 0.5  level 4 of 8  base"
 
 
 def test_a_tuned_model_shows_its_trial_and_values(registered: list[dict[str, Any]]) -> None:

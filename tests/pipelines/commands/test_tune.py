@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from pipelines.cluster.preflight import PreflightError
 from pipelines.search import run as search
 from pipelines.search.journal import Journal, TrialRecord
 from pipelines.search.result import FrontPoint, SearchResult
+from pipelines.search.space import searched_space
 from pipelines.search.trial import search_settings
 from pipelines.settings.reading import load_settings
 from pipelines.stages.spec import StageFailed
@@ -84,6 +86,35 @@ def test_tune_in_a_pipe_shows_the_front_and_the_overhead(
     assert "models:/mantis/1" in done.stdout
     assert "scheduler and Tune: 2.1 % of the trials' wall time" in done.stdout
     assert "report: /r/s/search.html" in done.stdout
+
+
+def test_a_front_of_models_of_several_rates_names_the_level(
+    config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = {"model.prior": "shared"}
+    front = tuple(
+        FrontPoint(3, size, top1, params, "run3", "models:/mantis/1", level)
+        for size, top1, level in ((21.5, 0.5, 8), (60.0, 0.75, 0))
+    )
+    answer(monkeypatch, replace(result(), front=front))
+    done = mantis("tune", "--config", config, "--space", "joint", "--trials", 3)
+    assert "level" in done.stdout
+    lines = [line.replace("│", " ").split() for line in done.stdout.splitlines()]
+    assert [line[:4] for line in lines if "models:/mantis/1" in line] == [
+        ["3", "8", "0.5", "21.5"],
+        ["3", "0", "0.75", "60.0"],
+    ]
+    assert done.stdout.count("model.prior=shared") == 1
+
+
+def test_a_config_of_several_rates_has_no_rate_weight_to_search(config: Path) -> None:
+    settings = load_settings(config)
+    several = load_settings(config, ["stage2.rate_weights=[0.001, 0.01]"])
+    fields = [
+        set(searched_space(each, "joint", include_stage1=False)) for each in (settings, several)
+    ]
+    assert fields[0] - fields[1] == {"stage2.rate_weight"}
+    assert fields[1] < fields[0]
 
 
 @pytest.mark.parametrize(("finished", "code"), [(2, 3), (0, 1)])

@@ -141,3 +141,51 @@ def test_a_quality_or_a_scale_is_measured_once(config: Path, override: str, name
 def test_an_encoder_takes_the_place_of_no_detector_that_is_needed(config: Path) -> None:
     with pytest.raises(SettingsError, match=r"model\.wide_encoder leaves nothing that detects"):
         planned(config, ["model.wide_encoder=true"])
+
+
+def test_one_training_serves_all_levels_of_an_arm(config: Path) -> None:
+    asked = ["stage2.rate_weights=[1e-3, 1e-2, 1e-1]", "evaluate.baselines=[none, oracle]"]
+    stages = planned(config, [*asked, "evaluate.early_exit={1.e-2: 0.4}", "evaluate.seeds=[7]"])
+    assert [name for name in stages if name.startswith("stage2")] == [
+        "stage2",
+        "stage2/seed-7",
+        "stage2/none",
+        "stage2/none-seed-7",
+    ]
+    assert stages["stage2/none"].settings.stage2.rate_weights == (1e-3, 1e-2, 1e-1)
+    arms = stages["evaluate"].arms
+    assert arms[0].name == "stage2"
+    found = {arm.name: (arm.stage, arm.level, arm.rate_weight, arm.kind) for arm in arms}
+    assert len(found) == len(arms)
+    assert found["stage2"] == ("stage2", 0, 1e-3, "mantis")
+    assert found["mantis/level-4"] == ("stage2", 4, 1e-2, "mantis")
+    assert found["none/level-8-seed-7"] == ("stage2/none-seed-7", 8, 1e-1, "none")
+    assert found["early_exit/level-4"] == ("stage2", 4, 1e-2, "early_exit")
+    assert found["oracle/level-8"] == ("stage2", 8, 1e-1, "oracle")
+    exits = [arm for arm in arms if arm.kind == "early_exit"]
+    assert [arm.exit_confidence for arm in exits] == [0.4, 0.4]
+
+
+def test_rates_of_one_model_and_of_several_exclude_each_other(config: Path) -> None:
+    levels = "stage2.rate_weights=[1e-3, 1e-2]"
+    for other in (
+        "rate_weights=[1e-3]",
+        "baseline_rate_weights=[1e-3]",
+        "baseline_rate_weights=[]",
+    ):
+        with pytest.raises(SettingsError, match=r"leave\s+evaluate\.rate_weights"):
+            planned(config, [levels, f"evaluate.{other}"])
+    with pytest.raises(SettingsError, match=r"use members of stage2\.rate_weights"):
+        planned(config, [levels, "evaluate.early_exit={5.e-3: 0.4}"])
+    with pytest.raises(SettingsError, match="`per_task` trains codecs of one rate"):
+        planned(config, [levels, "evaluate.baselines=[per_task]"])
+
+
+def test_one_rate_decides_nothing_beside_several(config: Path) -> None:
+    levels = ["stage2.rate_weights=[1e-3, 1e-2]", "evaluate.baselines=[none]"]
+    one, other = (
+        planned(config, [*levels, f"stage2.rate_weight={rate}"]) for rate in ("1e-3", "0.5")
+    )
+    assert {name: spec.key for name, spec in one.items()} == {
+        name: spec.key for name, spec in other.items()
+    }

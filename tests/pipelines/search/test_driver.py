@@ -14,16 +14,21 @@ from pipelines.chain.plan import Plan
 from pipelines.cluster.preflight import PreflightError
 from pipelines.search.driver import SearchDriver, Timing
 from pipelines.search.journal import Journal, finished_points
-from pipelines.search.points import RdPoint, pareto_front
+from pipelines.search.points import SearchObjective, pareto_front
 from pipelines.search.referee import Verdict
 from pipelines.search.result import SearchOptions
 from pipelines.search.view import SearchView
 from pipelines.storage import Store
 from tests.pipelines.fakes import same_code
-from tests.pipelines.search_bench import joint, learned, outcome, small_settings, small_task
+from tests.pipelines.search_bench import (
+    REFERENCE,
+    joint,
+    learned,
+    outcome,
+    small_settings,
+    small_task,
+)
 from tune_spaces.domains import Choice, Field, Space
-
-REFERENCE = RdPoint(10_000.0, 0.0)
 
 
 class FakeRuns:
@@ -64,7 +69,7 @@ class Bench:
             journal,
             self.runs,  # type: ignore[arg-type]
             view,
-            reference=REFERENCE,
+            objective=SearchObjective(options.get("objective", "pareto"), REFERENCE),
             check=self.check,
         )
         view.start(journal.trials, total=trials, concurrent=1, epochs=9)
@@ -207,7 +212,7 @@ def test_only_finished_trials_make_the_front(bench: Bench) -> None:
         assert trial is not None
         driver.over(trial["number"], outcome(trial["params"], epochs=3, state=state))
     points = finished_points(driver.journal.trials)
-    assert pareto_front(points) == [0]
+    assert pareto_front(points) == [(0, 0)]
 
 
 def test_the_view_tells_each_trial_in_plain_lines(bench: Bench) -> None:

@@ -37,9 +37,9 @@ def test_a_journal_reads_back_as_it_was(tmp_path: Path) -> None:
     assert again.trials == journal.trials
     first, second = again.trials.values()
     assert (first.state, sorted(first.epochs), first.weight) == ("finished", [1, 2], 0.25)
-    assert first.point == RdPoint(20.0, 0.5)
+    assert first.points == (RdPoint(20.0, 0.5),)
     assert second.state == "running"
-    assert second.point is None
+    assert second.points == ()
     again.ended(1, "failed", "no luck")
     assert Journal(Store(tmp_path), FOLDER).trials[1].reason == "no luck"
 
@@ -49,7 +49,7 @@ def test_a_trial_that_was_stopped_stands_at_its_last_epoch(tmp_path: Path) -> No
     journal.asked(trial(0))
     journal.epoch(0, EPOCH)
     journal.ended(0, "stopped", "too dear")
-    assert journal.trials[0].point == RdPoint(21.0, 0.5)
+    assert journal.trials[0].points == (RdPoint(21.0, 0.5),)
 
 
 def test_an_epoch_is_written_once(tmp_path: Path) -> None:

@@ -16,10 +16,10 @@ from pipelines.search.points import (
     OBJECTIVES,
     Halving,
     RdPoint,
+    SearchObjective,
     hypervolume,
-    losses_of,
     pareto_front,
-    rd_point,
+    rd_points,
     scalar_cost,
     spread,
     worst_corner,
@@ -37,16 +37,47 @@ def figures(bits: float, top1: float, **others: float) -> dict[str, float]:
 
 
 def test_bytes_are_payload_and_container() -> None:
-    assert rd_point(figures(80, 0.5)) == RdPoint(10 + CONTAINER_BYTES, 0.5)
+    assert rd_points(figures(80, 0.5)) == (RdPoint(10 + CONTAINER_BYTES, 0.5),)
     header = bitstream._HEADER_BYTES + bitstream._CHECKSUM_BYTES
     assert header == CONTAINER_BYTES
 
 
 @pytest.mark.parametrize("bad", [{"holdout/bits": math.nan}, {"holdout/top1": math.inf}])
 def test_an_epoch_without_numbers_has_no_point(bad: dict[str, float]) -> None:
-    assert rd_point({**figures(80, 0.5), **bad}) is None
-    assert losses_of({**figures(80, 0.5), **bad}, "pareto") is None
-    assert rd_point({"holdout/bits": 80.0}) is None
+    assert rd_points({**figures(80, 0.5), **bad}) == ()
+    assert SearchObjective("pareto", CORNER).losses({**figures(80, 0.5), **bad}) is None
+    assert rd_points({"holdout/bits": 80.0}) == ()
+
+
+def of_levels(**points: tuple[float, float]) -> dict[str, float]:
+    levels = {
+        f"holdout/{level.replace('_', '-')}/{name}": value
+        for level, pair in points.items()
+        for name, value in zip(("bits", "top1"), pair, strict=True)
+    }
+    return {**figures(100, 0.6), **levels}
+
+
+def test_a_model_of_several_rates_has_a_point_of_each() -> None:
+    both = of_levels(level_16=(80, 0.5), level_0=(480, 0.8), level_4=(160, 0.6))
+    assert rd_points(both) == (
+        RdPoint(60 + CONTAINER_BYTES, 0.8, 0),
+        RdPoint(20 + CONTAINER_BYTES, 0.6, 4),
+        RdPoint(10 + CONTAINER_BYTES, 0.5, 16),
+    )
+    assert rd_points(of_levels(level_0=(480, 0.8), level_4=(math.nan, 0.6))) == ()
+    del both["holdout/level-4/top1"]
+    assert rd_points(both) == ()
+
+
+def test_a_trial_of_several_rates_is_judged_by_its_own_front() -> None:
+    objective = SearchObjective("pareto", CORNER, levels=True)
+    trial = of_levels(level_0=(712, 0.8), level_4=(-8, 0.5))  # 100 and 10 bytes
+    assert objective.losses(trial) == pytest.approx((-(1 * 0.5 + 1 * 0.8),))
+    better = of_levels(level_0=(712, 0.8), level_4=(-8, 0.6))
+    assert (objective.losses(better) or ()) < (objective.losses(trial) or ())
+    assert objective.dimensions == 1
+    assert SearchObjective("top1", CORNER, levels=True).losses(trial) == (-0.6,)
 
 
 def test_searches_are_those_the_command_line_offers() -> None:
@@ -58,14 +89,14 @@ def test_objectives_are_those_the_command_line_offers_and_less_is_better() -> No
     worse, better = figures(88, 0.4, **{"holdout/loss": 2.0}), figures(80, 0.5)
     better["holdout/loss"] = 1.0
     for objective in OBJECTIVES:
-        pairs = zip(
-            losses_of(better, objective) or (), losses_of(worse, objective) or (), strict=True
-        )
+        of = SearchObjective(objective, CORNER)
+        pairs = zip(of.losses(better) or (), of.losses(worse) or (), strict=True)
+        assert of.dimensions == len(of.losses(better) or ())
         assert all(good < bad for good, bad in pairs)
 
 
 def test_an_objective_without_its_figure_is_none() -> None:
-    assert losses_of(figures(80, 0.5), "loss") is None
+    assert SearchObjective("loss", CORNER).losses(figures(80, 0.5)) is None
 
 
 def test_the_front_rises_in_both() -> None:

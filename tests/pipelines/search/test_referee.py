@@ -9,11 +9,16 @@ from typing import Any
 import pytest
 
 from pipelines.search.journal import TrialRecord
-from pipelines.search.points import Halving
+from pipelines.search.points import Halving, SearchObjective
 from pipelines.search.referee import EpochListener, Referee
 from pipelines.stages.spec import TrainingStopped
 from pipelines.tracking.metric_writer import MetricWriter
 from pipelines.training.callback import StageCallback, listening
+from tests.pipelines.search_bench import REFERENCE
+
+
+def of(objective: str) -> SearchObjective:
+    return SearchObjective(objective, REFERENCE)
 
 
 def epoch(number: int, top1: float, bits: float = 80.0) -> dict[str, float]:
@@ -21,7 +26,7 @@ def epoch(number: int, top1: float, bits: float = 80.0) -> dict[str, float]:
 
 
 def test_the_worst_of_three_is_stopped_at_a_rung_and_nowhere_else() -> None:
-    referee = Referee(Halving(9, 1, 3), "top1")
+    referee = Referee(Halving(9, 1, 3), of("top1"))
     assert referee.judge(0, 0.5, epoch(1, 0.5)).goes_on
     assert referee.judge(1, 0.5, epoch(1, 0.6)).goes_on
     verdict = referee.judge(2, 0.5, epoch(1, 0.4))
@@ -33,13 +38,13 @@ def test_the_worst_of_three_is_stopped_at_a_rung_and_nowhere_else() -> None:
 
 
 def test_an_epoch_that_is_told_twice_counts_once() -> None:
-    referee = Referee(Halving(9, 1, 3), "top1")
+    referee = Referee(Halving(9, 1, 3), of("top1"))
     for _ in range(3):
         assert referee.judge(0, 0.5, epoch(1, 0.4)).goes_on
 
 
 def test_a_resumed_search_judges_by_what_the_journal_knows() -> None:
-    referee = Referee(Halving(9, 1, 3), "top1")
+    referee = Referee(Halving(9, 1, 3), of("top1"))
     referee.recall(
         [
             TrialRecord(number, {}, 0.5, epochs={1: epoch(1, 0.5 + number / 10)}, state="finished")
@@ -51,13 +56,13 @@ def test_a_resumed_search_judges_by_what_the_journal_knows() -> None:
 
 
 def test_an_epoch_without_a_number_is_broken() -> None:
-    verdict = Referee(None, "pareto").judge(3, 0.5, {"epoch": 2.0, "holdout/top1": 0.5})
+    verdict = Referee(None, of("pareto")).judge(3, 0.5, {"epoch": 2.0, "holdout/top1": 0.5})
     assert (verdict.goes_on, verdict.broken) == (False, True)
     assert verdict.reason == "holdout/bits or holdout/top1 of epoch 2 is not a finite number"
 
 
 def test_without_halving_nobody_is_stopped() -> None:
-    referee = Referee(None, "top1")
+    referee = Referee(None, of("top1"))
     assert all(referee.judge(n, 0.5, epoch(1, 1 - n / 10)).goes_on for n in range(9))
 
 
@@ -109,7 +114,9 @@ def test_a_lost_referee_stops_nobody(ray_session: Any) -> None:
 def test_a_listener_raises_what_the_referee_says(ray_session: Any) -> None:
     name = "mantis-referee-of-this-test"
     referee = (
-        ray_session.remote(num_cpus=0)(Referee).options(name=name).remote(Halving(9, 1, 3), "top1")
+        ray_session.remote(num_cpus=0)(Referee)
+        .options(name=name)
+        .remote(Halving(9, 1, 3), of("top1"))
     )
     for trial, top1 in enumerate((0.5, 0.6)):
         EpochListener(name, trial, 0.5)({**epoch(1, top1), "note": "text is left out"})

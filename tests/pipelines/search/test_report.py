@@ -9,14 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.search.journal import TrialRecord
-from pipelines.search.points import RdPoint, pareto_front
+from pipelines.search.journal import TrialRecord, finished_points
+from pipelines.search.points import pareto_front
 from pipelines.search.report import hypervolume_over_time, write_search_report
 from pipelines.search.result import FrontPoint, SearchResult
 from pipelines.search.sampler import propose
-from tests.pipelines.search_bench import joint, learned
-
-REFERENCE = RdPoint(10_000.0, 0.0)
+from tests.pipelines.search_bench import PARETO, REFERENCE, joint, learned
 
 
 def trials() -> dict[int, TrialRecord]:
@@ -24,7 +22,7 @@ def trials() -> dict[int, TrialRecord]:
     found = {}
     for number in range(8):
         params = propose(
-            joint(), (), number, kind="random", objective="pareto", seed=0, startup_trials=1
+            joint(), (), number, kind="random", objective=PARETO, seed=0, startup_trials=1
         )
         history = {epoch: learned(params, epoch) for epoch in range(1, 10)}
         began = 100.0 * number
@@ -39,10 +37,17 @@ def trials() -> dict[int, TrialRecord]:
 
 
 def result(records: dict[int, TrialRecord]) -> SearchResult:
-    points = {n: r.point for n, r in records.items() if r.state == "finished" and r.point}
+    points = finished_points(records)
     front = tuple(
-        FrontPoint(n, points[n].wire_bytes, points[n].top1, dict(records[n].params), f"run{n}")
-        for n in pareto_front(points)
+        FrontPoint(
+            key[0],
+            points[key].wire_bytes,
+            points[key].top1,
+            dict(records[key[0]].params),
+            f"run{key[0]}",
+            level=points[key].level,
+        )
+        for key in pareto_front(points)
     )
     counts = {"finished": 6, "stopped": 1, "failed": 1, "equal": 0}
     return SearchResult(
@@ -82,6 +87,27 @@ def test_every_trial_is_a_row_and_the_front_is_a_table_by_rising_bytes(written: 
         row["trial"] for row in every if row["on_front"] == "True"
     }
     assert set(joint()) <= set(front[0])
+
+
+def test_each_rate_of_a_trial_is_a_row(tmp_path: Path) -> None:
+    records = trials()
+    figures = {
+        "holdout/level-0/bits": 800.0,
+        "holdout/level-0/top1": 0.99,
+        "holdout/level-4/bits": 8.0,
+        "holdout/level-4/top1": 0.98,
+    }
+    records[2] = replace(records[2], figures={**records[2].figures, **figures})
+    write_search_report(
+        tmp_path, result(records), records, joint(), reference=REFERENCE, epoch=1, title="levels"
+    )
+    every, front = rows(tmp_path / "trials.csv"), rows(tmp_path / "front.csv")
+    levels = [(row["level"], row["wire_bytes"]) for row in every if row["trial"] == "2"]
+    assert levels == [("0", "111.0"), ("4", "12.0")]
+    assert [(row["trial"], row["level"]) for row in front] == [("2", "4"), ("2", "0")]
+    assert [
+        each["level"] for each in json.loads((tmp_path / "search.json").read_text())["front"]
+    ] == [4, 0]
 
 
 def test_the_json_holds_the_front_and_the_hypervolume_over_time(written: Path) -> None:

@@ -8,8 +8,9 @@ from statistics import median
 import pytest
 
 from pipelines.search.journal import TrialRecord
+from pipelines.search.points import SearchObjective
 from pipelines.search.sampler import importances, propose, random_weight, study_of
-from tests.pipelines.search_bench import joint, learned
+from tests.pipelines.search_bench import PARETO, REFERENCE, joint, learned
 
 
 def record(number: int, *, seed: int = 0, epochs: int = 9, state: str = "finished") -> TrialRecord:
@@ -25,7 +26,7 @@ def ask(records, number, *, seed=0, kind="optuna", objective="pareto", attempt=0
         records,
         number,
         kind=kind,
-        objective=objective,
+        objective=SearchObjective(objective, REFERENCE),
         seed=seed,
         startup_trials=4,
         attempt=attempt,
@@ -71,13 +72,13 @@ def test_optuna_hears_of_failures_and_of_what_runs() -> None:
         replace(record(3), state="running", epochs={}, figures={}),
         replace(record(4), state="equal", epochs={}, figures={}),
     ]
-    states = [trial.state.name for trial in study_of(joint(), records, "pareto").trials]
+    states = [trial.state.name for trial in study_of(joint(), records, PARETO).trials]
     assert states == ["COMPLETE", "COMPLETE", "FAIL", "RUNNING", "FAIL"]
 
 
 def test_what_matters_is_found_at_one_epoch_and_adds_up_to_one() -> None:
     records = [record(number, epochs=1 if number % 2 else 9) for number in range(24)]
-    found = importances(joint(), records, epoch=1)
+    found = importances(joint(), records, REFERENCE, epoch=1)
     assert set(found) == {"bits", "top1"}
     for shares in found.values():
         assert sum(shares.values()) == pytest.approx(1)
@@ -85,4 +86,4 @@ def test_what_matters_is_found_at_one_epoch_and_adds_up_to_one() -> None:
 
 
 def test_too_few_trials_tell_nothing_of_what_matters() -> None:
-    assert importances(joint(), [record(0), record(1)], epoch=1) == {}
+    assert importances(joint(), [record(0), record(1)], REFERENCE, epoch=1) == {}

@@ -12,7 +12,7 @@ import pytest
 from pipelines.cluster.preflight import Available, PreflightError
 from pipelines.search.driver import SearchDriver
 from pipelines.search.journal import Journal
-from pipelines.search.points import Halving, RdPoint
+from pipelines.search.points import Halving, SearchObjective
 from pipelines.search.result import SearchOptions
 from pipelines.search.trial import OUTCOME
 from pipelines.search.view import SearchView
@@ -20,7 +20,14 @@ from pipelines.settings.sections import ClusterConfig
 from pipelines.storage import Store
 from tests.pipelines.fakes import same_code
 from tests.pipelines.search.test_driver import FakeRuns
-from tests.pipelines.search_bench import joint, learned, outcome, small_settings, small_task
+from tests.pipelines.search_bench import (
+    REFERENCE,
+    joint,
+    learned,
+    outcome,
+    small_settings,
+    small_task,
+)
 
 
 @pytest.mark.parametrize(
@@ -142,7 +149,7 @@ def test_real_tune_goes_on_past_trials_that_raise_die_or_fail(
         journal,
         runs,  # type: ignore[arg-type]
         SearchView(stream),
-        reference=RdPoint(10_000.0, 0.0),
+        objective=SearchObjective("top1", REFERENCE),
         check=lambda own: None,
     )
     wall = search_tune.run_trials(driver, Halving(3, 1, 3), concurrent=1)

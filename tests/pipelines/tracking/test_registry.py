@@ -69,6 +69,11 @@ else:
     assert list(streams["wire_bytes"]) == list(answers["wire_bytes"])
     assert server.predict(server.input_example)["tasks"][0]
 assert model.predict(model.input_example)["wire_bytes"][0] > 0
+sizes = list(answers["wire_bytes"])
+assert list(model.predict(images, params={"level": 0})["wire_bytes"]) == sizes
+assert list(model.predict(images, params={"max_bytes": 10_000})["wire_bytes"]) == sizes
+few = model.predict(images, params={"max_bytes": 3})
+assert all("max_bytes is 3" in error for error in few["error"])
 using = False
 code = sys.modules["mantis_core.codec.checkpoint"].__file__
 print(json.dumps({"unpickled": found, "code": code, "rows": answers.to_dict("records")}))

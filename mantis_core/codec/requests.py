@@ -1,0 +1,105 @@
+"""Checks what a caller gives a client: images, tasks that are asked for, a rate level.
+
+B images, K tasks, H W input pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mantis_core.bitstream.wire import CodedImage
+from mantis_core.codec.spec import ModelSpec
+from mantis_core.errors import ModelError
+
+
+class Budget(NamedTuple):
+    """The most bytes that an image may take, and how it is written to be measured."""
+
+    max_bytes: int
+    write: Callable[[CodedImage, tuple[int, int]], bytes]
+
+    def holds(self, image: CodedImage, input_shape: tuple[int, int]) -> bool:
+        """Whether an image of (H, W) pixels takes no more."""
+        return len(self.write(image, input_shape)) <= self.max_bytes
+
+
+def check_images(images: Tensor) -> None:
+    """ModelError for what is no batch of images."""
+    if not isinstance(images, Tensor):
+        raise ModelError(
+            f"images are a {type(images).__name__}; allowed: a uint8 tensor (B, 3, H, W)"
+        )
+    whole = images.ndim == 4 and images.shape[1] == 3 and min(images.shape[2:]) > 0
+    if images.dtype != torch.uint8 or not whole:
+        raise ModelError(
+            f"images are {images.dtype} {tuple(images.shape)}; allowed: uint8 (B, 3, H, W)"
+        )
+
+
+def asked_tasks(spec: ModelSpec, tasks: str | Sequence[str] | Tensor, count: int) -> Tensor:
+    """Tasks that are asked for of `count` images, as names or a tensor, as bool (count, K).
+
+    Raises ModelError for what this model cannot be asked.
+    """
+    names = spec.task_names
+    if isinstance(tasks, Tensor):
+        allowed = ((count, len(names)), (1, len(names)))
+        if tasks.dtype != torch.bool or tuple(tasks.shape) not in allowed:
+            raise ModelError(
+                f"tasks are {tasks.dtype} {tuple(tasks.shape)}; allowed for {count} images: "
+                f"bool {allowed[0]}, or {allowed[1]} for all of them; or names of tasks"
+            )
+        empty = (~tasks.any(dim=1)).nonzero()
+        if len(empty):
+            raise ModelError(f"image {int(empty[0])} is asked about no task; name at least one")
+        return tasks.expand(count, -1)
+    wanted = [tasks] if isinstance(tasks, str) else _listed(tasks)
+    unknown = [name for name in wanted if name not in names]
+    if unknown or not wanted:
+        raise ModelError(f"tasks {unknown or 'none'} asked for; this model has {', '.join(names)}")
+    return torch.tensor([[name in wanted for name in names]]).expand(count, -1)
+
+
+def _listed(tasks: Sequence[str]) -> list[str]:
+    """The names of tasks; ModelError for what holds others than names."""
+    try:
+        names = list(tasks)
+    except TypeError:
+        names = [tasks]  # type: ignore[list-item]
+    if not all(isinstance(name, str) for name in names):
+        raise ModelError(
+            f"tasks are {type(tasks).__name__}; allowed: names of tasks, or a bool tensor (B, K)"
+        )
+    return names
+
+
+def asked_levels(spec: ModelSpec, level: int | None, max_bytes: int | None) -> range:
+    """The rate levels that an image may be coded at; ModelError for what the model has not."""
+    count = spec.rate_levels
+    if level is not None and max_bytes is not None:
+        raise ModelError("give a level or max_bytes, not both: max_bytes chooses the level")
+    if max_bytes is not None and not (type(max_bytes) is int and max_bytes >= 1):
+        raise ModelError(f"max_bytes is {max_bytes!r}: give a number of bytes from 1")
+    if level is None:
+        return range(count)
+    if isinstance(level, bool) or not isinstance(level, int) or not 0 <= level < count:
+        has = f"this model has levels 0 to {count - 1}" if count > 1 else "this model has one rate"
+        raise ModelError(f"level is {level!r}: {has}")
+    return range(level, level + 1)
+
+
+def check_exit(spec: ModelSpec, confidence: float | None) -> None:
+    """ModelError for a confidence of early exit that this model cannot have."""
+    if confidence is None:
+        return
+    if not spec.model.detector.classes:
+        raise ModelError(
+            "exit_confidence needs a detector that names classes, and this model's names tasks "
+            "alone: train it with model.detector.classes=true, or leave exit_confidence out"
+        )
+    if not isinstance(confidence, int | float) or not 0 <= confidence <= 1:
+        raise ModelError(f"exit_confidence is {confidence!r}: give a probability, 0 to 1")
