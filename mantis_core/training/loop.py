@@ -209,8 +209,9 @@ class Session:
             meters = {level: Meter(self.device) for level in self.recipe.held_levels or (0,)}
             with torch.no_grad(), self._autocast():
                 for batch in holdout():
-                    for self.recipe.level, own in meters.items():
-                        pixels = batch.image.shape[2] * batch.image.shape[3]
+                    pixels = batch.image.shape[2] * batch.image.shape[3]
+                    for level, own in meters.items():
+                        self.recipe.level = level
                         own.add(self.recipe(batch, 1.0), pixels)
             shipped = self.recipe.student.state_dict()
         finally:

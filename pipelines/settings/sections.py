@@ -247,8 +247,8 @@ class Settings(_Section):
         levels = self.stage2.rate_weights
         if levels and (rates or self.evaluate.baseline_rate_weights is not None):
             raise ValueError(
-                "stage2.rate_weights trains one model that is measured at all of them: leave "
-                "evaluate.rate_weights and evaluate.baseline_rate_weights out"
+                "stage2.rate_weights trains one model that is measured at all of them: set "
+                "evaluate.rate_weights to [] and evaluate.baseline_rate_weights to null"
             )
         if len(set(rates)) < len(rates) or self.stage2.rate_weight in rates:
             raise ValueError(

@@ -25,6 +25,7 @@ _OF_LEVEL = ("level", "rate_weight", *(figure.removeprefix("val/") for figure in
 def tags_of(
     evaluation: Mapping[str, Any], stages: Mapping[str, StageRun], config_name: str
 ) -> dict[str, str]:
+    """Returns the tags of a version: its stages, its config and the main arm's figures."""
     key = stages["stage2"].key
     arm = main_arm(evaluation, key)
     figures = finite(arm["metrics"])

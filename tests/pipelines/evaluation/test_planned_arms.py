@@ -173,7 +173,7 @@ def test_rates_of_one_model_and_of_several_exclude_each_other(config: Path) -> N
         "baseline_rate_weights=[1e-3]",
         "baseline_rate_weights=[]",
     ):
-        with pytest.raises(SettingsError, match=r"leave\s+evaluate\.rate_weights"):
+        with pytest.raises(SettingsError, match=r"set\s+evaluate\.rate_weights to \[\]"):
             planned(config, [levels, f"evaluate.{other}"])
     with pytest.raises(SettingsError, match=r"use members of stage2\.rate_weights"):
         planned(config, [levels, "evaluate.early_exit={5.e-3: 0.4}"])
