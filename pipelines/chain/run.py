@@ -42,7 +42,7 @@ from pipelines.stages.spec import (
 )
 from pipelines.storage import Store, figures_wait
 from pipelines.terminal.console import Console
-from pipelines.training.causes import first_cause
+from pipelines.training.causes import first_cause, is_interrupt
 
 if TYPE_CHECKING:
     from pipelines.tracking.runs import Tracker
@@ -249,6 +249,8 @@ def _run_stage(spec: StageSpec, context: StageContext, *, resumed: bool) -> Stag
         result = spec.stage.run(spec, replace(context, stage_run_id=stage_run_id))
         result = mark_done(store, spec, result, uri)
     except Exception as error:
+        if is_interrupt(error):
+            raise KeyboardInterrupt from error
         cause = first_cause(error)
         stopped = isinstance(cause, TrainingStopped)
         if not stopped:

@@ -43,6 +43,15 @@ def is_mistake(error: BaseException) -> bool:
     return getattr(error, "exit_code", None) == MISTAKE
 
 
+def is_interrupt(error: BaseException) -> bool:
+    """Returns whether an error was raised because the user had interrupted what raised it.
+
+    A second Ctrl-C within a library's lock comes out as an error of that lock.
+    """
+    inner = error.__context__
+    return isinstance(error, KeyboardInterrupt) or (inner is not None and is_interrupt(inner))
+
+
 def ends_training(error: BaseException) -> bool:
     """Returns whether a restarted training would meet the error again.
 

@@ -38,3 +38,10 @@ def fake_stages(monkeypatch: pytest.MonkeyPatch, runner: Runner) -> None:
 def same_code(monkeypatch: pytest.MonkeyPatch) -> None:
     """Keys that do not change with the code: no file is read for them."""
     monkeypatch.setattr("pipelines.chain.plan.source_hash", lambda *entries: "code")
+
+
+def in_a_lock() -> RuntimeError:
+    """What a second Ctrl-C comes out as that meets a library waiting for a lock."""
+    error = RuntimeError("release unlocked lock")
+    error.__context__ = KeyboardInterrupt()
+    return error

@@ -20,7 +20,7 @@ from pipelines.stages.record import StageBusy, claim, read_result
 from pipelines.stages.spec import StageContext, StageFailed, StageSpec
 from pipelines.storage import Store
 from pipelines.terminal.console import Console
-from tests.pipelines.fakes import fake_stages
+from tests.pipelines.fakes import fake_stages, in_a_lock
 
 CONFIG = """
 data: {sources: [{kind: shapes, train_rows: 20, val_rows: 10}]}
@@ -247,7 +247,7 @@ def test_a_failed_stage_is_resumed_and_those_before_it_skipped(bench: Bench) -> 
     assert statuses(result)["stage2/none"] == "ran"
 
 
-@pytest.mark.parametrize("stop", [KeyboardInterrupt(), SystemExit(0)])
+@pytest.mark.parametrize("stop", [KeyboardInterrupt(), SystemExit(0), in_a_lock()])
 def test_an_interrupt_marks_runs_killed_and_never_looks_like_success(
     bench: Bench, stop: BaseException
 ) -> None:
