@@ -1,6 +1,7 @@
 """Estimates what more context would save on a codec's real symbols, and how firmly they stand.
 
-    python -m benchmarks.redundancy MODEL DATA.parquet [...] [--images 2500] [--level N]
+    python -m benchmarks.redundancy MODEL DATA.parquet [...] [--images 2500]
+                                    [--level N [--prefix M]]
 
 Each context selects the probability table of a symbol. Tables are counted on one half of the images
 and code the other half, and the other way round. So a context with too many tables pays for
@@ -11,6 +12,10 @@ JPEG file in front of the client may flip it. `near_threshold` is the share of n
 would be smaller, had the latent been smaller by less than 0.1. `flipped` are changed symbols for
 each non-zero one: after a JPEG of quality 95 of the client's image, and after normal noise of a
 hundredth of the channel's deviation on the latent. The last line is one JSON object.
+
+With `--prefix M` it also says what a stream of level N would cost whose beginning is a stream of
+level M, for a server that may stop there: the bits of level M, and those of level N when the
+symbol of level M at each place is known too.
 """
 
 import argparse
@@ -36,6 +41,19 @@ JPEG, JPEG_QUALITY = IMAGE_CODECS["jpeg"], 95
 NEAR = 0.1
 WIDEST = 12  # larger symbols are clipped to it; they are rare and affect all contexts alike
 PRIOR_WEIGHT = 20.0  # weight of the table without context in every other table, in symbols
+
+
+class PrefixBits(NamedTuple):
+    """Bits per image of a level, of a lower one, and of the first when the second is known."""
+
+    alone: float
+    prefix: float
+    rest: float
+
+    @property
+    def change(self) -> float:
+        """What the prefix adds to the level's bits, as a share of them."""
+        return (self.prefix + self.rest) / self.alone - 1
 
 
 class Latents(NamedTuple):
@@ -167,6 +185,21 @@ def bits_per_image(symbols: Symbols, context: Symbols) -> float:
     return float(total / len(symbols))
 
 
+def prefix_bits(symbols: Symbols, lower: Symbols) -> PrefixBits:
+    """What it costs that the stream of `symbols` begins with that of `lower`, both (N, C, h, w).
+
+    All three code lengths use the neighbours as they are coded. For the rest, the symbol of `lower`
+    at the same place selects the table too.
+    """
+    known = lower.clip(-REACH, REACH) + REACH
+    own = coded_contexts(symbols)
+    return PrefixBits(
+        bits_per_image(symbols, own),
+        bits_per_image(lower, coded_contexts(lower)),
+        bits_per_image(symbols, CONTEXTS * known + own),
+    )
+
+
 @one_message
 def main() -> int:
     """Reads the symbols once and prints the code length for each context."""
@@ -178,6 +211,9 @@ def main() -> int:
     )
     parser.add_argument(
         "--level", type=int, metavar="N", default=0, help="rate level of a model of several rates"
+    )
+    parser.add_argument(
+        "--prefix", type=int, metavar="M", help="a level of smaller streams, above --level"
     )
     arguments = parser.parse_args()
     found = read_latents(arguments.model, arguments.data, arguments.images, arguments.level)
@@ -201,17 +237,23 @@ def main() -> int:
         f"changed symbols for each non-zero one: {100 * flips['jpeg']:.1f} % by JPEG, "
         f"{100 * flips['noise']:.1f} % by noise"
     )
-    print(
-        json.dumps(
-            {
-                "images": len(symbols),
-                "zeros": round(zeros, 4),
-                "near_threshold": round(near, 4),
-                "flipped": {name: round(value, 4) for name, value in flips.items()},
-                "bits": {name: round(value, 1) for name, value in bits.items()},
-            }
+    figures = {
+        "images": len(symbols),
+        "zeros": round(zeros, 4),
+        "near_threshold": round(near, 4),
+        "flipped": {name: round(value, 4) for name, value in flips.items()},
+        "bits": {name: round(value, 1) for name, value in bits.items()},
+    }
+    if arguments.prefix is not None:
+        lower = read_latents(arguments.model, arguments.data, arguments.images, arguments.prefix)
+        cost = prefix_bits(symbols, lower.symbols)
+        say(
+            f"level {arguments.level} alone {cost.alone:.1f} bits; behind level "
+            f"{arguments.prefix}, {cost.prefix:.1f} + {cost.rest:.1f} bits: "
+            f"{100 * cost.change:+.1f} %"
         )
-    )
+        figures["prefix"] = {name: round(value, 1) for name, value in cost._asdict().items()}
+    print(json.dumps(figures))
     return 0
 
 

@@ -19,6 +19,7 @@ from benchmarks.redundancy import (
     flipped,
     main,
     near_threshold,
+    prefix_bits,
     with_noise,
 )
 from mantis_core.codec.checkpoint import save_model
@@ -51,6 +52,18 @@ def test_a_context_that_tells_the_symbol_saves_its_bits() -> None:
     nothing = bits_per_image(symbols, np.zeros_like(symbols))
     assert nothing == pytest.approx(16 * np.log2(3), rel=0.02)
     assert bits_per_image(symbols, symbols + 1) < 0.1 * nothing
+
+
+def test_a_prefix_costs_what_it_does_not_tell() -> None:
+    symbols = np.random.default_rng(0).integers(-1, 2, (2000, 1, 4, 4))
+    same = prefix_bits(symbols, symbols)
+    assert same.rest < 0.1 * same.alone
+    assert same.prefix == same.alone
+    signless = prefix_bits(symbols, np.abs(symbols))  # it tells all but the sign
+    assert signless.rest == pytest.approx(16 * 2 / 3, rel=0.1)
+    assert signless.change == pytest.approx(0, abs=0.05)
+    other = np.random.default_rng(1).integers(-1, 2, symbols.shape)
+    assert prefix_bits(symbols, other).change == pytest.approx(1, abs=0.2)  # it tells nothing
 
 
 def test_the_contexts_are_those_that_are_coded() -> None:
