@@ -49,8 +49,9 @@ cluster-local: setup ## a Ray cluster and an MLflow server on this machine: make
 cluster-local-down: setup ## end what cluster-local started, and nothing else
 	@$(BIN)/mantis cluster down $(OPTIONS)
 
-# The tests of a file stay in one process: they share what is dear to make.
-PARALLEL := -n logical --maxprocesses 4 --dist loadfile
+# The tests of a file stay in one process: they share what is dear to make. The longest files begin
+# first, see tests/conftest.py.
+PARALLEL := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 test: setup ## the test suite: no GPU, no network
 	@$(BIN)/python -m pytest $(PARALLEL)

@@ -73,7 +73,7 @@ class ArmEvaluator:
 
     def __call__(self, batch: Arrays) -> Arrays:
         """Returns the rows of all arms for a batch of the reader, one arm after the other."""
-        images = torch.from_numpy(np.ascontiguousarray(batch["image"]))
+        images = torch.from_numpy(np.array(batch["image"]))  # Ray's arrays cannot be written to
         count = len(images)
         if (
             count < self.batch_size

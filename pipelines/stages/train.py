@@ -66,7 +66,8 @@ def training_of(
         prepared=prepared,
         folder=spec.folder,
         checkpoints=store.join("training", spec.key),
-        upstream=upstream_folders(spec, specs),
+        # The shards may lie elsewhere than the chain would prepare them.
+        upstream={**upstream_folders(spec, specs), "prepare": prepared},
         preparation=preparation(spec.settings, table, read_manifest(prepared)),
     )
 

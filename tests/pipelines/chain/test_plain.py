@@ -19,6 +19,7 @@ from pipelines.settings.reading import load_settings
 from pipelines.settings.sections import Settings
 from pipelines.stages.record import mark_started, stage_state
 from pipelines.stages.spec import with_upstream
+from pipelines.stages.train import training_of
 from pipelines.storage import Store
 from tests.pipelines.experiment import CLASSES, VAL_ROWS, mantis, paint, write_config
 
@@ -130,6 +131,15 @@ def prepared_for(plan: Plan) -> Manifest:
         fingerprint="f",
         sources=(SourceInfo(name="shapes", kind="shapes", rows={}),),
     )
+
+
+def test_a_training_looks_for_its_images_in_the_folder_that_was_given(tmp_path: Path) -> None:
+    plan, shards = shapes_plan(tmp_path), str(tmp_path / "shards")
+    write_manifest(shards, prepared_for(plan))
+    store = Store(plan.settings.storage.root)
+    training = training_of(plan.by_name["stage1"], plan.by_name, shards, plan.table, store)
+    assert training.prepared == training.upstream["prepare"] == shards
+    assert training.upstream["teacher"] == plan.by_name["teacher"].folder
 
 
 @pytest.mark.parametrize(

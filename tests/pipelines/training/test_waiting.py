@@ -62,4 +62,4 @@ def test_workers_wait_for_the_slowest_beyond_the_timeout(
     for process in workers:
         process.join()
     assert [result[1] for result in found] == said
-    assert min(result[2] for result in found) >= 2 * TIMEOUT_S
+    assert min(result[2] for result in found) > TIMEOUT_S
