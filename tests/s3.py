@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+from urllib.request import Request, urlopen
 
 import pytest
 from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
@@ -75,6 +76,9 @@ def s3_server() -> Iterator[S3]:
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:
+        # All of moto's servers in a process share one store.
+        urlopen(Request(f"{about.url}/moto-api/reset", method="POST"), timeout=60).close()
+        about.requests.clear()
         client = fs.S3FileSystem(
             endpoint_override=about.url,
             access_key="key",

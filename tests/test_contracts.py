@@ -19,8 +19,9 @@ from mantis_core.networks.conditioning import CONDITIONING, Layers, Modulation
 from mantis_core.tasks import Batch, TaskSpec
 from mantis_core.training.losses import CRITERIA, LOW_LEVEL, JointDecision
 from pipelines.settings.reading import load_settings, to_yaml
+from tests.root import ROOT
 
-CONFIGS = sorted((Path(__file__).resolve().parents[1] / "configs").glob("*.yaml"))
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 LAYERS = Layers((4, 6, 5), (1, 2, 2), 9)
 TASKS = (
     TaskSpec("animals", "classification", 3, (0, 1, 2)),

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+from tests.root import ROOT
+
 PACKAGES = ("mantis_core", "data_prep", "tune_spaces", "pipelines")
 FORBIDDEN = {
     "mantis_core": {"ray", "mlflow", "pyarrow", "data_prep", "tune_spaces", "pipelines"},
@@ -113,6 +114,16 @@ class TestEveryModule:
                 wide = node.type is None or ast.unparse(node.type) in ("Exception", "BaseException")
                 silent = all(isinstance(each, ast.Pass) for each in node.body)
                 assert not (wide and silent), f"line {node.lineno}"
+
+
+def test_one_file_of_the_tests_knows_where_the_repository_begins() -> None:
+    """A test that is moved to another folder would count its parents wrongly."""
+    counting = {
+        str(path.relative_to(ROOT))
+        for path in modules("tests")
+        if re.search(r"\(__file__\)\S*\.parents\b", path.read_text(encoding="utf-8"))
+    }
+    assert counting == {"tests/root.py"}
 
 
 def test_every_file_is_short_enough_to_read() -> None:

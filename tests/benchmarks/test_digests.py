@@ -21,8 +21,8 @@ from data_prep.manifest import Task, TaskTable
 from pipelines.chain.plan import Plan, plan_stages
 from pipelines.settings.sections import Settings
 from tests.pipelines.fakes import same_code
+from tests.root import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).parent
 
 

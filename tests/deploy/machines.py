@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from packaging.requirements import Requirement
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.root import ROOT
 
 
 class Machine(NamedTuple):

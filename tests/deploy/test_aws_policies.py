@@ -15,8 +15,8 @@ import pytest
 import yaml
 from botocore.client import BaseClient
 
-from tests.deploy.machines import ROOT
 from tests.ray_private import AWSNodeProvider
+from tests.root import ROOT
 
 FOLDER = ROOT / "deploy" / "aws"
 CLUSTER = yaml.safe_load((ROOT / "cluster.yaml").read_text(encoding="utf-8"))

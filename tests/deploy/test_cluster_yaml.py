@@ -9,8 +9,9 @@ import jsonschema
 import pytest
 import yaml
 
-from tests.deploy.machines import ROOT, locked
+from tests.deploy.machines import locked
 from tests.ray_private import DEFAULT_AMI, check_ami, prepare_config, validate_config
+from tests.root import ROOT
 
 
 @pytest.fixture

@@ -9,7 +9,8 @@ from pathlib import PurePosixPath
 
 import pytest
 
-from tests.deploy.machines import ROOT, locked, names
+from tests.deploy.machines import locked, names
+from tests.root import ROOT
 
 NODE = "deploy/requirements-node.txt"
 

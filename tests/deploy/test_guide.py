@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.deploy.machines import ROOT, locked
+from tests.deploy.machines import locked
+from tests.root import ROOT
 
 GUIDE = (ROOT / "docs" / "guide" / "cluster.md").read_text(encoding="utf-8")
 RAYJOB = (ROOT / "deploy" / "rayjob.yaml").read_text(encoding="utf-8")

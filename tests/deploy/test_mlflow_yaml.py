@@ -21,7 +21,8 @@ import yaml
 from mlflow.cli import cli
 from mlflow.server.security_utils import is_allowed_host_header
 
-from tests.deploy.machines import ROOT, locked
+from tests.deploy.machines import locked
+from tests.root import ROOT
 
 SERVICE, DEPLOYMENT = yaml.safe_load_all(
     (ROOT / "deploy" / "mlflow.yaml").read_text(encoding="utf-8")

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.deploy.machines import MACHINES, ROOT, allocatable_mib, allocatable_millicores
+from tests.deploy.machines import MACHINES, allocatable_mib, allocatable_millicores
+from tests.root import ROOT
 
 SPEC = {
     "entrypoint",

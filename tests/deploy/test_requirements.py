@@ -8,7 +8,8 @@ from importlib import metadata
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from tests.deploy.machines import ROOT, names
+from tests.deploy.machines import names
+from tests.root import ROOT
 
 NODE = ROOT / "deploy" / "requirements-node.txt"
 LOCK = ROOT / "requirements.lock"

@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 import yaml
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.root import ROOT
+
 WRITTEN_ELSEWHERE = {"decisions.md"}
 PAGES = [
     ROOT / "README.md",

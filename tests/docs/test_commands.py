@@ -14,7 +14,8 @@ from typer.main import get_command
 from docs import reference
 from pipelines.__main__ import app
 from pipelines.settings.reading import load_settings
-from tests.docs.pages import NAMES, ROOT, blocks, inline_code, pages_with, write_configs
+from tests.docs.pages import NAMES, blocks, inline_code, pages_with, write_configs
+from tests.root import ROOT
 
 TARGETS = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
 OTHER_PROGRAMS = {

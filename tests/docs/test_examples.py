@@ -19,8 +19,9 @@ from PIL import Image
 
 from mantis_core.codec.checkpoint import load_model, save_model
 from pipelines.settings.reading import load_settings, with_overrides
-from tests.docs.pages import ROOT, blocks, pages_with, write_configs
+from tests.docs.pages import blocks, pages_with, write_configs
 from tests.mantis_core.conftest import make_codec, make_problem
+from tests.root import ROOT
 
 CHECKPOINT = "runs/stages/stage2-<key>/checkpoint"
 

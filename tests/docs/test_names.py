@@ -7,7 +7,8 @@ import re
 import pytest
 
 from docs import reference
-from tests.docs.pages import BLOCK, NAMES, ROOT, inline_code
+from tests.docs.pages import BLOCK, NAMES, inline_code
+from tests.root import ROOT
 
 LINKING = [*NAMES, "ARCHITECTURE.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md"]
 PACKAGES = ("mantis_core", "data_prep", "pipelines", "tune_spaces", "benchmarks", "tests")

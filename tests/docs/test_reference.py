@@ -10,7 +10,7 @@ from pydantic import BaseModel
 
 from docs import reference
 from pipelines.settings.reading import load_settings
-from tests.docs.pages import ROOT
+from tests.root import ROOT
 
 
 def keys_of(section: BaseModel, prefix: str = "") -> Iterator[str]:

@@ -18,7 +18,8 @@ from pathlib import Path
 
 import psutil
 
-ROOT = Path(__file__).parents[2]
+from tests.root import ROOT
+
 PATIENCE_S = 600.0  # for anything at all to happen; a command silent for longer hangs
 LAST_WORDS_S = 10.0  # for what is said of a command after its end
 RESUME = re.compile(r"Resume with:\n  (?:.*-m pipelines|\S*mantis) (.+)")

@@ -25,8 +25,9 @@ from mlflow import MlflowClient
 
 from mantis_core.folders import sha256_file
 from pipelines.cluster.local_cluster import LocalCluster
-from tests.faults.harness import PATIENCE_S, ROOT, Command, kill, title_of, titled, wait_for
+from tests.faults.harness import PATIENCE_S, Command, kill, title_of, titled, wait_for
 from tests.pipelines.experiment import paint, write_config
+from tests.root import ROOT
 
 EPOCHS = 8
 EXIT_S = 60.0

@@ -27,6 +27,7 @@ from mantis_core.training.meter import consumed_rows, hash_of_rows
 from pipelines.settings.reading import load_settings
 from pipelines.stages.order import STAGES
 from pipelines.training.job import stage_seed
+from tests.root import ROOT
 
 CLASSES = {"n02085620": 0, "n02085782": 1, "n02123045": 2, "n02123159": 3}
 VAL_ROWS = 9
@@ -142,7 +143,7 @@ def mantis(
     """
     environment = {
         **{name: value for name, value in os.environ.items() if not name.startswith("RAY_")},
-        "PYTHONPATH": str(Path(__file__).parents[2]),
+        "PYTHONPATH": str(ROOT),
         "OMP_NUM_THREADS": "1",
         **(environment or {}),
     }

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.root import ROOT
+
 STREAM = ROOT / "tests" / "golden" / "primary.mts"
 WITHOUT = """
 import contextlib, importlib.abc, io, json, sys

@@ -22,11 +22,11 @@ from tests.faults.harness import kill, titled
 from tests.faults.matrix import TITLES
 from tests.pipelines.experiment import last_json, mantis, paint, write_config
 from tests.pipelines.processes import family, listening
+from tests.root import ROOT
 from tests.s3 import s3_environment, s3_server
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(1800)]
 
-ROOT = Path(__file__).parents[2]
 TIMEOUT_S = 600
 
 

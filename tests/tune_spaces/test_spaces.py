@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from pathlib import Path
 
 import pytest
 
@@ -15,9 +14,10 @@ from pipelines.settings.reading import load_settings, with_overrides
 from pipelines.settings.sections import Settings
 from pipelines.stages.order import STAGES
 from tests.pipelines.search_bench import PARETO
+from tests.root import ROOT
 from tune_spaces.domains import Choice, Domain, Integer, LogUniform, Uniform, Value
 
-CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.yaml"))
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 SAMPLES = 25
 
 

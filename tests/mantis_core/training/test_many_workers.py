@@ -6,12 +6,12 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).parents[3]
+from tests.root import ROOT
+
 RECIPES = (
     "stage1/flat",
     "stage1/heads",

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests.test_import_order import ROOT, graph_of, imports, modules, reached
+from tests.root import ROOT
+from tests.test_import_order import graph_of, imports, modules, reached
 
 AT_WORK = ("mantis_core.bitstream", "mantis_core.codec", "mantis_core.baselines")
 STUDENT = tuple(

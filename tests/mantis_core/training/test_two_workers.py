@@ -7,21 +7,19 @@ import math
 import os
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from mantis_core.training.meter import hash_of_rows
-
-ROOT = Path(__file__).parents[3]
+from tests.root import ROOT
 
 
 @pytest.fixture(scope="module")
 def two_workers(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("two_workers")
-    script = Path(__file__).parents[1] / "two_workers.py"
+    script = ROOT / "tests" / "mantis_core" / "two_workers.py"
     done = subprocess.run(
         [sys.executable, str(script), str(folder)],
         env={**os.environ, "PYTHONPATH": str(ROOT)},

@@ -16,6 +16,7 @@ from pipelines.chain.dry_build import check_networks
 from pipelines.chain.plan import plan_stages
 from pipelines.settings.reading import load_settings
 from tests.pipelines.fakes import same_code
+from tests.root import ROOT
 
 SMALL = {"channels": 8, "blocks": 0}
 CONFIG = {
@@ -72,7 +73,7 @@ def test_networks_of_every_stage_and_arm_are_built(
 
 
 def test_a_config_for_large_images_is_built_in_little_memory() -> None:
-    config = Path(__file__).parents[3] / "configs" / "imagenet.yaml"
+    config = ROOT / "configs" / "imagenet.yaml"
     tracked: list[int] = []
     real = torch.nn.Conv2d.__init__
 

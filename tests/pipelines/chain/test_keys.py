@@ -15,8 +15,8 @@ from pipelines.chain.keys import digest, slim_slice, without_defaults
 from pipelines.settings.reading import load_settings, to_yaml
 from pipelines.settings.sections import Settings
 from pipelines.stages.order import STAGES
+from tests.root import ROOT
 
-ROOT = Path(__file__).resolve().parents[3]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 DEFAULTS = Path(__file__).with_name("defaults.json")
 

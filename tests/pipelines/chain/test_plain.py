@@ -22,8 +22,8 @@ from pipelines.stages.spec import with_upstream
 from pipelines.stages.train import training_of
 from pipelines.storage import Store
 from tests.pipelines.experiment import CLASSES, VAL_ROWS, mantis, paint, write_config
+from tests.root import ROOT
 
-ROOT = Path(__file__).resolve().parents[3]
 # As on a machine that has neither: an import of either fails.
 RUN = """
 import sys

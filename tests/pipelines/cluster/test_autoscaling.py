@@ -14,6 +14,7 @@ import pytest
 
 from pipelines.cluster.local_cluster import LocalCluster, local_cluster
 from tests.pipelines.experiment import mantis, paint, write_config
+from tests.root import ROOT
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -54,7 +55,7 @@ def watch() -> Iterator[Watch]:
         own = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
         process = subprocess.Popen(
             [sys.executable, "-c", LOOK, cluster.address],
-            env={**own, **cluster.environment, "PYTHONPATH": str(Path(__file__).parents[3])},
+            env={**own, **cluster.environment, "PYTHONPATH": str(ROOT)},
             stdout=subprocess.PIPE,
             text=True,
         )

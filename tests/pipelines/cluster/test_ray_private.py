@@ -13,8 +13,8 @@ import pytest
 import ray
 
 from pipelines.cluster.ray_private import PARTS, TRAIN_NOTES, VARIABLES, Part
+from tests.root import ROOT
 
-ROOT = Path(__file__).parents[3]
 HOMES = (
     "pipelines/cluster/ray_private.py",
     "data_prep/ray_data.py",

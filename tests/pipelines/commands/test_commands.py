@@ -15,8 +15,7 @@ from pipelines.__main__ import app
 from pipelines.stages.spec import StageContext, StageSpec, TrainingStopped
 from pipelines.training.causes import MISTAKE, is_mistake
 from tests.pipelines.fakes import fake_stages, same_code
-
-ROOT = Path(__file__).resolve().parents[3]
+from tests.root import ROOT
 
 CONFIG = """
 data: {sources: [{kind: shapes, train_rows: 800, val_rows: 10}]}

@@ -15,8 +15,7 @@ from typer.testing import CliRunner
 from pipelines.commands.errors import INTERRUPTED, Stopped, ending_well, resumable
 from pipelines.commands.messages import EXTRAS, NEEDED_BY_RUNS, SHOW_TRACEBACKS, printable, told
 from pipelines.stages.spec import StageFailed
-
-ROOT = Path(__file__).resolve().parents[3]
+from tests.root import ROOT
 
 
 def ended(error: BaseException) -> Any:

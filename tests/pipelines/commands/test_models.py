@@ -23,6 +23,7 @@ from pipelines.settings.reading import load_settings
 from pipelines.terminal.console import Console
 from pipelines.tracking.runs import Tracker, locate_tracking
 from tests.pipelines.fakes import same_code
+from tests.root import ROOT
 
 CONFIG = """
 data: {sources: [{kind: shapes, train_rows: 20, val_rows: 10}]}
@@ -207,7 +208,7 @@ def ui(home: Path, mlflow_template: Path) -> Iterator[tuple[subprocess.Popen[str
     port = free_port()
     process = subprocess.Popen(
         [sys.executable, "-m", "pipelines", "ui", "--port", str(port)],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])},
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

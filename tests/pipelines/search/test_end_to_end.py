@@ -15,6 +15,7 @@ from mlflow import MlflowClient
 from pipelines.search.journal import Journal
 from pipelines.storage import Store
 from tests.pipelines.experiment import last_json, mantis, paint, write_config
+from tests.root import ROOT
 
 pytestmark = pytest.mark.slow
 TRIALS = 2
@@ -115,7 +116,7 @@ def elsewhere(folder: Path, *arguments: str) -> str:
     return subprocess.run(
         [sys.executable, "-m", "pipelines", *arguments],
         cwd=place,
-        env={"MLFLOW_TRACKING_URI": uri, "PYTHONPATH": str(Path(__file__).parents[2])},
+        env={"MLFLOW_TRACKING_URI": uri, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         timeout=200,

@@ -9,8 +9,9 @@ from jsonschema import Draft202012Validator
 
 from pipelines.settings.reading import _read_yaml
 from pipelines.settings.schema import config_schema
+from tests.root import ROOT
 
-CONFIGS = sorted((Path(__file__).resolve().parents[3] / "configs").rglob("*.yaml"))
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 SCHEMA = config_schema()
 
 

@@ -13,8 +13,8 @@ import pytest
 
 from tests.pipelines.experiment import paint, write_config
 from tests.pipelines.processes import family, listening, runs
+from tests.root import ROOT
 
-ROOT = Path(__file__).parents[2]
 SCAN_INTERVAL_S = 0.3
 WORKER = """
 import json, sys

@@ -33,8 +33,8 @@ from pipelines.tracking.store.client import (
     sqlite_file,
     transferring,
 )
+from tests.root import ROOT
 
-ROOT = Path(__file__).parents[4]
 NOWHERE = "http://127.0.0.1:9"  # the discard port: nothing listens
 
 
