@@ -216,7 +216,12 @@ def main() -> int:
         "--prefix", type=int, metavar="M", help="a level of smaller streams, above --level"
     )
     arguments = parser.parse_args()
-    found = read_latents(arguments.model, arguments.data, arguments.images, arguments.level)
+    of_which = (arguments.model, arguments.data, arguments.images)
+    level, prefix = arguments.level, arguments.prefix
+    if prefix is not None and prefix <= level:
+        parser.error(f"--prefix is {prefix}: it must be above --level, which is {level}")
+    lower = None if prefix is None else read_latents(*of_which, prefix).symbols
+    found = read_latents(*of_which, level)
     symbols = found.symbols
     bits = {
         name: bits_per_image(symbols, each)
@@ -244,13 +249,11 @@ def main() -> int:
         "flipped": {name: round(value, 4) for name, value in flips.items()},
         "bits": {name: round(value, 1) for name, value in bits.items()},
     }
-    if arguments.prefix is not None:
-        lower = read_latents(arguments.model, arguments.data, arguments.images, arguments.prefix)
-        cost = prefix_bits(symbols, lower.symbols)
+    if lower is not None:
+        cost = prefix_bits(symbols, lower)
         say(
-            f"level {arguments.level} alone {cost.alone:.1f} bits; behind level "
-            f"{arguments.prefix}, {cost.prefix:.1f} + {cost.rest:.1f} bits: "
-            f"{100 * cost.change:+.1f} %"
+            f"level {level} alone {cost.alone:.1f} bits; behind level {prefix}, "
+            f"{cost.prefix:.1f} + {cost.rest:.1f} bits: {100 * cost.change:+.1f} %"
         )
         figures["prefix"] = {name: round(value, 1) for name, value in cost._asdict().items()}
     print(json.dumps(figures))

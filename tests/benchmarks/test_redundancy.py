@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -25,7 +26,7 @@ from benchmarks.redundancy import (
 from mantis_core.codec.checkpoint import save_model
 from mantis_core.networks.bottleneck import _context_rows
 from mantis_core.symbols import CONTEXTS
-from tests.mantis_core.conftest import make_batch, make_codec, make_problem
+from tests.mantis_core.conftest import make_batch, make_codec, make_problem, make_stage2
 
 
 def of(*values: float) -> np.ndarray:
@@ -73,22 +74,48 @@ def test_the_contexts_are_those_that_are_coded() -> None:
     np.testing.assert_array_equal(coded_contexts(symbols), rows - CONTEXTS * channels)
 
 
-def test_a_codec_is_read_and_its_figures_printed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    problem = make_problem()
-    save_model(tmp_path / "codec", make_codec(problem), {})
+def photographs(file: Path) -> str:
+    """A Parquet file of six small images."""
     files = []
-    for image in make_batch(problem, 6).image:
+    for image in make_batch(make_problem(), 6).image:
         buffer = io.BytesIO()
         Image.fromarray(image.permute(1, 2, 0).numpy()).save(buffer, "PNG")
         files.append(buffer.getvalue())
-    pq.write_table(pa.table({"image": files}), tmp_path / "images.parquet")
-    arguments = [str(tmp_path / "codec"), str(tmp_path / "images.parquet"), "--images", "5"]
+    pq.write_table(pa.table({"image": files}), file)
+    return str(file)
+
+
+def printed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str
+) -> Any:
+    """What the program prints as its last line."""
     monkeypatch.setattr("sys.argv", ["redundancy", *arguments])
     assert main() == 0
-    found = json.loads(capsys.readouterr().out)
+    return json.loads(capsys.readouterr().out)
+
+
+def test_a_codec_is_read_and_its_figures_printed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_model(tmp_path / "codec", make_codec(make_problem()), {})
+    images = photographs(tmp_path / "images.parquet")
+    found = printed(monkeypatch, capsys, str(tmp_path / "codec"), images, "--images", "5")
     assert found["images"] == 5
     assert 0 < found["near_threshold"] < 1
     assert found["flipped"]["jpeg"] > found["flipped"]["noise"] >= 0
     assert found["bits"]["nothing"] > 0
+
+
+def test_the_levels_of_a_model_are_compared_where_one_is_above_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    codec = make_stage2(make_problem(), rate_weights=(1e-3, 1e-2)).student
+    codec.finish()
+    save_model(tmp_path / "codec", codec, {})
+    own = [str(tmp_path / "codec"), photographs(tmp_path / "images.parquet")]
+    cost = printed(monkeypatch, capsys, *own, "--level", "1", "--prefix", "4")["prefix"]
+    assert cost.keys() == {"alone", "prefix", "rest"}
+    assert cost["prefix"] + cost["rest"] > 0
+    with pytest.raises(SystemExit):
+        printed(monkeypatch, capsys, *own, "--level", "4", "--prefix", "1")
+    assert "--prefix is 1: it must be above --level, which is 4" in capsys.readouterr().err
