@@ -15,9 +15,9 @@ from torch.nn.functional import logsigmoid
 from mantis_core.bitstream.coder import TableSet
 from mantis_core.codec.answer import Answer, Encoded
 from mantis_core.codec.client_codec import ClientCodec, Estimate
-from mantis_core.codec.mask import primary_task, select_mask
 from mantis_core.codec.own_answer import ClientAnswers, Fusion, even_counts
 from mantis_core.codec.packed_weights import round_weights
+from mantis_core.codec.requests import Way, primary_task, select_mask
 from mantis_core.codec.server_codec import ServerCodec, decided, new_joint, new_server
 from mantis_core.codec.spec import Ids, ModelSpec
 from mantis_core.codec.tables import table_set, update_tables
@@ -185,6 +185,10 @@ class Mantis(nn.Module):
         return codec.encode_in_detail(
             images, tasks, exit_confidence=exit_confidence, level=level, max_bytes=max_bytes
         )
+
+    def encode_each_way(self, images: Tensor, ways: Sequence[Way]) -> list[list[Encoded]]:
+        """uint8 images (B, 3, H, W) in several ways, as ClientCodec.encode_each_way."""
+        return self.client_codec().encode_each_way(images, ways)
 
     def decode(self, streams: Iterable[bytes]) -> list[Answer]:
         """Streams to answers, as ServerCodec.decode."""

@@ -1,10 +1,11 @@
-"""Checks what a caller gives a client: images, tasks that are asked for, a rate level.
+"""What images are coded for: tasks that are detected or asked for, a rate, a bound of bytes.
 
 B images, K tasks, H W input pixels.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -25,6 +26,15 @@ class Budget(NamedTuple):
     def holds(self, image: CodedImage, input_shape: tuple[int, int]) -> bool:
         """Whether an image of (H, W) pixels takes no more."""
         return len(self.write(image, input_shape)) <= self.max_bytes
+
+
+class Way(NamedTuple):
+    """One way to code images: arguments as `ClientCodec.encode`, with a budget for `max_bytes`."""
+
+    tasks: str | Sequence[str] | Tensor | None = None
+    exit_confidence: float | None = None
+    level: int | None = None
+    budget: Budget | None = None
 
 
 def check_images(images: Tensor) -> None:
@@ -103,3 +113,38 @@ def check_exit(spec: ModelSpec, confidence: float | None) -> None:
         )
     if not isinstance(confidence, int | float) or not 0 <= confidence <= 1:
         raise ModelError(f"exit_confidence is {confidence!r}: give a probability, 0 to 1")
+
+
+def select_mask(probabilities: Tensor, threshold: Tensor | float, max_active: int) -> Tensor:
+    """Which tasks a stream carries, bool (B, K), from p (B, K).
+
+    The tasks above `threshold`, but at most the `max_active` most probable. The most probable task
+    is always among them.
+    """
+    best = probabilities.topk(min(max_active, probabilities.shape[1]), dim=1).indices
+    allowed = torch.zeros_like(probabilities, dtype=torch.bool).scatter_(1, best, True)
+    mask = allowed & (probabilities > threshold)
+    return mask.scatter(1, best[:, :1], True)
+
+
+def primary_task(probabilities: Tensor, mask: Tensor) -> Tensor:
+    """Index (B,) of the most probable task among the active ones, p and mask being (B, K)."""
+    return probabilities.masked_fill(~mask, -1.0).argmax(dim=1)
+
+
+def coverage_threshold(
+    probabilities: Tensor, truth: Tensor, coverage: float, *, limit: int
+) -> float:
+    """The highest threshold, at most 0.5, that keeps the share `coverage` of the true tasks.
+
+    Both are (N, K). Whatever the threshold, the most probable task of an image is kept, and no task
+    beyond its `limit` most probable: a lower threshold can only win true tasks between these.
+    """
+    order = probabilities.argsort(dim=1, descending=True).argsort(dim=1)
+    sure = int((truth & (order == 0)).sum())
+    needed = math.ceil(coverage * int(truth.sum())) - sure
+    others = probabilities[truth & (order > 0) & (order < limit)].sort(descending=True).values
+    if needed <= 0 or len(others) == 0:
+        return 0.5
+    lowest = float(others[min(needed, len(others)) - 1])
+    return min(0.5, lowest * (1 - 1e-6))

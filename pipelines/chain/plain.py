@@ -25,8 +25,8 @@ from pipelines.chain.preflight import Preflight
 from pipelines.chain.processes import pool_of
 from pipelines.chain.reasons import differences, made_with
 from pipelines.chain.result import ChainResult, note_adopted, note_all
-from pipelines.cluster.machine import usable_cpus
-from pipelines.evaluation.arms import Arm, ArmSource
+from pipelines.cluster.machine import threads_each
+from pipelines.evaluation.arms import Arm, ArmSource, by_model
 from pipelines.evaluation.split_pass import (
     Evaluated,
     arm_figures,
@@ -117,35 +117,35 @@ def run_plain(
     for plan in plans:
         check_prepared(plan, manifest, prepared, any_seed=any_seed)
         remember_plan(Store(plan.settings.storage.root), plan.key, config_name, plan.specs)
-    todo: list[tuple[int, Arm]] = []
-    for number, plan in enumerate(plans):
-        if on_measured is not None or not _is_evaluated(plan):
-            arms = [arm for arm in plan.arms if not skip(number, arm)]
-            arms.sort(key=lambda arm: arm.rate_weight or math.inf)  # a rate's arms side by side
-            todo += [(number, arm) for arm in arms]
     measured: list[dict[str, Evaluated]] = [{} for _ in plans]
     keeps = on_measured is None and not any_seed  # another seed's folder is not the plan's data
     if keeps:
         measured = [_kept(plan, manifest) for plan in plans]
-        todo = [(number, arm) for number, arm in todo if arm.name not in measured[number]]
+    todo: list[tuple[int, Sequence[Arm]]] = []
+    for number, plan in enumerate(plans):
+        if on_measured is not None or not _is_evaluated(plan):
+            own = [a for a in plan.arms if not skip(number, a) and a.name not in measured[number]]
+            own.sort(key=lambda arm: arm.rate_weight or math.inf)  # a rate's arms side by side
+            todo += [(number, arms) for arms in by_model(own)]
     work = _Work(plans, prepared, jobs, say, any_seed)
     with pool_of(jobs) as pool:
 
-        def measure(number: int, arm: Arm) -> Future[Any]:
-            plan = plans[number]
-            (source,) = arm_sources([arm], plan.by_name)
-            return pool.submit(_measure, prepared, manifest, plan.settings, source, _threads(jobs))
+        def measure(number: int, arms: Sequence[Arm]) -> Future[Any]:
+            plan, threads = plans[number], threads_each(jobs)
+            sources = arm_sources(arms, plan.by_name)
+            return pool.submit(_measure, prepared, manifest, plan.settings, sources, threads)
 
-        for (number, arm), found in work.in_order(todo, pool, measure):
-            measured[number][arm.name] = found
-            figures = arm_figures(found, arm.name)["metrics"]
-            shown = ("val/top1", "val/miou", "val/wire_bytes")
-            figures = {n: round(v, 4) for n, v in figures.items() if n in shown}
-            say(f"{arm.name}: {figures}")
-            if keeps:
-                _keep(plans[number], arm, found)
-            if on_measured is not None:
-                on_measured(number, arm, found)
+        for (number, arms), found in work.in_order(todo, pool, measure):
+            for arm in arms:
+                measured[number][arm.name] = found
+                figures = arm_figures(found, arm.name)["metrics"]
+                shown = ("val/top1", "val/miou", "val/wire_bytes")
+                figures = {n: round(v, 4) for n, v in figures.items() if n in shown}
+                say(f"{arm.name}: {figures}")
+                if keeps:
+                    _keep(plans[number], arm, found)
+                if on_measured is not None:
+                    on_measured(number, arm, found)
     for plan, parts in zip(plans, measured, strict=True):
         if parts and len(parts) == len(plan.arms) and not _is_evaluated(plan):
             say(_evaluate(plan, prepared, parts))
@@ -160,14 +160,16 @@ def train_plain(
     finished. Failures and folders of other plans are handled as in `run_plain`; a folder that
     nothing is trained on is not read.
     """
-    todo = [(number, plan.arms[0]) for number, plan in enumerate(plans)]
+    todo = [(number, plan.arms[:1]) for number, plan in enumerate(plans)]
     work = _Work(plans, prepared, jobs, say)
     with pool_of(jobs) as pool:
 
-        def history(number: int, arm: Arm) -> Future[Any]:
+        def history(number: int, arms: Sequence[Arm]) -> Future[Any]:
             plan = plans[number]
             store, found = Store(plan.settings.storage.root), Future[Any]()
-            found.set_result(store.read_json(f"{plan.by_name[arm.stage].folder}/{HISTORY}.json"))
+            found.set_result(
+                store.read_json(f"{plan.by_name[arms[0].stage].folder}/{HISTORY}.json")
+            )
             return found
 
         for (number, _), figures in work.in_order(todo, pool, history):
@@ -267,43 +269,43 @@ class _Work:
 
     def in_order(
         self,
-        todo: Sequence[tuple[int, Arm]],
+        todo: Sequence[tuple[int, Sequence[Arm]]],
         pool: ProcessPoolExecutor,
-        finish: Callable[[int, Arm], Future[Any]],
-    ) -> Iterator[tuple[tuple[int, Arm], Any]]:
-        """Yields each arm with the result of `finish`, which starts when its stages are trained.
+        finish: Callable[[int, Sequence[Arm]], Future[Any]],
+    ) -> Iterator[tuple[tuple[int, Sequence[Arm]], Any]]:
+        """Yields arms of one stage with the result of `finish`, which starts when it is trained.
 
         At most `jobs` trainings and measurements run at once.
         """
-        for number, arm in todo:
-            for spec in with_upstream(self.plans[number].specs, arm.stage):
+        for number, arms in todo:
+            for spec in with_upstream(self.plans[number].specs, arms[0].stage):
                 if spec.stage.trains and not _is_done(spec, self.plans[number].settings):
                     self.waiting.setdefault(spec.folder, (spec, self.plans[number]))
         untrained = {id(plan): plan for _, plan in self.waiting.values()}
         for plan in untrained.values():
             manifest = read_manifest(self.prepared)
             check_prepared(plan, manifest, self.prepared, any_seed=self.any_seed)
-        arms = list(todo)
-        running: dict[Future[Any], str | tuple[int, Arm]] = {}
+        left = list(todo)
+        running: dict[Future[Any], str | tuple[int, Sequence[Arm]]] = {}
         lost: set[str] = set()  # folders of failed stages
         errors: list[BaseException] = []
-        while arms or running:
-            for item in list(arms):
+        while left or running:
+            for item in list(left):
                 if len(running) >= self.jobs:
                     break
-                number, arm = item
+                number, arms = item
                 plan = self.plans[number]
-                upstream = with_upstream(plan.specs, arm.stage)
+                upstream = with_upstream(plan.specs, arms[0].stage)
                 needed = [spec for spec in upstream if spec.folder in self.waiting]
                 if lost & {spec.folder for spec in needed}:
-                    arms.remove(item)
+                    left.remove(item)
                 elif not needed:
-                    arms.remove(item)
-                    running[finish(number, arm)] = item
+                    left.remove(item)
+                    running[finish(number, arms)] = item
                 elif needed[0].folder not in running.values():  # upstream stages come first
                     store = Store(plan.settings.storage.root)
                     own = training_of(needed[0], plan.by_name, self.prepared, plan.table, store)
-                    task = (needed[0], own, _threads(self.jobs))
+                    task = (needed[0], own, threads_each(self.jobs))
                     running[pool.submit(train_stage, *task)] = needed[0].folder
             done, _ = wait(running, return_when=FIRST_COMPLETED)
             for future in done:
@@ -362,15 +364,15 @@ def _evaluate(plan: Plan, prepared: str, parts: dict[str, Evaluated]) -> str:
 
 
 def _measure(
-    prepared: str, manifest: Manifest, settings: Settings, source: ArmSource, threads: int
+    prepared: str,
+    manifest: Manifest,
+    settings: Settings,
+    sources: Sequence[ArmSource],
+    threads: int,
 ) -> Evaluated:
+    reading = settings.data.reading
     return evaluate_locally(
-        prepared,
-        manifest,
-        settings.data.reading,
-        [source],
-        settings=settings,
-        threads=threads,
+        prepared, manifest, reading, sources, settings=settings, threads=threads
     )
 
 
@@ -393,7 +395,3 @@ def _is_done(spec: StageSpec, settings: Settings) -> bool:
 
 def _is_evaluated(plan: Plan) -> bool:
     return _is_done(plan.by_name["evaluate"], plan.settings)
-
-
-def _threads(jobs: int) -> int:
-    return max(1, usable_cpus() // jobs)

@@ -46,6 +46,17 @@ def usable_cpus() -> int:
     return max(1, min([allowed, *map(int, _quotas(CGROUPS, OWN_CGROUPS))]))
 
 
+def threads_each(processes: int) -> int:
+    """Returns the threads for each of so many processes side by side, at least 1.
+
+    They share the CPUs of this process. Each takes no more than OMP_NUM_THREADS says, as every
+    program of OpenMP: two commands that a user starts side by side would else wait for each other.
+    """
+    wanted = os.environ.get("OMP_NUM_THREADS", "")
+    most = int(wanted) if wanted.isascii() and wanted.isdigit() and int(wanted) else usable_cpus()
+    return max(1, min(most, usable_cpus() // processes))
+
+
 def has_bf16() -> bool:
     """Returns whether this CPU computes bfloat16 by oneDNN, as PyTorch asks it; True if unknown.
 

@@ -18,7 +18,8 @@ from pipelines.coding.packed import read_image
 
 if TYPE_CHECKING:
     from mantis_core.codec.answer import Answer
-    from mantis_core.codec.client_codec import ClientCodec, Seen
+    from mantis_core.codec.client_codec import ClientCodec
+    from mantis_core.codec.look import Seen
     from mantis_core.codec.server_codec import ServerCodec
 
 

@@ -1,4 +1,4 @@
-"""Runs an arm on a batch of images: codecs through real streams, other arms as plain networks.
+"""Runs all arms on a batch of images: codecs through real streams, others as plain networks.
 
 Runs inside Ray Data actors. Returns one row for each image and arm. Sums nothing but pixel counts.
 """
@@ -6,7 +6,7 @@ Runs inside Ray Data actors. Returns one row for each image and arm. Sums nothin
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,14 +20,15 @@ from mantis_core.baselines.per_task import PerTaskCodecs, load_codecs
 from mantis_core.baselines.uncompressed import individual_models
 from mantis_core.codec.checkpoint import load_model
 from mantis_core.codec.mantis import Mantis
-from mantis_core.measure.metrics import pixel_confusion
 from mantis_core.networks.blocks import TaskModules
 from mantis_core.networks.inference import full_float32
 from mantis_core.networks.preprocessing import normalise
 from mantis_core.networks.teacher import Teacher
 from mantis_core.tasks import Problem, TaskSpec
 from mantis_core.training.teacher import new_teacher
-from pipelines.evaluation.arms import EXAMPLES, ArmSource, Arrays
+from pipelines.evaluation.arms import ArmSource, Arrays
+from pipelines.evaluation.coded import CODED, Coded, code, way_of
+from pipelines.evaluation.rows import blank, count_pixels, with_labels_of_class, with_pixels_summed
 from pipelines.settings.arms import ARM_KINDS, TUNED
 from pipelines.settings.sections import Settings
 from pipelines.storage import local_copy
@@ -81,16 +82,17 @@ class ArmEvaluator:
             images = torch.cat([images, images[:1].expand(self.batch_size - count, -1, -1, -1)])
         images = images.to(self.device)
         parts = []
+        with torch.no_grad(), full_float32(self.device.type):
+            coded = self._coded(images, batch)
         for number, (source, model, cost) in enumerate(self.arms):
             with torch.no_grad(), full_float32(self.device.type):
+                kind = ARM_KINDS[source.kind].answers
                 if source.quality is not None:
                     rows = run_image_codec(model, images, batch, self.problem, source)
+                elif kind in CODED:
+                    rows = CODED[kind](coded[number], batch, self.problem)
                 else:
-                    asked = {"exit_confidence": source.exit_confidence, "level": source.level}
-                    how = {name: value for name, value in asked.items() if value is not None}
-                    rows = ANSWERS[ARM_KINDS[source.kind].answers](
-                        model, images, batch, self.problem, **how
-                    )
+                    rows = ANSWERS[kind](model, images, batch, self.problem)
             rows = with_pixels_summed({name: values[:count] for name, values in rows.items()})
             rows["arm"] = np.full(count, number)
             for name in ("client_macs", "client_bytes"):
@@ -102,6 +104,24 @@ class ArmEvaluator:
         out[COMPUTED_ON] = np.full(len(out["arm"]), "", dtype=object)
         out[COMPUTED_ON][0] = json.dumps(self.computed_on)  # once in a batch
         return out
+
+    def _coded(self, images: Tensor, batch: Arrays) -> dict[int, Coded]:
+        """Returns the streams and answers of each arm that is a codec, by the arm's number.
+
+        Arms of one model share what they have in common: an image passes the client's first layers
+        once, and a stream that several of them send is made and answered once.
+        """
+        together: dict[int, list[int]] = {}
+        for number, (source, model, _) in enumerate(self.arms):
+            if ARM_KINDS[source.kind].answers in CODED:
+                together.setdefault(id(model), []).append(number)
+        found: dict[int, Coded] = {}
+        for numbers in together.values():
+            model = self.arms[numbers[0]][1]
+            sources = [self.arms[number][0] for number in numbers]
+            ways = [way_of(source, len(images), batch, self.problem) for source in sources]
+            found |= zip(numbers, code(model, images, ways), strict=True)
+        return found
 
 
 def client_cost(source: ArmSource, model: nn.Module, problem: Problem) -> dict[str, int]:
@@ -120,90 +140,10 @@ def client_cost(source: ArmSource, model: nn.Module, problem: Problem) -> dict[s
     return found
 
 
-def with_pixels_summed(rows: Arrays) -> Arrays:
-    """Returns the rows of one arm and batch with each `confusion/<task>` summed over the images.
-
-    The first row gets the sum as the bytes of int64, the others get b"". With 150 labels the counts
-    of one image take 181 kB, too much to keep for each image and arm.
-    """
-    summed = dict(rows)
-    for name in rows:
-        if name.startswith("confusion/"):
-            summed[name] = np.full(len(rows[name]), b"", dtype=object)
-            summed[name][0] = rows[name].sum(axis=0).tobytes()
-    return summed
-
-
-def run_codec(
-    model: Mantis,
-    images: Tensor,
-    batch: Arrays,
-    problem: Problem,
-    *,
-    oracle: bool = False,
-    exit_confidence: float | None = None,
-    level: int | None = None,
-) -> Arrays:
-    """Encodes every image to bytes and decodes it from those bytes alone."""
-    count, tasks = len(images), problem.tasks
-    asked = None
-    if oracle:
-        asked = torch.zeros(count, len(tasks), dtype=torch.bool)
-        asked[: len(batch["task_mask"])] = torch.from_numpy(np.array(batch["task_mask"]))
-        asked[~asked.any(dim=1), 0] = True  # a stream needs at least one task
-    encoded = model.encode_in_detail(images, asked, exit_confidence=exit_confidence, level=level)
-    answers = model.decode([each.data for each in encoded])
-    rows = _blank(count, tasks)
-    for index, (sent, answer) in enumerate(zip(encoded, answers, strict=True)):
-        rows["wire_bytes"][index] = len(sent.data)
-        rows["payload_bytes"][index] = sent.payload_bytes
-        rows["session_bytes"][index] = sent.session_bytes
-        rows["estimated_bits"][index] = sent.estimated_bits
-        rows["decoded"][index] = sent.mask
-        rows["answered"][index] = sent.answered
-        rows["client_class"][index] = sent.client_class
-        rows["class_index"][index] = answer.class_index
-        if index < EXAMPLES:
-            rows["answer"][index] = json.dumps(answer.to_dict(), allow_nan=False)
-        if not oracle:
-            rows["probabilities"][index] = sent.probabilities
-        for k, task in enumerate(tasks):
-            rows["predicted"][index, k] = answer.labels.get(task.name, -1)
-        if index < len(batch["task_mask"]):
-            _count_pixels(rows, index, batch, tasks, answer.segmentation)
-    return rows
-
-
-def run_student(
-    model: Mantis,
-    images: Tensor,
-    batch: Arrays,
-    problem: Problem,
-    *,
-    exit_confidence: float | None = None,
-    level: int | None = None,
-) -> Arrays:
-    """Runs a codec with one task of all classes. Its class answers the true tasks of an image."""
-    encoded = model.encode_in_detail(images, exit_confidence=exit_confidence, level=level)
-    answers = model.decode([each.data for each in encoded])
-    rows = _blank(len(images), problem.tasks)
-    rows["decoded"][: len(batch["task_mask"])] = batch["task_mask"]
-    for index, (sent, answer) in enumerate(zip(encoded, answers, strict=True)):
-        rows["wire_bytes"][index] = len(sent.data)
-        rows["payload_bytes"][index] = sent.payload_bytes
-        rows["session_bytes"][index] = sent.session_bytes
-        rows["estimated_bits"][index] = sent.estimated_bits
-        rows["answered"][index] = sent.answered
-        if exit_confidence is not None or model.spec.sends_answer:
-            rows["client_class"][index] = sent.client_class
-        rows["class_index"][index] = answer.class_index
-    return _with_labels_of_class(rows, problem.tasks)
-
-
 def run_local(model: LocalClassifier, images: Tensor, batch: Arrays, problem: Problem) -> Arrays:
     """Runs a classifier on the device. Its answer is what is sent."""
     sure, answers = torch.softmax(model(normalise(images))["logits"], dim=1).max(dim=1)
-    rows = _blank(len(images), problem.tasks)
+    rows = blank(len(images), problem.tasks)
     rows["decoded"][: len(batch["task_mask"])] = batch["task_mask"]
     rows["answered"][:] = True
     rows["class_index"] = rows["client_class"] = answers.cpu().numpy()
@@ -214,12 +154,12 @@ def run_local(model: LocalClassifier, images: Tensor, batch: Arrays, problem: Pr
         sent = answer_stream(answer, probability, classes, size)
         rows["wire_bytes"][index], rows["payload_bytes"][index] = len(sent.data), sent.payload_bytes
         rows["session_bytes"][index] = sent.session_bytes
-    return _with_labels_of_class(rows, problem.tasks)
+    return with_labels_of_class(rows, problem.tasks)
 
 
 def run_per_task(codecs: PerTaskCodecs, images: Tensor, batch: Arrays, problem: Problem) -> Arrays:
     """Runs the codec of each true task of an image. Sums the bytes of all of them."""
-    rows = _blank(len(images), problem.tasks)
+    rows = blank(len(images), problem.tasks)
     for name in ("wire_bytes", "payload_bytes", "session_bytes", "estimated_bits"):
         rows[name][:] = 0
     carried = batch["task_mask"]
@@ -240,14 +180,14 @@ def run_per_task(codecs: PerTaskCodecs, images: Tensor, batch: Arrays, problem: 
                 rows["predicted"][index, k] = answer.labels[task.name]
                 if problem.single_class:
                     rows["class_index"][index] = task.classes[answer.labels[task.name]]
-            _count_pixels(rows, index, batch, (task,), answer.segmentation)
+            count_pixels(rows, index, batch, (task,), answer.segmentation)
     return rows
 
 
 def run_teacher(model: Teacher, images: Tensor, batch: Arrays, problem: Problem) -> Arrays:
     """Runs the uncompressed teacher: its flat logits, or the head of each task."""
     outputs = model(normalise(images))
-    rows = _blank(len(images), problem.tasks)
+    rows = blank(len(images), problem.tasks)
     if "logits" in outputs:
         logits = outputs["logits"]
         rows["class_index"] = logits.argmax(dim=1).cpu().numpy()
@@ -287,7 +227,7 @@ def run_individual(model: TaskModules, images: Tensor, batch: Arrays, problem: P
         f"logits/{task.name}": model[task.name](pixels)[f"logits/{task.name}"]
         for task in problem.tasks
     }
-    return _with_heads(_blank(len(images), problem.tasks), outputs, batch, problem.tasks)
+    return _with_heads(blank(len(images), problem.tasks), outputs, batch, problem.tasks)
 
 
 def _group_posteriors(logits: Tensor, tasks: Sequence[TaskSpec]) -> np.ndarray[Any, Any]:
@@ -295,20 +235,6 @@ def _group_posteriors(logits: Tensor, tasks: Sequence[TaskSpec]) -> np.ndarray[A
     soft = torch.softmax(logits.float(), dim=1)
     groups = [soft[:, list(task.classes)].sum(dim=1) for task in tasks]
     return torch.stack(groups, dim=1).cpu().numpy()
-
-
-def _run_oracle(
-    model: Mantis, images: Tensor, batch: Arrays, problem: Problem, *, level: int | None = None
-) -> Arrays:
-    return run_codec(model, images, batch, problem, oracle=True, level=level)
-
-
-def _with_labels_of_class(rows: Arrays, tasks: Sequence[TaskSpec]) -> Arrays:
-    """Fills in the label of each task that has the class of an image."""
-    for k, task in enumerate(tasks):
-        for label, class_index in enumerate(task.classes):
-            rows["predicted"][rows["class_index"] == class_index, k] = label
-    return rows
 
 
 def _with_heads(
@@ -325,44 +251,8 @@ def _with_heads(
         else:
             masks = output.argmax(dim=1).to(torch.uint8).cpu().numpy()
             for index in range(count):
-                _count_pixels(rows, index, batch, [task], {task.name: masks[index]})
+                count_pixels(rows, index, batch, [task], {task.name: masks[index]})
     return rows
-
-
-def _blank(count: int, tasks: Sequence[TaskSpec]) -> Arrays:
-    """Returns empty rows: -1 stands for an answer that an arm does not give."""
-    rows: Arrays = {
-        "wire_bytes": np.full(count, -1),
-        "payload_bytes": np.full(count, -1.0),
-        "session_bytes": np.full(count, -1),
-        "estimated_bits": np.full(count, -1.0),
-        "decoded": np.zeros((count, len(tasks)), dtype=bool),
-        "answered": np.zeros(count, dtype=bool),
-        "predicted": np.full((count, len(tasks)), -1),
-        "probabilities": np.full((count, len(tasks)), -1.0, dtype=np.float32),
-        "class_index": np.full(count, -1),
-        "client_class": np.full(count, -1),
-        "answer": np.full(count, "", dtype=object),
-    }
-    for task in tasks:
-        if not task.is_classification:
-            cells = task.num_classes * (task.num_classes + 1)
-            rows[f"confusion/{task.name}"] = np.zeros((count, cells), dtype=np.int64)
-    return rows
-
-
-def _count_pixels(
-    rows: Arrays,
-    index: int,
-    batch: Arrays,
-    tasks: Sequence[TaskSpec],
-    answers: Mapping[str, np.ndarray[Any, Any]],
-) -> None:
-    for task in tasks:
-        key = f"segmentation/{task.name}"
-        if not task.is_classification and key in batch:
-            counts = pixel_confusion(batch[key][index], answers.get(task.name), task.num_classes)
-            rows[f"confusion/{task.name}"][index] = counts.reshape(-1)
 
 
 def _load(source: ArmSource, settings: Settings, problem: Problem) -> nn.Module:
@@ -386,13 +276,10 @@ def _load(source: ArmSource, settings: Settings, problem: Problem) -> nn.Module:
         return load_model(inner if inner.is_dir() else folder)
 
 
-ANSWERS: dict[str, Any] = {
-    "codec": run_codec,
-    "oracle": _run_oracle,
-    "student": run_student,
+ANSWERS: dict[str, Callable[[Any, Tensor, Arrays, Problem], Arrays]] = {
     "local": run_local,
     "per_task": run_per_task,
     "individual": run_individual,
     "teacher": run_teacher,
 }
-"""The functions that `ArmKind.answers` names."""
+"""The functions that `ArmKind.answers` names, of arms that are no codec (those: coded.py)."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import TYPE_CHECKING, Any
@@ -180,3 +180,12 @@ def overridden(settings: Settings, overrides: Sequence[str]) -> Settings:
 
     alone = settings.model_copy(update={"evaluate": EvaluateConfig()})
     return with_overrides(alone, overrides)
+
+
+def by_model(arms: Iterable[Arm]) -> list[list[Arm]]:
+    """Returns arms that code with one model together, each of the others alone."""
+    together: dict[tuple[bool, str], list[Arm]] = {}
+    for arm in arms:
+        codes = ARM_KINDS[arm.kind].loads == "codec"
+        together.setdefault((codes, arm.stage if codes else arm.name), []).append(arm)
+    return list(together.values())

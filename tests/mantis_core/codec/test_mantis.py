@@ -19,7 +19,7 @@ from torch import Tensor
 from mantis_core.bitstream.container import BitstreamError, Reason, StreamSpec, pack, unpack
 from mantis_core.bitstream.wire import read_stream
 from mantis_core.codec.mantis import Mantis
-from mantis_core.codec.mask import primary_task
+from mantis_core.codec.requests import primary_task
 from mantis_core.config import ConditioningConfig, ModelConfig
 from mantis_core.errors import ModelError
 from mantis_core.networks.inference import still
@@ -214,7 +214,7 @@ def test_what_is_sent_of_an_image_does_not_depend_on_its_companions(codec: Manti
     for i, encoded in enumerate(together):
         (alone,) = codec.encode_in_detail(pixels[i : i + 1])
         assert alone.data == encoded.data
-        assert alone.estimated_bits == encoded.estimated_bits
+        assert alone.estimated_bits == pytest.approx(encoded.estimated_bits, rel=1e-5)
 
 
 def test_encoding_leaves_the_number_of_threads_as_it_was(codec: Mantis) -> None:

@@ -13,6 +13,7 @@ from mantis_core.bitstream.wire import read_stream
 from mantis_core.codec.checkpoint import load_client, load_server, save_half, save_model
 from mantis_core.codec.mantis import Mantis
 from mantis_core.codec.own_answer import ClientAnswer, Fusion
+from mantis_core.codec.requests import Way
 from mantis_core.codec.sessions import ClientSession, ServerSession
 from mantis_core.config import ConditioningConfig, DetectorConfig, ModelConfig, Stage2Config
 from mantis_core.errors import BudgetError, ModelError
@@ -136,6 +137,43 @@ def test_streams_hold_their_level_and_are_decoded_at_it(
     assert codec.encode(image) == codec.encode(image, level=0)
     mixed = [codec.encode(image[[row]], level=row)[0] for row in range(6)]
     assert len(codec.decode(mixed)) == 6
+
+
+def test_an_image_passes_the_first_layers_once_however_many_ways_it_is_coded(
+    codec: Mantis, problem: Problem, batch_of: Callable[..., Batch]
+) -> None:
+    image = batch_of(problem, 3).image
+    client = codec.client_codec()
+    everything = torch.ones(3, len(problem.tasks), dtype=torch.bool)
+    ways = [
+        Way(),
+        Way(level=BETWEEN),
+        Way(exit_confidence=0.0),
+        Way(exit_confidence=1.0, level=BETWEEN),
+        Way(tasks=everything),
+        Way(tasks="tools", level=LEVELS - 1),
+        Way(budget=client.budget(60)),
+    ]
+    alone = [client.encode_each_way(image, [way])[0] for way in ways]
+    passes: dict[str, int] = {"stem": 0, "encoder": 0}
+    for part in passes:
+
+        def count(*_: object, part: str = part) -> None:
+            passes[part] += 1
+
+        getattr(codec.client, part).register_forward_hook(count)
+    together = client.encode_each_way(image, ways[:-1])
+    assert passes == {"stem": 3, "encoder": 4 * 3}
+    together += client.encode_each_way(image, ways[-1:])
+    for own, shared in zip(alone, together, strict=True):
+        for one, other in zip(own, shared, strict=True):
+            assert one.data == other.data
+            assert one.rate_level == other.rate_level
+            assert one.answered == other.answered
+            assert one.session_bytes == other.session_bytes
+            assert one.estimated_bits == pytest.approx(other.estimated_bits, rel=1e-5)
+    assert all(each.answered for each in together[2])
+    assert [e.data for e in together[3]] == [e.data for e in together[1]]
 
 
 def test_a_budget_is_never_exceeded_and_the_lowest_level_that_fits_is_taken(

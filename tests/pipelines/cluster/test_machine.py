@@ -90,6 +90,31 @@ def test_cpus_are_the_least_of_affinity_and_quotas(
 
 
 @pytest.mark.parametrize(
+    ("wanted", "processes", "threads"),
+    [
+        (None, 1, 8),
+        (None, 3, 2),
+        (None, 9, 1),
+        ("1", 1, 1),
+        ("3", 1, 3),
+        ("3", 4, 2),
+        ("16", 2, 4),
+        ("0", 2, 4),
+        ("", 2, 4),
+        ("4,2", 2, 4),
+    ],
+)
+def test_processes_share_the_cpus_and_take_no_more_threads_than_openmp_may(
+    wanted: str | None, processes: int, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "usable_cpus", lambda: 8)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if wanted is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", wanted)
+    assert machine.threads_each(processes) == threads
+
+
+@pytest.mark.parametrize(
     ("text", "has"),
     [
         ("flags\t\t: fpu avx2 avx512bw avx512vl avx512dq\n", True),

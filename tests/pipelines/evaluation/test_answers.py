@@ -12,8 +12,9 @@ import torch
 from mantis_core.codec.mantis import Mantis
 from mantis_core.networks.teacher import Teacher
 from mantis_core.tasks import Batch, Problem, TaskSpec
-from pipelines.evaluation.answers import run_codec, run_teacher, with_pixels_summed
+from pipelines.evaluation.answers import run_teacher
 from pipelines.evaluation.arms import Arrays
+from pipelines.evaluation.rows import with_pixels_summed
 from pipelines.evaluation.split_pass import Evaluated, arm_figures
 from tests.mantis_core.conftest import (
     GROUND,
@@ -22,6 +23,7 @@ from tests.mantis_core.conftest import (
     make_codec,
     make_problem,
 )
+from tests.pipelines.evaluation.measured import rows_of
 
 SINGLE = make_problem()
 ONE = replace(
@@ -80,7 +82,7 @@ def test_every_set_of_tasks_has_figures(
 ) -> None:
     problem, codec, batch = world
     images = torch.from_numpy(batch["image"])
-    rows = run_codec(codec, images, batch, problem, oracle=oracle)
+    rows = rows_of(codec, images, batch, problem, "oracle" if oracle else "mantis")
     found = measured(rows, batch, problem)
     metrics = found["metrics"]
     headline = "val/miou" if problem is SEGMENTATION else "val/top1"
@@ -122,8 +124,6 @@ def test_pixel_counts_of_a_batch_are_kept_once() -> None:
 def test_a_stream_of_a_segmentation_alone_names_no_image_right() -> None:
     batch = arrays_of(make_batch(BESIDE, classes=(0,)))  # all images are of class 0
     batch["task_mask"] = np.array([[False, False, False, True]] * 8)
-    rows = run_codec(
-        make_codec(BESIDE), torch.from_numpy(batch["image"]), batch, BESIDE, oracle=True
-    )
+    rows = rows_of(make_codec(BESIDE), torch.from_numpy(batch["image"]), batch, BESIDE, "oracle")
     assert (rows["class_index"] == -1).all()
     assert "val/top1" not in measured(rows, batch, BESIDE)["metrics"]  # nothing was asked

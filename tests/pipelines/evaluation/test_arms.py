@@ -7,10 +7,13 @@ import pytest
 import torch
 
 from mantis_core.baselines.per_task import PerTaskCodecs
+from mantis_core.codec.answer import Answer
 from mantis_core.codec.mantis import Mantis
 from mantis_core.config import DetectorConfig
-from pipelines.evaluation.answers import client_cost, run_codec, run_image_codec, run_per_task
-from pipelines.evaluation.arms import ArmSource
+from mantis_core.networks.preprocessing import normalise
+from pipelines.evaluation.answers import client_cost, run_image_codec, run_per_task
+from pipelines.evaluation.arms import Arm, ArmSource, by_model
+from pipelines.evaluation.coded import code, way_of
 from tests.mantis_core.baselines.test_per_task import make_recipe
 from tests.mantis_core.conftest import (
     make_batch,
@@ -19,6 +22,7 @@ from tests.mantis_core.conftest import (
     make_problem,
     make_teacher,
 )
+from tests.pipelines.evaluation.measured import rows_of
 
 
 @pytest.mark.parametrize("single_class", [True, False])
@@ -82,11 +86,11 @@ def test_sizes_in_a_session_are_those_of_models_that_have_sessions() -> None:
     problem, batch = make_problem(), make_batch(make_problem(), 4)
     arrays = {"task_mask": batch.task_mask.numpy()}
     codec = make_codec(problem)
-    rows = run_codec(codec, batch.image, arrays, problem)
+    rows = rows_of(codec, batch.image, arrays, problem)
     assert (rows["session_bytes"] == rows["wire_bytes"] - 9).all()
     first = Mantis(codec.spec.model_copy(update={"stream_version": 1}))
     first.load_state_dict(codec.state_dict())
-    rows = run_codec(first.eval(), batch.image, arrays, problem)
+    rows = rows_of(first.eval(), batch.image, arrays, problem)
     assert (rows["wire_bytes"] > 0).all()
     assert (rows["session_bytes"] == -1).all()
 
@@ -107,12 +111,66 @@ def test_with_early_exit_a_clients_answers_are_told_apart_and_counted() -> None:
     codec = make_codec(problem, make_config(detector=detector))
     batch = make_batch(problem, 6)
     arrays = {"task_mask": batch.task_mask.numpy()}
-    every = run_codec(codec, batch.image, arrays, problem, exit_confidence=0.0)
-    none = run_codec(codec, batch.image, arrays, problem, exit_confidence=1.0)
-    plain = run_codec(codec, batch.image, arrays, problem)
+    every = rows_of(codec, batch.image, arrays, problem, exit_confidence=0.0)
+    none = rows_of(codec, batch.image, arrays, problem, exit_confidence=1.0)
+    plain = rows_of(codec, batch.image, arrays, problem)
     assert every["answered"].all()
     assert not none["answered"].any()
     assert every["wire_bytes"].max() < none["wire_bytes"].min()
     assert (every["decoded"].sum(axis=1) == 1).all()
     for name in ("wire_bytes", "class_index", "predicted"):
         np.testing.assert_array_equal(none[name], plain[name])
+
+
+def test_arms_of_one_model_share_its_work_and_answer_as_each_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    problem = make_problem()
+    detector = DetectorConfig(channels=8, blocks=0, hidden=8, classes=True)
+    codec = make_codec(problem, make_config(detector=detector))
+    batch = make_batch(problem, 6)
+    arrays = {"task_mask": batch.task_mask.numpy()}
+    with torch.no_grad():
+        logits = codec.client(normalise(batch.image)).class_logits
+    middle = float(torch.softmax(logits, dim=1)[:, :-1].amax(dim=1).median())
+    sources = [
+        ArmSource("plain", "mantis", None),
+        ArmSource("exit", "early_exit", None, exit_confidence=middle),
+        ArmSource("told", "oracle", None),
+    ]
+    ways = [way_of(source, 6, arrays, problem) for source in sources]
+    alone = [code(codec, batch.image, [way])[0] for way in ways]
+    asked: list[int] = []
+    decode = Mantis.decode
+
+    def counted(self: Mantis, streams: list[bytes]) -> list[Answer]:
+        asked.append(len(streams))
+        return decode(self, streams)
+
+    monkeypatch.setattr(Mantis, "decode", counted)
+    together = code(codec, batch.image, ways)
+    answered = sum(sent.answered for sent in together[1].encoded)
+    assert 0 < answered < 6
+    assert asked == [6, answered, 6]
+    for own, shared in zip(alone, together, strict=True):
+        assert [a.data for a in own.encoded] == [b.data for b in shared.encoded]
+        assert [a.session_bytes for a in own.encoded] == [b.session_bytes for b in shared.encoded]
+        assert [a.to_dict() for a in own.answers] == [b.to_dict() for b in shared.answers]
+
+
+def test_arms_of_one_model_stand_together() -> None:
+    arms = [
+        Arm("stage2", "mantis", 1e-3, 0, "stage2"),
+        Arm("webp/quality-5", "webp", None, 0, "teacher", quality=5),
+        Arm("stage2/none", "none", 1e-3, 0, "stage2/none"),
+        Arm("stage2/exit", "early_exit", 1e-3, 0, "stage2", exit_confidence=0.5),
+        Arm("oracle", "oracle", 1e-3, 0, "stage2"),
+        Arm("teacher", "teacher", None, 0, "teacher"),
+    ]
+    names = [[arm.name for arm in together] for together in by_model(arms)]
+    assert names == [
+        ["stage2", "stage2/exit", "oracle"],
+        ["webp/quality-5"],
+        ["stage2/none"],
+        ["teacher"],
+    ]

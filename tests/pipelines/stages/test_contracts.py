@@ -19,6 +19,7 @@ from pipelines.chain.keys import config_slice
 from pipelines.chain.plan import make_plan
 from pipelines.chain.run import run_chain
 from pipelines.evaluation.answers import ANSWERS
+from pipelines.evaluation.coded import CODED
 from pipelines.settings.arms import ARM_KINDS, TUNED, ArmKind, Look, baselines, image_codecs
 from pipelines.settings.errors import SettingsError
 from pipelines.settings.reading import load_settings
@@ -90,7 +91,7 @@ class TestEveryKindOfArm:
         assert ARM_KINDS[kind.name] is kind
 
     def test_is_answered_by_a_function(self, kind: ArmKind) -> None:
-        assert kind.answers in ANSWERS
+        assert (kind.answers in ANSWERS) is not (kind.answers in CODED)
 
     def test_overrides_fields_that_the_config_has(self, kind: ArmKind, config: Path) -> None:
         if kind.overrides:
@@ -104,7 +105,7 @@ class TestEveryKindOfArm:
 
 
 def test_the_functions_that_answer_are_all_used() -> None:
-    assert {kind.answers for kind in ARM_KINDS.values()} == set(ANSWERS)
+    assert {kind.answers for kind in ARM_KINDS.values()} == {*ANSWERS, *CODED}
 
 
 def test_the_kinds_of_image_codecs_are_those_there_are() -> None:

@@ -1,0 +1,102 @@
+"""Runs arms that are codecs on a batch of images, each image through its real stream."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mantis_core.codec.answer import Answer, Encoded
+from mantis_core.codec.mantis import Mantis
+from mantis_core.codec.requests import Way
+from mantis_core.tasks import Problem
+from pipelines.evaluation.arms import EXAMPLES, ArmSource, Arrays
+from pipelines.evaluation.rows import blank, count_pixels, with_labels_of_class
+from pipelines.settings.arms import ARM_KINDS
+
+
+class Coded(NamedTuple):
+    """What a codec made of a batch in one way: each image's stream, and the server's answer.
+
+    `names_class` says whether the client's class is sent, or decides whether a latent is.
+    """
+
+    encoded: Sequence[Encoded]
+    answers: Sequence[Answer]
+    names_class: bool
+
+
+def way_of(source: ArmSource, count: int, batch: Arrays, problem: Problem) -> Way:
+    """Returns how an arm codes the `count` images of a batch."""
+    if ARM_KINDS[source.kind].answers != "oracle":
+        return Way(exit_confidence=source.exit_confidence, level=source.level)
+    asked = torch.zeros(count, len(problem.tasks), dtype=torch.bool)
+    asked[: len(batch["task_mask"])] = torch.from_numpy(np.array(batch["task_mask"]))
+    asked[~asked.any(dim=1), 0] = True  # a stream needs at least one task
+    return Way(asked, level=source.level)
+
+
+def code(model: Mantis, images: Tensor, ways: Sequence[Way]) -> list[Coded]:
+    """Codes a batch in several ways. Each stream is decoded from its bytes alone."""
+    known: dict[bytes, Answer] = {}
+    coded = []
+    for way, encoded in zip(ways, model.encode_each_way(images, ways), strict=True):
+        new = [each.data for each in encoded if each.data not in known]
+        known |= zip(new, model.decode(new), strict=True)
+        answers = [known[each.data] for each in encoded]
+        names_class = way.exit_confidence is not None or model.spec.sends_answer
+        coded.append(Coded(encoded, answers, names_class))
+    return coded
+
+
+def run_codec(coded: Coded, batch: Arrays, problem: Problem, *, oracle: bool = False) -> Arrays:
+    """Returns the rows of a codec. An `oracle` was told the tasks of each image."""
+    tasks = problem.tasks
+    rows = _of_streams(coded, problem)
+    for index, (sent, answer) in enumerate(zip(coded.encoded, coded.answers, strict=True)):
+        rows["decoded"][index] = sent.mask
+        rows["client_class"][index] = sent.client_class
+        if index < EXAMPLES:
+            rows["answer"][index] = json.dumps(answer.to_dict(), allow_nan=False)
+        if not oracle:
+            rows["probabilities"][index] = sent.probabilities
+        for k, task in enumerate(tasks):
+            rows["predicted"][index, k] = answer.labels.get(task.name, -1)
+        if index < len(batch["task_mask"]):
+            count_pixels(rows, index, batch, tasks, answer.segmentation)
+    return rows
+
+
+def run_student(coded: Coded, batch: Arrays, problem: Problem) -> Arrays:
+    """Returns the rows of a codec of one task, whose class answers the true tasks of an image."""
+    rows = _of_streams(coded, problem)
+    rows["decoded"][: len(batch["task_mask"])] = batch["task_mask"]
+    if coded.names_class:
+        rows["client_class"] = np.array([sent.client_class for sent in coded.encoded])
+    return with_labels_of_class(rows, problem.tasks)
+
+
+def _of_streams(coded: Coded, problem: Problem) -> Arrays:
+    """Returns rows with the size of each stream and the class that the server answers."""
+    rows = blank(len(coded.encoded), problem.tasks)
+    for index, (sent, answer) in enumerate(zip(coded.encoded, coded.answers, strict=True)):
+        rows["wire_bytes"][index] = len(sent.data)
+        rows["payload_bytes"][index] = sent.payload_bytes
+        rows["session_bytes"][index] = sent.session_bytes
+        rows["estimated_bits"][index] = sent.estimated_bits
+        rows["answered"][index] = sent.answered
+        rows["class_index"][index] = answer.class_index
+    return rows
+
+
+CODED: dict[str, Callable[[Coded, Arrays, Problem], Arrays]] = {
+    "codec": run_codec,
+    "oracle": partial(run_codec, oracle=True),
+    "student": run_student,
+}
+"""The functions that `ArmKind.answers` names, of arms that are codecs."""

@@ -1,0 +1,70 @@
+"""The rows of one arm and batch: a column for each figure of an image, -1 where an arm has none."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from mantis_core.measure.metrics import pixel_confusion
+from mantis_core.tasks import TaskSpec
+from pipelines.evaluation.arms import Arrays
+
+
+def blank(count: int, tasks: Sequence[TaskSpec]) -> Arrays:
+    """Returns empty rows: -1 stands for an answer that an arm does not give."""
+    rows: Arrays = {
+        "wire_bytes": np.full(count, -1),
+        "payload_bytes": np.full(count, -1.0),
+        "session_bytes": np.full(count, -1),
+        "estimated_bits": np.full(count, -1.0),
+        "decoded": np.zeros((count, len(tasks)), dtype=bool),
+        "answered": np.zeros(count, dtype=bool),
+        "predicted": np.full((count, len(tasks)), -1),
+        "probabilities": np.full((count, len(tasks)), -1.0, dtype=np.float32),
+        "class_index": np.full(count, -1),
+        "client_class": np.full(count, -1),
+        "answer": np.full(count, "", dtype=object),
+    }
+    for task in tasks:
+        if not task.is_classification:
+            cells = task.num_classes * (task.num_classes + 1)
+            rows[f"confusion/{task.name}"] = np.zeros((count, cells), dtype=np.int64)
+    return rows
+
+
+def count_pixels(
+    rows: Arrays,
+    index: int,
+    batch: Arrays,
+    tasks: Sequence[TaskSpec],
+    answers: Mapping[str, np.ndarray[Any, Any]],
+) -> None:
+    for task in tasks:
+        key = f"segmentation/{task.name}"
+        if not task.is_classification and key in batch:
+            counts = pixel_confusion(batch[key][index], answers.get(task.name), task.num_classes)
+            rows[f"confusion/{task.name}"][index] = counts.reshape(-1)
+
+
+def with_pixels_summed(rows: Arrays) -> Arrays:
+    """Returns the rows of one arm and batch with each `confusion/<task>` summed over the images.
+
+    The first row gets the sum as the bytes of int64, the others get b"". With 150 labels the counts
+    of one image take 181 kB, too much to keep for each image and arm.
+    """
+    summed = dict(rows)
+    for name in rows:
+        if name.startswith("confusion/"):
+            summed[name] = np.full(len(rows[name]), b"", dtype=object)
+            summed[name][0] = rows[name].sum(axis=0).tobytes()
+    return summed
+
+
+def with_labels_of_class(rows: Arrays, tasks: Sequence[TaskSpec]) -> Arrays:
+    """Fills in the label of each task that has the class of an image."""
+    for k, task in enumerate(tasks):
+        for label, class_index in enumerate(task.classes):
+            rows["predicted"][rows["class_index"] == class_index, k] = label
+    return rows
