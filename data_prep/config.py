@@ -193,6 +193,11 @@ class DataConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstring
                 "than 1: the images that it holds back choose the best epoch and the threshold of "
                 "the mask, and the others are trained on"
             )
+        if self.flip and (others := [s for s in self.sources if not s.may_be_mirrored]):
+            raise ValueError(
+                "data.flip mirrors training images, which changes labels of the source "
+                f"'{others[0].source_name}': set data.flip to false"
+            )
         names = [source.source_name for source in self.sources]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:

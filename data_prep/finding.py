@@ -9,9 +9,9 @@ from pyarrow import fs
 from data_prep.config import DataConfig
 from data_prep.errors import DataError
 from data_prep.manifest import TaskTable
+from data_prep.sources.auto import Auto
 from data_prep.sources.base import SourceConfig, digest
 from data_prep.sources.folder import ImageFolder, is_image
-from data_prep.sources.kinds import Auto
 from data_prep.sources.parquet import ParquetFiles, parquet_columns
 from data_prep.sources.webdataset import WebDataset
 from data_prep.storage import (

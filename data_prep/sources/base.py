@@ -110,6 +110,11 @@ class SourceConfig(BaseModel, ABC):
         return ()
 
     @property
+    def may_be_mirrored(self) -> bool:
+        """Whether a mirrored image has the same labels, as far as the source knows."""
+        return True
+
+    @property
     def declares_classes(self) -> bool:
         """Whether `declared_classes` knows the classes of tasks before anything is listed."""
         return False

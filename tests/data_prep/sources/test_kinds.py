@@ -11,9 +11,11 @@ import pytest
 from PIL import Image
 
 from data_prep.errors import DataError
+from data_prep.sources.auto import Auto
 from data_prep.sources.folder import ImageFolder
-from data_prep.sources.kinds import SOURCES, Auto
+from data_prep.sources.kinds import SOURCES
 from data_prep.sources.parquet import ParquetFiles
+from tests.data_prep.conftest import CLASSES
 from tests.data_prep.rows import listed, write_parquet
 from tests.data_prep.sources.test_webdataset import write_tar
 
@@ -35,6 +37,12 @@ def test_every_kind_lists_and_reads_the_same_rows(
         write_tar(image_folder / "train-0.tar", members | {f"{n}.cls": b"0" for n in range(8)})
     patterns = {"parquet": "train-*.parquet", "webdataset": "train-*.tar"}
     settings: dict[str, Any] = {"train": patterns[kind]} if kind in patterns else {}
+    if kind in ("mosaic", "attributes"):
+        settings = {"of": {"kind": "image_folder"}, "size": 32}
+    if kind == "mosaic":
+        (image_folder / "train" / "more").mkdir()
+        (image_folder / "train" / "more" / "1.png").write_bytes(to_bytes(make_picture(1), "PNG"))
+        settings["groups"] = {name: (name,) for name in (*CLASSES, "more")}
     source = SOURCES[kind](kind=kind, **settings)
     root = str(image_folder)
     table = source.listing(root, "train")
