@@ -33,12 +33,12 @@ from benchmarks.program import count, one_message, say
 
 warnings.filterwarnings("ignore", category=FutureWarning)  # torch-geometric warns at import
 
+from mantis_core.architecture import ModelConfig  # noqa: E402
 from mantis_core.codec.checkpoint import load_client, save_half, save_model  # noqa: E402
 from mantis_core.codec.client_codec import ClientCodec  # noqa: E402
 from mantis_core.codec.mantis import Mantis  # noqa: E402  (imports CompressAI)
 from mantis_core.codec.packed_weights import pack_weights  # noqa: E402
 from mantis_core.codec.spec import ModelSpec  # noqa: E402
-from mantis_core.config import ModelConfig  # noqa: E402
 from mantis_core.networks.bottleneck import Bottleneck  # noqa: E402
 from mantis_core.networks.client import Client, latent_size  # noqa: E402
 from mantis_core.networks.conditioning import shares_of  # noqa: E402

@@ -17,8 +17,9 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-Prior: TypeAlias = Literal["shared", "per_task", "primary"]
-"""What codes an image: one density for all, the mean of its tasks', its most probable task's."""
+Prior: TypeAlias = Literal["shared", "per_task", "primary", "request"]
+"""What codes an image: one density for all, the mean of its tasks', its most probable task's, or
+one for each task alone and one for several."""
 
 MAX_SYMBOL = (1 << 20) - 1
 """The largest symbol; its negative is the smallest."""
@@ -28,6 +29,13 @@ MOST = 3
 SUMS = 2 * MOST + 1
 CONTEXTS = 1 + 2 * SUMS
 """Tables of a channel: one for pass 0, then one a sum for pass 1, then one a sum for pass 2."""
+
+
+def prior_rows(prior: Prior, num_tasks: int) -> int:
+    """The number of densities of each channel."""
+    if prior == "shared":
+        return 1
+    return num_tasks + 1 if prior == "request" else num_tasks
 
 
 @lru_cache(maxsize=64)

@@ -51,6 +51,7 @@ ROOMS = {
         "folders",
         "tasks",
         "pixels",
+        "architecture",
         "config",
         "rates",
         "errors",

@@ -16,11 +16,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from mantis_core.architecture import ModelConfig
 from mantis_core.bitstream.coder import TOTAL, TableSet
 from mantis_core.bitstream.container import VERSIONS, StreamSpec
 from mantis_core.bitstream.task_field import TaskField, quantise_log2
 from mantis_core.bitstream.wire import CodedImage, Packed, write_stream
-from mantis_core.config import LossTerm, ModelConfig
+from mantis_core.config import LossTerm
 from mantis_core.folders import save_folder
 from mantis_core.networks.blocks import ResidualBlock, pool
 from mantis_core.networks.client import SharedStem

@@ -13,9 +13,10 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from mantis_core.architecture import ModelConfig
 from mantis_core.codec.checkpoint import read_spec
 from mantis_core.codec.mantis import Mantis
-from mantis_core.config import ModelConfig, Stage2Config
+from mantis_core.config import Stage2Config
 from mantis_core.errors import ModelError
 from mantis_core.folders import load_folder, save_folder
 from mantis_core.networks.blocks import TaskModules
@@ -54,7 +55,9 @@ def per_task_recipe(
     parts = {}
     for task in problem.tasks:
         known = narrowed(teacher, task)
-        codec, loaded = started_codec(model, known, of_task(problem, task), stage1)
+        codec, loaded = started_codec(
+            model, known, of_task(problem, task), stage1, rates=config.rate_weights
+        )
         freeze(codec.client.for_detection_alone())
         parts[task.name] = Stage2Recipe(codec, known, config, loaded=loaded)
     return PerTaskRecipe(parts, problem.tasks)
@@ -83,6 +86,7 @@ class PerTaskRecipe(Recipe):
         )
         self.parts = TaskModules(parts)
         self.loaded = {f"{name}.{own}" for name, part in parts.items() for own in part.loaded}
+        self.held_levels = next(iter(parts.values())).held_levels
 
     def train(self, mode: bool = True) -> Self:
         """Switches the mode of all parts, each with the codec that the student holds now."""
@@ -96,7 +100,7 @@ class PerTaskRecipe(Recipe):
         sums: dict[str, Tensor] = {}
         for k, task in enumerate(self.tasks):
             part: Any = self.parts[task.name]
-            part.student = self.student[task.name]
+            part.student, part.level = self.student[task.name], self.level
             # A task that no image carries is in the graph all the same, or other workers wait.
             carried = batch.task_mask[:, k].nonzero()[:, 0]
             rows = carried if len(carried) else carried.new_zeros(1)

@@ -130,16 +130,19 @@ class TableSet:
 
         shared: the only row. primary: the row of that task. per_task: the mixture of the m active
         rows, cdf[j] = floor(sum of the rows' cdf[j] / m): it ends at TOTAL and rises by at least 1
-        for each entry, since the sum rises by at least m. A prior ignores the argument that it does
-        not need.
+        for each entry, since the sum rises by at least m. request: the row of the only active task,
+        and a row of its own, the last, where there are several. A prior ignores the argument that
+        it does not need.
         """
+        own = len(self.cdf) // self.levels
         if self.prior == "shared":
             rows: tuple[int, ...] = (0,)
         elif self.prior == "primary":
             rows = (int(primary),)
         else:
             rows = tuple(np.flatnonzero(np.asarray(mask)).tolist())
-        own = len(self.cdf) // self.levels
+            if self.prior == "request" and len(rows) > 1:
+                rows = (own - 1,)
         if not rows or not 0 <= min(rows) <= max(rows) < own:
             raise ValueError(f"tasks {list(rows)}: need at least one of 0 to {own - 1}")
         if not 0 <= level < self.levels:

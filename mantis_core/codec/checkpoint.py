@@ -24,7 +24,7 @@ from mantis_core.codec.packed_weights import pack_weights, unpack_weights
 from mantis_core.codec.spec import Ids, ModelSpec
 from mantis_core.errors import ModelError
 from mantis_core.folders import load_folder, save_folder
-from mantis_core.symbols import CONTEXTS
+from mantis_core.symbols import CONTEXTS, prior_rows
 
 if TYPE_CHECKING:
     from mantis_core.codec.client_codec import ClientCodec
@@ -251,7 +251,7 @@ def _unpacked(tensors: Mapping[str, Tensor], spec: ModelSpec) -> dict[str, Tenso
     packed = unpacked.pop(_PACKED, None)
     if packed is not None:
         lengths = unpacked[_TABLES + "lengths"].cpu().numpy()
-        rows = 1 if spec.model.prior == "shared" else len(spec.tasks)
+        rows = prior_rows(spec.model.prior, len(spec.tasks))
         contexts = CONTEXTS if spec.model.neighbour_contexts else 1
         rows *= spec.rate_levels
         cdf = unpack_counts(packed.cpu().numpy(), lengths, rows, contexts)

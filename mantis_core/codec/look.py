@@ -24,6 +24,7 @@ from mantis_core.codec.requests import (
     Way,
     asked_levels,
     asked_tasks,
+    check_asks,
     check_exit,
     check_images,
     primary_task,
@@ -86,6 +87,7 @@ class Looker:
         levels = []
         for way in ways:
             tasks = way.tasks
+            check_asks(self.spec, tasks)
             if tasks is not None:
                 tasks = asked_tasks(self.spec, tasks, len(images)).to(images.device)
             asked.append(tasks)

@@ -117,6 +117,8 @@ class Mantis(nn.Module):
         detected = torch.sigmoid(view.logits.float()).detach()
         if condition is None:
             condition = detected
+            if self.spec.model.requests == "asked":
+                condition = torch.ones_like(detected)
         if mask is None:
             mask = self.select_mask(detected)
         shares = self._shares(level, len(images), images.device)
@@ -195,7 +197,9 @@ class Mantis(nn.Module):
         return self.server_codec().decode(streams)
 
     def select_mask(self, probabilities: Tensor) -> Tensor:
-        """Which tasks a stream carries, bool (B, K), from p (B, K)."""
+        """Which tasks a stream carries, bool (B, K), from p; of a model that is asked, all."""
+        if self.spec.model.requests == "asked":
+            return torch.ones_like(probabilities, dtype=torch.bool)
         return select_mask(probabilities, self.mask_threshold, self.spec.model.max_active_tasks)
 
     def tables(self) -> TableSet:

@@ -50,6 +50,20 @@ def check_images(images: Tensor) -> None:
         )
 
 
+def check_asks(spec: ModelSpec, tasks: object) -> None:
+    """ModelError where a model that is asked is not, or one that always detects is."""
+    if spec.model.requests == "asked" and tasks is None:
+        raise ModelError(
+            "this model detects no tasks, its server asks for some: name one or more of "
+            f"{', '.join(spec.task_names)}"
+        )
+    if spec.model.requests == "detect" and tasks is not None:
+        raise ModelError(
+            "this model detects the tasks of an image and cannot be asked for some: name none, or "
+            "train it with model.requests=both"
+        )
+
+
 def asked_tasks(spec: ModelSpec, tasks: str | Sequence[str] | Tensor, count: int) -> Tensor:
     """Tasks that are asked for of `count` images, as names or a tensor, as bool (count, K).
 
@@ -72,6 +86,13 @@ def asked_tasks(spec: ModelSpec, tasks: str | Sequence[str] | Tensor, count: int
     if unknown or not wanted:
         raise ModelError(f"tasks {unknown or 'none'} asked for; this model has {', '.join(names)}")
     return torch.tensor([[name in wanted for name in names]]).expand(count, -1)
+
+
+def named_tasks(spec: ModelSpec, names: str | None) -> list[str] | None:
+    """Tasks named in one text with commas between; None detects them, or asks for all of them."""
+    if names is None:
+        return list(spec.task_names) if spec.model.requests == "asked" else None
+    return [name.strip() for name in names.split(",")]
 
 
 def _listed(tasks: Sequence[str]) -> list[str]:

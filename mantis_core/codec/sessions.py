@@ -34,11 +34,12 @@ class ClientSession:
         codec: ClientCodec,
         *,
         input_shape: tuple[int, int] | None = None,
-        requests: bool = False,
+        requests: bool | None = None,
     ) -> None:
         """Images have `input_shape` (H, W), None being the model's own.
 
-        With `requests` the server asks for tasks, and messages do not repeat them. Raises
+        With `requests` the server asks for tasks, and messages do not repeat them; None is what the
+        model was made for: a model that is asked has no other sessions. Raises
         BitstreamError for a model of format version 1, and for images that no stream may hold.
         """
         self.codec, self.session = codec, session_of(codec, input_shape, requests=requests)
@@ -117,9 +118,14 @@ class ServerSession:
 
 
 def session_of(
-    codec: ClientCodec, input_shape: tuple[int, int] | None = None, *, requests: bool = False
+    codec: ClientCodec,
+    input_shape: tuple[int, int] | None = None,
+    *,
+    requests: bool | None = None,
 ) -> Session:
     """What a session with this client says of every message."""
+    if requests is None:
+        requests = codec.spec.model.requests == "asked"
     return Session(
         tuple(input_shape or codec.spec.image_size),  # type: ignore[arg-type]
         with_levels=codec.spec.model.send_probabilities and not requests,

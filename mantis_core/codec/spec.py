@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, NamedTuple
 from pydantic import BaseModel, ConfigDict, field_validator
 from torch import Tensor
 
+from mantis_core.architecture import ModelConfig
 from mantis_core.bitstream.container import MAX_IMAGES, VERSIONS, StreamSpec
-from mantis_core.config import ModelConfig
 from mantis_core.rates import count_levels
 from mantis_core.tasks import Problem, TaskSpec, class_members
 
@@ -159,6 +159,8 @@ class ModelSpec(BaseModel):
             facts |= {"version": self.stream_version, "send_answer": self.sends_answer}
         if self.rates:
             facts["rate_levels"] = self.rate_levels
+        if self.model.requests != "both":
+            facts["requests"] = self.model.requests
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
         for name, tensor in sorted(state.items()):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())

@@ -1,7 +1,7 @@
 """From a trained density to the integer tables that streams are coded by. Codes nothing itself.
 
-Shapes: C channels of the latent, G rate levels, R prior rows (1 if shared, else K), X contexts of a
-channel, E edges between symbols, L entries of the longest table.
+Shapes: C channels of the latent, G rate levels, R prior rows (1 if shared, K + 1 for requests, else
+K), X contexts of a channel, E edges between symbols, L entries of the longest table.
 """
 
 from __future__ import annotations

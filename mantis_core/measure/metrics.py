@@ -29,6 +29,8 @@ class ImageRecords:
     for arms that detect or send nothing. client_class (N,) is the class that the client gives each
     image, whether it sends it or not, None for one that gives none. `client_macs` and
     `client_bytes` are the multiply-adds of its networks for an image, and the size of its folder.
+    request_wire_bytes and request_session_bytes (N, K) are what the request for each task takes,
+    None for arms that are not asked for one task after the other.
     `confusion` holds (n, n + 1) pixel counts by segmentation task, rows the truth, the last column
     pixels of images whose mask was not decoded.
     """
@@ -46,6 +48,8 @@ class ImageRecords:
     estimated_bits: Array | None = None
     answered: Array | None = None
     client_class: Array | None = None
+    request_wire_bytes: Array | None = None
+    request_session_bytes: Array | None = None
     client_macs: int | None = None
     client_bytes: int | None = None
     confusion: dict[str, Array] = field(default_factory=dict)
@@ -86,6 +90,10 @@ def figures(
             out[f"val/task/{task.name}/decoded"] = share
             if records.wire_bytes is not None:
                 out[f"val/task/{task.name}/wire_bytes"] = float(records.wire_bytes[active].mean())
+            for name in ("wire_bytes", "session_bytes"):
+                sizes = getattr(records, f"request_{name}")
+                if sizes is not None:
+                    out[f"val/task/{task.name}/{name}"] = float(sizes[active, k].mean())
         if task.is_classification:
             value = _share((right[:, k] & answered).sum(), answered.sum())
             if value is not None:

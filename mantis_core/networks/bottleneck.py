@@ -2,9 +2,9 @@
 
 It keeps the integer tables among its buffers; `codec/tables.py` makes them of its density.
 
-Shapes: B batch, C h w of the latent, K tasks, R prior rows (1 if shared, else K), X contexts of a
-channel (1, or those of `symbols.py`), L rates and G levels (1 each, or those of `rates.py`), N
-values.
+Shapes: B batch, C h w of the latent, K tasks, R prior rows (1 if shared, K + 1 for requests, else
+K), X contexts of a channel (1, or those of `symbols.py`), L rates and G levels (1 each, or those of
+`rates.py`), N values.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from mantis_core.networks.blocks import without_autocast
 from mantis_core.networks.conditioning import shares_of
 from mantis_core.networks.stacked import end_to_end
 from mantis_core.rates import count_levels
-from mantis_core.symbols import CONTEXTS, MAX_SYMBOL, MOST, REACH, Prior, first_context
+from mantis_core.symbols import CONTEXTS, MAX_SYMBOL, MOST, REACH, Prior, first_context, prior_rows
 
 _LIKELIHOOD_BOUND = 1e-9
 # CompressAI starts densities at scale 10; latents start below 1, and short trainings pay for it.
@@ -54,7 +54,8 @@ class Bottleneck(nn.Module):
     after row. Medians are fixed at 0: symbols are plain rounded values.
 
     `prior` says which row an image uses: `shared` the only one; `primary` that of its most probable
-    task; `per_task` the mean of its active tasks' likelihoods. `quantizer` says what decoders are
+    task; `per_task` the mean of its active tasks' likelihoods; `request` that of its only active
+    task, or the last one where several are active. `quantizer` says what decoders are
     trained on: `ste` the rounded latent, its gradient passed through; `noise` the same noisy latent
     as the rate; with `rounded` the rate too is of the rounded latent; with `jitter` the latent is
     moved by up to 0.2 before it is rounded, the rate is of the noisy one. A symbol near its
@@ -94,7 +95,7 @@ class Bottleneck(nn.Module):
         self.num_tasks = num_tasks
         self.prior: Prior = prior
         self.quantizer: Quantizer = quantizer
-        self.num_rows = 1 if prior == "shared" else num_tasks
+        self.num_rows = prior_rows(prior, num_tasks)
         self.most_active: int | None = None
         self.density = EntropyBottleneck(self.channels * self.num_rows, init_scale=_START_SCALE)
         self.density.quantiles.requires_grad_(False)  # medians stay 0, tails are searched
@@ -256,6 +257,9 @@ class Bottleneck(nn.Module):
         """
         if self.prior == "primary":
             return primary[:, None], None
+        if self.prior == "request":
+            alone = mask.int().argmax(dim=1)
+            return torch.where(mask.sum(dim=1) > 1, self.num_tasks, alone)[:, None], None
         per_image = mask.sum(1, keepdim=True)
         most = self.most_active if self.training else None
         if most is None:

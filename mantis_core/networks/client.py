@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from mantis_core.config import ModelConfig
+from mantis_core.architecture import ModelConfig
 from mantis_core.errors import ModelError
 from mantis_core.networks.blocks import (
     ResidualBlock,
@@ -240,7 +240,7 @@ class Client(nn.Module):
         self.stem = SharedStem(config.stem.channels)
         self.detector: TaskDetector | NoDetector = (
             NoDetector(num_tasks)
-            if config.wide_encoder
+            if config.wide_encoder or config.requests == "asked"
             else TaskDetector(
                 self.stem.channels,
                 num_tasks,

@@ -16,6 +16,9 @@ from torch.nn.functional import avg_pool2d
 
 from mantis_core.rates import BETWEEN
 
+_OPEN = 1.0  # of a channel's gate at init: sigmoid 0.73
+_LEAST = 1e-6  # p that others are relative to
+
 Modulation = list[tuple[Tensor, Tensor] | None]
 """For each modulated layer gamma and beta, (B, C, 1, 1) or (B, C, h, w) each, None for identity.
 
@@ -149,6 +152,46 @@ def one_after_another(first: Modulation, second: Modulation) -> Modulation:
     return both
 
 
+class ChannelSets(nn.Module):
+    """A set of latent channels for each task: the others are 0, and cost next to nothing.
+
+    gate = 1 - prod over the tasks (1 - p_k / max p * open_kc), with open_kc = 1 where the parameter
+    is not below 0: the union of the sets of all tasks that are asked for. All channels are open at
+    init. The gradient passes to the sigmoid (straight-through), so that the rate can close a
+    channel, and a loss can open it again.
+    """
+
+    def __init__(self, num_tasks: int, layers: Layers, *, hidden: int) -> None:
+        super().__init__()
+        self.layers = len(layers.channels)
+        self.open = nn.Parameter(torch.full((num_tasks, layers.channels[-1]), _OPEN))
+
+    def forward(self, probabilities: Tensor, detected: Tensor) -> Modulation:
+        """(B, K) task probabilities, or a multi-hot, to a gate at the latent, (B, C, 1, 1)."""
+        soft = torch.sigmoid(self.open)
+        gates = soft + ((self.open >= 0).float() - soft).detach()
+        p = probabilities.float()
+        relative = p / p.amax(dim=1, keepdim=True).clamp_min(_LEAST)
+        closed = 1 - relative[:, :, None] * gates
+        gamma = (1 - closed.prod(dim=1))[:, :, None, None]
+        return [*([None] * (self.layers - 1)), (gamma, torch.zeros_like(gamma))]
+
+
+class GatedConditioning(nn.Module):
+    """FiLM at every layer of the encoder, and a set of latent channels for each task."""
+
+    def __init__(self, num_tasks: int, layers: Layers, *, hidden: int) -> None:
+        super().__init__()
+        self.film = FiLMConditioning(num_tasks, layers, hidden=hidden)
+        self.sets = ChannelSets(num_tasks, layers, hidden=hidden)
+
+    def forward(self, probabilities: Tensor, detected: Tensor) -> Modulation:
+        """(B, K) task probabilities, or a multi-hot; the map (B, D, h, w) is ignored."""
+        return one_after_another(
+            self.film(probabilities, detected), self.sets(probabilities, detected)
+        )
+
+
 class NoConditioning(nn.Module):
     """The ablation: nothing tells the encoder about tasks."""
 
@@ -165,5 +208,7 @@ CONDITIONING: dict[str, Callable[..., nn.Module]] = {
     "film": FiLMConditioning,
     "attention": AttentionConditioning,
     "features": partial(AttentionConditioning, tasks=False),
+    "channels": ChannelSets,
+    "gated": GatedConditioning,
     "none": NoConditioning,
 }

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from mantis_core.config import ModelConfig
+from mantis_core.architecture import ModelConfig
 from mantis_core.errors import ModelError
 from mantis_core.networks.blocks import pool
 from mantis_core.networks.client import Client

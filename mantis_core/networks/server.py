@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import conv2d, pad
 from torch.nn.functional import group_norm as normalised_groups
 
-from mantis_core.config import DecoderConfig
+from mantis_core.architecture import DecoderConfig
 from mantis_core.networks.blocks import (
     ResidualBlock,
     SegmentationHead,

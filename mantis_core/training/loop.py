@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from mantis_core.config import TrainingConfig
 from mantis_core.tasks import Batch
+from mantis_core.training.means import average_buffers, gather_rows
 from mantis_core.training.meter import Meter, consumed_rows, hash_of_rows
 from mantis_core.training.optim import (
     MovingAverage,
@@ -28,7 +29,6 @@ from mantis_core.training.optim import (
     set_lr,
 )
 from mantis_core.training.recipe import Recipe, StepOutput
-from mantis_core.training.workers import average_buffers, gather_rows
 
 OnStep = Callable[[int, int, dict[str, float]], None]
 OF_A_LEVEL = ("bits", "top1")

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from mantis_core.tasks import Batch
-from mantis_core.training.means import Name, Pool, add_up
+from mantis_core.training.means import Name, Pool, add_up, num_workers
 from mantis_core.training.recipe import StepOutput
-from mantis_core.training.workers import num_workers
 
 
 @dataclass

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
-from mantis_core.config import LossTerm, ModelConfig, Stage1Config, Stage2Config
+from mantis_core.architecture import ModelConfig
+from mantis_core.config import LossTerm, Stage1Config, Stage2Config
 from mantis_core.errors import ModelError
 from mantis_core.folders import save_folder
 from mantis_core.networks.frozen import FrozenTeacher, Watch, watched

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mantis_core.config import ModelConfig, Stage1Config
+from mantis_core.architecture import ModelConfig
+from mantis_core.config import Stage1Config
 from mantis_core.errors import ModelError
 from mantis_core.folders import save_folder
 from mantis_core.networks.bottleneck import Bottleneck
@@ -42,6 +43,7 @@ def stage1_recipe(
     members = class_members(problem.tasks, len(problem.classes)) if problem.single_class else None
     if model.wide_encoder:
         model = with_wide_encoder(model, len(problem.tasks), problem.image_size, members)
+    if model.wide_encoder or model.requests == "asked":
         config = config.model_copy(update={"losses": without_detection(config.losses)})
     torch.manual_seed(seed)
     student = Stage1Student(

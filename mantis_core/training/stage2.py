@@ -7,19 +7,21 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
+from mantis_core.architecture import ModelConfig
 from mantis_core.bitstream.task_field import MAX_LEVEL
 from mantis_core.codec.checkpoint import save_model
 from mantis_core.codec.mantis import Mantis, MantisOutput
 from mantis_core.codec.own_answer import ClientAnswer, Fusion, confidence_counts
 from mantis_core.codec.requests import coverage_threshold
 from mantis_core.codec.spec import model_spec
-from mantis_core.config import ModelConfig, Stage2Config
+from mantis_core.config import Stage2Config
 from mantis_core.errors import ModelError
 from mantis_core.networks.client import View
 from mantis_core.networks.conditioning import shares_of
@@ -30,6 +32,7 @@ from mantis_core.networks.server import ClassificationTail
 from mantis_core.networks.teacher import Teacher, freeze
 from mantis_core.rates import levels_of, weight_at
 from mantis_core.tasks import Batch, Problem, TaskSpec, class_members, one_task
+from mantis_core.training.asking import Asking
 from mantis_core.training.hits import decision_hits
 from mantis_core.training.losses import DETECTION, check_detection
 from mantis_core.training.recipe import (
@@ -66,7 +69,13 @@ def stage2_recipe(
     if model.wide_encoder:
         members = class_members(problem.tasks, len(problem.classes))
         model = with_wide_encoder(model, len(problem.tasks), problem.image_size, members)
+    if model.wide_encoder or model.requests == "asked":
         config = config.model_copy(update={"losses": without_detection(config.losses)})
+    if model.requests == "asked":
+        # A server asks about one task, not which of all classes an image shows.
+        problem = replace(problem, single_class=False)
+        losses = {n: t for n, t in config.losses.items() if t.criterion != "JointDecision"}
+        config = config.model_copy(update={"losses": losses})
     torch.manual_seed(seed)
     if model.single_task:
         problem = one_task(problem)
@@ -180,6 +189,7 @@ class Stage2Recipe(Recipe):
         self.student: Mantis = student
         self.loaded = loaded
         self.config = config
+        self.asking = Asking(config, student.spec.model, student.spec.task_names)
         if config.freeze_stem:
             freeze(student.client.stem)
         if student.spec.single_class:
@@ -244,7 +254,9 @@ class Stage2Recipe(Recipe):
         with self.watch_student() as student_io:
             view = student.client(images)
             detected = torch.sigmoid(view.logits.float()).detach()
-            condition, mask, loss_mask, forced = self._condition(detected, batch, progress)
+            condition, mask, loss_mask, forced = self.asking(
+                detected, student.select_mask(detected), batch, progress
+            )
             heard = None
             if student.fusion is not None and self.training:
                 # The answer of a forced image would be one within its true task.
@@ -262,6 +274,8 @@ class Stage2Recipe(Recipe):
             share = ramp(self.config, progress, training=self.training)
             rate = share * (self.level_weights[level] * output.bits).mean()
         objective = self.objective(student_io, teacher_io, batch, rate)
+        if self.asking.always:
+            batch = replace(batch, task_mask=batch.task_mask & mask)
         sums = decision_hits(computed, student.server.layout, batch)
         return Measured((objective,), {**sums, "bits": output.bits.detach().sum()})
 
@@ -271,6 +285,8 @@ class Stage2Recipe(Recipe):
         Of a client that sends its answers also what the server makes of them, and their tables.
         """
         assert isinstance(student, Mantis)
+        if self.asking.always:
+            return
         nobody = student.mask_threshold.new_zeros(0, len(student.spec.tasks))
         found, truth = [nobody], [nobody.bool()]  # a worker may have no rows
         answers = [nobody.new_zeros(0, student.server.layout.width + _FACTS)]
@@ -320,37 +336,6 @@ class Stage2Recipe(Recipe):
     def _own(self, batch: Batch) -> Batch:
         """The batch with this codec's tasks, which may be one of all classes."""
         return batch.as_one_task() if self.student.spec.model.single_task else batch
-
-    def _condition(
-        self, detected: Tensor, batch: Batch, progress: float
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """What the encoder reads, what the stream would carry, and which tasks' losses count.
-
-        All three are (B, K), as `detected` is; the last are the images that are forced, (B,). In
-        training a share of the images is forced to its true tasks, and some of those images to a
-        random subset, of each size from one task on with equal probability. The other images, and
-        all images in eval mode, follow the detector.
-        """
-        mask = self.student.select_mask(detected)
-        truth = batch.task_mask
-        if not self.training:
-            return detected, mask, truth, mask.new_zeros(len(mask))
-        first, last = self.config.teacher_forcing
-        share = first + (last - first) * progress
-        count, device = len(batch), detected.device
-        forced = (torch.rand(count, device=device) < share) & truth.any(dim=1)
-        order = torch.rand(truth.shape, device=device).masked_fill(~truth, 2.0).argsort().argsort()
-        size = (torch.rand(count, device=device) * truth.sum(dim=1)).floor() + 1
-        chosen = truth & (order < size[:, None])
-        subset = torch.rand(count, device=device) < self.config.subset_fraction
-        wanted = torch.where(subset[:, None], chosen, truth)
-        rows = forced[:, None]
-        return (
-            torch.where(rows, wanted.float(), detected),
-            torch.where(rows, wanted, mask),
-            torch.where(rows, wanted, truth),
-            forced,
-        )
 
 
 def _knows(teacher: Teacher, task: TaskSpec) -> bool:

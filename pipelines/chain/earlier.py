@@ -25,7 +25,7 @@ ADDED: dict[str, dict[str, Any]] = {
         "stored_format": "webp",
         "val_fraction": None,
     },
-    "model": {"wide_encoder": False, "send_answer": False},
+    "model": {"wide_encoder": False, "send_answer": False, "requests": "both"},
     "model.encoder": {"start": "stem"},
     "stage1": {"quantizer": None},
     "stage2": {
@@ -33,6 +33,7 @@ ADDED: dict[str, dict[str, Any]] = {
         "freeze_stem": True,
         "answer_dropout": 0.2,
         "rate_weights": [],
+        "requests": [],
     },
     "codec_teacher": {"scales": [1.0]},
 }

@@ -164,12 +164,6 @@ def _check_arms(settings: Settings, table: TaskTable) -> None:
                 f"listed. Add `{whose}`, or leave `{name}` out."
             )
     for name in settings.evaluate.baselines:
-        if settings.stage2.rate_weights and ARM_KINDS[name].answers == "per_task":
-            raise SettingsError(
-                f"evaluate.baselines: `{name}` trains codecs of one rate. Leave it out, or set "
-                "stage2.rate_weight in place of stage2.rate_weights."
-            )
-    for name in settings.evaluate.baselines:
         if not set(ANSWERING) & set(ARM_KINDS[name].overrides):
             continue
         if settings.model.send_answer:

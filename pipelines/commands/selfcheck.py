@@ -8,16 +8,10 @@ from typing import Any
 
 import torch
 
+from mantis_core.architecture import ModelConfig
 from mantis_core.baselines.uncompressed import individual_recipe
 from mantis_core.codec.checkpoint import load_model, save_model
-from mantis_core.config import (
-    IndividualConfig,
-    LossTerm,
-    ModelConfig,
-    Stage1Config,
-    Stage2Config,
-    TeacherConfig,
-)
+from mantis_core.config import IndividualConfig, LossTerm, Stage1Config, Stage2Config, TeacherConfig
 from mantis_core.tasks import Batch, Problem, TaskSpec
 from mantis_core.training.loop import Session, fit
 from mantis_core.training.recipe import Recipe

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,7 @@ from mantis_core.networks.teacher import Teacher
 from mantis_core.tasks import Problem, TaskSpec
 from mantis_core.training.teacher import new_teacher
 from pipelines.evaluation.arms import ArmSource, Arrays
-from pipelines.evaluation.coded import CODED, Coded, code, way_of
+from pipelines.evaluation.coded import CODED, Coded, code, ways_of
 from pipelines.evaluation.rows import blank, count_pixels, with_labels_of_class, with_pixels_summed
 from pipelines.settings.arms import ARM_KINDS, TUNED
 from pipelines.settings.sections import Settings
@@ -91,6 +92,8 @@ class ArmEvaluator:
                     rows = run_image_codec(model, images, batch, self.problem, source)
                 elif kind in CODED:
                     rows = CODED[kind](coded[number], batch, self.problem)
+                elif source.level is not None:
+                    rows = run_per_task(model, images, batch, self.problem, level=source.level)
                 else:
                     rows = ANSWERS[kind](model, images, batch, self.problem)
             rows = with_pixels_summed({name: values[:count] for name, values in rows.items()})
@@ -105,7 +108,7 @@ class ArmEvaluator:
         out[COMPUTED_ON][0] = json.dumps(self.computed_on)  # once in a batch
         return out
 
-    def _coded(self, images: Tensor, batch: Arrays) -> dict[int, Coded]:
+    def _coded(self, images: Tensor, batch: Arrays) -> dict[int, list[Coded]]:
         """Returns the streams and answers of each arm that is a codec, by the arm's number.
 
         Arms of one model share what they have in common: an image passes the client's first layers
@@ -115,12 +118,14 @@ class ArmEvaluator:
         for number, (source, model, _) in enumerate(self.arms):
             if ARM_KINDS[source.kind].answers in CODED:
                 together.setdefault(id(model), []).append(number)
-        found: dict[int, Coded] = {}
+        found: dict[int, list[Coded]] = {}
         for numbers in together.values():
             model = self.arms[numbers[0]][1]
             sources = [self.arms[number][0] for number in numbers]
-            ways = [way_of(source, len(images), batch, self.problem) for source in sources]
-            found |= zip(numbers, code(model, images, ways), strict=True)
+            ways = [ways_of(source, model, len(images), batch, self.problem) for source in sources]
+            coded = iter(code(model, images, [way for own in ways for way in own]))
+            for number, own in zip(numbers, ways, strict=True):
+                found[number] = list(islice(coded, len(own)))
         return found
 
 
@@ -157,8 +162,18 @@ def run_local(model: LocalClassifier, images: Tensor, batch: Arrays, problem: Pr
     return with_labels_of_class(rows, problem.tasks)
 
 
-def run_per_task(codecs: PerTaskCodecs, images: Tensor, batch: Arrays, problem: Problem) -> Arrays:
-    """Runs the codec of each true task of an image. Sums the bytes of all of them."""
+def run_per_task(
+    codecs: PerTaskCodecs,
+    images: Tensor,
+    batch: Arrays,
+    problem: Problem,
+    *,
+    level: int | None = None,
+) -> Arrays:
+    """Runs the codec of each true task of an image. Sums the bytes of all of them.
+
+    Of codecs that are asked, each for its task: the mean over the tasks that an image carries.
+    """
     rows = blank(len(images), problem.tasks)
     for name in ("wire_bytes", "payload_bytes", "session_bytes", "estimated_bits"):
         rows[name][:] = 0
@@ -169,18 +184,28 @@ def run_per_task(codecs: PerTaskCodecs, images: Tensor, batch: Arrays, problem: 
         own = np.flatnonzero(carried[:, k])
         if not len(own):
             continue
-        encoded = codec.encode_in_detail(images[torch.from_numpy(own)])
+        asked = codec.spec.model.requests == "asked"
+        some = images[torch.from_numpy(own)]
+        encoded = codec.encode_in_detail(some, task.name if asked else None, level=level)
         answers = codec.decode([each.data for each in encoded])
         for index, sent, answer in zip(own, encoded, answers, strict=True):
             rows["wire_bytes"][index] += len(sent.data)
             rows["payload_bytes"][index] += sent.payload_bytes
             rows["session_bytes"][index] += sent.session_bytes
             rows["estimated_bits"][index] += sent.estimated_bits
+            if asked:
+                rows["request_wire_bytes"][index, k] = len(sent.data)
+                rows["request_session_bytes"][index, k] = sent.session_bytes
             if task.is_classification:
                 rows["predicted"][index, k] = answer.labels[task.name]
                 if problem.single_class:
                     rows["class_index"][index] = task.classes[answer.labels[task.name]]
             count_pixels(rows, index, batch, (task,), answer.segmentation)
+    count = (rows["request_wire_bytes"] >= 0).sum(axis=1)
+    if count.any():  # these codecs are asked
+        count = np.maximum(1, count)
+        for name in ("wire_bytes", "payload_bytes", "session_bytes", "estimated_bits"):
+            rows[name] = rows[name] / count
     return rows
 
 

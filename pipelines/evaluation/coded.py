@@ -16,7 +16,7 @@ from mantis_core.codec.mantis import Mantis
 from mantis_core.codec.requests import Way
 from mantis_core.tasks import Problem
 from pipelines.evaluation.arms import EXAMPLES, ArmSource, Arrays
-from pipelines.evaluation.rows import blank, count_pixels, with_labels_of_class
+from pipelines.evaluation.rows import REQUESTED, blank, count_pixels, with_labels_of_class
 from pipelines.settings.arms import ARM_KINDS
 
 
@@ -31,14 +31,21 @@ class Coded(NamedTuple):
     names_class: bool
 
 
-def way_of(source: ArmSource, count: int, batch: Arrays, problem: Problem) -> Way:
-    """Returns how an arm codes the `count` images of a batch."""
+def ways_of(
+    source: ArmSource, model: Mantis, count: int, batch: Arrays, problem: Problem
+) -> list[Way]:
+    """Returns how an arm codes the `count` images of a batch.
+
+    That is one way, but for a model that is asked: each task is then a request of its own.
+    """
     if ARM_KINDS[source.kind].answers != "oracle":
-        return Way(exit_confidence=source.exit_confidence, level=source.level)
+        if model.spec.model.requests == "asked":
+            return [Way(task.name, level=source.level) for task in problem.tasks]
+        return [Way(exit_confidence=source.exit_confidence, level=source.level)]
     asked = torch.zeros(count, len(problem.tasks), dtype=torch.bool)
     asked[: len(batch["task_mask"])] = torch.from_numpy(np.array(batch["task_mask"]))
     asked[~asked.any(dim=1), 0] = True  # a stream needs at least one task
-    return Way(asked, level=source.level)
+    return [Way(asked, level=source.level)]
 
 
 def code(model: Mantis, images: Tensor, ways: Sequence[Way]) -> list[Coded]:
@@ -54,9 +61,13 @@ def code(model: Mantis, images: Tensor, ways: Sequence[Way]) -> list[Coded]:
     return coded
 
 
-def run_codec(coded: Coded, batch: Arrays, problem: Problem, *, oracle: bool = False) -> Arrays:
+def run_codec(
+    ways: Sequence[Coded], batch: Arrays, problem: Problem, *, oracle: bool = False
+) -> Arrays:
     """Returns the rows of a codec. An `oracle` was told the tasks of each image."""
-    tasks = problem.tasks
+    if len(ways) > 1:
+        return run_requests(ways, batch, problem)
+    (coded,), tasks = ways, problem.tasks
     rows = _of_streams(coded, problem)
     for index, (sent, answer) in enumerate(zip(coded.encoded, coded.answers, strict=True)):
         rows["decoded"][index] = sent.mask
@@ -72,8 +83,36 @@ def run_codec(coded: Coded, batch: Arrays, problem: Problem, *, oracle: bool = F
     return rows
 
 
-def run_student(coded: Coded, batch: Arrays, problem: Problem) -> Arrays:
+def run_requests(ways: Sequence[Coded], batch: Arrays, problem: Problem) -> Arrays:
+    """Returns the rows of a codec that is asked for one task after the other.
+
+    A size is the mean over the requests; those of each request stand beside it.
+    """
+    each = [_of_streams(coded, problem) for coded in ways]
+    rows, tasks = blank(len(ways[0].encoded), problem.tasks), problem.tasks
+    for name in ("wire_bytes", "payload_bytes", "session_bytes", "estimated_bits"):
+        rows[name] = np.mean([own[name] for own in each], axis=0)
+    for name in REQUESTED:
+        sizes = [own[name.removeprefix("request_")] for own in each]
+        rows[name] = np.stack(sizes, axis=1).astype(np.float64)
+    rows["decoded"][:] = True
+    for k, (task, coded) in enumerate(zip(tasks, ways, strict=True)):
+        for index, answer in enumerate(coded.answers):
+            rows["predicted"][index, k] = answer.labels.get(task.name, -1)
+            if index < len(batch["task_mask"]):
+                count_pixels(rows, index, batch, (task,), answer.segmentation)
+    for index in range(min(EXAMPLES, len(rows["answer"]))):
+        said = [coded.answers[index].to_dict() for coded in ways]
+        together = {**said[0], "tasks": [task.name for task in tasks]}
+        for name in ("labels", "label_names", "label_probability", "segmentation"):
+            together[name] = {key: value for own in said for key, value in own[name].items()}
+        rows["answer"][index] = json.dumps(together, allow_nan=False)
+    return rows
+
+
+def run_student(ways: Sequence[Coded], batch: Arrays, problem: Problem) -> Arrays:
     """Returns the rows of a codec of one task, whose class answers the true tasks of an image."""
+    (coded,) = ways
     rows = _of_streams(coded, problem)
     rows["decoded"][: len(batch["task_mask"])] = batch["task_mask"]
     if coded.names_class:
@@ -94,7 +133,7 @@ def _of_streams(coded: Coded, problem: Problem) -> Arrays:
     return rows
 
 
-CODED: dict[str, Callable[[Coded, Arrays, Problem], Arrays]] = {
+CODED: dict[str, Callable[[Sequence[Coded], Arrays, Problem], Arrays]] = {
     "codec": run_codec,
     "oracle": partial(run_codec, oracle=True),
     "student": run_student,

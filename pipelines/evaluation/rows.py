@@ -11,13 +11,16 @@ from mantis_core.measure.metrics import pixel_confusion
 from mantis_core.tasks import TaskSpec
 from pipelines.evaluation.arms import Arrays
 
+REQUESTED = ("request_wire_bytes", "request_session_bytes")
+"""Columns of what each request takes, (N, K), of a model that is asked."""
+
 
 def blank(count: int, tasks: Sequence[TaskSpec]) -> Arrays:
     """Returns empty rows: -1 stands for an answer that an arm does not give."""
     rows: Arrays = {
-        "wire_bytes": np.full(count, -1),
+        "wire_bytes": np.full(count, -1.0),
         "payload_bytes": np.full(count, -1.0),
-        "session_bytes": np.full(count, -1),
+        "session_bytes": np.full(count, -1.0),
         "estimated_bits": np.full(count, -1.0),
         "decoded": np.zeros((count, len(tasks)), dtype=bool),
         "answered": np.zeros(count, dtype=bool),
@@ -26,6 +29,7 @@ def blank(count: int, tasks: Sequence[TaskSpec]) -> Arrays:
         "class_index": np.full(count, -1),
         "client_class": np.full(count, -1),
         "answer": np.full(count, "", dtype=object),
+        **{name: np.full((count, len(tasks)), -1.0) for name in REQUESTED},
     }
     for task in tasks:
         if not task.is_classification:

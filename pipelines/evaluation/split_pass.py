@@ -27,6 +27,7 @@ from mantis_core.measure.metrics import (
 from mantis_core.tasks import TaskSpec
 from pipelines.cluster.machine import usable_cpus
 from pipelines.evaluation.arms import SPLIT, ArmSource, Arrays
+from pipelines.evaluation.rows import REQUESTED
 from pipelines.training.files import COMPUTED_ON
 from pipelines.training.problem import tasks_of
 
@@ -124,7 +125,12 @@ def evaluate_split(
         seen += len(batch["arm"])
         if on_rows is not None:
             on_rows(seen // max(1, len(sources)), rows)
-    return collected(parts, sources, manifest)
+    return collected(parts, sources, manifest, single_class=decides_a_class(manifest, settings))
+
+
+def decides_a_class(manifest: Manifest, settings: Settings) -> bool:
+    """Returns whether an arm is judged by the class of an image: a server that asks wants none."""
+    return manifest.single_class and settings.model.requests != "asked"
 
 
 def gpus_of_actor(gpus_per_worker: float) -> float:
@@ -184,7 +190,8 @@ def evaluate_locally(
     )
     size = settings.evaluate.batch_size
     batches = local_batches(folder, manifest, reading, split=SPLIT, global_batch=size)
-    return collected([evaluator(batch) for batch in batches], sources, manifest)
+    parts = [evaluator(batch) for batch in batches]
+    return collected(parts, sources, manifest, single_class=decides_a_class(manifest, settings))
 
 
 def _actor_arguments(
@@ -200,7 +207,11 @@ def _actor_arguments(
 
 
 def collected(
-    parts: Sequence[Arrays], sources: Sequence[ArmSource], manifest: Manifest
+    parts: Sequence[Arrays],
+    sources: Sequence[ArmSource],
+    manifest: Manifest,
+    *,
+    single_class: bool,
 ) -> Evaluated:
     """Returns the answers of all batches by arm.
 
@@ -222,7 +233,7 @@ def collected(
             )
         answers[source.name] = {name: values[own] for name, values in found.items()}
     tasks, size = tasks_of(manifest), manifest.image_size
-    return Evaluated(answers, tasks, manifest.single_class, size, hardware)
+    return Evaluated(answers, tasks, single_class, size, hardware)
 
 
 def hardware_of(parts: Iterable[Evaluated]) -> tuple[dict[str, Any], ...]:
@@ -289,6 +300,7 @@ def to_records(own: Arrays, tasks: Sequence[TaskSpec]) -> ImageRecords:
         estimated_bits=own["estimated_bits"] if (own["estimated_bits"] >= 0).all() else None,
         answered=own["answered"].astype(bool) if sends else None,
         client_class=own["client_class"] if (own["client_class"] >= 0).any() else None,
+        **{name: own[name] for name in REQUESTED if name in own and (own[name] >= 0).any()},
         client_macs=_told(own, "client_macs"),
         client_bytes=_told(own, "client_bytes"),
         confusion=confusion,

@@ -297,3 +297,13 @@ def baselines() -> tuple[str, ...]:
 def image_codecs() -> tuple[str, ...]:
     """Returns the kinds that `evaluate.codecs` may name."""
     return tuple(name for name, kind in ARM_KINDS.items() if kind.asked_by == "codecs")
+
+
+def unfit_requests(name: str) -> tuple[str, ...]:
+    """Returns the values of `model.requests` under which an arm of this kind cannot be measured."""
+    kind = ARM_KINDS[name]
+    if kind.answers == "oracle":
+        return ("detect",)
+    own = ARM_KINDS[kind.measures] if kind.measures in trained_kinds() else kind
+    needs = ("model.single_task=true", "model.conditioning.kind=features", *ANSWERING)
+    return ("asked",) if kind.measures == "local" or set(needs) & set(own.overrides) else ()

@@ -13,16 +13,16 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validat
 
 from data_prep.config import DataConfig, TaskConfig
 from data_prep.tasks import did_you_mean
+from mantis_core.architecture import ModelConfig
 from mantis_core.bitstream.container import MAX_TASKS
 from mantis_core.config import (
     CodecTeacherConfig,
     IndividualConfig,
-    ModelConfig,
     Stage1Config,
     Stage2Config,
     TeacherConfig,
 )
-from pipelines.settings.arms import baselines, image_codecs
+from pipelines.settings.arms import baselines, image_codecs, unfit_requests
 
 Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Quality = Annotated[int, Field(ge=0, le=100)]
@@ -287,5 +287,17 @@ class Settings(_Section):
                 "evaluate.early_exit needs a detector that names classes: set "
                 "model.detector.classes=true (with the loss ClassDetection), or remove "
                 "evaluate.early_exit"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _arms_fit_who_names_the_tasks(self) -> Settings:
+        requests = self.model.requests
+        wrong = [kind for kind in self.evaluate.baselines if requests in unfit_requests(kind)]
+        if wrong:
+            why = {"asked": "detects tasks or classes", "detect": "is asked for tasks"}[requests]
+            raise ValueError(
+                f"evaluate.baselines: `{wrong[0]}` {why}, and model.requests is {requests}. Leave "
+                f"`{wrong[0]}` out, or set model.requests=both"
             )
         return self

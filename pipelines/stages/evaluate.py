@@ -71,10 +71,11 @@ def kept_answers(
     spec: StageSpec, specs: Mapping[str, StageSpec], store: Store, manifest: Manifest
 ) -> dict[str, Evaluated]:
     """Returns the arms, by name, whose answers an earlier evaluation has kept."""
-    from pipelines.evaluation.split_pass import Evaluated
+    from pipelines.evaluation.split_pass import Evaluated, decides_a_class
     from pipelines.training.problem import tasks_of
 
-    around = Evaluated({}, tasks_of(manifest), manifest.single_class, manifest.image_size)
+    single_class = decides_a_class(manifest, spec.settings)
+    around = Evaluated({}, tasks_of(manifest), single_class, manifest.image_size)
     found = {
         arm.name: read_measured(store, measured_file(spec, arm, specs), arm.name, around)
         for arm in spec.arms
@@ -143,7 +144,7 @@ def write_evaluation(
             {"name": task.name, "kind": task.kind, "labels": list(task.labels)}
             for task in done.tasks
         ],
-        "single_class": manifest.single_class,
+        "single_class": done.single_class,
         "chance": chance_of(done),
         "arms": arms,
         COMPUTED_ON: list(done.computed_on),

@@ -54,6 +54,7 @@ STAGE1 = Stage(
         "model.quantizer",
         "model.neighbour_contexts",
         "model.wide_encoder",
+        "model.requests",
         "stage1",
     ),
     identities=given_weights,

@@ -28,19 +28,25 @@ class MantisClient(PythonModel):
     ) -> Any:
         """Maps column `image` (bytes of image files) to `stream`, `wire_bytes` and `error`.
 
-        `params` may name `level` or `max_bytes`, for all rows. A row whose image cannot be read or
-        does not fit has an empty stream and says why in `error`, which is missing in all others.
+        `params` may name `level` or `max_bytes`, and in `tasks` what is asked for, with commas
+        between: for all rows. A model that is asked is asked for all tasks if none are named. A row
+        whose image cannot be read or does not fit has an empty stream and says why in `error`,
+        which is missing in all others.
         """
+        from mantis_core.codec.requests import named_tasks
         from mantis_core.errors import BudgetError
         from mantis_core.pixels import ImageError
 
-        given = {name: int(own) for name, own in (params or {}).items() if own is not None}
-        level, max_bytes = given.get("level"), given.get("max_bytes")
+        given = {name: own for name, own in (params or {}).items() if own is not None}
+        level, max_bytes = (
+            None if given.get(name) is None else int(given[name]) for name in ("level", "max_bytes")
+        )
+        tasks = named_tasks(self.codec.spec, given.get("tasks"))
         rows = []
         for data in model_input["image"]:
             try:
                 image = self.codec.prepare_image(data)
-                (stream,) = self.codec.encode(image[None], level=level, max_bytes=max_bytes)
+                (stream,) = self.codec.encode(image[None], tasks, level=level, max_bytes=max_bytes)
             except (ImageError, BudgetError) as error:
                 rows.append({"stream": b"", "wire_bytes": 0, "error": str(error)})
                 continue

@@ -40,8 +40,12 @@ _IMAGE = Schema([ColSpec(DataType.binary, "image")])
 _ERROR = ColSpec(DataType.string, "error", required=False)
 _STREAM = Schema([ColSpec(DataType.binary, "stream"), ColSpec(DataType.long, "wire_bytes"), _ERROR])
 
-_RATE = ParamSchema(
-    [ParamSpec("level", DataType.long, None), ParamSpec("max_bytes", DataType.long, None)]
+_PARAMS = ParamSchema(
+    [
+        ParamSpec("level", DataType.long, None),
+        ParamSpec("max_bytes", DataType.long, None),
+        ParamSpec("tasks", DataType.string, None),
+    ]
 )
 """What an encoder may be given for all images, as ClientCodec.encode takes it."""
 
@@ -70,12 +74,12 @@ PARTS = {
     "whole": Part(
         "whole_model.py",
         (*_SERVER_PACKAGES, "compressai", "torchdistill"),
-        ModelSignature(inputs=_IMAGE, outputs=_ANSWER, params=_RATE),
+        ModelSignature(inputs=_IMAGE, outputs=_ANSWER, params=_PARAMS),
     ),
     "client": Part(
         "client_model.py",
         _CLIENT_PACKAGES,
-        ModelSignature(inputs=_IMAGE, outputs=_STREAM, params=_RATE),
+        ModelSignature(inputs=_IMAGE, outputs=_STREAM, params=_PARAMS),
     ),
     "server": Part(
         "server_model.py",

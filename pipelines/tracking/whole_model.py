@@ -31,20 +31,27 @@ class MantisModel(PythonModel):
         `class_index` is -1 and `class_name` None if the image has no single class, or if no decoded
         task has classes. `answer` is the whole answer as JSON. A row whose image cannot be read
         or does not fit says why in `error`, which is missing in all others. `params` may name
-        `level` or `max_bytes`, for all rows.
+        `level` or `max_bytes`, and in `tasks` what is asked for, with commas between: for all rows.
+        A model that is asked is asked for all tasks if none are named.
         """
         from mantis_core.codec.answer import COLUMNS, failed_row
+        from mantis_core.codec.requests import named_tasks
         from mantis_core.errors import BudgetError
         from mantis_core.pixels import ImageError
 
-        given = {name: int(own) for name, own in (params or {}).items() if own is not None}
-        level, max_bytes = given.get("level"), given.get("max_bytes")
+        given = {name: own for name, own in (params or {}).items() if own is not None}
+        level, max_bytes = (
+            None if given.get(name) is None else int(given[name]) for name in ("level", "max_bytes")
+        )
+        tasks = named_tasks(self.codec.spec, given.get("tasks"))
         rows: dict[int, dict[str, Any]] = {}
         streams: dict[int, bytes] = {}
         for row, data in enumerate(model_input["image"]):
             try:
                 image = self.codec.prepare_image(data)
-                (streams[row],) = self.codec.encode(image[None], level=level, max_bytes=max_bytes)
+                (streams[row],) = self.codec.encode(
+                    image[None], tasks, level=level, max_bytes=max_bytes
+                )
             except (ImageError, BudgetError) as error:
                 rows[row] = failed_row(str(error))
         good = list(streams)

@@ -9,9 +9,9 @@ from PIL import Image
 
 from benchmarks.client import disturb, drawn_image, main, measure, spec_of, untrained
 from data_prep.tasks import resolve_tasks
+from mantis_core.architecture import ModelConfig
 from mantis_core.codec.checkpoint import load_client, save_half, save_model
 from mantis_core.codec.mantis import Mantis
-from mantis_core.config import ModelConfig
 from mantis_core.folders import load_folder
 from pipelines.settings.reading import load_settings
 from pipelines.training.problem import tasks_of

@@ -33,7 +33,9 @@ def keys_of(section: BaseModel, prefix: str = "") -> Iterator[str]:
 def test_the_reference_holds_every_config_field(config: str) -> None:
     shown = set(reference.config_keys())
     wanted = set(keys_of(load_settings(ROOT / f"configs/{config}.yaml")))
-    assert {key for key in wanted - shown if not key.endswith("presence")} == set()
+    listed = {"stage2.requests"}  # its entries have a table of their own, and none is the default
+    assert {key for key in wanted - shown - listed if not key.endswith("presence")} == set()
+    assert {f"{key}[].tasks" for key in listed} <= shown
 
 
 def test_the_reference_holds_every_command_with_its_options_and_an_example() -> None:

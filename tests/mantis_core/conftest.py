@@ -11,18 +11,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from mantis_core.codec.mantis import Mantis
-from mantis_core.config import (
+from mantis_core.architecture import (
     ConditioningConfig,
     DecoderConfig,
     DetectorConfig,
     EncoderConfig,
     ModelConfig,
-    OptimConfig,
-    Stage1Config,
-    Stage2Config,
     StemConfig,
 )
+from mantis_core.codec.mantis import Mantis
+from mantis_core.config import OptimConfig, Stage1Config, Stage2Config
 from mantis_core.networks.teacher import Teacher
 from mantis_core.tasks import IGNORE, Batch, Problem, TaskSpec
 from mantis_core.training.stage1 import Stage1Recipe, stage1_recipe

@@ -21,9 +21,10 @@ import torch.distributed as dist
 from conftest import QUICK, make_batch, make_config
 from torch import Tensor, nn
 
+from mantis_core.architecture import DetectorConfig
 from mantis_core.baselines.per_task import per_task_recipe
 from mantis_core.baselines.uncompressed import individual_recipe
-from mantis_core.config import DetectorConfig, LossTerm, OptimConfig, Stage1Config, Stage2Config
+from mantis_core.config import LossTerm, OptimConfig, Stage1Config, Stage2Config
 from mantis_core.networks.server import still_batch_norms
 from mantis_core.networks.teacher import Teacher
 from mantis_core.tasks import IGNORE, Batch, Problem, TaskSpec

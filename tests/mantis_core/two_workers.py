@@ -16,7 +16,7 @@ from torch import nn
 
 from mantis_core.tasks import Batch
 from mantis_core.training.loop import Session
-from mantis_core.training.workers import gather_rows
+from mantis_core.training.means import gather_rows
 
 
 def worker(rank: int, folder: str) -> None:

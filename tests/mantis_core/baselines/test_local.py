@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from mantis_core.architecture import EncoderConfig
 from mantis_core.baselines.local import answer_stream, local_classifier, local_recipe
 from mantis_core.bitstream.container import StreamSpec, unpack
-from mantis_core.config import EncoderConfig
 from mantis_core.folders import load_folder
 from mantis_core.networks.cost import macs_of
 from mantis_core.networks.preprocessing import normalise

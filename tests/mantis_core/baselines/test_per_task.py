@@ -11,15 +11,17 @@ import pytest
 import torch
 import yaml
 
+from mantis_core.architecture import DetectorConfig, ModelConfig
 from mantis_core.baselines.per_task import PerTaskRecipe, load_codecs, per_task_recipe, save_codecs
 from mantis_core.codec.mantis import Mantis
-from mantis_core.config import DetectorConfig, LossTerm, ModelConfig, Stage2Config
+from mantis_core.config import LossTerm, Stage2Config
 from mantis_core.errors import ModelError
 from mantis_core.networks.preprocessing import normalise
 from mantis_core.networks.teacher import Teacher, narrowed
 from mantis_core.tasks import Batch, Problem
 from mantis_core.training.loop import Session
 from mantis_core.training.optim import parameter_groups
+from pipelines.evaluation.answers import run_per_task
 from tests.mantis_core.conftest import QUICK, make_batch, make_config, make_problem, make_stage1
 from tests.mantis_core.recipe_checks import train, without_gradient
 
@@ -192,3 +194,31 @@ def test_codecs_are_saved_by_their_recipe_and_by_versions_with_summaries(
             images = make_batch(problem).image
             again = load_codecs(tmp_path)["tools"].encode(images)  # type: ignore[operator]
             assert again == codecs["tools"].encode(images)
+
+
+@pytest.mark.parametrize("requests", ["both", "asked"])
+def test_codecs_of_several_rates_are_measured_at_each(requests: Any) -> None:
+    problem = make_problem(single_class=False)
+    recipe = make_recipe(
+        problem, make_config(requests=requests, prior="shared"), rate_weights=(1e-3, 1e-1)
+    )
+    assert recipe.held_levels == [0, 4]
+    train(recipe, [make_batch(problem, seed=seed) for seed in range(2)])
+    batch, codecs = make_batch(problem), recipe.student
+    recipe.eval()
+    recipe.level = 4
+    recipe(batch, 1.0)
+    assert {part.level for _, part in recipe.parts.items()} == {4}
+    with torch.no_grad():
+        for _, codec in codecs.items():
+            codec.client.by_level.values[0, -8:-4] = 30.0  # the latent is that much larger
+    codecs.finish()
+    arrays = {
+        "task_mask": batch.task_mask.numpy(),
+        **{f"segmentation/{name}": mask.numpy() for name, mask in batch.segmentation.items()},
+    }
+    sizes = [
+        run_per_task(codecs, batch.image, arrays, problem, level=level)["payload_bytes"].sum()
+        for level in recipe.held_levels
+    ]
+    assert sizes[0] > sizes[1]

@@ -15,6 +15,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+from mantis_core.architecture import ConditioningConfig, DetectorConfig, ModelConfig
 from mantis_core.codec.checkpoint import (
     Half,
     load_client,
@@ -24,7 +25,6 @@ from mantis_core.codec.checkpoint import (
     save_model,
 )
 from mantis_core.codec.mantis import Mantis
-from mantis_core.config import ConditioningConfig, DetectorConfig, ModelConfig
 from mantis_core.errors import ModelError
 from mantis_core.folders import (
     load_folder,

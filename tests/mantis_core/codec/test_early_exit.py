@@ -9,9 +9,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from mantis_core.architecture import DetectorConfig, ModelConfig
 from mantis_core.bitstream.wire import read_stream
 from mantis_core.codec.mantis import Mantis
-from mantis_core.config import DetectorConfig, ModelConfig
 from mantis_core.errors import ModelError
 from mantis_core.networks.preprocessing import normalise
 from mantis_core.tasks import Problem

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 import yaml
 
+from mantis_core.architecture import EncoderConfig, ModelConfig
 from mantis_core.codec.checkpoint import load_model, read_spec, save_model
-from mantis_core.config import EncoderConfig, ModelConfig, Stage1Config, Stage2Config
+from mantis_core.config import Stage1Config, Stage2Config
 from mantis_core.networks.teacher import Teacher
 from mantis_core.tasks import Batch
 from mantis_core.training.stage1 import stage1_recipe

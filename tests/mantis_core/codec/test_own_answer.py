@@ -11,6 +11,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from mantis_core.architecture import DetectorConfig, ModelConfig
 from mantis_core.bitstream.coder import TOTAL
 from mantis_core.bitstream.wire import read_stream
 from mantis_core.codec.checkpoint import load_client, load_server, save_model
@@ -22,7 +23,6 @@ from mantis_core.codec.own_answer import (
     Fusion,
     confidence_counts,
 )
-from mantis_core.config import DetectorConfig, ModelConfig
 from mantis_core.errors import ModelError
 from mantis_core.folders import load_folder, save_folder
 from mantis_core.networks.preprocessing import normalise

@@ -12,12 +12,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from mantis_core.architecture import DetectorConfig, ModelConfig
 from mantis_core.bitstream.container import BitstreamError, Reason
 from mantis_core.codec.checkpoint import load_client, load_server, save_half, save_model
 from mantis_core.codec.mantis import Mantis
 from mantis_core.codec.own_answer import confidence_counts
 from mantis_core.codec.sessions import ClientSession, ServerSession
-from mantis_core.config import DetectorConfig, ModelConfig
 from mantis_core.errors import ModelError
 from mantis_core.tasks import Problem
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from mantis_core.architecture import ModelConfig
 from mantis_core.codec.spec import model_spec
-from mantis_core.config import ModelConfig
 from mantis_core.networks.teacher import Teacher
 from mantis_core.tasks import Problem
 

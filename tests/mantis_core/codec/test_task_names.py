@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
+from mantis_core.architecture import ModelConfig
 from mantis_core.baselines.per_task import load_codecs, per_task_recipe
 from mantis_core.baselines.uncompressed import individual_recipe
 from mantis_core.codec.checkpoint import load_client, load_model, load_server
-from mantis_core.config import ModelConfig, Stage2Config
+from mantis_core.config import Stage2Config
 from mantis_core.tasks import Problem
 from mantis_core.training.stage1 import Stage1Recipe
 from mantis_core.training.stage2 import Stage2Recipe

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from mantis_core.config import ConditioningConfig, DetectorConfig, ModelConfig
+from mantis_core.architecture import ConditioningConfig, DetectorConfig, ModelConfig
 from mantis_core.errors import ModelError
 from mantis_core.networks.cost import macs_of, multiply_adds, widest, with_wide_encoder
 from mantis_core.tasks import class_members

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from mantis_core.config import DetectorConfig, EncoderConfig, LossTerm
+from mantis_core.architecture import DetectorConfig, EncoderConfig
+from mantis_core.config import LossTerm
 from mantis_core.networks.client import latent_size
 from mantis_core.networks.cost import macs_of
 from mantis_core.tasks import class_members

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mantis_core.config import DecoderConfig
+from mantis_core.architecture import DecoderConfig
 from mantis_core.networks.blocks import SegmentationHead
 from mantis_core.networks.client import latent_size
 from mantis_core.networks.server import (

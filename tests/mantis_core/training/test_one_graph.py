@@ -9,7 +9,8 @@ from typing import Any, Literal
 import pytest
 import torch
 
-from mantis_core.config import DetectorConfig, LossTerm, ModelConfig, TeacherConfig
+from mantis_core.architecture import DetectorConfig, ModelConfig
+from mantis_core.config import LossTerm, TeacherConfig
 from mantis_core.tasks import Batch, Problem
 from mantis_core.training.loop import Session, TrainingError
 from mantis_core.training.recipe import Recipe

@@ -10,13 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from mantis_core.config import (
-    ConditioningConfig,
-    DetectorConfig,
-    LossTerm,
-    ModelConfig,
-    Stage2Config,
-)
+from mantis_core.architecture import ConditioningConfig, DetectorConfig, ModelConfig
+from mantis_core.config import LossTerm, Stage2Config
 from mantis_core.errors import ModelError
 from mantis_core.tasks import Batch, Problem
 from mantis_core.training.recipe import Recipe, rate_weight

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from mantis_core.config import LossTerm, ModelConfig, Stage1Config
+from mantis_core.architecture import ModelConfig
+from mantis_core.config import LossTerm, Stage1Config
 from mantis_core.errors import ModelError
 from mantis_core.folders import load_folder
 from mantis_core.networks.teacher import Teacher

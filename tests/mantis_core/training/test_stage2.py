@@ -12,13 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from mantis_core.architecture import ConditioningConfig, ModelConfig
 from mantis_core.codec.checkpoint import load_model
-from mantis_core.config import (
-    ConditioningConfig,
-    ModelConfig,
-    Stage1Config,
-    Stage2Config,
-)
+from mantis_core.config import Stage1Config, Stage2Config
 from mantis_core.errors import ModelError
 from mantis_core.folders import read_meta
 from mantis_core.networks.preprocessing import normalise
@@ -98,7 +94,8 @@ def test_the_loss_is_its_terms_and_the_weighted_bits(
 
 def condition(recipe: Any, batch: Batch, progress: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     detected = torch.rand(len(batch), 3)
-    return (detected, *recipe._condition(detected, batch, progress)[:3])
+    mask = recipe.student.select_mask(detected)
+    return (detected, *recipe.asking(detected, mask, batch, progress)[:3])
 
 
 def test_forced_images_are_conditioned_on_non_empty_subsets_of_the_truth(

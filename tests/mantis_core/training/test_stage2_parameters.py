@@ -8,13 +8,8 @@ from typing import Any
 
 import pytest
 
-from mantis_core.config import (
-    ConditioningConfig,
-    LossTerm,
-    ModelConfig,
-    Stage1Config,
-    Stage2Config,
-)
+from mantis_core.architecture import ConditioningConfig, ModelConfig
+from mantis_core.config import LossTerm, Stage1Config, Stage2Config
 from mantis_core.errors import ModelError
 from mantis_core.tasks import Batch, Problem
 from mantis_core.training.loop import Session

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, create_model
 
-from mantis_core.config import ModelConfig
+from mantis_core.architecture import ModelConfig
 from pipelines.chain import keys
 from pipelines.chain.keys import digest, slim_slice, without_defaults
 from pipelines.settings.reading import load_settings, to_yaml

@@ -11,10 +11,11 @@ TASKS = ("one", "two")
 def codec(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A codec of two classifications and a segmentation, saved as a model folder."""
     torch = pytest.importorskip("torch")
+    from mantis_core.architecture import ModelConfig
     from mantis_core.codec.checkpoint import save_model
     from mantis_core.codec.mantis import Mantis
     from mantis_core.codec.spec import model_spec
-    from mantis_core.config import ModelConfig, TeacherConfig
+    from mantis_core.config import TeacherConfig
     from mantis_core.tasks import Problem, TaskSpec
     from mantis_core.training.teacher import new_teacher
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from mantis_core.architecture import DetectorConfig
 from mantis_core.codec.checkpoint import save_model
-from mantis_core.config import DetectorConfig
 from tests.mantis_core.conftest import make_config, make_problem, make_stage2
 from tests.pipelines.commands.test_many_files import rows
 from tests.pipelines.commands.test_streams import mantis, picture

@@ -9,7 +9,7 @@ from torch import Tensor
 from mantis_core.codec.mantis import Mantis
 from mantis_core.tasks import Problem
 from pipelines.evaluation.arms import ArmSource, Arrays
-from pipelines.evaluation.coded import CODED, code, way_of
+from pipelines.evaluation.coded import CODED, code, ways_of
 from pipelines.settings.arms import ARM_KINDS
 
 
@@ -18,5 +18,5 @@ def rows_of(
 ) -> Arrays:
     """Returns the rows of an arm of this kind by itself; `how` are further fields of its source."""
     source = ArmSource("arm", kind, None, **how)
-    (coded,) = code(model, images, [way_of(source, len(images), batch, problem)])
+    coded = code(model, images, ways_of(source, model, len(images), batch, problem))
     return CODED[ARM_KINDS[kind].answers](coded, batch, problem)

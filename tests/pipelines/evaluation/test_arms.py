@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
 
+from mantis_core.architecture import ConditioningConfig, DetectorConfig
 from mantis_core.baselines.per_task import PerTaskCodecs
 from mantis_core.codec.answer import Answer
 from mantis_core.codec.mantis import Mantis
-from mantis_core.config import DetectorConfig
 from mantis_core.networks.preprocessing import normalise
 from pipelines.evaluation.answers import client_cost, run_image_codec, run_per_task
 from pipelines.evaluation.arms import Arm, ArmSource, by_model
-from pipelines.evaluation.coded import code, way_of
+from pipelines.evaluation.coded import code, ways_of
+from pipelines.evaluation.rows import with_pixels_summed
+from pipelines.evaluation.split_pass import Evaluated, arm_figures
 from tests.mantis_core.baselines.test_per_task import make_recipe
 from tests.mantis_core.conftest import (
     make_batch,
@@ -138,7 +142,7 @@ def test_arms_of_one_model_share_its_work_and_answer_as_each_alone(
         ArmSource("exit", "early_exit", None, exit_confidence=middle),
         ArmSource("told", "oracle", None),
     ]
-    ways = [way_of(source, 6, arrays, problem) for source in sources]
+    ways = [way for source in sources for way in ways_of(source, codec, 6, arrays, problem)]
     alone = [code(codec, batch.image, [way])[0] for way in ways]
     asked: list[int] = []
     decode = Mantis.decode
@@ -174,3 +178,51 @@ def test_arms_of_one_model_stand_together() -> None:
         ["stage2/none"],
         ["teacher"],
     ]
+
+
+@pytest.mark.parametrize("kind", ["gated", "none"])
+def test_a_codec_that_is_asked_is_measured_request_by_request(kind: str) -> None:
+    problem = make_problem()
+    conditioning = ConditioningConfig(kind=kind, hidden=8)
+    prior = "shared" if kind == "none" else "request"
+    config = make_config(requests="asked", prior=prior, conditioning=conditioning)
+    codec = make_codec(problem, config)
+    if kind == "gated":
+        with torch.no_grad():
+            codec.client.conditioning.sets.open[0, 1:] = -1.0
+        codec.finish()
+    batch = make_batch(problem, 5)
+    arrays = {
+        "task_mask": batch.task_mask.numpy(),
+        **{f"segmentation/{name}": mask.numpy() for name, mask in batch.segmentation.items()},
+    }
+    rows = rows_of(codec, batch.image, arrays, problem)
+    sizes = []
+    for k, task in enumerate(problem.tasks):
+        sent = codec.encode_in_detail(batch.image, task.name)
+        sizes.append([len(each.data) for each in sent])
+        session = [each.session_bytes for each in sent]
+        assert rows["request_session_bytes"][:, k].tolist() == session
+        if task.is_classification:
+            answers = codec.decode([each.data for each in sent])
+            assert rows["predicted"][:, k].tolist() == [a.labels[task.name] for a in answers]
+    np.testing.assert_array_equal(rows["request_wire_bytes"], np.transpose(sizes))
+    np.testing.assert_allclose(rows["wire_bytes"], np.mean(sizes, axis=0))
+    assert (rows["request_wire_bytes"][:, 0] < rows["request_wire_bytes"][:, 1]).all() is (
+        np.bool_(kind == "gated")
+    )
+    assert rows["decoded"].all()
+    assert (rows["probabilities"] == -1).all()
+    told = json.loads(rows["answer"][0])
+    assert told["tasks"] == [task.name for task in problem.tasks]
+    assert set(told["labels"]) == {t.name for t in problem.tasks if t.is_classification}
+    ids = {"row_id": np.arange(5), "labels": batch.labels.numpy()}
+    own = {**with_pixels_summed(rows), **arrays, **ids, "class_label": np.full(5, -1)}
+    metrics = arm_figures(Evaluated({"arm": own}, problem.tasks, False, (32, 32)), "arm")["metrics"]
+    for k, task in enumerate(problem.tasks):
+        active = arrays["task_mask"][:, k]
+        expected = rows["request_session_bytes"][active, k].mean()
+        assert metrics[f"val/task/{task.name}/session_bytes"] == pytest.approx(expected)
+    together = rows_of(codec, batch.image, arrays, problem, "oracle")
+    assert (together["request_wire_bytes"] == -1).all()
+    np.testing.assert_array_equal(together["decoded"], arrays["task_mask"])

@@ -177,8 +177,6 @@ def test_rates_of_one_model_and_of_several_exclude_each_other(config: Path) -> N
             planned(config, [levels, f"evaluate.{other}"])
     with pytest.raises(SettingsError, match=r"use members of stage2\.rate_weights"):
         planned(config, [levels, "evaluate.early_exit={5.e-3: 0.4}"])
-    with pytest.raises(SettingsError, match="`per_task` trains codecs of one rate"):
-        planned(config, [levels, "evaluate.baselines=[per_task]"])
 
 
 def test_one_rate_decides_nothing_beside_several(config: Path) -> None:

@@ -88,14 +88,14 @@ def test_a_row_that_is_lost_or_doubled_is_no_evaluation(tmp_path: Path) -> None:
     _, manifest = prepared(tmp_path)
     rows = manifest.split(SPLIT).rows
     arm, ids = np.repeat([0, 1], rows), np.tile(np.arange(rows), 2)
-    collected([{"arm": arm, "row_id": ids}], SOURCES, manifest)
+    collected([{"arm": arm, "row_id": ids}], SOURCES, manifest, single_class=True)
     with pytest.raises(EvaluationError, match=f"two: {rows - 1} answers"):
-        collected([{"arm": arm[:-1], "row_id": ids[:-1]}], SOURCES, manifest)
+        collected([{"arm": arm[:-1], "row_id": ids[:-1]}], SOURCES, manifest, single_class=True)
     doubled = np.where(np.arange(2 * rows) == 5, 4, ids)
     with pytest.raises(
         EvaluationError, match=rf"one: {rows} answers \({rows - 1} different rows\)"
     ):
-        collected([{"arm": arm, "row_id": doubled}], SOURCES, manifest)
+        collected([{"arm": arm, "row_id": doubled}], SOURCES, manifest, single_class=True)
 
 
 class Reader:

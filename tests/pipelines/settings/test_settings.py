@@ -255,3 +255,22 @@ def test_reading_a_config_imports_no_heavy_package(config: Path) -> None:
     command = [sys.executable, "-c", code, str(config)]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model.requests=asked", "evaluate.baselines=[student]"], "`student` detects tasks"),
+        (["model.requests=asked", "evaluate.baselines=[none, features]"], "`features` detects"),
+        (["model.requests=asked", "evaluate.baselines=[local]"], "`local` detects tasks or cl"),
+        (["model.requests=detect"], "`oracle` is asked for tasks, and model.requests is detect"),
+        (["model.requests=asked", "model.conditioning.kind=attention"], "kind needs it"),
+    ],
+)
+def test_arms_that_do_not_fit_who_names_the_tasks_are_refused(
+    config: Path, overrides: list[str], message: str
+) -> None:
+    with pytest.raises(SettingsError, match=message):
+        load_settings(config, overrides)
+    fits = ["model.requests=asked", "evaluate.baselines=[none, none_prior, oracle, teacher]"]
+    assert load_settings(config, fits).model.requests == "asked"

@@ -15,6 +15,7 @@ from pipelines.tracking.client_model import MantisClient
 from pipelines.tracking.package import PARTS
 from pipelines.tracking.server_model import MantisServer
 from pipelines.tracking.whole_model import MantisModel
+from tests.mantis_core.conftest import make_codec, make_problem
 from tests.mantis_core.picture_files import FILES
 
 GOOD = FILES["L"]()[0]
@@ -23,10 +24,12 @@ GOOD = FILES["L"]()[0]
 class PreparingCodec:
     """Its stream of an image is the mean of its pixels, and its answer names the stream."""
 
+    spec = make_codec(make_problem()).spec
+
     def prepare_image(self, data: bytes) -> Tensor:
         return prepare_image(data, (32, 32), 32)
 
-    def encode(self, images: Tensor, *, level: None, max_bytes: None) -> list[bytes]:
+    def encode(self, images: Tensor, tasks: None, *, level: None, max_bytes: None) -> list[bytes]:
         return [str(round(float(image.float().mean()))).encode() for image in images]
 
     def decode(self, streams: list[bytes]) -> list[Answer]:

@@ -15,18 +15,18 @@ import yaml
 from mlflow.exceptions import MlflowException
 from PIL import Image
 
-from mantis_core.codec.checkpoint import load_client, save_model
-from mantis_core.codec.mantis import Mantis
-from mantis_core.codec.spec import model_spec
-from mantis_core.config import (
+from mantis_core.architecture import (
     ConditioningConfig,
     DecoderConfig,
     DetectorConfig,
     EncoderConfig,
     ModelConfig,
     StemConfig,
-    TeacherConfig,
 )
+from mantis_core.codec.checkpoint import load_client, save_model
+from mantis_core.codec.mantis import Mantis
+from mantis_core.codec.spec import model_spec
+from mantis_core.config import TeacherConfig
 from mantis_core.folders import load_folder
 from mantis_core.tasks import Problem, TaskSpec
 from mantis_core.training.teacher import new_teacher
