@@ -5,12 +5,15 @@ from __future__ import annotations
 import importlib
 import json
 from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import tune_spaces
 from data_prep.tasks import did_you_mean
 from pipelines.settings.errors import SettingsError
+from pipelines.settings.reading import with_overrides
 from pipelines.settings.sections import Settings
 from tune_spaces.domains import Choice, Domain, Field, Integer, LogUniform, Space, Uniform, Value
 
@@ -46,8 +49,9 @@ def load_space(name: str, *, include_stage1: bool) -> Space:
 def searched_space(settings: Settings, name: str, *, include_stage1: bool) -> Space:
     """Loads the fields that a search of this config varies.
 
-    A model of several rates has no rate weight to search: its field is left out. Raises
-    SettingsError if no field is left, or as `load_space`.
+    A model of several rates has no rate weight to search: its field is left out. So are choices
+    that the config refuses, such as a conditioning by what a detector sees where there is none.
+    Raises SettingsError if no field is left, or as `load_space`.
     """
     space = load_space(name, include_stage1=include_stage1)
     if settings.stage2.rate_weights:
@@ -57,7 +61,20 @@ def searched_space(settings: Settings, name: str, *, include_stage1: bool) -> Sp
             f"--space {name} varies stage2.rate_weight alone, and stage2.rate_weights takes its "
             "place: set it to [], or search another space"
         )
-    return space
+    fitting = {key: _fitting(settings, key, field) for key, field in space.items()}
+    return {key: field for key, field in fitting.items() if field is not None}
+
+
+def _fitting(settings: Settings, key: str, field: Field) -> Field | None:
+    """Returns a field with the choices that the config takes, None where less than two are left."""
+    if not isinstance(field.domain, Choice):
+        return field
+    kept = []
+    for value in field.domain.values:
+        with suppress(SettingsError):
+            with_overrides(settings, overrides_of({key: value}))
+            kept.append(value)
+    return replace(field, domain=Choice(tuple(kept))) if len(kept) > 1 else None
 
 
 def first_stage(space: Mapping[str, Field]) -> str:

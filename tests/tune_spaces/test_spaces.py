@@ -8,7 +8,14 @@ import pytest
 
 from pipelines.chain.keys import config_slice
 from pipelines.search.sampler import propose
-from pipelines.search.space import distributions, first_stage, load_space, overrides_of, space_names
+from pipelines.search.space import (
+    distributions,
+    first_stage,
+    load_space,
+    overrides_of,
+    searched_space,
+    space_names,
+)
 from pipelines.settings.errors import SettingsError
 from pipelines.settings.reading import load_settings, with_overrides
 from pipelines.settings.sections import Settings
@@ -23,7 +30,8 @@ SAMPLES = 25
 
 @pytest.fixture(scope="module", params=CONFIGS, ids=[path.stem for path in CONFIGS])
 def settings(request: pytest.FixtureRequest) -> Settings:
-    return load_settings(request.param, ["evaluate.rate_weights=[]", "evaluate.baselines=[]"])
+    of_one_rate = ["stage2.rate_weights=[]", "evaluate.rate_weights=[]", "evaluate.baselines=[]"]
+    return load_settings(request.param, [*of_one_rate, "model.requests=both"])
 
 
 def ends(domain: Domain) -> tuple[Value, ...]:
@@ -124,3 +132,15 @@ def test_every_kind_of_domain_stays_within_its_bounds() -> None:
         assert sample["c"] in range(2, 65)
         assert sample["d"] in range(4)
         assert sample["e"] in (True, False)
+
+
+def test_a_search_leaves_out_what_a_codec_that_is_asked_does_not_have() -> None:
+    settings = load_settings(ROOT / "configs/scenes.yaml")
+    space = searched_space(settings, "film", include_stage1=False)
+    kinds = space["model.conditioning.kind"].domain
+    assert isinstance(kinds, Choice)
+    assert kinds.values == ("film", "none")
+    both = with_overrides(settings, ["model.requests=both"])
+    kinds = searched_space(both, "film", include_stage1=False)["model.conditioning.kind"].domain
+    assert kinds == load_space("film", include_stage1=False)["model.conditioning.kind"].domain
+    assert "stage2.rate_weight" not in searched_space(settings, "joint", include_stage1=False)

@@ -233,7 +233,7 @@ def test_a_forced_image_hears_no_answer_for_it_would_be_within_its_true_task(
 ) -> None:
     recipe.train()
     updates = {"teacher_forcing": (1.0, 1.0), "answer_dropout": 0.0}
-    recipe.config = recipe.config.model_copy(update=updates)
+    recipe.config = recipe.asking.config = recipe.config.model_copy(update=updates)
     recipe(batch_of(problem), 0.5).loss.backward()
     assert not recipe.student.fusion.bonus.grad.any()
 

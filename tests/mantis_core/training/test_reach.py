@@ -23,7 +23,7 @@ NEVER = {
             "meter",
             "optim",
             "hits",
-            "workers",
+            "asking",
         )
     },
     "mantis_core.training.teacher": AT_WORK + STUDENT,
