@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,6 +76,8 @@ def evaluate_model(
             sources,
             settings=settings,
         )
+        if model.spec.model.requests == "asked":  # about tasks, not about which class it is
+            done = replace(done, single_class=False)
         levels = [
             {
                 "level": source.level,

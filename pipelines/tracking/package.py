@@ -143,9 +143,11 @@ def example_input(part: str, whole: Path) -> bytes:
     if part != "server":
         return picture
     from mantis_core.codec.checkpoint import load_client  # imports torch, which takes seconds
+    from mantis_core.codec.requests import named_tasks
 
     client = load_client(whole)
-    [stream] = client.encode(client.prepare_images([picture]))
+    asked = named_tasks(client.spec, None)
+    [stream] = client.encode(client.prepare_images([picture]), asked)
     return stream
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -10,12 +11,13 @@ from torch import Tensor
 
 from mantis_core.bitstream.container import BitstreamError, Reason
 from mantis_core.codec.answer import COLUMNS, Answer
+from mantis_core.codec.checkpoint import save_model
 from mantis_core.networks.preprocessing import prepare_image
 from pipelines.tracking.client_model import MantisClient
-from pipelines.tracking.package import PARTS
+from pipelines.tracking.package import PARTS, example_input
 from pipelines.tracking.server_model import MantisServer
 from pipelines.tracking.whole_model import MantisModel
-from tests.mantis_core.conftest import make_codec, make_problem
+from tests.mantis_core.conftest import make_codec, make_config, make_problem
 from tests.mantis_core.picture_files import FILES
 
 GOOD = FILES["L"]()[0]
@@ -113,3 +115,16 @@ def test_the_columns_are_those_of_the_signature_also_without_rows(
     assert len(found) == 0
     assert list(found.columns) == PARTS[part].signature.outputs.input_names()
     assert part == "client" or list(found.columns) == COLUMNS
+
+
+def test_the_example_of_a_server_that_asks_holds_all_tasks(tmp_path: Path) -> None:
+    codec = make_codec(make_problem(), make_config(requests="asked", prior="request"))
+    save_model(tmp_path / "whole", codec, {})
+    [answer] = codec.decode([example_input("server", tmp_path / "whole")])
+    assert answer.tasks == codec.spec.task_names
+    model = MantisModel()
+    model.codec = codec
+    picture = images(example_input("whole", tmp_path / "whole"))
+    assert list(model.predict(picture)["tasks"]) == [list(codec.spec.task_names)]
+    some = model.predict(picture, params={"tasks": "tools"})
+    assert list(some["tasks"]) == [["tools"]]
