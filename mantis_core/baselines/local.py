@@ -2,14 +2,16 @@
 
 Whether a codec is worth its bytes depends on what a device can say by itself. The network has the
 multiply-adds of the client, from the same blocks; it is distilled from the same teacher, and sends
-its answer as a client does that answers an image itself. Shapes: B batch, H W input pixels.
+its answer as a client does that answers an image itself. Where the server asks, it has a head for
+each task, and sends the answer to what is asked. Shapes: B batch, H W input pixels, n labels.
 """
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,12 +20,14 @@ from torch import Tensor, nn
 
 from mantis_core.architecture import ModelConfig
 from mantis_core.bitstream.coder import TOTAL, TableSet
-from mantis_core.bitstream.container import VERSIONS, StreamSpec
+from mantis_core.bitstream.container import OVERHEAD_BYTES, VERSIONS, StreamSpec
+from mantis_core.bitstream.session import CHECKSUM_BYTES
 from mantis_core.bitstream.task_field import TaskField, quantise_log2
-from mantis_core.bitstream.wire import CodedImage, Packed, write_stream
+from mantis_core.bitstream.wire import CodedImage, write_stream
 from mantis_core.config import LossTerm
+from mantis_core.errors import ModelError
 from mantis_core.folders import save_folder
-from mantis_core.networks.blocks import ResidualBlock, pool
+from mantis_core.networks.blocks import ResidualBlock, SegmentationHead, TaskModules, pool
 from mantis_core.networks.client import SharedStem
 from mantis_core.networks.cost import macs_of, multiply_adds, widest
 from mantis_core.networks.preprocessing import normalise
@@ -40,13 +44,18 @@ LOSSES = {
 
 
 class LocalClassifier(nn.Module):
-    """Images to class logits.
+    """Images to logits: of all classes, or of each task where an image has several questions.
 
-    x ─ stem ─ residual s2 (width) ─ residual ─ residual s2 (2 width) ─ residual ─ pool ─ linear
+    x ─ stem ─ residual s2 (width) ─ residual ─┬─ residual s2 (2 width) ─ residual ─┬─ pool ─ linear
+                                               └───────── segmentation head ────────┘
     """
 
-    def __init__(self, stem: tuple[int, int], width: int, num_classes: int) -> None:
+    def __init__(
+        self, stem: tuple[int, int], width: int, problem: Problem, *, asked: bool = False
+    ) -> None:
+        """`asked`: the server asks for a task, instead of the class of an image."""
         super().__init__()
+        self.asked = asked
         self.stem = SharedStem(stem)
         self.body = nn.Sequential(
             ResidualBlock(self.stem.channels, width, stride=2),
@@ -54,11 +63,34 @@ class LocalClassifier(nn.Module):
             ResidualBlock(width, 2 * width, stride=2),
             ResidualBlock(2 * width, 2 * width),
         )
-        self.head = nn.Linear(4 * width, num_classes)
+        self.head = nn.Linear(4 * width, len(problem.classes)) if problem.single_class else None
+        heads = {}
+        for task in () if problem.single_class else problem.tasks:
+            heads[task.name] = (
+                nn.Linear(4 * width, task.num_classes)
+                if task.is_classification
+                else SegmentationHead(width, 2 * width, task.num_classes, channels=width)
+            )
+        self.heads = TaskModules(heads)
 
-    def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Normalised images (B, 3, H, W) to "logits" (B, classes), float32."""
-        return {"logits": self.head(pool(self.body(self.stem(images)))).float()}
+    def forward(self, images: Tensor, *, coarse: bool = False) -> dict[str, Tensor]:
+        """Normalised images (B, 3, H, W) to "logits" (B, classes), float32, or "logits/<task>".
+
+        The latter are (B, n), or (B, n, H, W) of a segmentation; `coarse` leaves those at an eighth
+        of the image's sides.
+        """
+        shallow = self.body[:2](self.stem(images))
+        deep = self.body[2:](shallow)
+        pooled = pool(deep)
+        if self.head is not None:
+            return {"logits": self.head(pooled).float()}
+        height, width = (shallow if coarse else images).shape[2:]
+        return {
+            f"logits/{name}": head(shallow, deep, (height, width))
+            if isinstance(head, SegmentationHead)
+            else head(pooled).float()
+            for name, head in self.heads.items()
+        }
 
     def cost(self, image_size: tuple[int, int]) -> dict[str, int]:
         """Parameters, bytes in float16 and multiply-adds for an image of (H, W) pixels."""
@@ -99,29 +131,46 @@ class LocalRecipe(Recipe):
 def local_recipe(model: ModelConfig, teacher: Teacher, problem: Problem, *, seed: int) -> Recipe:
     """The recipe of a classifier of the multiply-adds of the client of `model`.
 
-    `problem` has images of one class each.
+    Raises ModelError for images of several questions where nobody says which is to be answered.
     """
     torch.manual_seed(seed)
-    return LocalRecipe(local_classifier(model, problem), teacher, problem.image_size)
+    classifier = local_classifier(model, problem)
+    if not problem.single_class and not classifier.asked:
+        raise ModelError(
+            "the baseline `local` names the class of an image, and the images of this data have "
+            "several labels: set model.requests=asked, or leave out `local`"
+        )
+    return LocalRecipe(classifier, teacher, problem.image_size)
 
 
 def local_classifier(model: ModelConfig, problem: Problem) -> LocalClassifier:
     """A classifier with random weights, as wide as the multiply-adds of the client allow."""
-    classes, size = len(problem.classes), problem.image_size
-    members = class_members(problem.tasks, classes)
+    size = problem.image_size
+    members = class_members(problem.tasks, len(problem.classes))
     budget = macs_of(model, len(problem.tasks), size, members).client
 
     def cost(width: int) -> int:
         with torch.device("meta"):
-            return _macs(LocalClassifier(model.stem.channels, width, classes), size)
+            return _macs(LocalClassifier(model.stem.channels, width, problem), size)
 
-    return LocalClassifier(model.stem.channels, widest(cost, budget), classes)
+    width, asked = widest(cost, budget), model.requests == "asked"
+    return LocalClassifier(model.stem.channels, width, problem, asked=asked)
 
 
-def answer_stream(index: int, sure: float, num_classes: int, image_size: tuple[int, int]) -> Packed:
-    """The stream that carries class `index` with probability `sure`, and its sizes.
+class Sizes(NamedTuple):
+    """What an answer takes: as a stream of its own, without its container, and in a session."""
 
-    It is the stream of a client with one task of all classes that answers an image itself.
+    wire_bytes: int
+    payload_bytes: float
+    session_bytes: int
+
+
+def label_sizes(
+    label: int, sure: float, num_labels: int, image_size: tuple[int, int], *, asked: bool = False
+) -> Sizes:
+    """What it takes to send a label of `num_labels`, with its probability unless it is asked for.
+
+    The stream is that of a client with one task which answers an image itself.
     """
     spec = StreamSpec(
         model_id=bytes(4),
@@ -129,17 +178,24 @@ def answer_stream(index: int, sure: float, num_classes: int, image_size: tuple[i
         input_shape=image_size,
         latent_channels=1,
         stride=8,
-        labels=(num_classes,),
+        labels=(num_labels,),
         max_pixels=image_size[0] * image_size[1],
         version=VERSIONS[-1],
     )
     nothing: NDArray[np.int32] = np.zeros(spec.latent_shape(image_size), np.int32)
-    image = CodedImage(
-        TaskField((True,), 0, (quantise_log2(sure),)), nothing, index, has_latent=False
-    )
+    levels = None if asked else (quantise_log2(sure),)
+    image = CodedImage(TaskField((True,), 0, levels), nothing, label, has_latent=False)
     unused = np.array([[[0, TOTAL // 2, TOTAL]]], np.int32)  # a stream without a latent reads none
     tables = TableSet("shared", unused, np.array([0], np.int32), np.array([2], np.int32))
-    return write_stream([image], image_size, tables, spec)
+    packed = write_stream([image], image_size, tables, spec)
+    return Sizes(len(packed.data), packed.payload_bytes, packed.session_bytes)
+
+
+def mask_sizes(labels: NDArray[Any]) -> Sizes:
+    """What it takes to send a map of labels (h, w): deflated, with the overhead of a stream."""
+    deflate = zlib.compressobj(9, wbits=-15)
+    size = len(deflate.compress(labels.astype(np.uint8).tobytes()) + deflate.flush())
+    return Sizes(size + OVERHEAD_BYTES, float(size), size + CHECKSUM_BYTES)
 
 
 def _macs(network: LocalClassifier, image_size: tuple[int, int]) -> int:

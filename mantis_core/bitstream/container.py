@@ -46,6 +46,8 @@ _ID_BYTES = 4
 _HEADER_BYTES = _PREFIX_BYTES + _ID_BYTES
 _CHECKSUM_BYTES = 4
 _MAX_VARINT_BYTES = 5
+OVERHEAD_BYTES = _HEADER_BYTES + _CHECKSUM_BYTES
+"""What a stream of one image, of the model's own shape, takes beside its body."""
 
 
 class Reason(StrEnum):

@@ -6,7 +6,7 @@ Shapes: B batch, K tasks, C latent channels, H W input pixels, h w latent size.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -27,6 +27,9 @@ from mantis_core.networks.conditioning import shares_of
 from mantis_core.networks.cost import macs_of
 from mantis_core.networks.preprocessing import prepare_image, prepare_images
 from mantis_core.pixels import MAX_PIXELS
+
+if TYPE_CHECKING:
+    from mantis_core.codec.sessions import ClientSession
 
 _INT32_BYTES = 4
 _ESTIMATED_TOGETHER = 16  # images: a density holds dozens of values for each of their symbols
@@ -201,6 +204,17 @@ class ClientCodec:
         way = Way(tasks, exit_confidence, level, budget)
         for (seen,) in self.looker.look(images, [way]):
             yield seen
+
+    def open(
+        self,
+        *,
+        request: str | Sequence[str] | None = None,
+        input_shape: tuple[int, int] | None = None,
+    ) -> ClientSession:
+        """A session of this client, see `ClientSession`: the server asks for `request`, if any."""
+        from mantis_core.codec.sessions import ClientSession
+
+        return ClientSession(self, input_shape=input_shape, request=request)
 
     def prepare_image(self, data: bytes, *, max_pixels: float = MAX_PIXELS) -> Tensor:
         """An image file's bytes to uint8 (3, H, W) as in evaluation: short side, centre crop.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -27,6 +27,9 @@ from mantis_core.networks.inference import still
 from mantis_core.networks.server import JointDecision, Server
 from mantis_core.networks.teacher import Backbone
 from mantis_core.tasks import TaskSpec
+
+if TYPE_CHECKING:
+    from mantis_core.codec.sessions import ServerSession
 
 
 class ServerCodec:
@@ -105,6 +108,12 @@ class ServerCodec:
                 )
             )
         return answers
+
+    def open(self, hello: bytes, *, request: str | Sequence[str] | None = None) -> ServerSession:
+        """The other end of the session that began with `hello`, see `ServerSession`."""
+        from mantis_core.codec.sessions import ServerSession
+
+        return ServerSession(self, hello, request=request)
 
     def describe(self) -> dict[str, Any]:
         """Size of the server."""

@@ -1,9 +1,10 @@
 """Sessions of the two halves: what they agree on is sent once, then an image costs little more
 than its latent.
 
-    client = ClientSession(load_client("client/"))
-    server = ServerSession(load_server("server/"), client.hello)
+    client = load_client("client/").open(request="car")
+    server = load_server("server/").open(client.hello, request="car")
     answers = server.decode(client.encode(images))
+    client.request = server.request = ["road", "sky"]  # from the next image on
 
 Shapes: B batch, K tasks, H W input pixels.
 """
@@ -20,6 +21,7 @@ from mantis_core.codec.answer import Answer
 from mantis_core.codec.client_codec import ClientCodec
 from mantis_core.codec.requests import Budget, asked_tasks, check_images
 from mantis_core.codec.server_codec import ServerCodec, listed_bytes
+from mantis_core.codec.spec import ModelSpec
 from mantis_core.errors import ModelError
 
 
@@ -35,14 +37,19 @@ class ClientSession:
         *,
         input_shape: tuple[int, int] | None = None,
         requests: bool | None = None,
+        request: str | Sequence[str] | None = None,
     ) -> None:
         """Images have `input_shape` (H, W), None being the model's own.
 
         With `requests` the server asks for tasks, and messages do not repeat them; None is what the
-        model was made for: a model that is asked has no other sessions. Raises
-        BitstreamError for a model of format version 1, and for images that no stream may hold.
+        model was made for: a model that is asked has no other sessions. `request` names the tasks
+        that it asks for until `request` is set anew. Raises BitstreamError for a model of format
+        version 1, and for images that no stream may hold, ModelError for tasks it has not.
         """
+        if requests is None and request is not None:
+            requests = True
         self.codec, self.session = codec, session_of(codec, input_shape, requests=requests)
+        self.request = request
         self.hello = write_hello(self.session, codec.stream_spec)
 
     def encode(
@@ -56,8 +63,10 @@ class ClientSession:
     ) -> list[bytes]:
         """uint8 images (B, 3, H, W) to one message each; arguments as ClientCodec.encode.
 
-        `tasks` are what the server has asked for, in a session of requests alone.
+        `tasks` are what the server has asked for, in a session of requests alone; None stands for
+        `request`.
         """
+        tasks = self.request if tasks is None else tasks
         _check_request(self.session, tasks)
         check_images(images)
         shape = (int(images.shape[-2]), int(images.shape[-1]))
@@ -74,6 +83,15 @@ class ClientSession:
             )
         ]
 
+    @property
+    def request(self) -> str | Sequence[str] | None:
+        """The tasks that the server asks for, None where every call names its own."""
+        return self._request
+
+    @request.setter
+    def request(self, tasks: str | Sequence[str] | None) -> None:
+        self._request = _checked_request(self.session, self.codec.spec, tasks)
+
     def _message(self, image: CodedImage, _: tuple[int, int]) -> bytes:
         codec = self.codec
         return write_message(image, self.session, self.hello, codec.tables, codec.stream_spec).data
@@ -82,10 +100,26 @@ class ClientSession:
 class ServerSession:
     """The server's end: messages to answers."""
 
-    def __init__(self, codec: ServerCodec, hello: bytes) -> None:
-        """Raises BitstreamError, with a reason, for a hello that this model cannot serve."""
+    def __init__(
+        self, codec: ServerCodec, hello: bytes, *, request: str | Sequence[str] | None = None
+    ) -> None:
+        """`request` names the tasks that are asked for until `request` is set anew.
+
+        Raises BitstreamError, with a reason, for a hello that this model cannot serve, ModelError
+        for tasks it has not.
+        """
         self.codec, self.hello = codec, bytes(hello)
         self.session = read_hello(self.hello, codec.stream_spec)
+        self.request = request
+
+    @property
+    def request(self) -> str | Sequence[str] | None:
+        """The tasks that are asked for, None where every call names its own."""
+        return self._request
+
+    @request.setter
+    def request(self, tasks: str | Sequence[str] | None) -> None:
+        self._request = _checked_request(self.session, self.codec.spec, tasks)
 
     def decode(
         self, messages: Iterable[bytes], tasks: str | Sequence[str] | Tensor | None = None
@@ -93,10 +127,11 @@ class ServerSession:
         """Messages to one answer each, in order.
 
         `tasks` are what was asked for, in a session of requests alone: names, or a bool tensor
-        (B, K) with a row for each message. Raises BitstreamError for the first message that is
-        damaged, of another session or a reply to another request, ModelError for what is no list of
-        byte strings.
+        (B, K) with a row for each message; None stands for `request`. Raises BitstreamError for the
+        first message that is damaged, of another session or a reply to another request, ModelError
+        for what is no list of byte strings.
         """
+        tasks = self.request if tasks is None else tasks
         _check_request(self.session, tasks)
         messages = listed_bytes(messages, "messages")
         spec = self.codec.spec
@@ -132,6 +167,16 @@ def session_of(
         with_answers=codec.spec.sends_answer and not requests,
         requests=requests,
     )
+
+
+def _checked_request(
+    session: Session, spec: ModelSpec, tasks: str | Sequence[str] | None
+) -> str | Sequence[str] | None:
+    """Tasks that a session asks for; ModelError where it asks for none, or the model has not."""
+    if tasks is not None:
+        _check_request(session, tasks)
+        asked_tasks(spec, tasks, 1)
+    return tasks
 
 
 def _check_request(session: Session, tasks: object) -> None:

@@ -180,7 +180,9 @@ def _check_arms(settings: Settings, table: TaskTable) -> None:
             )
     masks = [task.name for task in table.tasks if task.kind == "segmentation"]
     for name in settings.evaluate.baselines:
-        if masks and ARM_KINDS[name].answers in ("student", "local"):
+        asked = settings.model.requests == "asked"
+        single = ARM_KINDS[name].answers in (("student",) if asked else ("student", "local"))
+        if masks and single:
             raise SettingsError(
                 f"evaluate.baselines: `{name}` needs images of one class each, and task "
                 f"'{masks[0]}' is a segmentation. Leave `{name}` out."

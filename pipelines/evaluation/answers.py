@@ -13,10 +13,17 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import interpolate
 
 from data_prep.manifest import Manifest
 from mantis_core.baselines.image_codecs import IMAGE_CODECS, coded_at
-from mantis_core.baselines.local import LocalClassifier, answer_stream, local_classifier
+from mantis_core.baselines.local import (
+    LocalClassifier,
+    Sizes,
+    label_sizes,
+    local_classifier,
+    mask_sizes,
+)
 from mantis_core.baselines.per_task import PerTaskCodecs, load_codecs
 from mantis_core.baselines.uncompressed import individual_models
 from mantis_core.codec.checkpoint import load_model
@@ -29,7 +36,14 @@ from mantis_core.tasks import Problem, TaskSpec
 from mantis_core.training.teacher import new_teacher
 from pipelines.evaluation.arms import ArmSource, Arrays
 from pipelines.evaluation.coded import CODED, Coded, code, ways_of
-from pipelines.evaluation.rows import blank, count_pixels, with_labels_of_class, with_pixels_summed
+from pipelines.evaluation.rows import (
+    SIZES,
+    blank,
+    count_pixels,
+    with_labels_of_class,
+    with_pixels_summed,
+    with_request_sizes,
+)
 from pipelines.settings.arms import ARM_KINDS, TUNED
 from pipelines.settings.sections import Settings
 from pipelines.storage import local_copy
@@ -146,20 +160,40 @@ def client_cost(source: ArmSource, model: nn.Module, problem: Problem) -> dict[s
 
 
 def run_local(model: LocalClassifier, images: Tensor, batch: Arrays, problem: Problem) -> Arrays:
-    """Runs a classifier on the device. Its answer is what is sent."""
-    sure, answers = torch.softmax(model(normalise(images))["logits"], dim=1).max(dim=1)
+    """Runs a classifier on the device. Its answer is what is sent: to each request where asked."""
+    outputs, size = model(normalise(images), coarse=True), problem.image_size
     rows = blank(len(images), problem.tasks)
     rows["decoded"][: len(batch["task_mask"])] = batch["task_mask"]
     rows["answered"][:] = True
-    rows["class_index"] = rows["client_class"] = answers.cpu().numpy()
-    classes, size = len(problem.classes), problem.image_size
-    for index, (answer, probability) in enumerate(
-        zip(answers.tolist(), sure.tolist(), strict=True)
-    ):
-        sent = answer_stream(answer, probability, classes, size)
-        rows["wire_bytes"][index], rows["payload_bytes"][index] = len(sent.data), sent.payload_bytes
-        rows["session_bytes"][index] = sent.session_bytes
-    return with_labels_of_class(rows, problem.tasks)
+    if not model.asked:
+        sure, classes = (x.cpu() for x in torch.softmax(outputs["logits"], dim=1).max(dim=1))
+        rows["class_index"] = rows["client_class"] = classes.numpy()
+        count = len(problem.classes)
+        for index, (label, probability) in enumerate(
+            zip(classes.tolist(), sure.tolist(), strict=True)
+        ):
+            sent = label_sizes(label, probability, count, size)
+            for name, value in sent._asdict().items():
+                rows[name][index] = value
+        return with_labels_of_class(rows, problem.tasks)
+    rows["decoded"][:] = True
+    sizes = {name: np.full(rows["predicted"].shape, -1.0) for name in Sizes._fields}
+    for k, task in enumerate(problem.tasks):
+        own = outputs.get(f"logits/{task.name}")
+        labels = (outputs["logits"][:, list(task.classes)] if own is None else own).argmax(dim=1)
+        for index, said in enumerate(labels.cpu()):
+            if task.is_classification:
+                rows["predicted"][index, k] = said
+                sent = label_sizes(int(said), 1.0, task.num_classes, size, asked=True)
+            else:
+                sent = mask_sizes(said.numpy())
+            for name, value in sent._asdict().items():
+                sizes[name][index, k] = value
+        if not task.is_classification:
+            masks = interpolate(labels[:, None].float(), size=size)[:, 0].to(torch.uint8)
+            for index, mask in enumerate(masks[: len(batch["task_mask"])].cpu().numpy()):
+                count_pixels(rows, index, batch, (task,), {task.name: mask})
+    return with_request_sizes(rows, sizes)
 
 
 def run_per_task(
@@ -175,9 +209,8 @@ def run_per_task(
     Of codecs that are asked, each for its task: the mean over the tasks that an image carries.
     """
     rows = blank(len(images), problem.tasks)
-    for name in ("wire_bytes", "payload_bytes", "session_bytes", "estimated_bits"):
-        rows[name][:] = 0
-    carried = batch["task_mask"]
+    sizes = {name: np.full(rows["predicted"].shape, -1.0) for name in SIZES}
+    carried, asked = batch["task_mask"], False
     rows["decoded"][: len(carried)] = carried
     for k, task in enumerate(problem.tasks):
         codec: Any = codecs[task.name]
@@ -189,23 +222,18 @@ def run_per_task(
         encoded = codec.encode_in_detail(some, task.name if asked else None, level=level)
         answers = codec.decode([each.data for each in encoded])
         for index, sent, answer in zip(own, encoded, answers, strict=True):
-            rows["wire_bytes"][index] += len(sent.data)
-            rows["payload_bytes"][index] += sent.payload_bytes
-            rows["session_bytes"][index] += sent.session_bytes
-            rows["estimated_bits"][index] += sent.estimated_bits
-            if asked:
-                rows["request_wire_bytes"][index, k] = len(sent.data)
-                rows["request_session_bytes"][index, k] = sent.session_bytes
+            sizes["wire_bytes"][index, k] = len(sent.data)
+            for name in ("payload_bytes", "session_bytes", "estimated_bits"):
+                sizes[name][index, k] = getattr(sent, name)
             if task.is_classification:
                 rows["predicted"][index, k] = answer.labels[task.name]
                 if problem.single_class:
                     rows["class_index"][index] = task.classes[answer.labels[task.name]]
             count_pixels(rows, index, batch, (task,), answer.segmentation)
-    count = (rows["request_wire_bytes"] >= 0).sum(axis=1)
-    if count.any():  # these codecs are asked
-        count = np.maximum(1, count)
-        for name in ("wire_bytes", "payload_bytes", "session_bytes", "estimated_bits"):
-            rows[name] = rows[name] / count
+    if asked:
+        return with_request_sizes(rows, sizes)
+    for name, each in sizes.items():
+        rows[name] = np.where(each >= 0, each, 0).sum(axis=1)
     return rows
 
 

@@ -16,7 +16,13 @@ from mantis_core.codec.mantis import Mantis
 from mantis_core.codec.requests import Way
 from mantis_core.tasks import Problem
 from pipelines.evaluation.arms import EXAMPLES, ArmSource, Arrays
-from pipelines.evaluation.rows import REQUESTED, blank, count_pixels, with_labels_of_class
+from pipelines.evaluation.rows import (
+    SIZES,
+    blank,
+    count_pixels,
+    with_labels_of_class,
+    with_request_sizes,
+)
 from pipelines.settings.arms import ARM_KINDS
 
 
@@ -90,11 +96,9 @@ def run_requests(ways: Sequence[Coded], batch: Arrays, problem: Problem) -> Arra
     """
     each = [_of_streams(coded, problem) for coded in ways]
     rows, tasks = blank(len(ways[0].encoded), problem.tasks), problem.tasks
-    for name in ("wire_bytes", "payload_bytes", "session_bytes", "estimated_bits"):
-        rows[name] = np.mean([own[name] for own in each], axis=0)
-    for name in REQUESTED:
-        sizes = [own[name.removeprefix("request_")] for own in each]
-        rows[name] = np.stack(sizes, axis=1).astype(np.float64)
+    rows = with_request_sizes(
+        rows, {name: np.stack([own[name] for own in each], axis=1) for name in SIZES}
+    )
     rows["decoded"][:] = True
     for k, (task, coded) in enumerate(zip(tasks, ways, strict=True)):
         for index, answer in enumerate(coded.answers):

@@ -11,6 +11,8 @@ from mantis_core.measure.metrics import pixel_confusion
 from mantis_core.tasks import TaskSpec
 from pipelines.evaluation.arms import Arrays
 
+SIZES = ("wire_bytes", "payload_bytes", "session_bytes", "estimated_bits")
+"""Columns of what an image takes, (N,)."""
 REQUESTED = ("request_wire_bytes", "request_session_bytes")
 """Columns of what each request takes, (N, K), of a model that is asked."""
 
@@ -18,10 +20,7 @@ REQUESTED = ("request_wire_bytes", "request_session_bytes")
 def blank(count: int, tasks: Sequence[TaskSpec]) -> Arrays:
     """Returns empty rows: -1 stands for an answer that an arm does not give."""
     rows: Arrays = {
-        "wire_bytes": np.full(count, -1.0),
-        "payload_bytes": np.full(count, -1.0),
-        "session_bytes": np.full(count, -1.0),
-        "estimated_bits": np.full(count, -1.0),
+        **{name: np.full(count, -1.0) for name in SIZES},
         "decoded": np.zeros((count, len(tasks)), dtype=bool),
         "answered": np.zeros(count, dtype=bool),
         "predicted": np.full((count, len(tasks)), -1),
@@ -35,6 +34,20 @@ def blank(count: int, tasks: Sequence[TaskSpec]) -> Arrays:
         if not task.is_classification:
             cells = task.num_classes * (task.num_classes + 1)
             rows[f"confusion/{task.name}"] = np.zeros((count, cells), dtype=np.int64)
+    return rows
+
+
+def with_request_sizes(rows: Arrays, sizes: Mapping[str, np.ndarray[Any, Any]]) -> Arrays:
+    """Fills in what each request takes, and as the size of an image the mean over its requests.
+
+    `sizes` has (N, K) numbers for names of `SIZES`, -1 for a request that is not made.
+    """
+    for name, own in sizes.items():
+        made = own >= 0
+        total, count = np.where(made, own, 0).sum(axis=1), made.sum(axis=1)
+        rows[name] = total / np.maximum(count, 1)
+        if f"request_{name}" in REQUESTED:
+            rows[f"request_{name}"] = own.astype(np.float64)
     return rows
 
 

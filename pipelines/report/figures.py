@@ -40,21 +40,24 @@ RC: dict[Any, Any] = {
 }
 NAMES = {"classification": "top-1 accuracy", "segmentation": "mean IoU"}
 SIZE = "mean wire bytes per image (log scale)"
+REQUEST_SIZE = "mean bytes of a reply in a session (log scale)"
 
 
 def rd_figure(arms: Arms, *, width: float = WIDTH) -> Figure:
-    """Draws top-1 or mean IoU in per cent over mean wire bytes. The key starts with the highest."""
-    metric = marks.headline(arms)
-    ends = {kind: points[-1].value for kind, points in marks.curves(arms, metric).items()}
+    """Draws top-1 or mean IoU in per cent over mean size. The key starts with the highest."""
+    metric, sizes = marks.headline(arms), marks.sizes_of(arms)
+    ends = {kind: points[-1].value for kind, points in marks.curves(arms, metric, sizes).items()}
     height = 0.62 * width + ROW * (len(ends) + 1)
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.add_subplot()
-    marks.draw_arms(axes, arms, metric)
+    marks.draw_arms(axes, arms, metric, sizes)
     marks.scale_axes(axes, labels=7)
     name = NAMES["segmentation" if metric == "val/miou" else "classification"]
-    axes.set(xlabel=SIZE, ylabel=f"{name} (%)")
+    axes.set(xlabel=_size_label(arms), ylabel=f"{name} (%)")
     key = [
-        Line2D([], [], label=f"{ARM_KINDS[kind].label}: {ends[kind]:.1f} %", **marks.stroke(kind))
+        Line2D(
+            [], [], label=f"{marks.label_of(arms, kind)}: {ends[kind]:.1f} %", **marks.stroke(kind)
+        )
         for kind in sorted(ends, key=lambda kind: -ends[kind])
     ]
     marks.add_key(figure, key, title=f"{name} at the largest size", alignment="left")
@@ -72,16 +75,17 @@ def task_figure(arms: Arms, tasks: Sequence[Mapping[str, Any]]) -> Figure:
     grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
     measures = {task["kind"] for task in tasks}
     for axes, task in zip(grid.flat, tasks, strict=False):
-        marks.draw_arms(axes, arms, task_metric(task), scale=0.7)
+        sizes = marks.sizes_of(arms, task["name"])
+        marks.draw_arms(axes, arms, task_metric(task), sizes, scale=0.7)
         mixed = len(measures) > 1 and task["kind"] == "segmentation"
         axes.set_title(textwrap.fill(task["name"] + " (mIoU)" * mixed, 18))
         axes.tick_params(labelbottom=True)
     for axes in grid.flat[len(tasks) :]:
         axes.set_visible(False)
     marks.scale_axes(grid[0, 0], labels=4)
-    figure.supxlabel(SIZE)
+    figure.supxlabel(_size_label(arms))
     label = " or ".join(name for kind, name in NAMES.items() if kind in measures)
-    key = [Line2D([], [], label=ARM_KINDS[kind].label, **marks.stroke(kind)) for kind in kinds]
+    key = [Line2D([], [], label=marks.label_of(arms, kind), **marks.stroke(kind)) for kind in kinds]
     title = f"{label} (%) of each task"
     marks.add_key(figure, key, loc="outside upper left", title=title, alignment="left")
     return figure
@@ -120,6 +124,10 @@ def task_metric(task: Mapping[str, Any]) -> str:
     """Returns the metric of a task: val/task/<name>/top1 or .../miou."""
     measure = "miou" if task["kind"] == "segmentation" else "top1"
     return f"val/task/{task['name']}/{measure}"
+
+
+def _size_label(arms: Arms) -> str:
+    return REQUEST_SIZE if marks.asks(arms) else SIZE
 
 
 def styled() -> Any:

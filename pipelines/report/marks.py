@@ -5,6 +5,7 @@ Colours follow Okabe and Ito, so colour-blind readers can distinguish them. Mark
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import log10
@@ -19,6 +20,7 @@ from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatt
 from pipelines.settings.arms import ARM_KINDS
 
 Arms = Sequence[Mapping[str, Any]]
+_REQUEST = re.compile(r"val/task/.+/session_bytes")
 
 
 @dataclass(frozen=True, order=True)
@@ -30,16 +32,41 @@ class Point:
     seeds: tuple[tuple[float, float], ...]
 
 
-def curves(arms: Arms, metric: str) -> dict[str, list[Point]]:
+def asks(arms: Arms) -> bool:
+    """Returns whether the server asks in this experiment: an arm has a size for each request."""
+    return any(_REQUEST.fullmatch(name) for arm in arms for name in arm["metrics"])
+
+
+def sizes_of(arms: Arms, task: str | None = None) -> tuple[str, ...]:
+    """Returns the metrics that stand for the size of an arm, of which it has one or more.
+
+    Where the server asks that is the size in a session, with `task` that of the request for it.
+    """
+    if not asks(arms):
+        return ("val/wire_bytes",)
+    return (*([f"val/task/{task}/session_bytes"] if task else []), "val/session_bytes")
+
+
+def label_of(arms: Arms, kind: str) -> str:
+    """Returns the label of a kind, as its arms have it."""
+    own = (arm["label"] for arm in arms if arm["kind"] == kind and "label" in arm)
+    return next(own, ARM_KINDS[kind].label)
+
+
+def curves(
+    arms: Arms, metric: str, sizes: Sequence[str] = ("val/wire_bytes",)
+) -> dict[str, list[Point]]:
     """Returns the points of each kind that has the metric, by rising size.
 
-    A point belongs to one rate weight, or to a quality and a scale. Its size is 0 for a kind that
-    sends nothing. Of a kind with several scales it keeps the points that no smaller one surpasses.
+    A size is the first of the metrics `sizes` that an arm has, and 0 for a kind that sends nothing.
+    A point belongs to one rate weight, or to a quality and a scale. Of a kind with several scales
+    it keeps the points that no smaller one surpasses.
     """
     found: dict[str, dict[Any, list[tuple[float, float]]]] = {kind: {} for kind in ARM_KINDS}
     for arm in arms:
         metrics, kind = arm["metrics"], arm["kind"]
-        size = metrics.get("val/wire_bytes") if ARM_KINDS[kind].sends else 0.0
+        sent = (metrics[name] for name in sizes if name in metrics)
+        size = next(sent, None) if ARM_KINDS[kind].sends else 0.0
         if metric in metrics and size is not None:
             rate = (arm["rate_weight"], arm["quality"], arm.get("scale"))
             found[kind].setdefault(rate, []).append((size, 100 * metrics[metric]))
@@ -90,18 +117,20 @@ def stroke(kind: str, *, scale: float = 1.0) -> dict[str, Any]:
     }
 
 
-def draw_arms(axes: Axes, arms: Arms, metric: str, *, scale: float = 1.0) -> None:
-    """Draws the curves of one metric.
+def draw_arms(
+    axes: Axes, arms: Arms, metric: str, sizes: Sequence[str], *, scale: float = 1.0
+) -> None:
+    """Draws the curves of one metric over one of size.
 
     Single seeds are faint marks. A kind that sends nothing is a horizontal line.
     """
     axes.set_xscale("log")
-    for kind, points in curves(arms, metric).items():
+    for kind, points in curves(arms, metric, sizes).items():
         if not ARM_KINDS[kind].sends:
             axes.axhline(points[0].value, **{**stroke(kind, scale=scale), "zorder": 1})
             continue
-        sizes, values = [point.size for point in points], [point.value for point in points]
-        axes.plot(sizes, values, **stroke(kind, scale=scale))
+        own, values = [point.size for point in points], [point.value for point in points]
+        axes.plot(own, values, **stroke(kind, scale=scale))
         seeds = [seed for point in points if len(point.seeds) > 1 for seed in point.seeds]
         if seeds:
             faint = {"linestyle": "none", "alpha": 0.4, "zorder": 2}

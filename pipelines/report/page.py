@@ -1,7 +1,8 @@
 """Fills the HTML page of a report with values and figures. The text is in its template."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -9,7 +10,7 @@ from scipy.stats import binomtest
 
 from pipelines.report import figures
 from pipelines.report.chance import chance_sentences
-from pipelines.report.marks import HEADLINES, curves, headline
+from pipelines.report.marks import HEADLINES, asks, curves, headline, label_of, sizes_of
 from pipelines.settings.arms import ARM_KINDS
 
 TABLE = {  # column -> metric, factor, decimals; the headline's column stands before these
@@ -65,7 +66,8 @@ def report_page(evaluation: Mapping[str, Any], title: str) -> str:
         warning=_warning(evaluation),
         accuracy=accuracy,
         accuracy_name=HEADLINES[accuracy],
-        curves=curves(arms, accuracy),
+        curves=curves(arms, accuracy, sizes_of(arms)),
+        labels={kind: label_of(arms, kind) for kind in kinds},
         curve_figure=figures.to_svg(figures.rd_figure(arms), "curve"),
         task_figure=figures.to_svg(figures.task_figure(arms, tasks), "tasks"),
         detection_figure=len(tasks) > 1  # one task is always sent
@@ -73,10 +75,36 @@ def report_page(evaluation: Mapping[str, Any], title: str) -> str:
         and figures.to_svg(figures.detection_figure(arms), "detection"),
         task_metric=figures.task_metric,
         sizes={name: size for name, size in sizes.items() if size is not None},
+        requests=_requests(shown, tasks) if asks(arms) else [],
         masks=[task["name"] for task in tasks if task["kind"] == "segmentation"],
         table={f"{HEADLINES[accuracy]} %": (accuracy, 100, 1), **TABLE},
         shown=shown,
     )
+
+
+def _requests(
+    arms: Sequence[Mapping[str, Any]], tasks: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """Returns what each arm takes for each request in a session, and how it answers that.
+
+    An arm whose images take the same whatever is asked for has the size of those.
+    """
+    rows = []
+    for arm in arms:
+        metrics, name = arm["metrics"], arm["label"]
+        whole = metrics.get("val/session_bytes") if ARM_KINDS[arm["kind"]].sends else None
+        cells = [
+            (
+                metrics.get(f"val/task/{task['name']}/session_bytes", whole),
+                metrics.get(figures.task_metric(task)),
+            )
+            for task in tasks
+        ]
+        columns = zip(*cells, strict=True)
+        known = [[value for value in column if value is not None] for column in columns]
+        means = tuple(fmean(column) if len(column) == len(tasks) else None for column in known)
+        rows.append({"arm": arm, "label": name, "cells": [means, *cells]})
+    return rows
 
 
 def _percent(value: float | None) -> str:

@@ -64,7 +64,12 @@ class ArmKind:
     loads: Literal["codec", "local", "per_task", "individual", "teacher"] = "codec"
     overrides: tuple[str, ...] = ()
     own_stage1: bool = False
+    asked_label: str = ""
     note: str = ""
+
+    def label_for(self, requests: str) -> str:
+        """Returns the label of the arm in an experiment with this `model.requests`."""
+        return (requests == "asked" and self.asked_label) or self.label
 
     @property
     def sends(self) -> bool:
@@ -168,6 +173,7 @@ ARM_KINDS: dict[str, ArmKind] = {
             Look("#C97B4A", "#FFC9A3", "s", hollow=True),
             measures="none",
             answers="oracle",
+            asked_label="no conditioning, all asked at once",
             note="No conditioning, oracle tasks: the server knows the true tasks and the encoder "
             "does not.",
         ),
@@ -177,6 +183,37 @@ ARM_KINDS: dict[str, ArmKind] = {
             Look("#A87B00", "#E8C14F", "P"),
             measures="own",
             overrides=("model.conditioning.kind=none",),
+        ),
+        ArmKind(
+            "channels",
+            "a set of channels for each request",
+            Look("#8C564B", "#D9A79C", "h"),
+            measures="own",
+            overrides=("model.conditioning.kind=channels", "model.prior=shared"),
+            note="A set of channels for each request: the encoder is the same whatever is asked "
+            "for, and the latent channels that a task does not need are not sent.",
+        ),
+        ArmKind(
+            "channels_prior",
+            "a set of channels, request prior",
+            Look("#8C564B", "#D9A79C", "h", hollow=True),
+            measures="own",
+            overrides=("model.conditioning.kind=channels",),
+        ),
+        ArmKind(
+            "film",
+            "FiLM alone",
+            Look("#5B7FBF", "#A9C4F5", "D"),
+            measures="own",
+            overrides=("model.conditioning.kind=film", "model.prior=shared"),
+            note="FiLM alone: no set of channels for each task, and one prior for all.",
+        ),
+        ArmKind(
+            "film_prior",
+            "FiLM, request prior",
+            Look("#5B7FBF", "#A9C4F5", "D", hollow=True),
+            measures="own",
+            overrides=("model.conditioning.kind=film",),
         ),
         ArmKind(
             "features",
@@ -245,7 +282,9 @@ ARM_KINDS: dict[str, ArmKind] = {
             Look("#009E73", "#2FC99B", "^", hollow=True),
             measures="mantis",
             answers="oracle",
-            note="Oracle tasks: the same model, given the true tasks of each image.",
+            asked_label="MANTiS, all asked at once",
+            note="Oracle tasks: the same model, given the true tasks of each image. A server that "
+            "asks names all of them at once.",
         ),
         ArmKind(
             "per_task",
@@ -254,6 +293,7 @@ ARM_KINDS: dict[str, ArmKind] = {
             measures="own",
             answers="per_task",
             loads="per_task",
+            asked_label="individual codecs",
             overrides=(
                 *UNCONDITIONED,
                 "model.per_task=true",
@@ -306,4 +346,4 @@ def unfit_requests(name: str) -> tuple[str, ...]:
         return ("detect",)
     own = ARM_KINDS[kind.measures] if kind.measures in trained_kinds() else kind
     needs = ("model.single_task=true", "model.conditioning.kind=features", *ANSWERING)
-    return ("asked",) if kind.measures == "local" or set(needs) & set(own.overrides) else ()
+    return ("asked",) if set(needs) & set(own.overrides) else ()

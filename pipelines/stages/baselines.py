@@ -86,6 +86,7 @@ LOCAL = Stage(
         "model.detector",
         "model.conditioning",
         "model.encoder",
+        "model.requests",
         *(f"stage1.{name}" for name in ("epochs", "batch_size", "optim", "ema_decay", "amp")),
     ),
     identities=given_weights,

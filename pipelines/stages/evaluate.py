@@ -119,12 +119,12 @@ def write_evaluation(
     from data_prep.manifest import read_manifest
     from pipelines.evaluation.split_pass import arm_figures, chance_of
 
-    manifest = read_manifest(prepared)
+    manifest, requests = read_manifest(prepared), spec.settings.model.requests
     arms = []
     for arm in spec.arms:
         record = {
             "name": arm.name,
-            "label": ARM_KINDS[arm.kind].label,
+            "label": ARM_KINDS[arm.kind].label_for(requests),
             "kind": arm.kind,
             "rate_weight": arm.rate_weight,
             "quality": arm.quality,

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from mantis_core.architecture import EncoderConfig
-from mantis_core.baselines.local import answer_stream, local_classifier, local_recipe
-from mantis_core.bitstream.container import StreamSpec, unpack
+from mantis_core.baselines.local import (
+    label_sizes,
+    local_classifier,
+    local_recipe,
+    mask_sizes,
+)
+from mantis_core.errors import ModelError
 from mantis_core.folders import load_folder
 from mantis_core.networks.cost import macs_of
 from mantis_core.networks.preprocessing import normalise
@@ -53,10 +60,56 @@ def test_it_is_saved_with_its_cost_and_comes_back(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("classes", [1, 2, 100, 1000])
-def test_an_answer_is_a_stream_of_a_container_and_a_label(classes: int) -> None:
-    sent = answer_stream(classes - 1, 0.7, classes, (64, 64))
-    spec = StreamSpec(bytes(4), 1, (64, 64), 1, 8, labels=(classes,), version=2)
-    assert unpack(sent.data, spec).num_images == 1
-    assert 11 < len(sent.data) <= 11 + 4
-    assert sent.session_bytes == len(sent.data) - 9
-    assert sent.payload_bytes < 3
+@pytest.mark.parametrize("asked", [False, True])
+def test_an_answer_is_a_stream_of_a_container_and_a_label(classes: int, asked: bool) -> None:
+    sent = label_sizes(classes - 1, 0.7, classes, (64, 64), asked=asked)
+    assert 11 <= sent.wire_bytes <= 11 + 4 - asked
+    assert sent.session_bytes == sent.wire_bytes - 9
+    assert math.log2(classes) / 8 <= sent.session_bytes - 2
+
+
+def test_a_mask_costs_what_its_labels_deflate_to() -> None:
+    flat, busy = np.zeros((24, 32), np.int64), np.arange(24 * 32).reshape(24, 32) % 11
+    noise = np.random.default_rng(0).integers(0, 11, (24, 32))
+    sizes = [mask_sizes(labels) for labels in (flat, busy, noise)]
+    assert [s.session_bytes - s.payload_bytes for s in sizes] == [2, 2, 2]
+    assert [s.wire_bytes - s.payload_bytes for s in sizes] == [11, 11, 11]
+    assert sizes[0].payload_bytes < sizes[1].payload_bytes < sizes[2].payload_bytes
+    assert sizes[2].payload_bytes > 24 * 32 * math.log2(11) / 8  # no coder is below the entropy
+
+
+class TestAsked:
+    """Of a server that asks there is a head for each task, of the same multiply-adds in all."""
+
+    problem = make_problem(single_class=False)
+    model = make_config(requests="asked")
+
+    def test_there_is_an_answer_to_each_task(self) -> None:
+        classifier = local_classifier(self.model, self.problem)
+        images = normalise(make_batch(self.problem).image)
+        full, coarse = classifier(images), classifier(images, coarse=True)
+        assert set(full) == {f"logits/{task.name}" for task in self.problem.tasks}
+        for task in self.problem.tasks:
+            key, count = f"logits/{task.name}", len(images)
+            shape: tuple[int, ...] = (count, task.num_classes)
+            small = shape
+            if not task.is_classification:
+                shape, small = (*shape, SIZE, SIZE), (*shape, SIZE // 8, SIZE // 8)
+            assert (full[key].shape, coarse[key].shape) == (shape, small)
+
+    def test_it_costs_what_the_client_that_is_asked_costs(self) -> None:
+        budget, _ = macs_of(self.model, len(self.problem.tasks), (SIZE, SIZE), None)
+        with_detector, _ = macs_of(MODEL, len(self.problem.tasks), (SIZE, SIZE), None)
+        cost = local_classifier(self.model, self.problem).cost((SIZE, SIZE))["client_macs"]
+        assert 0.6 * budget < cost <= budget < with_detector
+
+    def test_all_of_it_learns(self) -> None:
+        recipe = local_recipe(self.model, make_teacher(self.problem), self.problem, seed=0).train()
+        found = recipe(make_batch(self.problem), 0.5)
+        found.loss.backward()
+        assert without_gradient(recipe) == []
+        assert {"loss/labels", "loss/distillation", "top1/hits"} <= set(found.sums)
+
+    def test_images_of_several_labels_need_a_server_that_asks(self) -> None:
+        with pytest.raises(ModelError, match=r"`local` names the class.*model\.requests=asked"):
+            local_recipe(MODEL, make_teacher(self.problem), self.problem, seed=0)

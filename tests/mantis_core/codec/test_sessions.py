@@ -89,6 +89,38 @@ def test_a_session_of_requests_answers_what_was_asked(codec: Mantis) -> None:
     assert error.value.reason is Reason.CORRUPT
 
 
+def test_a_session_keeps_its_request_until_another_is_made(codec: Mantis) -> None:
+    sender = codec.client_codec().open(request="tools")
+    receiver = codec.server_codec().open(sender.hello, request="tools")
+    batch, by_call = images(), ClientSession(codec.client_codec(), requests=True)
+    assert sender.hello == by_call.hello
+    assert sender.encode(batch) == by_call.encode(batch, "tools")
+    assert {a.tasks for a in receiver.decode(sender.encode(batch))} == {("tools",)}
+    once = sender.encode(batch, "animals")
+    assert {a.tasks for a in receiver.decode(once, "animals")} == {("animals",)}
+    sender.request = ["animals", "kitchen"]
+    with pytest.raises(BitstreamError, match="another request"):
+        receiver.decode(sender.encode(batch))
+    receiver.request = sender.request
+    assert {a.tasks for a in receiver.decode(sender.encode(batch))} == {("animals", "kitchen")}
+    for end in (sender, receiver):
+        with pytest.raises(ModelError, match=r"weather.*this model has animals"):
+            end.request = "weather"
+        assert end.request == ["animals", "kitchen"]
+
+
+def test_a_session_that_detects_has_no_request(codec: Mantis) -> None:
+    sender = codec.client_codec().open()
+    assert sender.request is None
+    assert len(codec.server_codec().open(sender.hello).decode(sender.encode(images()))) == 4
+    for begin in (
+        lambda: codec.server_codec().open(sender.hello, request="tools"),
+        lambda: ClientSession(codec.client_codec(), requests=False, request="tools"),
+    ):
+        with pytest.raises(ModelError, match="in this session tasks are detected"):
+            begin()
+
+
 def test_images_of_another_shape_have_a_session_of_their_own(codec: Mantis) -> None:
     sender = ClientSession(codec.client_codec(), input_shape=(48, 32))
     receiver = ServerSession(codec.server_codec(), sender.hello)
