@@ -111,12 +111,13 @@ def append_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 def write_images(point: str, wire: Array, payload: Array, hits: Array, session: Array) -> None:
     """Writes the sizes of each image and whether its answer was right, as a compressed CSV.
 
-    A size of -1 means that there is no stream.
+    A size of -1 means that there is no stream. Of an image with several questions `hits` is the
+    share that was answered right.
     """
     (RESULTS / "images").mkdir(parents=True, exist_ok=True)
-    columns = (wire, payload, hits.astype(int), session)
+    columns = (wire, payload, hits.astype(float), session)
     rows = zip(*(column.tolist() for column in columns), strict=True)
-    lines = [",".join(IMAGE_FIGURES), *(f"{w:g},{p:.10g},{h},{s:g}" for w, p, h, s in rows)]
+    lines = [",".join(IMAGE_FIGURES), *(f"{w:g},{p:.10g},{h:.6g},{s:g}" for w, p, h, s in rows)]
     text = "\n".join([*lines, ""]).encode()
     (RESULTS / "images" / f"{point}.csv.gz").write_bytes(gzip.compress(text, mtime=0))
 

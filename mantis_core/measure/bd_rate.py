@@ -41,12 +41,12 @@ class CurveError(ValueError):
 class Curve:
     """One arm at one seed: for each rate each image's bytes and whether it was answered right.
 
-    `sizes` and `hits` are (P, N); the images are the same, in the same order, for all curves that
-    are compared.
+    Of an image with several questions that is the share of right answers. `sizes` and `hits` are
+    (P, N); the images are the same, in the same order, for all curves that are compared.
     """
 
     sizes: Array
-    hits: NDArray[np.bool_]
+    hits: NDArray[np.bool_] | Array
 
     def points(self, images: NDArray[np.int64] | None = None) -> Array:
         """(P, 2): mean bytes and top1 in per cent, of all images or those at indices `images`."""

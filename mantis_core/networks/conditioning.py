@@ -16,7 +16,8 @@ from torch.nn.functional import avg_pool2d
 
 from mantis_core.rates import BETWEEN
 
-_OPEN = 1.0  # of a channel's gate at init: sigmoid 0.73
+_OPEN = 0.1  # the parameter of a channel's gate at init
+_GATE_SCALE = 10.0  # its logit is that much more: Adam moves any parameter by about its rate a step
 _LEAST = 1e-6  # p that others are relative to
 
 Modulation = list[tuple[Tensor, Tensor] | None]
@@ -157,8 +158,8 @@ class ChannelSets(nn.Module):
 
     gate = 1 - prod over the tasks (1 - p_k / max p * open_kc), with open_kc = 1 where the parameter
     is not below 0: the union of the sets of all tasks that are asked for. All channels are open at
-    init. The gradient passes to the sigmoid (straight-through), so that the rate can close a
-    channel, and a loss can open it again.
+    init, and a hundred steps or so from closed. The gradient passes to the sigmoid
+    (straight-through), so that the rate can close a channel, and a loss can open it again.
     """
 
     def __init__(self, num_tasks: int, layers: Layers, *, hidden: int) -> None:
@@ -168,7 +169,7 @@ class ChannelSets(nn.Module):
 
     def forward(self, probabilities: Tensor, detected: Tensor) -> Modulation:
         """(B, K) task probabilities, or a multi-hot, to a gate at the latent, (B, C, 1, 1)."""
-        soft = torch.sigmoid(self.open)
+        soft = torch.sigmoid(_GATE_SCALE * self.open)
         gates = soft + ((self.open >= 0).float() - soft).detach()
         p = probabilities.float()
         relative = p / p.amax(dim=1, keepdim=True).clamp_min(_LEAST)

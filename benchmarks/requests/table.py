@@ -1,0 +1,168 @@
+"""Rows of the study, and what they say: bytes by request, and what asking saves with intervals."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.rate_accuracy.points import RESULTS, read_images, read_rows, write_images
+from mantis_core.measure.bd_rate import Curve, CurveError, over_seeds
+from mantis_core.tasks import TaskSpec
+from pipelines.evaluation.split_pass import Evaluated, arm_figures
+from pipelines.report.figures import task_metric
+
+TABLE = RESULTS / "requests.csv"
+FIGURES = {
+    "accuracy": "val/task_top1",
+    "wire_bytes": "val/wire_bytes",
+    "session_bytes": "val/session_bytes",
+    "payload_bytes": "val/payload_bytes",
+    "client_macs": "val/client_macs",
+    "client_bytes": "val/client_bytes",
+}
+COLUMNS = (
+    "point",
+    "cell",
+    "kind",
+    "seed",
+    "rate_weight",
+    "level",
+    "quality",
+    "commit",
+    "key",
+    *FIGURES,
+    "by_request",
+)
+COMPARISONS = (
+    *(
+        (kind, "none")
+        for kind in (
+            "mantis",
+            "film_prior",
+            "film",
+            "channels_prior",
+            "channels",
+            "none_prior",
+            "per_task",
+        )
+    ),
+    ("mantis", "per_task"),
+    ("oracle", "none"),
+    ("mantis", "webp"),
+)
+"""The arm under test and the arm it stands against: how many more bytes does it need?"""
+
+
+def row_of(about: Mapping[str, Any], found: Evaluated, name: str) -> dict[str, Any]:
+    """Returns the row of one arm, and writes the sizes and right answers of its images.
+
+    `by_request` holds for each task the bytes of a reply in a session and the accuracy, as JSON.
+    """
+    own, metrics = found.answers[name], arm_figures(found, name)["metrics"]
+    sizes = (own["wire_bytes"], own["payload_bytes"], own["session_bytes"])
+    write_images(str(about["point"]), sizes[0], sizes[1], shares_right(own, found.tasks), sizes[2])
+    by_request = {}
+    for task in found.tasks:
+        size = metrics.get(f"val/task/{task.name}/session_bytes", metrics.get("val/session_bytes"))
+        value = metrics.get(task_metric({"name": task.name, "kind": task.kind}))
+        by_request[task.name] = [_rounded(size, 2), _rounded(value, 4)]
+    row = {column: metrics.get(metric) for column, metric in FIGURES.items()}
+    return {**about, **row, "by_request": json.dumps(by_request)}
+
+
+def shares_right(own: Mapping[str, NDArray[Any]], tasks: Sequence[TaskSpec]) -> NDArray[np.float64]:
+    """Returns which share of an image's classification tasks an arm answers right, (N,)."""
+    named = np.array([task.is_classification for task in tasks])
+    asked = own["task_mask"].astype(bool) & named
+    right = (own["predicted"] == own["labels"]) & own["decoded"].astype(bool) & asked
+    return np.asarray(right.sum(axis=1) / np.maximum(1, asked.sum(axis=1)), dtype=np.float64)
+
+
+def append(row: Mapping[str, Any], path: Path = TABLE) -> None:
+    """Appends a row to the table. The first row creates it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = not path.is_file()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        if new:
+            writer.writeheader()
+        writer.writerow(row)
+
+
+def read(path: Path = TABLE) -> list[dict[str, Any]]:
+    """Reads the table's rows, `by_request` as a dict."""
+    return [{**row, "by_request": json.loads(row["by_request"])} for row in read_rows(path)]
+
+
+def curves(rows: Sequence[Mapping[str, Any]], kind: str, size: str) -> dict[int, Curve]:
+    """Maps each seed to the curve of a kind. `size` is "payload_bytes" or "session_bytes"."""
+    found = {}
+    for seed in sorted({row["seed"] for row in rows if row["kind"] == kind}):
+        own = [row for row in rows if (row["kind"], row["seed"]) == (kind, seed)]
+        images = [read_images(row["point"]) for row in sorted(own, key=lambda row: row[size])]
+        found[seed] = Curve(
+            np.array([each[size] for each in images]), np.array([each["hit"] for each in images])
+        )
+    return found
+
+
+def savings(rows: Sequence[Mapping[str, Any]], size: str) -> list[dict[str, Any]]:
+    """Returns for each of COMPARISONS that the rows allow the bytes more at equal accuracy.
+
+    In per cent, below 0 for a saving, over the mean of the requests: a BD-rate with its 95 %
+    interval by bootstrap over images and seeds, and the t interval over seeds.
+    """
+    found = []
+    for test, against in COMPARISONS:
+        ours, theirs = curves(rows, test, size), curves(rows, against, size)
+        if against == "webp" and theirs:  # the same files for every seed
+            theirs = dict.fromkeys(ours, next(iter(theirs.values())))
+        both = sorted(ours.keys() & theirs.keys())
+        if not both:
+            continue
+        about: dict[str, Any] = {"test": test, "against": against, "size": size, "seeds": both}
+        try:
+            interval = over_seeds([theirs[s] for s in both], [ours[s] for s in both])
+        except CurveError as error:
+            found.append({**about, "refused": str(error)})
+            continue
+        t_low, t_high = interval.over_seeds or (None, None)
+        values = (interval.mean, interval.low, interval.high, t_low, t_high)
+        names = ("mean", "low", "high", "t_low", "t_high")
+        found.append({**about, **{n: _rounded(v, 2) for n, v in zip(names, values, strict=True)}})
+    return found
+
+
+def points(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Returns one point for each kind and rate: means over the seeds, by request too."""
+    found = []
+    named = ("kind", "rate_weight", "quality")
+    order = list(dict.fromkeys(tuple(row[name] for name in named) for row in rows))
+    for group in order:
+        own = [row for row in rows if tuple(row[name] for name in named) == group]
+        point: dict[str, Any] = dict(zip(named, group, strict=True))
+        point["seeds"] = sorted(row["seed"] for row in own)
+        for name in FIGURES:
+            values = [row[name] for row in own if row[name] is not None]
+            point[name] = _rounded(float(np.mean(values)), 5) if values else None
+        point["by_request"] = {
+            task: [_mean([row["by_request"][task][place] for row in own]) for place in (0, 1)]
+            for task in own[0]["by_request"]
+        }
+        found.append(point)
+    return found
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return _rounded(float(np.mean(known)), 4) if known else None
+
+
+def _rounded(value: float | None, digits: int) -> float | None:
+    return None if value is None else round(value, digits)
