@@ -98,7 +98,7 @@ def coded(
 def accuracies(probe: Probe, found: Coded, tasks: Sequence[tuple[int, TaskSpec]]) -> list[float]:
     """Returns the probe's accuracy for each task, over the images that have the task."""
     with torch.no_grad():
-        outputs: list[Mapping[str, Tensor]] = [probe(part) for part in found.maps.split(256)]
+        outputs: list[Mapping[str, Tensor]] = [probe(part) for part in torch.split(found.maps, 256)]
     values = []
     for k, task in tasks:
         said = torch.cat([output[task.name].argmax(dim=1) for output in outputs])
@@ -142,7 +142,7 @@ def probed(
 
 def _batches(rows: int) -> Iterator[Tensor]:
     order = torch.randperm(rows)
-    yield from order[: rows - rows % BATCH].split(BATCH)
+    yield from torch.split(order[: rows - rows % BATCH], BATCH)
 
 
 def chance(train: Coded, val: Coded, k: int) -> float:

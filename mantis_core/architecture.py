@@ -111,6 +111,10 @@ class ModelConfig(Section):
     coverage: float = Field(default=0.9, gt=0, le=1)
     """The share of the true tasks that the mask must keep. The threshold of the mask is
     calibrated to it on rows that are held back from training."""
+    exit_heads: bool = False
+    """Whether a client that is asked has a head for each task, and may answer a request itself.
+    With `exit_confidence` it then sends its label alone where it is that sure. The heads read what
+    the request has made of the encoder, and the loss ExitAnswers trains them."""
     single_task: bool = False
     """Whether all classes are one task, so that there is nothing to detect. This is the
     entropic-student baseline."""
@@ -148,6 +152,15 @@ class ModelConfig(Section):
             raise ValueError(
                 f"model.requests=asked leaves nothing that detects tasks or classes, and "
                 f"{wrong[0]} needs it: set {wrong[0]} to another value, or model.requests=both"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _exit_heads_answer_requests(self) -> ModelConfig:
+        if self.exit_heads and self.requests != "asked":
+            raise ValueError(
+                "model.exit_heads answer what a server asks for: set model.requests=asked; a "
+                "client that detects answers by model.detector.classes=true"
             )
         return self
 

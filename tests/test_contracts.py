@@ -162,11 +162,15 @@ def all_outputs(batch: Batch, *, flat: bool) -> tuple[dict[str, Tensor], dict[st
             for prefix, extra in (("logits", 0), ("tasks", 1))
             for task in TASKS
         },
+        **{f"exits/{task.name}": (task.num_classes,) for task in TASKS if task.is_classification},
     }
     if not flat:
         del sizes["logits"], sizes["joint"]
     leaves = {k: torch.randn(count, *size, requires_grad=True) for k, size in sizes.items()}
-    outputs: dict[str, Any] = {k: v for k, v in leaves.items() if not k.startswith("tasks/")}
+    others = ("tasks/", "exits/")
+    outputs: dict[str, Any] = {k: v for k, v in leaves.items() if not k.startswith(others)}
+    nobody = torch.zeros(count, 0)
+    outputs["exits"] = tuple(leaves.get(f"exits/{task.name}", nobody) for task in TASKS)
     outputs["tasks"] = {
         task.name: log_softmax(leaves[f"tasks/{task.name}"], 1)
         if task.is_classification
@@ -182,6 +186,7 @@ REACHES = {
     "TaskDetection": ("task_logits", "task_logits"),
     "ClassDetection": ("class_logits", "class_logits"),
     "TaskLosses": ("tasks/animals", "tasks/ground"),
+    "ExitAnswers": ("exits/animals", "exits/animals"),
     "JointDecision": ("joint", "joint"),
     "TeacherDecision": ("joint", "tasks/animals"),
     "FlatLabels": ("logits", "logits/ground"),

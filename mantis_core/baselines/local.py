@@ -147,7 +147,8 @@ def local_classifier(model: ModelConfig, problem: Problem) -> LocalClassifier:
     """A classifier with random weights, as wide as the multiply-adds of the client allow."""
     size = problem.image_size
     members = class_members(problem.tasks, len(problem.classes))
-    budget = macs_of(model, len(problem.tasks), size, members).client
+    labels = [t.num_classes * t.is_classification for t in problem.tasks if model.exit_heads]
+    budget = macs_of(model, len(problem.tasks), size, members, labels).client
 
     def cost(width: int) -> int:
         with torch.device("meta"):

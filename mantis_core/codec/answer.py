@@ -45,7 +45,8 @@ class Answer:
     (H, W). `class_index` is the joint decision over all decoded tasks. It is -1, its name None and
     its probability 0, where images have no single class and where no decoded task has classes. The
     bytes are those of the image's own stream, or its share of a stream of
-    several images. If the client has `answered`, label and class are its own, with one probability.
+    several images. If the client has `answered`, label and class are its own, with one probability;
+    its answer to a request comes without one.
     `model_id` names the server that answers, in hexadecimal digits.
     """
 

@@ -128,7 +128,13 @@ def load_client(folder: str | Path) -> ClientCodec:
 
     tensors, spec, ids = _load_half(folder, "client")
     members = spec.class_members()
-    client = Client(spec.model, len(spec.tasks), members, num_rates=spec.num_rates)
+    client = Client(
+        spec.model,
+        len(spec.tasks),
+        members,
+        num_rates=spec.num_rates,
+        labels=spec.exit_labels(),
+    )
     _load_part(folder, client, _part(tensors, _CLIENT))
     return ClientCodec(
         spec,

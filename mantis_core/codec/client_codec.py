@@ -6,7 +6,7 @@ Shapes: B batch, K tasks, C latent channels, H W input pixels, h w latent size.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from mantis_core.codec.answer import Encoded
 from mantis_core.codec.look import Looker, Seen
 from mantis_core.codec.packed_weights import pack_weights
 from mantis_core.codec.requests import Budget, Way
+from mantis_core.codec.sessions import ClientSession
 from mantis_core.codec.spec import Ids, ModelSpec
 from mantis_core.errors import ModelError
 from mantis_core.networks.client import Client
@@ -27,9 +28,6 @@ from mantis_core.networks.conditioning import shares_of
 from mantis_core.networks.cost import macs_of
 from mantis_core.networks.preprocessing import prepare_image, prepare_images
 from mantis_core.pixels import MAX_PIXELS
-
-if TYPE_CHECKING:
-    from mantis_core.codec.sessions import ClientSession
 
 _INT32_BYTES = 4
 _ESTIMATED_TOGETHER = 16  # images: a density holds dozens of values for each of their symbols
@@ -77,7 +75,8 @@ class ClientCodec:
         image; a bool tensor (B, K) asks image by image, and one of (1, K) the same of all.
         `exit_confidence` is a probability: where the detector gives an image's class at least that
         much, the client answers itself, and the stream holds the answer and no latent (early exit,
-        after Teerapittayanon et al., ICPR 2016). It has no effect where tasks are asked for.
+        after Teerapittayanon et al., ICPR 2016). Where tasks are asked for it counts for one task
+        alone, of a client with exit heads.
 
         A model of several rates has levels: `level` 0, which None stands for, gives the largest
         streams and the best answers. With `max_bytes` each image is coded at the lowest level whose
@@ -212,8 +211,6 @@ class ClientCodec:
         input_shape: tuple[int, int] | None = None,
     ) -> ClientSession:
         """A session of this client, see `ClientSession`: the server asks for `request`, if any."""
-        from mantis_core.codec.sessions import ClientSession
-
         return ClientSession(self, input_shape=input_shape, request=request)
 
     def prepare_image(self, data: bytes, *, max_pixels: float = MAX_PIXELS) -> Tensor:
@@ -237,7 +234,13 @@ class ClientCodec:
         `detector_macs` are those that only detection needs.
         """
         spec, tables = self.spec, self.tables
-        macs = macs_of(spec.model, len(spec.tasks), spec.image_size, spec.class_members())
+        macs = macs_of(
+            spec.model,
+            len(spec.tasks),
+            spec.image_size,
+            spec.class_members(),
+            spec.exit_labels(),
+        )
         counts = pack_counts(tables.cdf, tables.lengths)
         weights = pack_weights(self.client.state_dict())
         return {

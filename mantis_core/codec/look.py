@@ -54,10 +54,15 @@ class Seen:
 
 
 class Rounded(NamedTuple):
-    """An image as it is to be coded, with its latent; None where the client answers itself."""
+    """An image as it is to be coded, with its latent; None where the client answers itself.
+
+    `own` is the client's own label for the one task that is asked for and its probability, None
+    where it has no exit heads or another number of tasks is asked for.
+    """
 
     image: CodedImage
     latent: Tensor | None
+    own: tuple[int, float] | None = None
 
 
 class Looker:
@@ -145,10 +150,12 @@ class _Sight:
             found = self._rounded(rest, asked, levels[0])
         else:  # each image finds a level of its own
             found = [self._fitted(row, asked, levels, budget) for row in rest]
+        if way.exit_confidence is not None:
+            found = [self._exited(each, way.exit_confidence) for each in found]
         coded = dict(zip(rest, found, strict=True))
         seen = []
         for row, answer in enumerate(own):
-            image, latent = coded[row] if answer is None else (answer, None)
+            image, latent, _ = coded[row] if answer is None else Rounded(answer, None)
             seen.append(Seen(image, self.shape, self._probabilities[row], self._named[row], latent))
         return seen
 
@@ -177,6 +184,11 @@ class _Sight:
             tried[other] = len(budget.write(found.image, self.shape))
             if tried[other] <= budget.max_bytes:
                 best = found
+        if best is None and asked is not None:
+            (found,) = self._rounded([row], asked, levels[-1])
+            short = self._exited(found, 0.0)
+            if short.latent is None and budget.holds(short.image, self.shape):
+                best = short
         if best is None and asked is None and self.view.class_logits is not None:
             answer = self._answer(row, 0.0)
             if answer is not None and budget.holds(answer, self.shape):
@@ -217,6 +229,13 @@ class _Sight:
         field = TaskField(mask, task, levels)
         return CodedImage(field, nothing, label, confidence, has_latent=False)
 
+    def _exited(self, found: Rounded, exit_confidence: float) -> Rounded:
+        """An image that is asked about as the client's own answer, where it is that sure."""
+        if found.own is None or found.own[1] < exit_confidence:
+            return found
+        nothing = np.zeros_like(found.image.map)
+        return Rounded(CodedImage(found.image.tasks, nothing, found.own[0], has_latent=False), None)
+
     def _rounded(self, rows: Sequence[int], asked: Tensor | None, level: int) -> list[Rounded]:
         """Images by their rows at a level. What is detected is kept for the next way."""
         known = self._known.setdefault(level, {}) if asked is None else {}
@@ -241,7 +260,7 @@ class _Sight:
         everyone = torch.full((len(detected),), level, device=detected.device)
         shares = shares_of(everyone, self.spec.num_rates)
         condition = detected if asked is None else asked.float()
-        latent = self.looker.client.encode(view, condition, shares)
+        latent, exits = self.looker.client.code(view, condition, shares)
         sends = self.spec.model.send_probabilities and asked is None
         maps = to_symbols(latent.float().cpu().numpy())
         masks, probabilities = mask.cpu().numpy(), detected.cpu().numpy()
@@ -257,7 +276,12 @@ class _Sight:
             active = masks[i]
             levels = tuple(quantise_log2(float(p)) for p in probabilities[i][active])
             field = TaskField(tuple(active.tolist()), first, levels if sends else None)
-            yield Rounded(CodedImage(field, maps[i], *said[i], rate_level=level), latent[i])
+            mine = None
+            if exits is not None and active.sum() == 1 and exits[first].shape[1]:
+                sure, label = torch.softmax(exits[first][i], dim=0).max(dim=0)
+                mine = int(label), float(sure)
+            image = CodedImage(field, maps[i], *said[i], rate_level=level)
+            yield Rounded(image, latent[i], mine)
 
 
 def _rows_of(view: View, rows: list[int]) -> View:

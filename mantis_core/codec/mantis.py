@@ -37,7 +37,8 @@ class MantisOutput(NamedTuple):
     tasks: for each task, active or not, log P (B, n + 1) or segmentation logits (B, n, H, W).
     joint (B, classes): scores of the joint decision over all tasks, by the detector's
     probabilities. decision (B,): the class with the best score over the tasks in the mask, -1 if
-    these are all segmentations. The last two are None where images have no single class.
+    these are all segmentations. These two are None where images have no single class. exits: the
+    client's own logits (B, n) of each task, None for a client without exit heads.
     """
 
     bits: Tensor
@@ -47,6 +48,7 @@ class MantisOutput(NamedTuple):
     tasks: dict[str, Tensor]
     joint: Tensor | None
     decision: Tensor | None
+    exits: tuple[Tensor, ...] | None = None
 
 
 class Mantis(nn.Module):
@@ -70,7 +72,11 @@ class Mantis(nn.Module):
         self.spec = spec
         config = spec.model
         self.client = Client(
-            config, len(spec.tasks), spec.class_members(), num_rates=spec.num_rates
+            config,
+            len(spec.tasks),
+            spec.class_members(),
+            num_rates=spec.num_rates,
+            labels=spec.exit_labels(),
         )
         self.bottleneck = Bottleneck(
             config.encoder.latent_channels,
@@ -122,7 +128,7 @@ class Mantis(nn.Module):
         if mask is None:
             mask = self.select_mask(detected)
         shares = self._shares(level, len(images), images.device)
-        latent = self.client.encode(view, condition, shares)
+        latent, exits = self.client.code(view, condition, shares)
         primary = primary_task(detected, mask)
         received = self.bottleneck(latent, mask, primary, shares)
         tasks = self.server(received.y_hat, (images.shape[2], images.shape[3]), shares)
@@ -139,7 +145,7 @@ class Mantis(nn.Module):
             sent = log_p.detach().masked_fill(~mask, -torch.inf)
             decision = decided(self.joint(tasks, sent))
         return MantisOutput(
-            received.bits, view.logits, view.class_logits, mask, tasks, joint, decision
+            received.bits, view.logits, view.class_logits, mask, tasks, joint, decision, exits
         )
 
     def client_codec(self) -> ClientCodec:

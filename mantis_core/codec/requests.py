@@ -6,7 +6,7 @@ B images, K tasks, H W input pixels.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -35,6 +35,19 @@ class Way(NamedTuple):
     exit_confidence: float | None = None
     level: int | None = None
     budget: Budget | None = None
+
+
+def listed_bytes(data: Iterable[bytes], what: str) -> list[bytes]:
+    """Byte strings as a list, of one alone too; ModelError, which calls them `what`, for others."""
+    given = [data] if isinstance(data, bytes | bytearray | memoryview | str) else data
+    try:
+        listed = list(given)
+    except TypeError:
+        listed = [given]  # type: ignore[list-item]
+    bytelike = bytes | bytearray | memoryview
+    if wrong := {type(each).__name__ for each in listed if not isinstance(each, bytelike)}:
+        raise ModelError(f"{what} are {', '.join(sorted(wrong))}; allowed: a list of bytes")
+    return [bytes(each) for each in listed]
 
 
 def check_images(images: Tensor) -> None:
@@ -127,10 +140,13 @@ def check_exit(spec: ModelSpec, confidence: float | None) -> None:
     """ModelError for a confidence of early exit that this model cannot have."""
     if confidence is None:
         return
-    if not spec.model.detector.classes:
+    if not spec.answerable():
+        needs = "model.detector.classes=true"
+        if spec.model.requests == "asked":
+            needs = "model.exit_heads=true"
         raise ModelError(
-            "exit_confidence needs a detector that names classes, and this model's names tasks "
-            "alone: train it with model.detector.classes=true, or leave exit_confidence out"
+            "exit_confidence needs a client that can answer itself, and this model's cannot: train "
+            f"it with {needs}, or leave exit_confidence out"
         )
     if not isinstance(confidence, int | float) or not 0 <= confidence <= 1:
         raise ModelError(f"exit_confidence is {confidence!r}: give a probability, 0 to 1")

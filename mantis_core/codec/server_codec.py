@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,17 +19,15 @@ from mantis_core.bitstream.task_field import TaskField, dequantise_level
 from mantis_core.bitstream.wire import CodedImage, Unpacked, read_stream
 from mantis_core.codec.answer import Answer
 from mantis_core.codec.own_answer import ClientAnswer, Fusion
+from mantis_core.codec.requests import listed_bytes
+from mantis_core.codec.sessions import ServerSession
 from mantis_core.codec.spec import Ids, ModelSpec
-from mantis_core.errors import ModelError
 from mantis_core.networks.client import latent_size
 from mantis_core.networks.conditioning import shares_of
 from mantis_core.networks.inference import still
 from mantis_core.networks.server import JointDecision, Server
 from mantis_core.networks.teacher import Backbone
 from mantis_core.tasks import TaskSpec
-
-if TYPE_CHECKING:
-    from mantis_core.codec.sessions import ServerSession
 
 
 class ServerCodec:
@@ -111,8 +109,6 @@ class ServerCodec:
 
     def open(self, hello: bytes, *, request: str | Sequence[str] | None = None) -> ServerSession:
         """The other end of the session that began with `hello`, see `ServerSession`."""
-        from mantis_core.codec.sessions import ServerSession
-
         return ServerSession(self, hello, request=request)
 
     def describe(self) -> dict[str, Any]:
@@ -128,16 +124,17 @@ class ServerCodec:
         if image.confidence is not None:
             assert self.fusion is not None
             sure = float(self.fusion.accuracy[image.confidence])
-        index = task.classes[label]
+        index = task.classes[label] if self.spec.single_class else -1
+        told = image.confidence is not None or image.tasks.levels is not None
         return {
             "tasks": (task.name,),
             "task_probability": {task.name: about},
             "labels": {task.name: label},
             "label_names": {task.name: task.labels[label]} if task.labels else {},
-            "label_probability": {task.name: sure},
+            "label_probability": {task.name: sure} if told else {},
             "class_index": index,
-            "class_name": self.spec.class_names[index],
-            "class_probability": sure,
+            "class_name": self.spec.class_names[index] if index >= 0 else None,
+            "class_probability": sure if index >= 0 else 0.0,
             "segmentation": {},
             "answered": True,
         }
@@ -241,19 +238,6 @@ def new_server(spec: ModelSpec, trunk: nn.Module | None = None) -> Server:
 def new_joint(spec: ModelSpec) -> JointDecision | None:
     """The joint decision, where each image has one class."""
     return JointDecision(spec.tasks, len(spec.classes)) if spec.single_class else None
-
-
-def listed_bytes(data: Iterable[bytes], what: str) -> list[bytes]:
-    """Byte strings as a list, of one alone too; ModelError, which calls them `what`, for others."""
-    given = [data] if isinstance(data, bytes | bytearray | memoryview | str) else data
-    try:
-        listed = list(given)
-    except TypeError:
-        listed = [given]  # type: ignore[list-item]
-    bytelike = bytes | bytearray | memoryview
-    if wrong := {type(each).__name__ for each in listed if not isinstance(each, bytelike)}:
-        raise ModelError(f"{what} are {', '.join(sorted(wrong))}; allowed: a list of bytes")
-    return [bytes(each) for each in listed]
 
 
 def _at_rows(own: Tensor, rows: Tensor, count: int) -> Tensor:

@@ -11,18 +11,48 @@ Shapes: B batch, K tasks, H W input pixels.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Protocol
 
 from torch import Tensor
 
+from mantis_core.bitstream.coder import TableSet
+from mantis_core.bitstream.container import StreamSpec
 from mantis_core.bitstream.session import Session, read_hello, write_hello
-from mantis_core.bitstream.wire import CodedImage, read_message, write_message
+from mantis_core.bitstream.wire import CodedImage, Unpacked, read_message, write_message
 from mantis_core.codec.answer import Answer
-from mantis_core.codec.client_codec import ClientCodec
-from mantis_core.codec.requests import Budget, asked_tasks, check_images
-from mantis_core.codec.server_codec import ServerCodec, listed_bytes
+from mantis_core.codec.look import Seen
+from mantis_core.codec.requests import Budget, asked_tasks, check_images, listed_bytes
 from mantis_core.codec.spec import ModelSpec
 from mantis_core.errors import ModelError
+
+
+class _Half(Protocol):
+    """What both halves of a codec know of its streams."""
+
+    spec: ModelSpec
+    tables: TableSet
+    stream_spec: StreamSpec
+
+
+class _Client(_Half, Protocol):
+    """What a session takes of a `ClientCodec`."""
+
+    def look(
+        self,
+        images: Tensor,
+        tasks: str | Sequence[str] | Tensor | None = None,
+        *,
+        exit_confidence: float | None = None,
+        level: int | None = None,
+        budget: Budget | None = None,
+    ) -> Iterator[Seen]: ...
+
+
+class _Server(_Half, Protocol):
+    """What a session takes of a `ServerCodec`."""
+
+    def answer(self, streams: Iterable[Unpacked]) -> list[Answer]: ...
 
 
 class ClientSession:
@@ -33,7 +63,7 @@ class ClientSession:
 
     def __init__(
         self,
-        codec: ClientCodec,
+        codec: _Client,
         *,
         input_shape: tuple[int, int] | None = None,
         requests: bool | None = None,
@@ -101,7 +131,7 @@ class ServerSession:
     """The server's end: messages to answers."""
 
     def __init__(
-        self, codec: ServerCodec, hello: bytes, *, request: str | Sequence[str] | None = None
+        self, codec: _Server, hello: bytes, *, request: str | Sequence[str] | None = None
     ) -> None:
         """`request` names the tasks that are asked for until `request` is set anew.
 
@@ -153,7 +183,7 @@ class ServerSession:
 
 
 def session_of(
-    codec: ClientCodec,
+    codec: _Client,
     input_shape: tuple[int, int] | None = None,
     *,
     requests: bool | None = None,

@@ -116,11 +116,19 @@ class ModelSpec(BaseModel):
             else tuple(tuple(row) for row in confidence.tolist()),
         )
 
+    def exit_labels(self) -> tuple[int, ...]:
+        """How many labels each exit head of the client has, 0 for none; () without any head."""
+        if not self.model.exit_heads:
+            return ()
+        return tuple(task.num_classes * task.is_classification for task in self.tasks)
+
     def answerable(self) -> tuple[int, ...]:
         """How many labels each task has if the client may answer itself; else ().
 
-        It may where its detector names classes.
+        It may where its detector names classes, or where it has exit heads.
         """
+        if self.model.exit_heads:
+            return self.exit_labels()
         if not self.model.detector.classes:
             return ()
         return tuple(len(task.classes) for task in self.tasks)

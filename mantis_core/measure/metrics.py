@@ -25,8 +25,9 @@ class ImageRecords:
 
     Truth: class_label (N,), labels (N, K), task_mask (N, K). Answers: class_index (N,), -1 where
     none was asked for; predicted (N, K) label of each decoded classification task; decoded (N, K)
-    bool; answered (N,) bool, by the client itself. `probabilities` (N, K) and sizes (N,) are None
-    for arms that detect or send nothing. client_class (N,) is the class that the client gives each
+    bool; answered (N,), 1 by the client itself, or the share of the requests that it answers.
+    `probabilities` (N, K) and sizes (N,) are None for arms that detect or send nothing.
+    client_class (N,) is the class that the client gives each
     image, whether it sends it or not, None for one that gives none. `client_macs` and
     `client_bytes` are the multiply-adds of its networks for an image, and the size of its folder.
     request_wire_bytes and request_session_bytes (N, K) are what the request for each task takes,
@@ -115,7 +116,8 @@ def figures(
                 out[f"val/detection/top1_if_{name}"] = value
     if records.answered is not None and records.answered.any():
         out["val/answered"] = float(records.answered.mean())
-        value = _share((hits & records.answered).sum(), (known & records.answered).sum())
+        sure = records.answered.astype(bool)
+        value = _share((hits & sure).sum(), (known & sure).sum()) if decides else None
         if value is not None:
             out["val/answered_top1"] = value
     if records.client_class is not None:

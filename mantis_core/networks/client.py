@@ -5,6 +5,7 @@ Shapes: B batch, K tasks, C latent channels, H W input pixels, h w latent size.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -196,13 +197,54 @@ class FiLMedEncoder(nn.Module):
 
         No modulation is the task-agnostic encoder.
         """
-        layers = modulation or [None] * len(self.modulated_channels)
+        return self.latent(self.deeper(features, modulation), modulation)
+
+    def deeper(self, features: Tensor, modulation: Modulation | None) -> Tensor:
+        """(B, inputs, H/before, W/before) to the features that the latent is made of."""
         x = features
-        for block, gamma_beta in zip(self.blocks, layers, strict=False):
+        for block, gamma_beta in zip(
+            self.blocks, modulation or [None] * len(self.blocks), strict=False
+        ):
             x = block(x, gamma_beta)
-        with without_autocast(x):
-            latent = self.to_latent(x.float())
-        return modulate(latent, layers[-1])
+        return x
+
+    def latent(self, deep: Tensor, modulation: Modulation | None) -> Tensor:
+        """What `deeper` gave to y (B, C, h, w), float32."""
+        with without_autocast(deep):
+            latent = self.to_latent(deep.float())
+        return modulate(latent, modulation[-1] if modulation else None)
+
+
+class ExitHeads(nn.Module):
+    """A client's own answers to what it is asked, from the encoder's modulated features.
+
+    features ─ mean and max over space ─ linear ─ ReLU ─ linear ─▶ logits of all labels
+    """
+
+    def __init__(self, channels: int, labels: Sequence[int]) -> None:
+        """`labels` (K,) are the tasks' numbers of labels, 0 for a task without a head."""
+        super().__init__()
+        self.labels = tuple(labels)
+        width = 2 * channels
+        self.mlp = nn.Sequential(
+            nn.Linear(width, width), nn.ReLU(), nn.Linear(width, sum(self.labels))
+        )
+
+    def forward(self, features: Tensor) -> tuple[Tensor, ...]:
+        """(B, channels, h, w) to the logits of each task (B, its labels), float32."""
+        with without_autocast(features):
+            logits = self.mlp(pool(features.float()))
+        return torch.split(logits, list(self.labels), dim=1)
+
+
+class Coding(NamedTuple):
+    """What the encoder makes of images: the latent (B, C, h, w), and the client's own answers.
+
+    The latter are logits of each task (B, its labels), None for a client without exit heads.
+    """
+
+    latent: Tensor
+    exits: tuple[Tensor, ...] | None
 
 
 def latent_size(image_size: tuple[int, int], stride: int) -> tuple[int, int]:
@@ -228,8 +270,13 @@ class Client(nn.Module):
         members: Tensor | None = None,
         *,
         num_rates: int = 1,
+        labels: Sequence[int] = (),
     ) -> None:
-        """`members` (K, classes) are the classes of each task, where images have one class each."""
+        """`members` (K, classes) are the classes of each task, where images have one class each.
+
+        `labels` (K,) are the tasks' numbers of labels for a client with exit heads, 0 for a task
+        without one; () leaves the heads out.
+        """
         super().__init__()
         encoder, detector = config.encoder, config.detector
         if detector.classes and members is None:
@@ -269,6 +316,9 @@ class Client(nn.Module):
             ),
             hidden=config.conditioning.hidden,
         )
+        self.exits: ExitHeads | None = None
+        if any(labels):
+            self.exits = ExitHeads(encoder.channels, labels)
         self.by_level: LevelModulation | None = None
         if num_rates > 1:
             self.by_level = LevelModulation(num_rates, self.encoder.modulated_channels)
@@ -278,7 +328,11 @@ class Client(nn.Module):
         return self.detector(self.stem(x))  # type: ignore[no-any-return]
 
     def encode(self, view: View, probabilities: Tensor, shares: Tensor | None = None) -> Tensor:
-        """A view and p (B, K), or a multi-hot, to the latent (B, C, h, w), not rounded.
+        """As `code`, the latent alone."""
+        return self.code(view, probabilities, shares).latent
+
+    def code(self, view: View, probabilities: Tensor, shares: Tensor | None = None) -> Coding:
+        """A view and p (B, K), or a multi-hot, to the latent, not rounded, and own answers.
 
         `shares` (B, L) are those of the rates, for a client of several.
         """
@@ -287,7 +341,9 @@ class Client(nn.Module):
             assert shares is not None
             layers = one_after_another(layers, self.by_level(shares))
         features = view.detected if self.behind_detector else view.stem
-        return self.encoder(features, layers)  # type: ignore[no-any-return]
+        deep = self.encoder.deeper(features, layers)
+        exits = None if self.exits is None else self.exits(deep)
+        return Coding(self.encoder.latent(deep, layers), exits)
 
     def for_detection_alone(self) -> nn.Module:
         """The part of the detector that the latent does not need."""

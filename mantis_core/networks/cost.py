@@ -5,7 +5,7 @@ Counted on the meta device by torch's counter: convolutions and matrix products 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -38,14 +38,19 @@ class Macs(NamedTuple):
 
 
 def macs_of(
-    config: ModelConfig, num_tasks: int, image_size: tuple[int, int], members: Tensor | None
+    config: ModelConfig,
+    num_tasks: int,
+    image_size: tuple[int, int],
+    members: Tensor | None,
+    labels: Sequence[int] = (),
 ) -> Macs:
     """Returns what a client costs for an image of (H, W) pixels.
 
-    `members` (K, classes) as Client takes them.
+    `members` (K, classes) and `labels` (K,) as Client takes them.
     """
     with torch.device("meta"):
-        client = Client(config, num_tasks, members).eval().to("meta")  # `members` are on the CPU
+        client = Client(config, num_tasks, members, labels=labels).eval()
+        client = client.to("meta")  # `members` are on the CPU
         image = torch.empty(1, 3, *image_size)
         stem = client.stem(image)
         view = client.detector(stem)

@@ -2,9 +2,8 @@
 
 A criterion is called with (student io, teacher io, batch). An io dict maps a module path to
 {"output": tensor}, as torchdistill's ForwardHookManager gives it, and holds what the recipe itself
-computed under "outputs". Each criterion tells means and how many entries are behind each, so that
-its value over all workers' rows can be told too. All classification tasks are compared at once,
-segmentations one by one. Shapes: B batch, K tasks, n labels of a task.
+computed under "outputs". Each criterion tells means with the number of entries behind each, which
+workers need. All classification tasks are compared at once. B batch, K tasks, n labels of a task.
 """
 
 from __future__ import annotations
@@ -198,6 +197,20 @@ class TaskLosses(TaskCriterion):
         return means
 
 
+class ExitAnswers(TaskCriterion):
+    """Sum over tasks of the mean cross-entropy of the client's own answers to what is asked."""
+
+    def means(self, student: Io, teacher: Io, batch: Batch) -> list[Mean]:
+        exits, asked = student["outputs"].get("exits") or (), student["outputs"]["loss_mask"]
+        means = []
+        for k, logits in enumerate(exits):
+            if logits.shape[1]:  # a segmentation has no head
+                truth = batch.labels[:, k].clamp_min(0)
+                loss = cross_entropy(logits.float(), truth, reduction="none")
+                means.append(mean_over(loss, asked[:, k]))
+        return means
+
+
 class JointDecision(Criterion):
     """Cross-entropy of the joint decision over all classes, on images of one class.
 
@@ -301,16 +314,6 @@ def build_criterion(
     return WeightedSumLoss(sub_terms=sub_terms)
 
 
-def check_detection(terms: Mapping[str, LossTerm], *, names_classes: bool) -> None:
-    """Raises ModelError for a term on class logits where the detector names tasks alone."""
-    for name, term in terms.items():
-        if term.criterion == "ClassDetection" and not names_classes:
-            raise ModelError(
-                f"losses.{name}: ClassDetection trains a detector that names classes, and this one "
-                f"names tasks: set model.detector.classes=true, or losses.{name}=null"
-            )
-
-
 def hooked_paths(
     terms: Mapping[str, LossTerm], *, split: str, last: str
 ) -> tuple[list[str], list[str]]:
@@ -388,12 +391,10 @@ CRITERIA: dict[str, Callable[..., nn.Module]] = {
     "TaskDetection": TaskDetection,
     "ClassDetection": ClassDetection,
     "TaskLosses": TaskLosses,
+    "ExitAnswers": ExitAnswers,
     "JointDecision": JointDecision,
     "TeacherDecision": TeacherDecision,
     "FlatLabels": FlatLabels,
 }
-
-DETECTION = ("TaskDetection", "ClassDetection")
-"""The criteria that train the detector."""
 
 LOW_LEVEL: dict[str, Callable[..., nn.Module]] = {"RelativeMSE": RelativeMSE}

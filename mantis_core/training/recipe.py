@@ -21,8 +21,11 @@ from mantis_core.folders import save_folder
 from mantis_core.networks.frozen import FrozenTeacher, Watch, watched
 from mantis_core.networks.teacher import Teacher, freeze
 from mantis_core.tasks import Batch, TaskSpec
-from mantis_core.training.losses import DETECTION, build_criterion, hooked_paths, measured_terms
+from mantis_core.training.losses import build_criterion, hooked_paths, measured_terms
 from mantis_core.training.means import Mean, Objective, loss_of, loss_over_workers
+
+DETECTION = ("TaskDetection", "ClassDetection")
+"""The criteria that train the detector."""
 
 Gather = Callable[[Tensor], Tensor]
 """Joins the (N, ...) tensors of all workers along their first dimension."""
@@ -173,6 +176,31 @@ def model_in_training(model: ModelConfig, config: Stage1Config | Stage2Config) -
 def without_detection(losses: Mapping[str, LossTerm]) -> dict[str, LossTerm]:
     """The terms that train anything but the detector, for a student that has none."""
     return {name: term for name, term in losses.items() if term.criterion not in DETECTION}
+
+
+def check_detection(terms: Mapping[str, LossTerm], *, names_classes: bool) -> None:
+    """Raises ModelError for a term on class logits where the detector names tasks alone."""
+    for name, term in terms.items():
+        if term.criterion == "ClassDetection" and not names_classes:
+            raise ModelError(
+                f"losses.{name}: ClassDetection trains a detector that names classes, and this one "
+                f"names tasks: set model.detector.classes=true, or losses.{name}=null"
+            )
+
+
+def check_exits(terms: Mapping[str, LossTerm], *, has_heads: bool) -> None:
+    """Raises ModelError for exit heads that no term trains, and for a term without heads."""
+    named = [name for name, term in terms.items() if term.criterion == "ExitAnswers"]
+    if named and not has_heads:
+        raise ModelError(
+            f"losses.{named[0]}: ExitAnswers trains exit heads, and this client has none: set "
+            f"model.exit_heads=true, or losses.{named[0]}=null"
+        )
+    if has_heads and not named:
+        raise ModelError(
+            "model.exit_heads: no loss trains them; add a term such as "
+            "losses.exits={criterion: ExitAnswers, weight: 0.2}"
+        )
 
 
 def _require_modules(whose: str, module: nn.Module, paths: Sequence[str]) -> None:

@@ -24,10 +24,11 @@ from mantis_core.networks.server import FeatureDecoder
 from mantis_core.networks.teacher import Teacher, freeze
 from mantis_core.tasks import Batch, Problem, class_members
 from mantis_core.training.hits import label_hits
-from mantis_core.training.losses import DETECTION, check_detection
 from mantis_core.training.recipe import (
+    DETECTION,
     Measured,
     Recipe,
+    check_detection,
     model_in_training,
     rate_weight,
     without_detection,

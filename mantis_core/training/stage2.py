@@ -34,11 +34,13 @@ from mantis_core.rates import levels_of, weight_at
 from mantis_core.tasks import Batch, Problem, TaskSpec, class_members, one_task
 from mantis_core.training.asking import Asking
 from mantis_core.training.hits import decision_hits
-from mantis_core.training.losses import DETECTION, check_detection
 from mantis_core.training.recipe import (
+    DETECTION,
     Gather,
     Measured,
     Recipe,
+    check_detection,
+    check_exits,
     model_in_training,
     ramp,
     rate_weight,
@@ -196,6 +198,7 @@ class Stage2Recipe(Recipe):
             student.bottleneck.most_active = _most_active(student)
         names_classes = student.client.detector.members is not None
         check_detection(config.losses, names_classes=names_classes)
+        check_exits(config.losses, has_heads=student.client.exits is not None)
         self._check_reach(teacher)
         self.set_teacher(teacher, split=teacher.split, last=teacher.backbone.names[-1])
         rates, levels = student.spec.rates, range(student.spec.rate_levels)

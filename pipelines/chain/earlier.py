@@ -25,7 +25,7 @@ ADDED: dict[str, dict[str, Any]] = {
         "stored_format": "webp",
         "val_fraction": None,
     },
-    "model": {"wide_encoder": False, "send_answer": False, "requests": "both"},
+    "model": {"wide_encoder": False, "send_answer": False, "requests": "both", "exit_heads": False},
     "model.encoder": {"start": "stem"},
     "stage1": {"quantizer": None},
     "stage2": {

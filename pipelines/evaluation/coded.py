@@ -46,7 +46,8 @@ def ways_of(
     """
     if ARM_KINDS[source.kind].answers != "oracle":
         if model.spec.model.requests == "asked":
-            return [Way(task.name, level=source.level) for task in problem.tasks]
+            sure, level = source.exit_confidence, source.level
+            return [Way(task.name, sure, level) for task in problem.tasks]
         return [Way(exit_confidence=source.exit_confidence, level=source.level)]
     asked = torch.zeros(count, len(problem.tasks), dtype=torch.bool)
     asked[: len(batch["task_mask"])] = torch.from_numpy(np.array(batch["task_mask"]))
@@ -100,6 +101,7 @@ def run_requests(ways: Sequence[Coded], batch: Arrays, problem: Problem) -> Arra
         rows, {name: np.stack([own[name] for own in each], axis=1) for name in SIZES}
     )
     rows["decoded"][:] = True
+    rows["answered"] = np.mean([own["answered"] for own in each], axis=0)
     for k, (task, coded) in enumerate(zip(tasks, ways, strict=True)):
         for index, answer in enumerate(coded.answers):
             rows["predicted"][index, k] = answer.labels.get(task.name, -1)

@@ -298,7 +298,7 @@ def to_records(own: Arrays, tasks: Sequence[TaskSpec]) -> ImageRecords:
         payload_bytes=own["payload_bytes"] if sends else None,
         session_bytes=own["session_bytes"] if (own["session_bytes"] >= 0).all() else None,
         estimated_bits=own["estimated_bits"] if (own["estimated_bits"] >= 0).all() else None,
-        answered=own["answered"].astype(bool) if sends else None,
+        answered=own["answered"] if sends else None,
         client_class=own["client_class"] if (own["client_class"] >= 0).any() else None,
         **{name: own[name] for name in REQUESTED if name in own and (own[name] >= 0).any()},
         client_macs=_told(own, "client_macs"),

@@ -282,12 +282,13 @@ class Settings(_Section):
             raise ValueError(
                 f"evaluate.early_exit has {sorted(stray)}, which no MANTiS arm has: use {where}"
             )
-        if exits and not self.model.detector.classes:
-            raise ValueError(
-                "evaluate.early_exit needs a detector that names classes: set "
-                "model.detector.classes=true (with the loss ClassDetection), or remove "
-                "evaluate.early_exit"
-            )
+        asked = self.model.requests == "asked"
+        if exits and not (self.model.exit_heads if asked else self.model.detector.classes):
+            needs = "a detector that names classes: set model.detector.classes=true (with the loss "
+            needs += "ClassDetection)"
+            if asked:
+                needs = "exit heads: set model.exit_heads=true (with the loss ExitAnswers)"
+            raise ValueError(f"evaluate.early_exit needs {needs}, or remove evaluate.early_exit")
         return self
 
     @model_validator(mode="after")

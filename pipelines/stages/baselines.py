@@ -87,6 +87,7 @@ LOCAL = Stage(
         "model.conditioning",
         "model.encoder",
         "model.requests",
+        "model.exit_heads",
         *(f"stage1.{name}" for name in ("epochs", "batch_size", "optim", "ema_decay", "amp")),
     ),
     identities=given_weights,

@@ -209,7 +209,7 @@ def test_a_missing_teacher_file_is_refused_with_the_choices(config: Path) -> Non
 
 
 SECTIONS = ("teacher.training", "stage1", "stage2", "individual", "codec_teacher")
-OF_STAGE2 = "conditioning prior send_probabilities send_answer coverage max_active_tasks"
+OF_STAGE2 = "conditioning prior send_probabilities send_answer coverage max_active_tasks exit_heads"
 # What a changed field reruns, by longest prefix. Everything downstream follows.
 FIRST_CHANGED: dict[str, tuple[str, ...]] = {
     "seed": CHAIN,

@@ -1,13 +1,10 @@
 """A report holds every point, says what is missing, and is one safe page that fetches nothing."""
 
-import base64
 import csv
-import io
 import itertools
 import json
 import math
 import re
-from html.parser import HTMLParser
 
 import pytest
 from matplotlib.colors import to_rgb
@@ -15,81 +12,13 @@ from matplotlib.text import Text
 from PIL import Image
 
 from pipelines.report.figures import detection_figure, rd_figure, styled, task_figure
-from pipelines.report.marks import curves, sizes_of
+from pipelines.report.marks import curves
 from pipelines.report.report import ReportError, write_report
 from pipelines.settings.arms import ARM_KINDS
+from tests.pipelines.report.evaluations import TASKS, arm, evaluation, text_of
 
 LABELS = {name: kind.label for name, kind in ARM_KINDS.items()}
 LOOKS = {name: kind.look for name, kind in ARM_KINDS.items()}
-
-TASKS = [
-    {"name": "animals", "kind": "classification", "labels": ["cat", "dog"]},
-    {"name": "road", "kind": "segmentation", "labels": ["road", "other"]},
-]
-
-
-def arm(kind, *, name="", rate=None, quality=None, seed=0, top1=0.5, size=None, **metrics):
-    measured = {"val/top1": top1, "val/task/animals/top1": top1, "val/task/road/miou": 0.4}
-    if size is not None:
-        measured |= {"val/wire_bytes": size, "val/payload_bytes": size - 10}
-        measured |= {"val/estimated_bytes": size - 11, "val/bpp": size * 8 / 1024}
-    return {
-        "name": name or kind,
-        "label": name or kind,
-        "kind": kind,
-        "rate_weight": rate,
-        "quality": quality,
-        "seed": seed,
-        "stage_key": "abc",
-        "metrics": {**measured, **metrics},
-        "detector_confusion": [[8, 2], [0, 0]] if kind == "mantis" else None,
-        "detection_curve": [(1.0, 0.6), (2.5, 0.9)] if kind in ("mantis", "teacher") else None,
-    }
-
-
-def jpeg() -> str:
-    buffer = io.BytesIO()
-    Image.new("RGB", (8, 8), "red").save(buffer, "JPEG")
-    return base64.b64encode(buffer.getvalue()).decode()
-
-
-def evaluation(*arms, **fields):
-    example = {
-        "arm": "stage2",
-        "jpeg_base64": jpeg(),
-        "wire_bytes": 77,
-        "true": {"animals": "cat", "road": "road"},
-        "answer": {"animals": "dog"},
-        "class": None,
-    }
-    return {
-        "split": "val",
-        "rows": 400,
-        "image_size": [32, 32],
-        "tasks": TASKS,
-        "single_class": True,
-        "arms": list(arms) or [arm("mantis", rate=0.01, size=64.0)],
-        "examples": [example],
-        **fields,
-    }
-
-
-def text_of(path) -> str:
-    """What a reader sees: the text without tags and style."""
-    parts: list[str] = []
-
-    class Reader(HTMLParser):
-        skipping = False
-
-        def handle_starttag(self, tag, attributes):
-            self.skipping = tag == "style"
-
-        def handle_data(self, data):
-            if not self.skipping:
-                parts.append(data)
-
-    Reader().feed(path.read_text())
-    return " ".join(" ".join(parts).split())
 
 
 def test_the_tables_hold_every_arm_and_every_metric(tmp_path):
@@ -379,47 +308,3 @@ def test_an_evaluation_without_any_accuracy_still_has_a_report(tmp_path):
     main["metrics"] = {k: v for k, v in main["metrics"].items() if "bytes" in k}
     seen = text_of(write_report(evaluation(main), tmp_path).html)
     assert "64 bytes" in seen
-
-
-class TestAsked:
-    """Of a server that asks, the page tells what each request takes and how it is answered."""
-
-    arms = (
-        arm("mantis", size=40.0, **{"val/session_bytes": 31.0, "val/task/animals/top1": 0.9})
-        | {"rate_weight": 0.001},
-        arm("none", size=90.0, **{"val/session_bytes": 81.0}),
-        arm("oracle", size=70.0, **{"val/session_bytes": 61.0}) | {"label": "all at once"},
-        arm("teacher"),
-    )
-    arms[0]["metrics"] |= {
-        f"val/task/{name}/session_bytes": size for name, size in (("animals", 12.0), ("road", 50.0))
-    }
-
-    def test_the_page_has_a_table_by_request(self, tmp_path):
-        page = text_of(write_report(evaluation(*self.arms), tmp_path).html)
-        rows = page[page.index("By request") : page.index("Examples")]
-        found = " ".join(rows.split())
-        assert "MANTiS, 0.001" not in found  # labels are those of the arms
-        assert "mantis, 0.001 31.0 65.0 12.0 90.0 50.0 40.0" in found
-        assert "none 81.0 45.0 81.0 50.0 81.0 40.0" in found
-        assert "all at once 61.0 45.0 61.0 50.0 61.0 40.0" in found
-        assert "teacher \N{EN DASH} 45.0 \N{EN DASH} 50.0 \N{EN DASH} 40.0" in found
-        assert "Bits per task" not in page
-
-    def test_curves_are_over_the_bytes_of_the_request(self):
-        assert sizes_of(self.arms, "road") == ("val/task/road/session_bytes", "val/session_bytes")
-        drawn = curves(self.arms, "val/task/road/miou", sizes_of(self.arms, "road"))
-        assert {kind: points[0].size for kind, points in drawn.items()} == {
-            "mantis": 50.0,
-            "none": 81.0,
-            "oracle": 61.0,
-            "teacher": 0.0,
-        }
-        drawn = curves(self.arms, "val/top1", sizes_of(self.arms))
-        assert [drawn[kind][0].size for kind in ("mantis", "none")] == [31.0, 81.0]
-        figure = rd_figure(self.arms)
-        assert "reply in a session" in figure.axes[0].get_xlabel()
-        assert any("all at once" in t.get_text() for t in figure.legends[0].get_texts())
-
-    def test_without_requests_sizes_are_those_of_files(self):
-        assert sizes_of([arm("mantis", size=40.0)], "road") == ("val/wire_bytes",)

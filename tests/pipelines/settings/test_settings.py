@@ -262,7 +262,6 @@ def test_reading_a_config_imports_no_heavy_package(config: Path) -> None:
     [
         (["model.requests=asked", "evaluate.baselines=[student]"], "`student` detects tasks"),
         (["model.requests=asked", "evaluate.baselines=[none, features]"], "`features` detects"),
-        (["model.requests=asked", "evaluate.baselines=[local]"], "`local` detects tasks or cl"),
         (["model.requests=detect"], "`oracle` is asked for tasks, and model.requests is detect"),
         (["model.requests=asked", "model.conditioning.kind=attention"], "kind needs it"),
     ],
