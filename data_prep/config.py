@@ -47,6 +47,10 @@ class TaskConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstring
     name, as `shapes` does, or else every class id that it holds."""
     exclude: tuple[str, ...] = ()
     """Classification: class ids to take out of those named."""
+    parent: str | None = None
+    """Name of another classification, one of whose labels is named as this task. Where both are
+    asked for or detected, the server answers this task only if the answer to that one is that
+    label: `group` may say `dogs`, and only then `dogs` says which."""
     mask: str | None = None
     """Segmentation: key of the mask in the source. Left out, it is the task's name."""
     labels: tuple[str, ...] = ()

@@ -31,7 +31,8 @@ TaskKind = Literal["classification", "segmentation"]
 class Task:
     """A resolved task.
 
-    `class_indices[i]` is the global class index of label i; it is () for a segmentation.
+    `class_indices[i]` is the global class index of label i; it is () for a segmentation. `parent`
+    is the name of the task whose label of this task's name admits it, "" for none.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Task:
     labels: tuple[str, ...]
     class_indices: tuple[int, ...]
     num_classes: int
+    parent: str = ""
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,9 @@ def resolve_tasks(tasks: Sequence[TaskConfig], data: DataConfig) -> TaskTable:
     for task, ids in zip(tasks, members, strict=True):
         labels = task.labels or tuple(class_name(class_id) for class_id in ids)
         indices = tuple(position[class_id] for class_id in ids)
-        resolved.append(Task(task.name, task.kind, labels, indices, len(labels)))
+        parent = task.parent or ""
+        resolved.append(Task(task.name, task.kind, labels, indices, len(labels), parent))
+    _check_parents(resolved)
     is_mask = [task.kind == "segmentation" for task in tasks]
     return TaskTable(
         tasks=tuple(resolved),
@@ -57,6 +59,30 @@ def resolve_tasks(tasks: Sequence[TaskConfig], data: DataConfig) -> TaskTable:
         masks=tuple(t.mask_name if m else "" for t, m in zip(tasks, is_mask, strict=True)),
         ignored=tuple(t.ignore for t in tasks),
     )
+
+
+def _check_parents(tasks: Sequence[Task]) -> None:
+    """Refuses a parent that is no classification with a label of the child's name, and rings."""
+    by_name = {task.name: task for task in tasks}
+    offered = [task.name for task in tasks if task.kind == "classification"]
+    for task in tasks:
+        seen = [task.name]
+        while task.parent:
+            if task.parent not in offered:
+                raise DataError(
+                    f"task '{task.name}': its parent '{task.parent}' is no classification"
+                    f"{did_you_mean(task.parent, offered)} (classifications: {', '.join(offered)})"
+                )
+            parent = by_name[task.parent]
+            if task.name not in parent.labels:
+                raise DataError(
+                    f"task '{task.name}': no label of its parent '{parent.name}' has this name "
+                    f"(labels: {', '.join(parent.labels)})"
+                )
+            if parent.name in seen:
+                raise DataError(f"tasks are parents of each other: {' - '.join(seen)}")
+            seen.append(parent.name)
+            task = parent
 
 
 class HeldClasses:

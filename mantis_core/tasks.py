@@ -24,7 +24,9 @@ class TaskSpec:
     """One named question with its own label set.
 
     `classes` holds, for each label of a classification task, the data set's global class index;
-    it is empty for segmentation. `labels` are names for people, in label order.
+    it is empty for segmentation. `labels` are names for people, in label order. `parent` is the
+    task one of whose labels is named as this task: where both are active, the server answers this
+    one only if the answer to that one is that label. "" is none.
     """
 
     name: str
@@ -32,6 +34,7 @@ class TaskSpec:
     num_classes: int
     classes: tuple[int, ...] = ()
     labels: tuple[str, ...] = ()
+    parent: str = ""
 
     @property
     def is_classification(self) -> bool:
@@ -97,6 +100,22 @@ class Batch:
         )
 
 
+def parents_first(tasks: Sequence[TaskSpec]) -> list[int]:
+    """The places of tasks, each parent before its children, otherwise in order."""
+    place = {task.name: k for k, task in enumerate(tasks)}
+    order: list[int] = []
+
+    def add(k: int) -> None:
+        if k not in order:
+            if tasks[k].parent in place:
+                add(place[tasks[k].parent])
+            order.append(k)
+
+    for k in range(len(tasks)):
+        add(k)
+    return order
+
+
 def class_members(tasks: Sequence[TaskSpec], num_classes: int) -> Tensor:
     """Which global classes belong to each task: bool (K, num_classes); none to a segmentation.
 
@@ -157,8 +176,9 @@ def one_task(problem: Problem) -> Problem:
 def of_task(problem: Problem, task: TaskSpec) -> Problem:
     """The problem that one task alone poses: its labels are the classes."""
     if not task.is_classification:
-        return replace(problem, tasks=(task,), classes=(), class_names=(), single_class=False)
-    alone = replace(task, classes=tuple(range(task.num_classes)))
+        alone = replace(task, parent="")
+        return replace(problem, tasks=(alone,), classes=(), class_names=(), single_class=False)
+    alone = replace(task, classes=tuple(range(task.num_classes)), parent="")
     classes = tuple(problem.classes[c] for c in task.classes)
     return replace(
         problem, tasks=(alone,), classes=classes, class_names=task.labels, single_class=True

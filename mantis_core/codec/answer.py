@@ -42,12 +42,12 @@ class Answer:
     """What the server answers to one image of a stream.
 
     `labels`, `label_names` and `segmentation` hold the decoded tasks by name; a mask is uint8
-    (H, W). `class_index` is the joint decision over all decoded tasks. It is -1, its name None and
+    (H, W). The probability of a label is multiplied by that of its task's parent, if that is
+    decoded. `class_index` is the joint decision over all decoded tasks. It is -1, its name None and
     its probability 0, where images have no single class and where no decoded task has classes. The
-    bytes are those of the image's own stream, or its share of a stream of
-    several images. If the client has `answered`, label and class are its own, with one probability;
-    its answer to a request comes without one.
-    `model_id` names the server that answers, in hexadecimal digits.
+    bytes are those of the image's own stream, or its share of a stream of several images. If the
+    client has `answered`, label and class are its own, with one probability; its answer to a
+    request comes without one. `model_id` names the server that answers, in hexadecimal digits.
     """
 
     tasks: tuple[str, ...]

@@ -27,7 +27,7 @@ from mantis_core.networks.conditioning import shares_of
 from mantis_core.networks.inference import still
 from mantis_core.networks.server import JointDecision, Server
 from mantis_core.networks.teacher import Backbone
-from mantis_core.tasks import TaskSpec
+from mantis_core.tasks import TaskSpec, parents_first
 
 
 class ServerCodec:
@@ -52,6 +52,8 @@ class ServerCodec:
     @torch.no_grad()
     def decode(self, streams: Iterable[bytes]) -> list[Answer]:
         """Streams to one answer per image, in order; only each image's active tasks are decoded.
+
+        A task with a parent that is active too is decoded where the answer to that admits it.
 
         A stream of several images shares its bytes equally among their answers. Raises
         BitstreamError for the first stream that this model did not make, ModelError for what is no
@@ -154,8 +156,10 @@ class ServerCodec:
             split, last = self.server.features(latent, shares)
             outputs: dict[str, Tensor] = {}
             answers: dict[str, dict[int, Any]] = {}
-            for k, task in enumerate(self.spec.tasks):
+            for k in parents_first(self.spec.tasks):
+                task = self.spec.tasks[k]
                 rows = np.flatnonzero(mask[:, k])
+                rows = rows[self._admitted(task, mask[rows], rows, answers)]
                 own = self._task_output(k, rows, split, last, shape)
                 if self.fusion is not None and task.is_classification and len(rows):
                     said = _answers_to(k, [images[row] for row in rows], device)
@@ -174,6 +178,24 @@ class ServerCodec:
             self._answer(i, image.tasks, answers, probabilities[i], decisions[i])
             for i, image in enumerate(images)
         ]
+
+    def _admitted(
+        self,
+        task: TaskSpec,
+        mask: NDArray[np.bool_],
+        rows: NDArray[np.int64],
+        answers: Mapping[str, Mapping[int, Any]],
+    ) -> NDArray[np.bool_]:
+        """Which of the images `rows` (N,), active in `mask` (N, K), a task is answered for.
+
+        Those whose answer to the task's parent is the label of its name, and those without that.
+        """
+        if not task.parent:
+            return np.ones(len(rows), dtype=bool)
+        place = self.spec.task_names.index(task.parent)
+        own, said = self.spec.tasks[place].labels.index(task.name), answers[task.parent]
+        found = [said.get(row, (-1,))[0] == own for row in rows.tolist()]
+        return np.logical_or(~mask[:, place], np.array(found, dtype=bool))
 
     def _task_output(
         self,
@@ -200,21 +222,27 @@ class ServerCodec:
         decision: tuple[int, float],
     ) -> dict[str, Any]:
         """One image's answer. `decision` is its class and the class's probability, -1 for none."""
-        active = [self.spec.tasks[k] for k in field.active]
+        decoded = [k for k in field.active if i in answers[self.spec.tasks[k].name]]
+        active = [self.spec.tasks[k] for k in decoded]
         named = [task for task in active if task.is_classification]
         labels = {t.name: answers[t.name][i][0] for t in named}
-        index, sure = decision
+        sure = {t.name: answers[t.name][i][1] for t in named}
+        for k in parents_first(self.spec.tasks):  # a child's label is as sure as all above it
+            task = self.spec.tasks[k]
+            if task.name in sure:
+                sure[task.name] *= sure.get(task.parent, 1.0)
+        index, class_sure = decision
         return {
             "tasks": tuple(task.name for task in active),
             "task_probability": {
-                task.name: probabilities[k] for k, task in zip(field.active, active, strict=True)
+                task.name: probabilities[k] for k, task in zip(decoded, active, strict=True)
             },
             "labels": labels,
             "label_names": {t.name: t.labels[labels[t.name]] for t in named if t.labels},
-            "label_probability": {t.name: answers[t.name][i][1] for t in named},
+            "label_probability": sure,
             "class_index": index,
             "class_name": self.spec.class_names[index] if index >= 0 else None,
-            "class_probability": sure if index >= 0 else 0.0,
+            "class_probability": class_sure if index >= 0 else 0.0,
             "segmentation": {t.name: answers[t.name][i] for t in active if not t.is_classification},
         }
 

@@ -65,9 +65,10 @@ def figures(
     the share of (image, true classification task) pairs decoded and right. Where every task is a
     segmentation, `val/miou` stands in its place: the mean over tasks of their mean IoU.
     `val/detection/top1_if_right` and `_if_wrong` are top1 of the images whose most probable task
-    is, or is not, a true one; `val/answered` is the share of images that the client has answered
-    itself, `val/answered_top1` how many of those it has right; `val/client_top1` is the top1 that
-    the client has alone.
+    is, or is not, a true one; `val/parents/top1` and `val/children/top1` are `val/task_top1` over
+    the tasks that have children and over those that have a parent; `val/answered` is the share of
+    images that the client has answered itself, `val/answered_top1` how many of those it has right;
+    `val/client_top1` is the top1 that the client has alone.
     """
     out: dict[str, float] = {}
     known = records.class_label >= 0
@@ -82,6 +83,15 @@ def figures(
         out["val/top1"] = top1
     if task_top1 is not None:
         out["val/task_top1"] = task_top1
+    parents = {task.parent for task in tasks}
+    levels = {
+        "parents": np.array([task.name in parents for task in tasks]),
+        "children": np.array([bool(task.parent) for task in tasks]),
+    }
+    for name, which in levels.items():
+        value = _share((right & asked & which).sum(), (asked & which).sum())
+        if value is not None:
+            out[f"val/{name}/top1"] = value
     mious: list[float] = []
     for k, task in enumerate(tasks):
         active = records.task_mask[:, k]

@@ -41,6 +41,8 @@ ADDED: dict[str, dict[str, Any]] = {
 
 ADDED_TO_SOURCES: dict[str, Any] = {"train_labels": None}
 """The same for the fields of a source."""
+ADDED_TO_TASKS: dict[str, Any] = {"parent": None}
+"""The same for the fields of a task."""
 
 
 def recipes_before(specs: Sequence[StageSpec]) -> dict[str, str]:
@@ -56,10 +58,15 @@ def recipes_before(specs: Sequence[StageSpec]) -> dict[str, str]:
             for name, default in fields.items():
                 if name in section and section[name] == default:
                     del section[name]
-        for source in config.get("data", {}).get("sources", []):
-            for name, default in ADDED_TO_SOURCES.items():
-                if name in source and source[name] == default:
-                    del source[name]
+        lists = (
+            (config.get("data", {}).get("sources", []), ADDED_TO_SOURCES),
+            (config.get("tasks", []), ADDED_TO_TASKS),
+        )
+        for entries, added in lists:
+            for entry in entries:
+                for name, default in added.items():
+                    if name in entry and entry[name] == default:
+                        del entry[name]
         if spec.kind == "stage1":  # its slice named single fields of the decoder
             config["model"]["decoder"] = {
                 name: config["model"]["decoder"][name]

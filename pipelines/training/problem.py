@@ -27,7 +27,9 @@ def problem_of_table(table: TaskTable, data: DataConfig, single_class: bool) -> 
 def tasks_of(described: Manifest | TaskTable) -> tuple[TaskSpec, ...]:
     """Returns the tasks of a manifest or a table, in order."""
     return tuple(
-        TaskSpec(task.name, task.kind, task.num_classes, task.class_indices, task.labels)
+        TaskSpec(
+            task.name, task.kind, task.num_classes, task.class_indices, task.labels, task.parent
+        )
         for task in described.tasks
     )
 

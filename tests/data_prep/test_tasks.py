@@ -75,6 +75,36 @@ def test_a_mistake_in_a_task_is_named(task: TaskConfig, message: str) -> None:
         resolve_tasks((task,), DATA)
 
 
+def test_a_parent_has_a_label_of_its_childs_name() -> None:
+    group = TaskConfig(name="group", classes=("group/pets", "group/food"))
+    pets = TaskConfig(name="pets", classes=("cat", "dog"), parent="group")
+    table = resolve_tasks((pets, group), DATA)
+    assert [task.parent for task in table.tasks] == ["group", ""]
+
+
+@pytest.mark.parametrize(
+    ("children", "message"),
+    [
+        ({"pets": "groups"}, "'groups' is no classification; did you mean 'group'"),
+        ({"cars": "group"}, r"no label of its parent 'group' has this name \(labels: pets, food\)"),
+        ({"pets": "pets"}, "no label of its parent 'pets' has this name"),
+        ({"pets": "food", "food": "pets"}, "parents of each other: pets - food"),
+    ],
+)
+def test_a_parent_that_cannot_admit_its_child_is_refused(
+    children: dict[str, str], message: str
+) -> None:
+    tasks = [TaskConfig(name="group", classes=("group/pets", "group/food"))]
+    tasks += [
+        TaskConfig(name=name, classes=(f"{name}/pets", f"{name}/food"), parent=parent)
+        for name, parent in children.items()
+    ]
+    if children == {"pets": "pets"}:
+        tasks[1] = TaskConfig(name="pets", classes=("a", "b"), parent="pets")
+    with pytest.raises(DataError, match=message):
+        resolve_tasks(tasks, DATA)
+
+
 def held(root: Path) -> DataConfig:
     """Two sources of class folders: `photos` has cat and dog, `cars` has car and bus."""
     for place in ("photos/cat", "photos/dog", "cars/car", "cars/bus"):

@@ -49,6 +49,23 @@ def test_top1_is_end_to_end_and_a_task_is_judged_where_it_was_decoded():
     assert found["val/task/food/top1"] == 0.5
 
 
+def test_parents_and_children_have_figures_of_their_own():
+    kind = TaskSpec("kind", "classification", 2, (4, 5), ("pets", "food"))
+    tasks = (kind, *(replace(task, parent="kind") for task in TASKS))
+    beside = {
+        "labels": np.column_stack([[0, 0, 1, 1], RECORDS.labels]),
+        "task_mask": np.column_stack([[True] * 4, RECORDS.task_mask]),
+        "predicted": np.column_stack([[0, 1, 1, 0], RECORDS.predicted]),
+        "decoded": np.column_stack([[True] * 4, RECORDS.decoded]),
+        "probabilities": None,
+    }
+    found = figures(replace(RECORDS, **beside), tasks, single_class=False, pixels=1000)
+    assert found["val/parents/top1"] == 0.5
+    assert found["val/children/top1"] == 0.5
+    assert found["val/top1"] == 0.5
+    assert "val/parents/top1" not in figures(RECORDS, TASKS, single_class=True, pixels=1000)
+
+
 def test_sizes_are_means_and_bits_are_of_the_wire():
     found = figures(RECORDS, TASKS, single_class=True, pixels=1000)
     assert found["val/wire_bytes"] == 70
