@@ -132,9 +132,10 @@ class _Sight:
         self.view: View = looker.client(normalise(images))
         self.detected = torch.sigmoid(self.view.logits.float())
         self._probabilities = self.detected.cpu().numpy()
-        self._named = [-1] * len(images)
+        self._named, self._sure = [-1] * len(images), [0.0] * len(images)
         if self.view.class_logits is not None:
-            self._named = self.view.class_logits[:, :-1].argmax(dim=1).tolist()
+            soft = torch.softmax(self.view.class_logits.float(), dim=1)
+            self._sure, self._named = (best.tolist() for best in soft[:, :-1].max(dim=1))
         self._known: dict[int, dict[int, Rounded]] = {}  # level, row
 
     def coded(self, way: Way, asked: Tensor | None, levels: range) -> list[Seen]:
@@ -205,13 +206,12 @@ class _Sight:
 
         None too where a segmentation is active: no class answers that.
         """
+        sure, index = self._sure[row], self._named[row]
+        if sure < exit_confidence:
+            return None
         tasks, detected = self.spec.tasks, self.detected[[row]]
         assert self.view.class_logits is not None
         logits = self.view.class_logits[[row]]
-        best = torch.softmax(logits.float(), dim=1)[0, :-1].max(dim=0)
-        sure, index = float(best.values), int(best.indices)
-        if sure < exit_confidence:
-            return None
         limit = self.spec.model.max_active_tasks
         active = select_mask(detected, self.looker.mask_threshold, limit)[0].tolist()
         if any(on and not task.classes for on, task in zip(active, tasks, strict=True)):
@@ -272,16 +272,22 @@ class _Sight:
                 (label, sure) if label >= 0 else (None, None)
                 for label, sure in zip(own.label.tolist(), own.level.tolist(), strict=True)
             ]
+        own_labels = [_labelled(logits) for logits in exits or ()]
         for i, first in enumerate(primary.tolist()):
             active = masks[i]
             levels = tuple(quantise_log2(float(p)) for p in probabilities[i][active])
             field = TaskField(tuple(active.tolist()), first, levels if sends else None)
-            mine = None
-            if exits is not None and active.sum() == 1 and exits[first].shape[1]:
-                sure, label = torch.softmax(exits[first][i], dim=0).max(dim=0)
-                mine = int(label), float(sure)
+            mine = own_labels[first][i] if active.sum() == 1 and own_labels else None
             image = CodedImage(field, maps[i], *said[i], rate_level=level)
             yield Rounded(image, latent[i], mine)
+
+
+def _labelled(logits: Tensor) -> list[tuple[int, float] | None]:
+    """The best label of each image and its probability, from logits (B, n); None without labels."""
+    if not logits.shape[1]:
+        return [None] * len(logits)
+    best = torch.softmax(logits, dim=1).max(dim=1)
+    return list(zip(best.indices.tolist(), best.values.tolist(), strict=True))
 
 
 def _rows_of(view: View, rows: list[int]) -> View:
