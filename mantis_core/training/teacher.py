@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from mantis_core.config import PRETRAINED, LossTerm, TeacherConfig
+from mantis_core.config import SHIPPED, LossTerm, TeacherConfig
 from mantis_core.errors import ModelError
 from mantis_core.networks.inference import still
 from mantis_core.networks.preprocessing import normalise
@@ -17,7 +17,7 @@ from mantis_core.networks.teacher import (
     Teacher,
     flat_teacher,
     load_backbone,
-    pretrained_state,
+    shipped_state,
 )
 from mantis_core.networks.weights import read_order, read_weights
 from mantis_core.tasks import Batch, Problem
@@ -42,7 +42,7 @@ def new_teacher(config: TeacherConfig, problem: Problem) -> Teacher:
 def ready_teacher(
     config: TeacherConfig, problem: Problem, trained: Mapping[str, Tensor] | None
 ) -> Teacher:
-    """The teacher to distil: `trained` by its own stage, pretrained by torchvision, or from a file.
+    """The teacher to distil: `trained` by its own stage, with shipped weights, or from a file.
 
     Where all tasks are segmentations, one of the last two has features and no answers. Raises
     ModelError if weights and data do not fit.
@@ -52,16 +52,13 @@ def ready_teacher(
         teacher = new_teacher(config, problem)
         teacher.load_state_dict(dict(trained))
         return teacher
-    state = None if config.weights == "pretrained" else read_weights(config.weights)
+    if config.weights in SHIPPED:
+        state = shipped_state(config.name, config.weights)
+    else:
+        state = read_weights(config.weights)
     if not problem.classes:  # segmentations alone: a teacher of features, without a head
-        teacher = Teacher(
-            config.name,
-            split=config.split,
-            pretrained=state is None,
-            image_size=problem.image_size,
-        )
-        if state is not None:
-            load_backbone(teacher, state)
+        teacher = Teacher(config.name, split=config.split, image_size=problem.image_size)
+        load_backbone(teacher, state)
     else:
         teacher = flat_teacher(
             config.name,
@@ -87,8 +84,8 @@ def teacher_recipe(config: TeacherConfig, problem: Problem, *, seed: int) -> Rec
     teacher = new_teacher(config, problem)
     if config.start is not None:
         field = "teacher.start"
-        if config.start == PRETRAINED:
-            state = pretrained_state(config.name, field=field)
+        if config.start in SHIPPED:
+            state = shipped_state(config.name, config.start, field=field)
         else:
             state = read_weights(config.start, field=field)
         load_backbone(teacher, state, config.start)

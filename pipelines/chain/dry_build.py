@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from data_prep.manifest import TaskTable
-from mantis_core.config import PRETRAINED, TeacherConfig, TrainingConfig
+from mantis_core.config import SHIPPED, TeacherConfig, TrainingConfig
 from mantis_core.errors import ModelError
 from mantis_core.networks.bottleneck import Bottleneck, BottleneckOutput
-from mantis_core.networks.teacher import Backbone, Teacher, freeze
+from mantis_core.networks.teacher import Backbone, Teacher, check_shipped, freeze
 from mantis_core.tasks import Batch, Problem
 from mantis_core.training.recipe import Recipe
 from mantis_core.training.stage1 import Stage1Student
@@ -119,15 +119,16 @@ class _NoWeights:
 def _teacher(config: TeacherConfig, problem: Problem) -> Teacher:
     if config.weights == "train":
         return new_teacher(config, problem)
-    if config.weights != "pretrained":
+    if config.weights not in SHIPPED:
         return ready_teacher(config, problem, None)
+    check_shipped(config.name, config.weights, field="teacher.weights")
     classes = len(problem.classes)
     if classes and problem.imagenet_indices is None and classes != IMAGENET_CLASSES:
         raise ModelError(
-            f"teacher.weights: pretrained has {IMAGENET_CLASSES} logits, the data has {classes} "
-            "classes. They are reduced to the data's where every class is a WordNet id of "
-            "ImageNet-1k. Else set teacher.weights=train, with teacher.start=pretrained to begin "
-            "with these features, or give a file with these classes"
+            f"teacher.weights: {config.weights} has {IMAGENET_CLASSES} logits, the data has "
+            f"{classes} classes. They are reduced to the data's where every class is a WordNet id "
+            "of ImageNet-1k. Else set teacher.weights=train, with teacher.start="
+            f"{config.weights} to begin with these features, or give a file with these classes"
         )
     size = problem.image_size
     teacher = Teacher(config.name, split=config.split, flat_classes=classes, image_size=size)
@@ -138,7 +139,9 @@ def _teacher(config: TeacherConfig, problem: Problem) -> Teacher:
 def _recipe(kind: str, settings: Settings, problem: Problem, built: _Built) -> Recipe:
     build = STAGES[kind].recipe
     assert build is not None
-    if settings.teacher.start == PRETRAINED:  # of the network's own shapes, so nothing is to check
+    start = settings.teacher.start
+    if start in SHIPPED:  # of the network's own shapes, so nothing else is to check
+        check_shipped(settings.teacher.name, start, field="teacher.start")
         teacher = settings.teacher.model_copy(update={"start": None})
         settings = settings.model_copy(update={"teacher": teacher})
     recipe = build(settings, problem, _NoWeights(settings, problem, built))

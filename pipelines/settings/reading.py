@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from mantis_core.config import PRETRAINED, SORTED
+from mantis_core.config import SHIPPED, SORTED
 from pipelines.settings.errors import SettingsError, explain
 from pipelines.settings.sections import TEACHER_KEYWORDS, Settings
 from pipelines.settings.tracking import experiment_name, store_uri, without_password
@@ -215,7 +215,7 @@ def _with_absolute_paths(settings: Settings) -> Settings:
         teacher = teacher.model_copy(update={"weights": absolute_root(teacher.weights)})
     if teacher.classes is not None and teacher.classes != SORTED:
         teacher = teacher.model_copy(update={"classes": absolute_root(teacher.classes)})
-    if teacher.start is not None and teacher.start != PRETRAINED:
+    if teacher.start is not None and teacher.start not in SHIPPED:
         teacher = teacher.model_copy(update={"start": absolute_root(teacher.start)})
     storage = settings.storage.model_copy(update={"root": absolute_root(settings.storage.root)})
     data = settings.data.model_copy(update={"root": absolute_root(settings.data.root)})

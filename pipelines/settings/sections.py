@@ -16,6 +16,7 @@ from data_prep.tasks import did_you_mean
 from mantis_core.architecture import ModelConfig
 from mantis_core.bitstream.container import MAX_TASKS
 from mantis_core.config import (
+    SHIPPED,
     CodecTeacherConfig,
     IndividualConfig,
     Stage1Config,
@@ -56,7 +57,7 @@ def _some_workers(workers: int | tuple[int, int]) -> int | tuple[int, int]:
 
 
 WorkerCount = Annotated[int | tuple[int, int], AfterValidator(_some_workers)]
-TEACHER_KEYWORDS = ("train", "pretrained")  # any other teacher.weights is a file
+TEACHER_KEYWORDS = ("train", *SHIPPED)  # any other teacher.weights is a file
 
 
 class _Section(BaseModel):

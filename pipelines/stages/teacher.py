@@ -33,25 +33,25 @@ def planned(settings: Settings, inputs: Inputs) -> Iterator[tuple[str, Settings]
 
 def identities(settings: Settings, inputs: Inputs) -> dict[str, Any]:
     """Returns what `teacher.start` stands for: the sha256 of its file, or a name. {} without it."""
-    from mantis_core.config import PRETRAINED
+    from mantis_core.config import SHIPPED
 
     start = settings.teacher.start
     if start is None:
         return {}
-    if start == PRETRAINED:
-        return {"start": f"pretrained:{settings.teacher.name}"}
+    if start in SHIPPED:
+        return {"start": f"{start}:{settings.teacher.name}"}
     return {"start": file_identity("start", start)}
 
 
 def given_weights(settings: Settings, inputs: Inputs) -> dict[str, Any]:
     """Returns the key's entries for a teacher with given weights: a name or sha256 of each file."""
-    from mantis_core.config import SORTED
+    from mantis_core.config import SHIPPED, SORTED
 
     weights, classes = settings.teacher.weights, settings.teacher.classes
     if is_trained(settings):
         return {}
-    if weights == "pretrained":
-        return {"teacher_weights": f"pretrained:{settings.teacher.name}"}
+    if weights in SHIPPED:
+        return {"teacher_weights": f"{weights}:{settings.teacher.name}"}
     found = {"teacher_weights": file_identity("weights", weights)}
     if classes is not None:
         own = SORTED if classes == SORTED else file_identity("classes", classes)
