@@ -32,8 +32,8 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.program import count, listed, one_message, say
-from mantis_core.networks.teacher import Teacher
 from mantis_core.tasks import Batch, Problem, TaskSpec, class_members
+from mantis_core.teachers.teacher import Teacher
 from mantis_core.training.loop import Session
 from mantis_core.training.recipe import Recipe
 from mantis_core.training.stage1 import Stage1Student, stage1_recipe

@@ -44,6 +44,7 @@ ROOMS = {
         "baselines",
         "training",
         "codec",
+        "teachers",
         "networks",
         "measure",
         "bitstream",

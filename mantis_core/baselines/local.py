@@ -31,8 +31,8 @@ from mantis_core.networks.blocks import ResidualBlock, SegmentationHead, TaskMod
 from mantis_core.networks.client import SharedStem
 from mantis_core.networks.cost import macs_of, multiply_adds, widest
 from mantis_core.networks.preprocessing import normalise
-from mantis_core.networks.teacher import Teacher
 from mantis_core.tasks import Batch, Problem, class_members
+from mantis_core.teachers.teacher import Teacher
 from mantis_core.training.hits import label_hits
 from mantis_core.training.recipe import Measured, Recipe
 

@@ -20,8 +20,8 @@ from mantis_core.config import Stage2Config
 from mantis_core.errors import ModelError
 from mantis_core.folders import load_folder, save_folder
 from mantis_core.networks.blocks import TaskModules
-from mantis_core.networks.teacher import Teacher, freeze, narrowed
 from mantis_core.tasks import Batch, Problem, TaskSpec, of_task
+from mantis_core.teachers.teacher import Teacher, freeze, narrowed
 from mantis_core.training.means import Mean, Objective
 from mantis_core.training.recipe import Measured, Recipe, model_in_training, without_detection
 from mantis_core.training.stage2 import Stage2Recipe, started_codec

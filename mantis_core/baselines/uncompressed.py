@@ -19,8 +19,8 @@ from mantis_core.config import CodecTeacherConfig, LossTerm
 from mantis_core.networks.blocks import TaskModules
 from mantis_core.networks.preprocessing import normalise
 from mantis_core.networks.server import still_batch_norms
-from mantis_core.networks.teacher import Teacher
 from mantis_core.tasks import Batch, Problem, TaskSpec
+from mantis_core.teachers.teacher import Teacher
 from mantis_core.training.hits import label_hits
 from mantis_core.training.recipe import Measured, Recipe
 

@@ -26,8 +26,8 @@ from mantis_core.networks.client import latent_size
 from mantis_core.networks.conditioning import shares_of
 from mantis_core.networks.inference import still
 from mantis_core.networks.server import JointDecision, Server
-from mantis_core.networks.teacher import Backbone
 from mantis_core.tasks import TaskSpec, parents_first
+from mantis_core.teachers.backbone import Backbone
 
 
 class ServerCodec:

@@ -17,7 +17,7 @@ from mantis_core.rates import count_levels
 from mantis_core.tasks import Problem, TaskSpec, class_members
 
 if TYPE_CHECKING:  # at run time a client needs no torchvision
-    from mantis_core.networks.teacher import Teacher
+    from mantis_core.teachers.teacher import Teacher
 
 _MAX_AREA_RATIO = 16
 """Encoder and decoder refuse an input of more than this many times the model's own pixels."""

@@ -1,1 +1,1 @@
-"""Modules: client, server and teacher side by side, and what they share."""
+"""Modules: client and server side by side, and what they share."""

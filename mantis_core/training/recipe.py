@@ -18,9 +18,9 @@ from mantis_core.architecture import ModelConfig
 from mantis_core.config import LossTerm, Stage1Config, Stage2Config
 from mantis_core.errors import ModelError
 from mantis_core.folders import save_folder
-from mantis_core.networks.frozen import FrozenTeacher, Watch, watched
-from mantis_core.networks.teacher import Teacher, freeze
 from mantis_core.tasks import Batch, TaskSpec
+from mantis_core.teachers.frozen import FrozenTeacher, Watch, watched
+from mantis_core.teachers.teacher import Teacher, freeze
 from mantis_core.training.losses import build_criterion, hooked_paths, measured_terms
 from mantis_core.training.means import Mean, Objective, loss_of, loss_over_workers
 

@@ -21,8 +21,8 @@ from mantis_core.networks.client import Client, latent_size
 from mantis_core.networks.cost import with_wide_encoder
 from mantis_core.networks.preprocessing import normalise
 from mantis_core.networks.server import FeatureDecoder
-from mantis_core.networks.teacher import Teacher, freeze
 from mantis_core.tasks import Batch, Problem, class_members
+from mantis_core.teachers.teacher import Teacher, freeze
 from mantis_core.training.hits import label_hits
 from mantis_core.training.recipe import (
     DETECTION,

@@ -29,9 +29,9 @@ from mantis_core.networks.cost import with_wide_encoder
 from mantis_core.networks.inference import still
 from mantis_core.networks.preprocessing import normalise
 from mantis_core.networks.server import ClassificationTail
-from mantis_core.networks.teacher import Teacher, freeze
 from mantis_core.rates import levels_of, weight_at
 from mantis_core.tasks import Batch, Problem, TaskSpec, class_members, one_task
+from mantis_core.teachers.teacher import Teacher, freeze
 from mantis_core.training.asking import Asking
 from mantis_core.training.hits import decision_hits
 from mantis_core.training.recipe import (

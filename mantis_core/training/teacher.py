@@ -13,14 +13,14 @@ from mantis_core.config import SHIPPED, LossTerm, TeacherConfig
 from mantis_core.errors import ModelError
 from mantis_core.networks.inference import still
 from mantis_core.networks.preprocessing import normalise
-from mantis_core.networks.teacher import (
+from mantis_core.tasks import Batch, Problem
+from mantis_core.teachers.teacher import (
     Teacher,
     flat_teacher,
     load_backbone,
     shipped_state,
 )
-from mantis_core.networks.weights import read_order, read_weights
-from mantis_core.tasks import Batch, Problem
+from mantis_core.teachers.weights import read_order, read_weights
 from mantis_core.training.hits import label_hits
 from mantis_core.training.recipe import Measured, Recipe
 

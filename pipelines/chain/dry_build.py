@@ -22,8 +22,9 @@ from data_prep.manifest import TaskTable
 from mantis_core.config import SHIPPED, TeacherConfig, TrainingConfig
 from mantis_core.errors import ModelError
 from mantis_core.networks.bottleneck import Bottleneck, BottleneckOutput
-from mantis_core.networks.teacher import Backbone, Teacher, check_shipped, freeze
 from mantis_core.tasks import Batch, Problem
+from mantis_core.teachers.backbone import Backbone
+from mantis_core.teachers.teacher import Teacher, check_shipped, freeze
 from mantis_core.training.recipe import Recipe
 from mantis_core.training.stage1 import Stage1Student
 from mantis_core.training.teacher import new_teacher, ready_teacher

@@ -31,8 +31,8 @@ from mantis_core.codec.mantis import Mantis
 from mantis_core.networks.blocks import TaskModules
 from mantis_core.networks.inference import full_float32
 from mantis_core.networks.preprocessing import normalise
-from mantis_core.networks.teacher import Teacher
 from mantis_core.tasks import Problem, TaskSpec
+from mantis_core.teachers.teacher import Teacher
 from mantis_core.training.teacher import new_teacher
 from pipelines.evaluation.arms import ArmSource, Arrays
 from pipelines.evaluation.coded import CODED, Coded, code, ways_of

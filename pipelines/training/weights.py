@@ -21,8 +21,8 @@ from pipelines.training.files import CHECKPOINT
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mantis_core.networks.teacher import Teacher
     from mantis_core.tasks import Problem
+    from mantis_core.teachers.teacher import Teacher
 
 _ASKED = 256  # images that a teacher from a file is asked about
 _AT_ONCE = 32

@@ -11,7 +11,7 @@ import torch
 from benchmarks.step import Counter, counted, graphs_of, problem_with, random_batch
 from mantis_core.architecture import DetectorConfig
 from mantis_core.config import Stage1Config, Stage2Config
-from mantis_core.networks.teacher import Teacher
+from mantis_core.teachers.teacher import Teacher
 from mantis_core.training.loop import Session
 from mantis_core.training.stage1 import stage1_recipe
 from mantis_core.training.stage2 import stage2_recipe

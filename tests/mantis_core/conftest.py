@@ -21,8 +21,8 @@ from mantis_core.architecture import (
 )
 from mantis_core.codec.mantis import Mantis
 from mantis_core.config import OptimConfig, Stage1Config, Stage2Config
-from mantis_core.networks.teacher import Teacher
 from mantis_core.tasks import IGNORE, Batch, Problem, TaskSpec
+from mantis_core.teachers.teacher import Teacher
 from mantis_core.training.stage1 import Stage1Recipe, stage1_recipe
 from mantis_core.training.stage2 import Stage2Recipe, stage2_recipe
 

@@ -26,8 +26,8 @@ from mantis_core.baselines.per_task import per_task_recipe
 from mantis_core.baselines.uncompressed import individual_recipe
 from mantis_core.config import LossTerm, OptimConfig, Stage1Config, Stage2Config
 from mantis_core.networks.server import still_batch_norms
-from mantis_core.networks.teacher import Teacher
 from mantis_core.tasks import IGNORE, Batch, Problem, TaskSpec
+from mantis_core.teachers.teacher import Teacher
 from mantis_core.training.loop import Session, TrainingError, fit
 from mantis_core.training.stage1 import stage1_recipe
 from mantis_core.training.stage2 import stage2_recipe

@@ -17,8 +17,8 @@ from mantis_core.codec.mantis import Mantis
 from mantis_core.config import LossTerm, Stage2Config
 from mantis_core.errors import ModelError
 from mantis_core.networks.preprocessing import normalise
-from mantis_core.networks.teacher import Teacher, narrowed
 from mantis_core.tasks import Batch, Problem
+from mantis_core.teachers.teacher import Teacher, narrowed
 from mantis_core.training.loop import Session
 from mantis_core.training.optim import parameter_groups
 from pipelines.evaluation.answers import run_per_task

@@ -12,8 +12,8 @@ from mantis_core.baselines.image_codecs import IMAGE_CODECS
 from mantis_core.baselines.uncompressed import codec_teacher_recipe, individual_recipe
 from mantis_core.config import CodecTeacherConfig
 from mantis_core.networks.preprocessing import normalise
-from mantis_core.networks.teacher import Teacher
 from mantis_core.tasks import Batch, Problem
+from mantis_core.teachers.teacher import Teacher
 from tests.mantis_core.recipe_checks import changed, snapshot, train, without_gradient
 
 

@@ -13,8 +13,8 @@ import yaml
 from mantis_core.architecture import EncoderConfig, ModelConfig
 from mantis_core.codec.checkpoint import load_model, read_spec, save_model
 from mantis_core.config import Stage1Config, Stage2Config
-from mantis_core.networks.teacher import Teacher
 from mantis_core.tasks import Batch
+from mantis_core.teachers.teacher import Teacher
 from mantis_core.training.stage1 import stage1_recipe
 from mantis_core.training.stage2 import stage2_recipe
 from tests.mantis_core.conftest import QUICK, make_batch, make_codec, make_problem

@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 from mantis_core.architecture import ModelConfig
 from mantis_core.codec.spec import model_spec
-from mantis_core.networks.teacher import Teacher
 from mantis_core.tasks import Problem
+from mantis_core.teachers.teacher import Teacher
 
 
 def test_the_spec_of_a_codec_fits_the_teachers_features(

@@ -19,8 +19,8 @@ from mantis_core.networks.server import (
     TaskDecoder,
     _doublings,
 )
-from mantis_core.networks.teacher import Backbone
 from mantis_core.tasks import TaskSpec
+from mantis_core.teachers.backbone import Backbone
 from mantis_core.training.losses import RelativeMSE
 
 

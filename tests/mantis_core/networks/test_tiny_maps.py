@@ -10,9 +10,9 @@ from torch import nn
 from torch.nn.functional import conv2d
 
 from mantis_core.networks import tiny_maps
-from mantis_core.networks.frozen import folded
-from mantis_core.networks.teacher import Backbone
 from mantis_core.networks.tiny_maps import LEAST_BATCH, TinyMapConv2d, fast_on_tiny_maps
+from mantis_core.teachers.backbone import Backbone
+from mantis_core.teachers.frozen import folded
 
 
 def layer(inputs: int = 5, outputs: int = 7, *, bias: bool = True) -> nn.Conv2d:

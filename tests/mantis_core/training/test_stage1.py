@@ -13,8 +13,8 @@ from mantis_core.architecture import ModelConfig
 from mantis_core.config import LossTerm, Stage1Config
 from mantis_core.errors import ModelError
 from mantis_core.folders import load_folder
-from mantis_core.networks.teacher import Teacher
 from mantis_core.tasks import Batch, Problem
+from mantis_core.teachers.teacher import Teacher
 from mantis_core.training.stage1 import stage1_recipe
 from tests.mantis_core.recipe_checks import changed, snapshot, train, without_gradient
 

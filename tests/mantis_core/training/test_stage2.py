@@ -18,8 +18,8 @@ from mantis_core.config import Stage1Config, Stage2Config
 from mantis_core.errors import ModelError
 from mantis_core.folders import read_meta
 from mantis_core.networks.preprocessing import normalise
-from mantis_core.networks.teacher import Teacher
 from mantis_core.tasks import Batch, Problem
+from mantis_core.teachers.teacher import Teacher
 from mantis_core.training.stage1 import stage1_recipe
 from mantis_core.training.stage2 import stage2_recipe
 from tests.mantis_core.recipe_checks import changed, snapshot, train, without_gradient

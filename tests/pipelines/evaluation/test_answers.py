@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from mantis_core.codec.mantis import Mantis
-from mantis_core.networks.teacher import Teacher
 from mantis_core.tasks import Batch, Problem, TaskSpec
+from mantis_core.teachers.teacher import Teacher
 from pipelines.evaluation.answers import run_teacher
 from pipelines.evaluation.arms import Arrays
 from pipelines.evaluation.rows import with_pixels_summed

@@ -16,8 +16,8 @@ from data_prep.prepare.shards import prepare
 from data_prep.tasks import resolve_tasks
 from mantis_core.config import TeacherConfig
 from mantis_core.networks.inference import computes_in_tf32
-from mantis_core.networks.teacher import Teacher
 from mantis_core.tasks import Problem
+from mantis_core.teachers.teacher import Teacher
 from mantis_core.training.teacher import new_teacher
 from pipelines.evaluation import split_pass
 from pipelines.evaluation.arms import SPLIT, ArmSource, Arrays

@@ -13,9 +13,10 @@ from torch.nn.functional import conv2d
 from mantis_core.config import TeacherConfig
 from mantis_core.errors import ModelError
 from mantis_core.networks.cost import multiply_adds
-from mantis_core.networks.lite import SCALES, ConvNorm, build_lite, named_as_here, package_state
 from mantis_core.networks.preprocessing import normalise
-from mantis_core.networks.teacher import Backbone, Teacher, shipped_state
+from mantis_core.teachers.backbone import Backbone
+from mantis_core.teachers.lite import SCALES, ConvNorm, build_lite, named_as_here, package_state
+from mantis_core.teachers.teacher import Teacher, shipped_state
 from mantis_core.training.teacher import ready_teacher, teacher_recipe
 from tests.mantis_core.conftest import make_batch, make_problem
 

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from mantis_core.errors import ModelError
-from mantis_core.networks.weights import head_rows, read_order, read_weights
+from mantis_core.teachers.weights import head_rows, read_order, read_weights
 
 STATE = {"conv.weight": torch.ones(2, 3), "fc.bias": torch.ones(2)}
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mantis_core.networks.frozen import FrozenTeacher, folded
-from mantis_core.networks.teacher import Teacher
+from mantis_core.teachers.frozen import FrozenTeacher, folded
+from mantis_core.teachers.teacher import Teacher
 
 
 def a_teacher(name: str, split: str) -> Teacher:

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from mantis_core.errors import ModelError
 from mantis_core.networks.preprocessing import normalise
-from mantis_core.networks.teacher import Backbone, Teacher, check_weights, flat_teacher, freeze
-from mantis_core.networks.weights import read_weights
 from mantis_core.tasks import Problem
+from mantis_core.teachers.backbone import Backbone
+from mantis_core.teachers.teacher import Teacher, check_weights, flat_teacher, freeze
+from mantis_core.teachers.weights import read_weights
 
 INDICES = (5, 900, 17, 3)
 

@@ -1,0 +1,1 @@
+"""Teachers: uncompressed networks as rows of blocks, their weights, the frozen one at work."""
