@@ -37,6 +37,9 @@ from mantis_core.networks.conditioning import shares_of
 from mantis_core.networks.inference import one_thread, still
 from mantis_core.networks.preprocessing import normalise
 
+Tasks = str | Sequence[str] | Tensor | None
+Named = tuple[str, ...] | None
+
 
 @dataclass(frozen=True, eq=False)
 class Seen:
@@ -136,7 +139,7 @@ class _Sight:
         if self.view.class_logits is not None:
             soft = torch.softmax(self.view.class_logits.float(), dim=1)
             self._sure, self._named = (best.tolist() for best in soft[:, :-1].max(dim=1))
-        self._known: dict[int, dict[int, Rounded]] = {}  # level, row
+        self._known: dict[tuple[int, Named], dict[int, Rounded]] = {}  # level and tasks, row
 
     def coded(self, way: Way, asked: Tensor | None, levels: range) -> list[Seen]:
         """The images as `way` says, at the first of `levels`, or at what its budget allows."""
@@ -148,9 +151,9 @@ class _Sight:
             own = [a if a is None or budget.holds(a, self.shape) else None for a in own]
         rest = [row for row, answer in enumerate(own) if answer is None]
         if budget is None:
-            found = self._rounded(rest, asked, levels[0])
+            found = self._rounded(rest, way.tasks, asked, levels[0])
         else:  # each image finds a level of its own
-            found = [self._fitted(row, asked, levels, budget) for row in rest]
+            found = [self._fitted(row, way.tasks, asked, levels, budget) for row in rest]
         if way.exit_confidence is not None:
             found = [self._exited(each, way.exit_confidence) for each in found]
         coded = dict(zip(rest, found, strict=True))
@@ -160,7 +163,9 @@ class _Sight:
             seen.append(Seen(image, self.shape, self._probabilities[row], self._named[row], latent))
         return seen
 
-    def _fitted(self, row: int, asked: Tensor | None, levels: range, budget: Budget) -> Rounded:
+    def _fitted(
+        self, row: int, tasks: Tasks, asked: Tensor | None, levels: range, budget: Budget
+    ) -> Rounded:
         """One image at a level that the budget holds, by bisection the lowest of `levels`.
 
         Sizes fall with the level, but for a byte or so between neighbours. If bisection finds none,
@@ -172,7 +177,7 @@ class _Sight:
         low, high = 0, len(levels)
         while low < high:
             middle = (low + high) // 2
-            (found,) = self._rounded([row], asked, levels[middle])
+            (found,) = self._rounded([row], tasks, asked, levels[middle])
             tried[middle] = len(budget.write(found.image, self.shape))
             if tried[middle] <= budget.max_bytes:
                 best, high = found, middle
@@ -181,12 +186,12 @@ class _Sight:
         for other in reversed(range(len(levels))):
             if best is not None or other in tried:
                 continue
-            (found,) = self._rounded([row], asked, levels[other])
+            (found,) = self._rounded([row], tasks, asked, levels[other])
             tried[other] = len(budget.write(found.image, self.shape))
             if tried[other] <= budget.max_bytes:
                 best = found
         if best is None and asked is not None:
-            (found,) = self._rounded([row], asked, levels[-1])
+            (found,) = self._rounded([row], tasks, asked, levels[-1])
             short = self._exited(found, 0.0)
             if short.latent is None and budget.holds(short.image, self.shape):
                 best = short
@@ -236,9 +241,19 @@ class _Sight:
         nothing = np.zeros_like(found.image.map)
         return Rounded(CodedImage(found.image.tasks, nothing, found.own[0], has_latent=False), None)
 
-    def _rounded(self, rows: Sequence[int], asked: Tensor | None, level: int) -> list[Rounded]:
-        """Images by their rows at a level. What is detected is kept for the next way."""
-        known = self._known.setdefault(level, {}) if asked is None else {}
+    def _rounded(
+        self, rows: Sequence[int], tasks: Tasks, asked: Tensor | None, level: int
+    ) -> list[Rounded]:
+        """Images by their rows at a level.
+
+        What is detected, or asked for by name, is kept for the next way; `asked` (B, K) are the
+        `tasks` of a way.
+        """
+        known: dict[int, Rounded] = {}
+        if not isinstance(tasks, Tensor):
+            names = (tasks,) if isinstance(tasks, str) else tasks
+            kept = None if names is None else tuple(names)
+            known = self._known.setdefault((level, kept), known)
         missing = [row for row in rows if row not in known]
         if missing:
             view, detected, wanted = self.view, self.detected, asked

@@ -192,27 +192,26 @@ class FiLMedEncoder(nn.Module):
         self.modulated_channels = (channels,) * len(self.blocks) + (latent_channels,)
         self.modulated_steps = (1, *(stride // 8,) * len(self.blocks))
 
-    def forward(self, features: Tensor, modulation: Modulation | None = None) -> Tensor:
+    def forward(
+        self,
+        features: Tensor,
+        modulation: Modulation | None = None,
+        keep: list[Tensor] | None = None,
+    ) -> Tensor:
         """(B, inputs, H/before, W/before) to y (B, C, h, w), float32, under autocast too.
 
-        No modulation is the task-agnostic encoder.
+        No modulation is the task-agnostic encoder. `keep` is given the features that the latent is
+        made of, (B, channels, h, w).
         """
-        return self.latent(self.deeper(features, modulation), modulation)
-
-    def deeper(self, features: Tensor, modulation: Modulation | None) -> Tensor:
-        """(B, inputs, H/before, W/before) to the features that the latent is made of."""
+        layers = modulation or [None] * len(self.modulated_channels)
         x = features
-        for block, gamma_beta in zip(
-            self.blocks, modulation or [None] * len(self.blocks), strict=False
-        ):
+        for block, gamma_beta in zip(self.blocks, layers, strict=False):
             x = block(x, gamma_beta)
-        return x
-
-    def latent(self, deep: Tensor, modulation: Modulation | None) -> Tensor:
-        """What `deeper` gave to y (B, C, h, w), float32."""
-        with without_autocast(deep):
-            latent = self.to_latent(deep.float())
-        return modulate(latent, modulation[-1] if modulation else None)
+        if keep is not None:
+            keep.append(x)
+        with without_autocast(x):
+            latent = self.to_latent(x.float())
+        return modulate(latent, layers[-1])
 
 
 class ExitHeads(nn.Module):
@@ -341,9 +340,11 @@ class Client(nn.Module):
             assert shares is not None
             layers = one_after_another(layers, self.by_level(shares))
         features = view.detected if self.behind_detector else view.stem
-        deep = self.encoder.deeper(features, layers)
-        exits = None if self.exits is None else self.exits(deep)
-        return Coding(self.encoder.latent(deep, layers), exits)
+        if self.exits is None:
+            return Coding(self.encoder(features, layers), None)
+        deep: list[Tensor] = []
+        latent = self.encoder(features, layers, deep)
+        return Coding(latent, self.exits(deep[0]))
 
     def for_detection_alone(self) -> nn.Module:
         """The part of the detector that the latent does not need."""
