@@ -18,6 +18,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from benchmarks.rate_accuracy.protocols import named
 from benchmarks.requests.cells import CELLS, Cell, settings_of
 from benchmarks.requests.plot import plot
 from benchmarks.requests.table import TABLE, append, points, read, row_of, savings
-from pipelines.chain.plan import Plan, make_plan
+from pipelines.chain.plan import Plan, make_plan, with_adopted
 from pipelines.evaluation.arms import Arm
 from pipelines.evaluation.split_pass import Evaluated
 from pipelines.settings.arms import ARM_KINDS
@@ -41,6 +42,11 @@ def run(name: str, cell: Cell, arguments: argparse.Namespace) -> None:
     from pipelines.chain.plain import prepare_plain, run_plain
 
     plans = [make_plan(settings_of(cell, seed, arguments.overrides)) for seed in arguments.seeds]
+    if arguments.reuse:
+        plans = [
+            replace(plan, specs=with_adopted(plan.specs, plan.settings, search=True))
+            for plan in plans
+        ]
     known = {row["point"] for row in read()}
     strangers = set(arguments.kinds or ()) - {arm.kind for plan in plans for arm in plan.arms}
     if strangers:
@@ -144,6 +150,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--kinds", type=listed(str), metavar="K,K", help="only arms of these kinds")
     parser.add_argument("--jobs", type=count, metavar="N", default=1, help="N processes at once")
     parser.add_argument("--plot", type=Path, metavar="PNG", help="file for a plot of the curves")
+    parser.add_argument(
+        "--reuse",
+        action="store_true",
+        help="use models that other code has trained by the same recipe",
+    )
     parser.add_argument("--report-only", action="store_true", help="train nothing")
     arguments = parser.parse_intermixed_args(argv)
     arguments.overrides = [word for word in arguments.cells if "=" in word]

@@ -16,8 +16,8 @@ from torch.nn.functional import avg_pool2d
 
 from mantis_core.rates import BETWEEN
 
-_OPEN = 0.1  # the parameter of a channel's gate at init
-_GATE_SCALE = 10.0  # its logit is that much more: Adam moves any parameter by about its rate a step
+_OPEN = 0.3  # the parameter of a channel's gate at init
+_GATE_SCALE = 5.0  # its logit is that much more: Adam moves any parameter by about its rate a step
 _LEAST = 1e-6  # p that others are relative to
 
 Modulation = list[tuple[Tensor, Tensor] | None]
