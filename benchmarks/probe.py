@@ -5,9 +5,9 @@
 MODEL is the checkpoint folder of a codec, SHARDS the folder that `mantis prepare` wrote for it. For
 each request, one task or all of them, training images are coded for it, and a small network learns
 to tell the labels of all tasks from the symbols that a server receives. Its accuracy on validation
-images stands beside that of always giving the most frequent label: what a reply keeps to itself is
-near that. The epochs are chosen on images that neither trains nor counts. The last line is one JSON
-object.
+images stands beside that of always giving the most frequent label. An accuracy near that means that
+the reply tells nothing of the task. The epochs are chosen on images that neither train nor count.
+The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def coded(
         images = torch.from_numpy(np.array(arrays["image"][:left]))
         for seen in looker.look(images, ways):
             for own, each in zip(maps, seen, strict=True):
-                own.append(each.image.map.astype(np.int8))
+                own.append(each.image.map.clip(-127, 127).astype(np.int8))
         labels.append(np.asarray(arrays["labels"][:left], dtype=np.int64))
         left -= len(images)
         if left <= 0:
@@ -136,7 +136,7 @@ def probed(
             schedule.step()
         probe.eval()
         pairs = zip(accuracies(probe, kept, tasks), accuracies(probe, val, tasks), strict=True)
-        best = [max(old, new) for old, new in zip(best, pairs, strict=True)]
+        best = [new if new[0] > old[0] else old for old, new in zip(best, pairs, strict=True)]
     return [value for _, value in best]
 
 
@@ -172,7 +172,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", help="checkpoint folder of a codec that can be asked")
     parser.add_argument("shards", help="folder that `mantis prepare` wrote for it")
-    parser.add_argument("--level", type=int, metavar="N", help="rate level; default: the largest")
+    parser.add_argument(
+        "--level", type=int, metavar="N", help="rate level; default 0, the largest streams"
+    )
     parser.add_argument(
         "--images", type=count, metavar="N", default=4000, help="training images (default 4000)"
     )

@@ -112,9 +112,9 @@ class ModelConfig(Section):
     """The share of the true tasks that the mask must keep. The threshold of the mask is
     calibrated to it on rows that are held back from training."""
     exit_heads: bool = False
-    """Whether a client that is asked has a head for each task, and may answer a request itself.
-    With `exit_confidence` it then sends its label alone where it is that sure. The heads read what
-    the request has made of the encoder, and the loss ExitAnswers trains them."""
+    """Whether a client that is asked has a head for each classification, and may answer a request
+    itself. With `exit_confidence` it then sends its label alone where it is that sure. The heads
+    read what the request has made of the encoder, and the loss ExitAnswers trains them."""
     single_task: bool = False
     """Whether all classes are one task, so that there is nothing to detect. This is the
     entropic-student baseline."""

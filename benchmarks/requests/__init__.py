@@ -1,1 +1,1 @@
-"""What it is worth that the server asks: bytes and accuracy by request, of all rivals."""
+"""The study of what a codec saves when its server asks: bytes and accuracy of every arm."""

@@ -2,7 +2,7 @@
 
     python -m benchmarks.requests scenes-4 storage.root=FOLDER
     python -m benchmarks.requests mosaic attributes camvid storage.root=FOLDER data.root=FOLDER \
-        teacher.weights=FILE
+        teacher.start=FILE
 
 Each cell is one experiment with several questions about every image, see cells.py, and three seeds.
 It is trained and measured without Ray, `--jobs N` processes at once. A point that
@@ -30,7 +30,7 @@ from benchmarks.rate_accuracy.points import RESULTS
 from benchmarks.rate_accuracy.protocols import named
 from benchmarks.requests.cells import CELLS, Cell, settings_of
 from benchmarks.requests.plot import plot
-from benchmarks.requests.table import TABLE, append, points, read, row_of, savings
+from benchmarks.requests.table import TABLE, append, newest, points, read, row_of, savings
 from pipelines.chain.plan import Plan, make_plan, with_adopted
 from pipelines.evaluation.arms import Arm
 from pipelines.evaluation.split_pass import Evaluated
@@ -74,7 +74,9 @@ def run(name: str, cell: Cell, arguments: argparse.Namespace) -> None:
 
     if all(skipped(number, arm) for number, plan in enumerate(plans) for arm in plan.arms):
         return
-    prepared = prepare_plain(plans[0], jobs=arguments.jobs, say=say)
+    # Seed 0's, whichever are asked for: intervals need the same images for all seeds.
+    first = make_plan(settings_of(cell, 0, arguments.overrides))
+    prepared = prepare_plain(first, jobs=arguments.jobs, say=say)
     run_plain(
         plans,
         prepared=prepared,
@@ -134,6 +136,10 @@ def show(name: str, cell: Cell, found: Mapping[str, Any]) -> None:
         figure = each.get("refused") or (
             f"{each['mean']:+.1f} % ({each['low']:+.1f} to {each['high']:+.1f})"
         )
+        if each["at"]:
+            at = each["at"]
+            figure += f"; at {at['accuracy']:.1f} % right {at['mean']:+.1f} % "
+            figure += f"({at['low']:+.1f} to {at['high']:+.1f})"
         console.print(f"{each['size'].replace('_', ' ')}, {pair}: {figure}")
 
 
@@ -167,7 +173,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows = read() if TABLE.is_file() else []
     result = {}
     for name in names:
-        own = [row for row in rows if row["cell"] == name]
+        own = newest([row for row in rows if row["cell"] == name])
         if own:
             sizes = ("payload_bytes", "session_bytes")
             result[name] = {

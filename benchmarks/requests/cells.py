@@ -15,7 +15,11 @@ WITHOUT_BOUND = ("oracle", "none", "local", "teacher")
 RIVALS = (*WITHOUT_BOUND, "per_task")
 """Those and the bound: a codec for each task, which takes as many trainings as there are tasks."""
 PARTS = ("none_prior", "channels", "channels_prior", "film", "film_prior")
-"""Arms that have some of what conditions MANTiS, each alone and in pairs."""
+"""Arms with a part of MANTiS's conditioning: the request's prior, channel sets or FiLM, alone or
+with the prior."""
+
+CODECS = "{webp: [0, 5, 20, 40, 75]}"
+"""Image codecs of every cell, at enough qualities for a curve."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,7 @@ def settings_of(cell: Cell, seed: int, overrides: Sequence[str]) -> Settings:
     own = [
         *cell.overrides,
         f"evaluate.baselines=[{', '.join(cell.baselines)}]",
+        f"evaluate.codecs={CODECS}",
         f"seed={seed}",
         *overrides,
     ]

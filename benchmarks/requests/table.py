@@ -12,11 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.rate_accuracy.points import RESULTS, read_images, read_rows, write_images
-from mantis_core.measure.bd_rate import Curve, CurveError, over_seeds
+from mantis_core.measure.bd_rate import Curve, CurveError, over_seeds, size_at
 from mantis_core.tasks import TaskSpec
 from pipelines.evaluation.split_pass import Evaluated, arm_figures
 from pipelines.report.figures import task_metric
 
+REPLICATES = 400
 TABLE = RESULTS / "requests.csv"
 FIGURES = {
     "accuracy": "val/task_top1",
@@ -37,6 +38,7 @@ COLUMNS = (
     "commit",
     "key",
     *FIGURES,
+    "questions",
     "by_request",
 )
 COMPARISONS = (
@@ -73,7 +75,14 @@ def row_of(about: Mapping[str, Any], found: Evaluated, name: str) -> dict[str, A
         value = metrics.get(task_metric({"name": task.name, "kind": task.kind}))
         by_request[task.name] = [_rounded(size, 2), _rounded(value, 4)]
     row = {column: metrics.get(metric) for column, metric in FIGURES.items()}
+    row["questions"] = sum(task.is_classification for task in found.tasks)
     return {**about, **row, "by_request": json.dumps(by_request)}
+
+
+def newest(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Returns the last row of each kind, seed, rate and quality: later recipes replace others."""
+    named = ("kind", "seed", "rate_weight", "quality")
+    return list({tuple(row[name] for name in named): dict(row) for row in rows}.values())
 
 
 def shares_right(own: Mapping[str, NDArray[Any]], tasks: Sequence[TaskSpec]) -> NDArray[np.float64]:
@@ -116,9 +125,12 @@ def savings(rows: Sequence[Mapping[str, Any]], size: str) -> list[dict[str, Any]
     """Returns for each of COMPARISONS that the rows allow the bytes more at equal accuracy.
 
     In per cent, below 0 for a saving, over the mean of the requests: a BD-rate with its 95 %
-    interval by bootstrap over images and seeds, and the t interval over seeds.
+    interval by bootstrap over images and seeds, and the t interval over seeds. Empty where one of
+    the requests is for a segmentation: that has no right answers to count.
     """
     found = []
+    if any(len(row["by_request"]) != row["questions"] for row in rows):
+        return []  # the sizes of a mask's requests count, and its accuracy does not
     for test, against in COMPARISONS:
         ours, theirs = curves(rows, test, size), curves(rows, against, size)
         if against == "webp" and theirs:  # the same files for every seed
@@ -127,6 +139,8 @@ def savings(rows: Sequence[Mapping[str, Any]], size: str) -> list[dict[str, Any]
         if not both:
             continue
         about: dict[str, Any] = {"test": test, "against": against, "size": size, "seeds": both}
+        pairs = [(ours[seed], theirs[seed]) for seed in both]
+        about |= {"at": at_equal_accuracy(pairs)}
         try:
             interval = over_seeds([theirs[s] for s in both], [ours[s] for s in both])
         except CurveError as error:
@@ -137,6 +151,42 @@ def savings(rows: Sequence[Mapping[str, Any]], size: str) -> list[dict[str, Any]
         names = ("mean", "low", "high", "t_low", "t_high")
         found.append({**about, **{n: _rounded(v, 2) for n, v in zip(names, values, strict=True)}})
     return found
+
+
+def at_equal_accuracy(pairs: Sequence[tuple[Curve, Curve]]) -> dict[str, Any] | None:
+    """Returns the bytes more of the first curve of each pair, where both answer equally well.
+
+    The accuracy is a point below the most that all of them reach: there a codec is used, and a
+    BD-rate may lack the range. In per cent, the mean over the pairs, with a 95 % interval over
+    images, which are the same for all curves. None where a curve begins above that accuracy.
+    """
+    best = min(curve.points()[:, 1].max() for pair in pairs for curve in pair)
+    accuracy = float(best) - 1.0
+
+    def more(images: NDArray[np.int64] | None) -> float | None:
+        found = []
+        for ours, theirs in pairs:
+            own = size_at(ours.points(images), accuracy)
+            other = size_at(theirs.points(images), accuracy)
+            if own is None or other is None:
+                return None
+            found.append(100 * (own / other - 1))
+        return float(np.mean(found))
+
+    mean = more(None)
+    if mean is None:
+        return None
+    random, count = np.random.default_rng(0), pairs[0][0].sizes.shape[1]
+    drawn = [more(random.integers(count, size=count)) for _ in range(REPLICATES)]
+    known = [value for value in drawn if value is not None]
+    low, high = np.percentile(known, [2.5, 97.5]) if known else (mean, mean)
+    return {
+        "accuracy": round(accuracy, 2),
+        "mean": round(mean, 2),
+        "low": round(float(low), 2),
+        "high": round(float(high), 2),
+        "left_out": len(drawn) - len(known),
+    }
 
 
 def points(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

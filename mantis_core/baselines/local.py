@@ -8,8 +8,9 @@ each task, and sends the answer to what is asked. Shapes: B batch, H W input pix
 
 from __future__ import annotations
 
+import math
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,9 +22,9 @@ from torch import Tensor, nn
 from mantis_core.architecture import ModelConfig
 from mantis_core.bitstream.coder import TOTAL, TableSet
 from mantis_core.bitstream.container import OVERHEAD_BYTES, VERSIONS, StreamSpec
-from mantis_core.bitstream.session import CHECKSUM_BYTES
+from mantis_core.bitstream.session import CHECKSUM_BYTES, Session
 from mantis_core.bitstream.task_field import TaskField, quantise_log2
-from mantis_core.bitstream.wire import CodedImage, write_stream
+from mantis_core.bitstream.wire import CodedImage, write_message, write_stream
 from mantis_core.config import LossTerm
 from mantis_core.errors import ModelError
 from mantis_core.folders import save_folder
@@ -133,6 +134,11 @@ def local_recipe(model: ModelConfig, teacher: Teacher, problem: Problem, *, seed
 
     Raises ModelError for images of several questions where nobody says which is to be answered.
     """
+    if problem.single_class and not all(task.is_classification for task in problem.tasks):
+        raise ModelError(
+            "the baseline `local` names the class of an image, and this data has a segmentation "
+            "beside it: set data.single_class=false, or leave out `local`"
+        )
     torch.manual_seed(seed)
     classifier = local_classifier(model, problem)
     if not problem.single_class and not classifier.asked:
@@ -159,7 +165,7 @@ def local_classifier(model: ModelConfig, problem: Problem) -> LocalClassifier:
 
 
 class Sizes(NamedTuple):
-    """What an answer takes: as a stream of its own, without its container, and in a session."""
+    """What an answer takes: as a stream of its own, without all that is beside it, in a session."""
 
     wire_bytes: int
     payload_bytes: float
@@ -167,29 +173,39 @@ class Sizes(NamedTuple):
 
 
 def label_sizes(
-    label: int, sure: float, num_labels: int, image_size: tuple[int, int], *, asked: bool = False
+    label: int,
+    task: int,
+    labels: Sequence[int],
+    image_size: tuple[int, int],
+    *,
+    sure: float | None = None,
 ) -> Sizes:
-    """What it takes to send a label of `num_labels`, with its probability unless it is asked for.
+    """What it takes to send a label of task number `task`; `labels` (K,) are the tasks' numbers.
 
-    The stream is that of a client with one task which answers an image itself.
+    It is the stream of a client that answers an image itself, with its probability `sure`. None is
+    a client that was asked: in a session its reply names no task.
     """
     spec = StreamSpec(
         model_id=bytes(4),
-        num_tasks=1,
+        num_tasks=len(labels),
         input_shape=image_size,
         latent_channels=1,
         stride=8,
-        labels=(num_labels,),
+        labels=tuple(labels),
         max_pixels=image_size[0] * image_size[1],
         version=VERSIONS[-1],
     )
     nothing: NDArray[np.int32] = np.zeros(spec.latent_shape(image_size), np.int32)
-    levels = None if asked else (quantise_log2(sure),)
-    image = CodedImage(TaskField((True,), 0, levels), nothing, label, has_latent=False)
+    levels = None if sure is None else (quantise_log2(sure),)
+    field = TaskField(tuple(k == task for k in range(len(labels))), task, levels)
+    image = CodedImage(field, nothing, label, has_latent=False)
     unused = np.array([[[0, TOTAL // 2, TOTAL]]], np.int32)  # a stream without a latent reads none
     tables = TableSet("shared", unused, np.array([0], np.int32), np.array([2], np.int32))
     packed = write_stream([image], image_size, tables, spec)
-    return Sizes(len(packed.data), packed.payload_bytes, packed.session_bytes)
+    reply = packed.session_bytes
+    if sure is None:
+        reply = write_message(image, Session(image_size, requests=True), b"", tables, spec)[2]
+    return Sizes(len(packed.data), math.log2(labels[task]) / 8, reply)
 
 
 def mask_sizes(labels: NDArray[Any]) -> Sizes:

@@ -59,7 +59,11 @@ def per_task_recipe(
             model, known, of_task(problem, task), stage1, rates=config.rate_weights
         )
         freeze(codec.client.for_detection_alone())
-        parts[task.name] = Stage2Recipe(codec, known, config, loaded=loaded)
+        own = config
+        if not task.is_classification:  # it has no exit head
+            kept = {n: t for n, t in losses.items() if t.criterion != "ExitAnswers"}
+            own = config.model_copy(update={"losses": kept})
+        parts[task.name] = Stage2Recipe(codec, known, own, loaded=loaded)
     return PerTaskRecipe(parts, problem.tasks)
 
 

@@ -82,7 +82,7 @@ class ClientCodec:
         streams and the best answers. With `max_bytes` each image is coded at the lowest level whose
         stream takes no more bytes; where none does, the client answers itself if it can. Raises
         ModelError for an unknown name, for images or tasks of another kind, for an
-        `exit_confidence` where the detector names no classes, for a level that the model has not,
+        `exit_confidence` where the client cannot answer itself, for a level that the model has not,
         and for an image that `max_bytes` do not hold.
         """
         seen = self.encode_in_detail(
@@ -208,10 +208,11 @@ class ClientCodec:
         self,
         *,
         request: str | Sequence[str] | None = None,
+        requests: bool | None = None,
         input_shape: tuple[int, int] | None = None,
     ) -> ClientSession:
-        """A session of this client, see `ClientSession`: the server asks for `request`, if any."""
-        return ClientSession(self, input_shape=input_shape, request=request)
+        """A session of this client; arguments and errors as `ClientSession`."""
+        return ClientSession(self, input_shape=input_shape, requests=requests, request=request)
 
     def prepare_image(self, data: bytes, *, max_pixels: float = MAX_PIXELS) -> Tensor:
         """An image file's bytes to uint8 (3, H, W) as in evaluation: short side, centre crop.

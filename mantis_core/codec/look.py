@@ -155,7 +155,11 @@ class _Sight:
         else:  # each image finds a level of its own
             found = [self._fitted(row, way.tasks, asked, levels, budget) for row in rest]
         if way.exit_confidence is not None:
-            found = [self._exited(each, way.exit_confidence) for each in found]
+            short = [self._exited(each, way.exit_confidence) for each in found]
+            found = [
+                said if budget is None or budget.holds(said.image, self.shape) else each
+                for each, said in zip(found, short, strict=True)
+            ]
         coded = dict(zip(rest, found, strict=True))
         seen = []
         for row, answer in enumerate(own):

@@ -22,7 +22,13 @@ from mantis_core.bitstream.session import Session, read_hello, write_hello
 from mantis_core.bitstream.wire import CodedImage, Unpacked, read_message, write_message
 from mantis_core.codec.answer import Answer
 from mantis_core.codec.look import Seen
-from mantis_core.codec.requests import Budget, asked_tasks, check_images, listed_bytes
+from mantis_core.codec.requests import (
+    Budget,
+    asked_tasks,
+    check_asks,
+    check_images,
+    listed_bytes,
+)
 from mantis_core.codec.spec import ModelSpec
 from mantis_core.errors import ModelError
 
@@ -205,6 +211,7 @@ def _checked_request(
     """Tasks that a session asks for; ModelError where it asks for none, or the model has not."""
     if tasks is not None:
         _check_request(session, tasks)
+        check_asks(spec, tasks)
         asked_tasks(spec, tasks, 1)
     return tasks
 

@@ -141,7 +141,9 @@ class ModelSpec(BaseModel):
         server: models that differ in their decoders alone have different ids. Other fields of the
         config do not change the id.
         """
-        return self._id(state)
+        parents = {t.name: t.parent for t in self.tasks if t.parent}
+        labels = {t.name: list(t.labels) for t in self.tasks if t.name in parents.values()}
+        return self._id(state, {"parents": [parents, labels]} if parents else {})
 
     def stream_id(self, state: Mapping[str, Tensor]) -> bytes:
         """The id that streams carry: in version 1 the model's.
@@ -154,7 +156,7 @@ class ModelSpec(BaseModel):
             return self.model_id(state)
         return self._id({name: t for name, t in state.items() if name.startswith(DECIDES_A_STREAM)})
 
-    def _id(self, state: Mapping[str, Tensor]) -> bytes:
+    def _id(self, state: Mapping[str, Tensor], more: Mapping[str, object] = {}) -> bytes:
         facts: dict[str, object] = {
             "tasks": [[t.name, t.kind, t.num_classes, list(t.classes)] for t in self.tasks],
             "image_size": self.image_size,
@@ -169,6 +171,7 @@ class ModelSpec(BaseModel):
             facts["rate_levels"] = self.rate_levels
         if self.model.requests != "both":
             facts["requests"] = self.model.requests
+        facts |= more
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
         for name, tensor in sorted(state.items()):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())

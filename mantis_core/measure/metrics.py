@@ -26,7 +26,9 @@ class ImageRecords:
     Truth: class_label (N,), labels (N, K), task_mask (N, K). Answers: class_index (N,), -1 where
     none was asked for; predicted (N, K) label of each decoded classification task; decoded (N, K)
     bool; answered (N,), 1 by the client itself, or the share of the requests that it answers.
-    `probabilities` (N, K) and sizes (N,) are None for arms that detect or send nothing.
+    `sent` (N, K) are the tasks in the stream, of which a server leaves out those whose parent says
+    so; None for those in `decoded`. `probabilities` (N, K) and sizes (N,) are None for arms that
+    detect or send nothing.
     client_class (N,) is the class that the client gives each
     image, whether it sends it or not, None for one that gives none. `client_macs` and
     `client_bytes` are the multiply-adds of its networks for an image, and the size of its folder.
@@ -42,6 +44,7 @@ class ImageRecords:
     class_index: Array
     predicted: Array
     decoded: Array
+    sent: Array | None = None
     probabilities: Array | None = None
     wire_bytes: Array | None = None
     payload_bytes: Array | None = None
@@ -67,7 +70,8 @@ def figures(
     `val/detection/top1_if_right` and `_if_wrong` are top1 of the images whose most probable task
     is, or is not, a true one; `val/parents/top1` and `val/children/top1` are `val/task_top1` over
     the tasks that have children and over those that have a parent; `val/answered` is the share of
-    images that the client has answered itself, `val/answered_top1` how many of those it has right;
+    images, or of requests, that the client has answered itself, `val/answered_top1` how many of
+    those images it has right;
     `val/client_top1` is the top1 that the client has alone.
     """
     out: dict[str, float] = {}
@@ -117,7 +121,8 @@ def figures(
     if mious and not named.any():
         out["val/miou"] = float(np.mean(mious))
     if records.probabilities is not None:
-        out |= detection_figures(records.probabilities, records.decoded, records.task_mask)
+        mask = records.decoded if records.sent is None else records.sent
+        out |= detection_figures(records.probabilities, mask, records.task_mask)
         first = records.probabilities.argmax(axis=1)[:, None]
         right_first = np.take_along_axis(records.task_mask, first, axis=1)[:, 0]
         for name, which in (("right", right_first), ("wrong", ~right_first)):

@@ -158,7 +158,7 @@ class ChannelSets(nn.Module):
 
     gate = 1 - prod over the tasks (1 - p_k / max p * open_kc), with open_kc = 1 where the parameter
     is not below 0: the union of the sets of all tasks that are asked for. All channels are open at
-    init, and a hundred steps or so from closed. The gradient passes to the sigmoid
+    init, and about 0.3 / learning rate steps from closed. The gradient passes to the sigmoid
     (straight-through), so that the rate can close a channel, and a loss can open it again.
     """
 

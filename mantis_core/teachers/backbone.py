@@ -72,15 +72,20 @@ class Backbone(nn.Module):
 
 def build_network(name: str) -> nn.Module:
     """The network of this name with random weights, for ImageNet's classes."""
+    require_known(name)
     if name in SCALES:
         return build_lite(name)
-    names = torchvision.models.list_models(module=torchvision.models)
-    if name not in names:
-        close = " or ".join(difflib.get_close_matches(name, [*names, *SCALES], 3))
-        hint = f"did you mean {close}?" if close else "see torchvision.models for their names"
-        raise ModelError(f"teacher.name: torchvision has no classification model {name!r}; {hint}")
     net: nn.Module = torchvision.models.get_model(name, weights=None)
     return net
+
+
+def require_known(name: str) -> None:
+    """Raises ModelError for a name of no network, with those that are like it."""
+    names = torchvision.models.list_models(module=torchvision.models)
+    if name not in names and name not in SCALES:
+        close = " or ".join(difflib.get_close_matches(name, [*names, *SCALES], 3))
+        hint = f"did you mean {close}?" if close else "see torchvision.models for their names"
+        raise ModelError(f"teacher.name: there is no classification model {name!r}; {hint}")
 
 
 def _build_net(name: str) -> tuple[nn.Module, tuple[str, ...], int]:

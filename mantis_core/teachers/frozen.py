@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from mantis_core.teachers.backbone import Backbone
+from mantis_core.teachers.lite import SamePad
 from mantis_core.teachers.teacher import Teacher, freeze
 
 
@@ -109,10 +110,10 @@ def folded(net: nn.Module, *, keep: Collection[str] = ()) -> nn.Module:
 
 
 class _Layers(fx.Tracer):
-    """Takes a convolution for one node, whoever wrote its class."""
+    """Takes a convolution for one node, whoever wrote its class, and padding by an input's size."""
 
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        return isinstance(module, nn.Conv2d) or super().is_leaf_module(module, name)
+        return isinstance(module, nn.Conv2d | SamePad) or super().is_leaf_module(module, name)
 
 
 def _pairs(net: nn.Module) -> Iterator[tuple[str, str]]:

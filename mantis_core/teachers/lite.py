@@ -61,6 +61,23 @@ ROWS = (
 STEM, HEAD = 32, 1280  # channels, the same in all variants
 
 
+class SamePad(nn.Module):
+    """TensorFlow's "same" padding for a kernel and a stride; the odd pixel is added at the end."""
+
+    def __init__(self, kernel: int, stride: int) -> None:
+        super().__init__()
+        self.kernel, self.stride = kernel, stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, h, w) to as many pixels as the convolution needs for h / stride, rounded up."""
+        height, width = self._missing(int(x.shape[2])), self._missing(int(x.shape[3]))
+        return pad(x, (width // 2, width - width // 2, height // 2, height - height // 2))
+
+    def _missing(self, side: int) -> int:
+        steps = -(-side // self.stride)
+        return max(0, (steps - 1) * self.stride + self.kernel - side)
+
+
 class ConvNorm(nn.Module):
     """Convolution with TensorFlow's "same" padding, batch norm, and ReLU6 unless it is linear."""
 
@@ -75,24 +92,15 @@ class ConvNorm(nn.Module):
         linear: bool = False,
     ) -> None:
         super().__init__()
-        self.kernel, self.stride, self.linear = kernel, stride, linear
+        self.linear = linear
+        self.pad = SamePad(kernel, stride) if kernel > 1 else nn.Identity()
         self.conv = nn.Conv2d(inputs, outputs, kernel, stride, groups=groups, bias=False)
         self.norm = nn.BatchNorm2d(outputs, eps=1e-3, momentum=0.01)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, inputs, h, w) to (B, outputs, h / stride, w / stride), rounded up."""
-        if self.kernel > 1:
-            height, width = (self._missing(side) for side in x.shape[2:])
-            if height or width:
-                sides = (width // 2, width - width // 2, height // 2, height - height // 2)
-                x = pad(x, sides)
-        y = self.norm(self.conv(x))
+        y = self.norm(self.conv(self.pad(x)))
         return y if self.linear else nn.functional.relu6(y)
-
-    def _missing(self, side: int) -> int:
-        """How many pixels "same" padding adds to a side."""
-        steps = -(-side // self.stride)
-        return max(0, (steps - 1) * self.stride + self.kernel - side)
 
 
 class Stem(nn.Module):

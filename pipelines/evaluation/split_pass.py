@@ -293,6 +293,7 @@ def to_records(own: Arrays, tasks: Sequence[TaskSpec]) -> ImageRecords:
         class_index=own["class_index"],
         predicted=own["predicted"],
         decoded=own["decoded"].astype(bool),
+        sent=own["sent"].astype(bool) if "sent" in own and detects else None,
         probabilities=own["probabilities"] if detects else None,
         wire_bytes=own["wire_bytes"] if sends else None,
         payload_bytes=own["payload_bytes"] if sends else None,

@@ -171,7 +171,7 @@ class EvaluateConfig(_Section):
     have the main rate alone, which saves training."""
     early_exit: dict[Rate, Annotated[float, Field(ge=0, le=1)]] = Field(default_factory=dict)
     """Confidence by rate weight. Arms at that rate are measured again with early exit: where
-    the detector is at least this sure of the class, the client answers."""
+    the client is at least this sure, by its detector or its exit head, it answers itself."""
     batch_size: int = Field(default=128, ge=1)
     """Number of images that an actor measures together."""
     seeds: tuple[Annotated[int, Field(ge=0)], ...] = ()

@@ -84,7 +84,7 @@ def study(kinds: dict[str, float], *, seeds: tuple[int, ...] = (0, 1)) -> list[d
                 hits = (random.random((400, 4)) < share).mean(axis=1)
                 table.write_images(point, sizes, sizes, hits, sizes)
                 own = {"point": point, "kind": kind, "seed": seed, "rate_weight": level}
-                own |= {"quality": None, "accuracy": hits.mean()}
+                own |= {"quality": None, "accuracy": hits.mean(), "questions": 1}
                 own |= {"client_macs": None, "client_bytes": None, "wire_bytes": sizes.mean()}
                 own |= {"session_bytes": sizes.mean(), "payload_bytes": sizes.mean()}
                 rows.append({**own, "by_request": {"red": [sizes.mean(), share]}})
@@ -100,6 +100,29 @@ def test_a_saving_is_told_with_its_interval() -> None:
     assert saving["low"] < -59.9 < saving["high"] + 0.2
     assert saving["seeds"] == [0, 1]
     assert found["mantis", "per_task"]["mean"] == pytest.approx(100 * (0.4 / 0.35 - 1), abs=0.01)
+
+
+def test_bytes_are_compared_at_one_accuracy_too() -> None:
+    rows = study({"none": 1.0, "mantis": 0.4})
+    (found,) = table.savings(rows, "session_bytes")
+    at = found["at"]
+    assert at["mean"] == pytest.approx(-60, abs=0.01)
+    assert at["low"] <= at["mean"] <= at["high"] < -59.5
+    most = [r["accuracy"] for r in rows if r["rate_weight"] == 0]
+    assert at["accuracy"] == pytest.approx(100 * min(most) - 1, abs=0.01)
+
+
+def test_requests_for_a_mask_are_not_compared_by_labels_alone() -> None:
+    rows = [{**row, "questions": 0} for row in study({"none": 1.0, "mantis": 0.4})]
+    assert table.savings(rows, "session_bytes") == []
+
+
+def test_a_later_recipe_replaces_another() -> None:
+    rows = study({"mantis": 1.0})
+    later = {**rows[0], "point": "new"}
+    found = table.newest([*rows, later])
+    assert len(found) == len(rows)
+    assert found[0]["point"] == "new"
 
 
 def test_too_few_points_are_refused_and_not_guessed() -> None:
@@ -129,6 +152,7 @@ def test_every_cell_is_asked_and_has_its_rivals(name: str) -> None:
     assert len(settings.tasks) == settings.model.max_active_tasks == cell.questions
     assert settings.evaluate.baselines == cell.baselines
     assert len(settings.stage2.rate_weights) >= 4  # a BD-rate needs four points
+    assert len(settings.evaluate.codecs["webp"]) >= 4
 
 
 @pytest.mark.parametrize("things", [2, 4, 8])

@@ -60,12 +60,14 @@ def test_it_is_saved_with_its_cost_and_comes_back(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("classes", [1, 2, 100, 1000])
-@pytest.mark.parametrize("asked", [False, True])
-def test_an_answer_is_a_stream_of_a_container_and_a_label(classes: int, asked: bool) -> None:
-    sent = label_sizes(classes - 1, 0.7, classes, (64, 64), asked=asked)
-    assert 11 <= sent.wire_bytes <= 11 + 4 - asked
-    assert sent.session_bytes == sent.wire_bytes - 9
-    assert math.log2(classes) / 8 <= sent.session_bytes - 2
+def test_an_answer_is_a_stream_of_a_container_and_a_label(classes: int) -> None:
+    told = label_sizes(classes - 1, 0, [classes], (64, 64), sure=0.7)
+    assert 11 < told.wire_bytes <= 11 + 4
+    assert told.session_bytes == told.wire_bytes - 9
+    asked = label_sizes(classes - 1, 2, [5, 0, classes, 7], (64, 64))
+    assert asked.session_bytes < asked.wire_bytes - 9 + 1  # a file names the task, a reply does not
+    assert math.log2(classes) / 8 <= asked.session_bytes - 2 <= math.log2(classes) / 8 + 2
+    assert told.payload_bytes == asked.payload_bytes == math.log2(classes) / 8
 
 
 def test_a_mask_costs_what_its_labels_deflate_to() -> None:

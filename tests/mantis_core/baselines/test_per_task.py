@@ -222,3 +222,17 @@ def test_codecs_of_several_rates_are_measured_at_each(requests: Any) -> None:
         for level in recipe.held_levels
     ]
     assert sizes[0] > sizes[1]
+
+
+def test_codecs_that_are_asked_have_exit_heads_where_there_are_labels() -> None:
+    problem = make_problem(single_class=False)
+    model = make_config(requests="asked", exit_heads=True)
+    losses = {
+        "tasks": LossTerm(criterion="TaskLosses"),
+        "exits": LossTerm(criterion="ExitAnswers", weight=0.2),
+    }
+    recipe = make_recipe(problem, model, losses=losses).train()
+    heads = {name: codec.client.exits is not None for name, codec in recipe.student.items()}
+    assert heads == {"animals": True, "tools": True, "kitchen": True, "ground": False}
+    recipe(make_batch(problem), 0.5).loss.backward()
+    assert without_gradient(recipe) == []

@@ -1,4 +1,4 @@
-"""Exit heads: a client that is asked answers itself where it is sure, in a byte."""
+"""Exit heads: a client that is asked answers itself where it is sure, in a few bytes."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ import torch
 from pydantic import ValidationError
 
 from mantis_core.architecture import ConditioningConfig, ModelConfig
+from mantis_core.bitstream.wire import CodedImage
 from mantis_core.codec.checkpoint import load_client, load_server, save_half, save_model
 from mantis_core.codec.mantis import Mantis
+from mantis_core.codec.requests import Budget, Way
 from mantis_core.config import LossTerm
 from mantis_core.errors import ModelError
 from mantis_core.tasks import Batch, Problem
@@ -136,6 +138,25 @@ def test_an_answer_fits_where_no_latent_does(
     assert all(answer.answered for answer in codec.decode(streams))
     with pytest.raises(ModelError, match="max_bytes is 13"):
         codec.client_codec().encode(images, problem.tasks[3].name, max_bytes=13)
+
+
+def test_an_exit_keeps_to_the_budget(
+    codec: Mantis, problem: Problem, batch_of: Callable[..., Batch]
+) -> None:
+    images, name = batch_of(problem, 4).image, problem.tasks[0].name
+    client, held = codec.client_codec(), []
+
+    class Never(Budget):
+        """A budget that holds whatever has a latent, and no answer alone."""
+
+        def holds(self, image: CodedImage, input_shape: tuple[int, int]) -> bool:
+            held.append(image.has_latent)
+            return image.has_latent
+
+    way = Way(name, 0.0, None, Never(1000, lambda image, shape: b""))
+    (seen,) = client.encode_each_way(images, [way])
+    assert False in held
+    assert not any(each.answered for each in seen)
 
 
 def test_heads_are_trained_with_all_else(

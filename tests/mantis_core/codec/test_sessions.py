@@ -20,6 +20,7 @@ from mantis_core.codec.own_answer import confidence_counts
 from mantis_core.codec.sessions import ClientSession, ServerSession
 from mantis_core.errors import ModelError
 from mantis_core.tasks import Problem
+from tests.mantis_core.conftest import make_codec, make_config, make_problem
 
 DETECTOR = DetectorConfig(channels=8, blocks=0, hidden=8, classes=True)
 
@@ -107,6 +108,18 @@ def test_a_session_keeps_its_request_until_another_is_made(codec: Mantis) -> Non
         with pytest.raises(ModelError, match=r"weather.*this model has animals"):
             end.request = "weather"
         assert end.request == ["animals", "kitchen"]
+
+
+def test_a_model_that_always_detects_opens_no_session_of_requests() -> None:
+    codec = make_codec(make_problem(), make_config(requests="detect"))
+    for begin in (
+        lambda: codec.client_codec().open(request="tools"),
+        lambda: codec.server_codec().open(
+            codec.client_codec().open(requests=True).hello, request="tools"
+        ),
+    ):
+        with pytest.raises(ModelError, match="cannot be asked for some"):
+            begin()
 
 
 def test_a_session_that_detects_has_no_request(codec: Mantis) -> None:

@@ -63,6 +63,9 @@ def test_parents_and_children_have_figures_of_their_own():
     assert found["val/parents/top1"] == 0.5
     assert found["val/children/top1"] == 0.5
     assert found["val/top1"] == 0.5
+    sent = {**beside, "probabilities": np.full((4, 3), 0.5), "sent": np.ones((4, 3), bool)}
+    detected = figures(replace(RECORDS, **sent), tasks, single_class=False, pixels=1000)
+    assert detected["val/detection/active_tasks"] == 3  # what is sent, not what is answered
     assert "val/parents/top1" not in figures(RECORDS, TASKS, single_class=True, pixels=1000)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import conv2d
 
 from mantis_core.config import TeacherConfig
@@ -15,8 +15,10 @@ from mantis_core.errors import ModelError
 from mantis_core.networks.cost import multiply_adds
 from mantis_core.networks.preprocessing import normalise
 from mantis_core.teachers.backbone import Backbone
+from mantis_core.teachers.frozen import folded
 from mantis_core.teachers.lite import SCALES, ConvNorm, build_lite, named_as_here, package_state
 from mantis_core.teachers.teacher import Teacher, shipped_state
+from mantis_core.teachers.weights import read_weights
 from mantis_core.training.teacher import ready_teacher, teacher_recipe
 from tests.mantis_core.conftest import make_batch, make_problem
 
@@ -132,6 +134,25 @@ def test_a_packages_teacher_needs_no_training_for_features(package: dict[str, Te
     )
 
 
+def test_a_file_may_have_the_published_names(package: dict[str, Tensor], tmp_path: Path) -> None:
+    torch.save(as_in_a_package(package), tmp_path / "lite.pth")
+    found = read_weights(tmp_path / "lite.pth")
+    assert found.keys() == package.keys()
+
+
+def test_a_frozen_one_has_no_batch_norms_left() -> None:
+    net = build_lite("efficientnet_lite0").eval()
+    with torch.no_grad():
+        for module in net.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.running_mean.uniform_(-0.1, 0.1)  # type: ignore[union-attr]
+                module.running_var.uniform_(0.8, 1.2)  # type: ignore[union-attr]
+    fused, images = folded(net), torch.randn(1, 3, 48, 64)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in fused.modules())
+    with torch.no_grad():
+        torch.testing.assert_close(fused(images), net(images), atol=1e-4, rtol=1e-4)
+
+
 def test_split_and_tail_together_are_the_whole_network() -> None:
     backbone = Backbone("efficientnet_lite0").eval()
     images = torch.randn(1, 3, 64, 64)
@@ -149,6 +170,8 @@ def test_a_word_that_a_network_has_no_weights_by_is_refused() -> None:
         shipped_state("efficientnet_lite1", "pretrained", field="teacher.start")
     with pytest.raises(ModelError, match=r"torchvision's, in no package: set .*=pretrained"):
         shipped_state("resnet18", "package")
+    with pytest.raises(ModelError, match=r"no classification model 'efficientnet_lite3'; did you"):
+        shipped_state("efficientnet_lite3", "package")
 
 
 def test_without_its_package_a_network_says_what_to_install(

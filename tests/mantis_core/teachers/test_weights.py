@@ -69,7 +69,7 @@ def test_a_pickle_with_code_is_refused_and_not_run(writer: str, tmp_path: Path) 
 
 
 def test_other_files_are_refused_with_what_is_allowed(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="give train, pretrained or a file"):
+    with pytest.raises(ModelError, match="give train, pretrained, package or a file"):
         read_weights(tmp_path / "nothing.pth")
     (tmp_path / "weights.onnx").write_bytes(b"x")
     with pytest.raises(ModelError, match=r"must end in \.safetensors, \.pth, .* or \.tar"):

@@ -90,7 +90,7 @@ def test_a_config_for_large_images_is_built_in_little_memory() -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("teacher.name=nosuch", "torchvision has no classification model 'nosuch'"),
+        ("teacher.name=nosuch", "there is no classification model 'nosuch'"),
         ("teacher.name=densenet121", "not built as blocks, mean pooling and one linear layer"),
         ("teacher.split=stage9", "teacher.split is 'stage9'; this teacher can be cut after one of"),
         ("stage1.losses.split.student=nosuch", "student module 'nosuch', which this model lacks"),

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 
+from mantis_core.baselines.local import local_classifier
 from mantis_core.codec.mantis import Mantis
 from mantis_core.tasks import Batch, Problem, TaskSpec
 from mantis_core.teachers.teacher import Teacher
-from pipelines.evaluation.answers import run_teacher
+from pipelines.evaluation.answers import run_local, run_teacher
 from pipelines.evaluation.arms import Arrays
 from pipelines.evaluation.rows import with_pixels_summed
 from pipelines.evaluation.split_pass import Evaluated, arm_figures
@@ -21,6 +22,7 @@ from tests.mantis_core.conftest import (
     TASKS,
     make_batch,
     make_codec,
+    make_config,
     make_problem,
 )
 from tests.pipelines.evaluation.measured import rows_of
@@ -127,3 +129,41 @@ def test_a_stream_of_a_segmentation_alone_names_no_image_right() -> None:
     rows = rows_of(make_codec(BESIDE), torch.from_numpy(batch["image"]), batch, BESIDE, "oracle")
     assert (rows["class_index"] == -1).all()
     assert "val/top1" not in measured(rows, batch, BESIDE)["metrics"]  # nothing was asked
+
+
+@pytest.mark.parametrize("single_class", [True, False])
+def test_a_classifier_on_the_device_answers_each_request(single_class: bool) -> None:
+    problem = make_problem(single_class=single_class)
+    batch = make_batch(problem, 6)
+    torch.manual_seed(0)
+    model = local_classifier(make_config(requests="asked"), problem).eval()
+    with torch.no_grad():
+        rows = run_local(model, batch.image, arrays_of(batch), problem)
+    named = [k for k, task in enumerate(problem.tasks) if task.is_classification]
+    assert (rows["predicted"][:, named] >= 0).all()
+    assert rows["decoded"].all()
+    assert set(rows["request_session_bytes"][:, named].ravel()) == {3.0}
+    assert (rows["request_wire_bytes"] > rows["request_session_bytes"] + 8).all()
+    every = rows["request_session_bytes"].mean(axis=1)
+    np.testing.assert_allclose(rows["session_bytes"], every)
+    if not single_class:
+        assert (rows["request_session_bytes"][:, 3] > 3).all()  # a mask
+        counted = rows["confusion/ground"].sum()
+        assert counted == 3 * 32 * 28  # every other image has a mask, four rows of it unlabelled
+
+
+def test_a_classifier_that_is_not_asked_sends_the_class() -> None:
+    problem = make_problem()
+    batch = make_batch(problem, 6)
+    torch.manual_seed(0)
+    model = local_classifier(make_config(), problem).eval()
+    with torch.no_grad():
+        rows = run_local(model, batch.image, arrays_of(batch), problem)
+    assert ((rows["class_index"] >= 0) & (rows["class_index"] < 6)).all()
+    assert (rows["request_session_bytes"] == -1).all()
+    assert set(rows["session_bytes"]) <= {3.0, 4.0}
+    for k, task in enumerate(problem.tasks):
+        for row in range(6):
+            index = rows["class_index"][row]
+            own = task.classes.index(index) if index in task.classes else -1
+            assert rows["predicted"][row, k] == own
