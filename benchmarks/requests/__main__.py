@@ -37,6 +37,9 @@ from pipelines.evaluation.split_pass import Evaluated
 from pipelines.settings.arms import ARM_KINDS
 
 
+WIDTH = 200  # characters of a table that goes to a file
+
+
 def run(name: str, cell: Cell, arguments: argparse.Namespace) -> None:
     """Trains and measures the points of a cell that the table does not have yet."""
     from pipelines.chain.plain import prepare_plain, run_plain
@@ -106,7 +109,7 @@ def commit() -> str:
 
 def show(name: str, cell: Cell, found: Mapping[str, Any]) -> None:
     """Prints the points of a cell by request, and what asking saves."""
-    console = Console(stderr=True)
+    console = Console(stderr=True, width=None if sys.stderr.isatty() else WIDTH)
     tasks = list(found["points"][0]["by_request"])
     table = Table(title=f"{name}: bytes of a reply in a session, and accuracy in %")
     for column in ("arm", "client\nMMAC", "mean\nB", "\n%"):
