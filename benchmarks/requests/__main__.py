@@ -36,7 +36,6 @@ from pipelines.evaluation.arms import Arm
 from pipelines.evaluation.split_pass import Evaluated
 from pipelines.settings.arms import ARM_KINDS
 
-
 WIDTH = 200  # characters of a table that goes to a file
 
 

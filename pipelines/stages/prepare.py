@@ -14,7 +14,11 @@ if TYPE_CHECKING:
 
 def identities(settings: Settings, inputs: Inputs) -> dict[str, Any]:
     """Returns what the data adds to the key: the resolved tasks and a hash of the sources."""
-    return {"task_table": asdict(inputs.table), "data_fingerprint": inputs.data_fingerprint}
+    table = asdict(inputs.table)
+    for task in table["tasks"]:
+        if not task["parent"]:  # so that tasks of before have the keys they had
+            del task["parent"]
+    return {"task_table": table, "data_fingerprint": inputs.data_fingerprint}
 
 
 def run(spec: StageSpec, context: StageContext) -> dict[str, Any]:
