@@ -31,7 +31,8 @@ SAMPLES = 25
 @pytest.fixture(scope="module", params=CONFIGS, ids=[path.stem for path in CONFIGS])
 def settings(request: pytest.FixtureRequest) -> Settings:
     of_one_rate = ["stage2.rate_weights=[]", "evaluate.rate_weights=[]", "evaluate.baselines=[]"]
-    return load_settings(request.param, [*of_one_rate, "model.requests=both"])
+    without_exits = ["model.exit_heads=false", "evaluate.early_exit={}"]
+    return load_settings(request.param, [*of_one_rate, *without_exits, "model.requests=both"])
 
 
 def ends(domain: Domain) -> tuple[Value, ...]:
@@ -140,7 +141,8 @@ def test_a_search_leaves_out_what_a_codec_that_is_asked_does_not_have() -> None:
     kinds = space["model.conditioning.kind"].domain
     assert isinstance(kinds, Choice)
     assert kinds.values == ("film", "none")
-    both = with_overrides(settings, ["model.requests=both"])
+    detects = ["model.requests=both", "model.exit_heads=false", "evaluate.early_exit={}"]
+    both = with_overrides(settings, detects)
     kinds = searched_space(both, "film", include_stage1=False)["model.conditioning.kind"].domain
     assert kinds == load_space("film", include_stage1=False)["model.conditioning.kind"].domain
     assert "stage2.rate_weight" not in searched_space(settings, "joint", include_stage1=False)
