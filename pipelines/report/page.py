@@ -87,9 +87,10 @@ def _requests(
 ) -> list[dict[str, Any]]:
     """Returns what each arm takes for each request in a session, and how it answers that.
 
-    An arm whose images take the same whatever is asked for has the size of those.
+    An arm whose images take the same whatever is asked for has the size of those. Mean IoU and
+    top-1 have no mean in common.
     """
-    rows = []
+    rows, alike = [], len({task["kind"] for task in tasks}) == 1
     for arm in arms:
         metrics, name = arm["metrics"], arm["label"]
         whole = metrics.get("val/session_bytes") if ARM_KINDS[arm["kind"]].sends else None
@@ -102,7 +103,8 @@ def _requests(
         ]
         columns = zip(*cells, strict=True)
         known = [[value for value in column if value is not None] for column in columns]
-        means = tuple(fmean(column) if len(column) == len(tasks) else None for column in known)
+        size, value = (fmean(own) if len(own) == len(tasks) else None for own in known)
+        means = (size, value if alike else None)
         rows.append({"arm": arm, "label": name, "cells": [means, *cells]})
     return rows
 

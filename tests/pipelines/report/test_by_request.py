@@ -3,7 +3,7 @@
 from pipelines.report.figures import rd_figure
 from pipelines.report.marks import curves, sizes_of
 from pipelines.report.report import write_report
-from tests.pipelines.report.evaluations import arm, evaluation, text_of
+from tests.pipelines.report.evaluations import TASKS, arm, evaluation, text_of
 
 
 class TestAsked:
@@ -23,13 +23,22 @@ class TestAsked:
     def test_the_page_has_a_table_by_request(self, tmp_path):
         page = text_of(write_report(evaluation(*self.arms), tmp_path).html)
         rows = page[page.index("By request") : page.index("Examples")]
-        found = " ".join(rows.split())
+        found, dash = " ".join(rows.split()), "\N{EN DASH}"  # a mask and a label have no mean
         assert "MANTiS, 0.001" not in found  # labels are those of the arms
-        assert "mantis, 0.001 31.0 65.0 12.0 90.0 50.0 40.0" in found
-        assert "none 81.0 45.0 81.0 50.0 81.0 40.0" in found
-        assert "all at once 61.0 45.0 61.0 50.0 61.0 40.0" in found
-        assert "teacher \N{EN DASH} 45.0 \N{EN DASH} 50.0 \N{EN DASH} 40.0" in found
+        assert f"mantis, 0.001 31.0 {dash} 12.0 90.0 50.0 40.0" in found
+        assert f"none 81.0 {dash} 81.0 50.0 81.0 40.0" in found
+        assert f"all at once 61.0 {dash} 61.0 50.0 61.0 40.0" in found
+        assert f"teacher {dash} {dash} {dash} 50.0 {dash} 40.0" in found
         assert "Bits per task" not in page
+
+    def test_labels_have_a_mean_over_the_requests(self, tmp_path):
+        tasks = [dict(TASKS[0]), {**TASKS[0], "name": "food"}]
+        arms = [{**each, "metrics": dict(each["metrics"])} for each in self.arms]
+        for each in arms:
+            each["metrics"]["val/task/food/top1"] = 0.7
+        arms[0]["metrics"]["val/task/food/session_bytes"] = 20.0
+        page = text_of(write_report(evaluation(*arms, tasks=tasks), tmp_path).html)
+        assert "mantis, 0.001 16.0 80.0 12.0 90.0 20.0 70.0" in " ".join(page.split())
 
     def test_curves_are_over_the_bytes_of_the_request(self):
         assert sizes_of(self.arms, "road") == ("val/task/road/session_bytes", "val/session_bytes")
