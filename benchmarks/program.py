@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import subprocess
 import sys
 from collections.abc import Callable
 from typing import TypeVar
@@ -38,6 +39,17 @@ def listed(kind: Callable[[str], T]) -> Callable[[str], tuple[T, ...]]:
             ) from None
 
     return values
+
+
+def commit(results: object) -> str:
+    """Returns the commit whose code measures, marked if files differ from it; `results` may."""
+
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", *words], capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", f":!{results}")
+    return git("rev-parse", "--short=12", "HEAD") + "-dirty" * bool(changed)
 
 
 def one_message(main: Callable[[], T]) -> Callable[[], T]:

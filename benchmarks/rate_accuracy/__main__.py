@@ -35,7 +35,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from benchmarks.program import count, listed, one_message, say
+from benchmarks.program import commit, count, listed, one_message, say
 from benchmarks.rate_accuracy.points import (
     COLUMNS,
     FIGURES,
@@ -156,12 +156,9 @@ def point_row(
         named & (images["class_label"] >= 0),
         images["session_bytes"],
     )
-    commit = _git("rev-parse", "--short=12", "HEAD")
-    if _git("status", "--porcelain", "--untracked-files=no", "--", f":!{RESULTS}"):
-        commit += "-dirty"
     key = step.specs[arm.stage].key if arm.stage else None
     own = (arm.kind, arm.seed, arm.rate_weight, arm.quality, arm.scale, arm.exit_confidence)
-    row = dict(zip(COLUMNS, (point, step.name, protocol, *own, commit, key), strict=True))
+    row = dict(zip(COLUMNS, (point, step.name, protocol, *own, commit(RESULTS), key), strict=True))
     row |= {name: figures.get(metric) for name, metric in FIGURES.items()}
     row["classes"] = len(step.plan.table.classes) if single_class else None
     return row
@@ -292,11 +289,6 @@ def main() -> None:
     if arguments.data:
         result["elsewhere"] = score_elsewhere(done, arguments.data)
     print(json.dumps(result, allow_nan=False))
-
-
-def _git(*words: str) -> str:
-    done = subprocess.run(["git", *words], capture_output=True, text=True, check=True)
-    return done.stdout.strip()
 
 
 def _wanted(step: Step, arm: Arm, arguments: argparse.Namespace, known: set[str]) -> bool:

@@ -5,17 +5,16 @@
         teacher.start=FILE
 
 Each cell is one experiment with several questions about every image, see cells.py, and three seeds.
-It is trained and measured without Ray, `--jobs N` processes at once. A point that
-is measured is a row of results/requests.csv, with the sizes and right answers of its images in
-results/images/; the same command later goes on with those that are missing. `--report-only` trains
-nothing. The last line is one JSON object.
+It is trained and measured without Ray, `--jobs N` processes at once. A point that is measured is a
+row of results/requests.csv, with the sizes and right answers of its images in results/images/. The
+same command later goes on with those that are missing. `--report-only` trains nothing. The last
+line is one JSON object.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -25,7 +24,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.program import count, listed, one_message, say
+from benchmarks.program import commit, count, listed, one_message, say
 from benchmarks.rate_accuracy.points import RESULTS
 from benchmarks.rate_accuracy.protocols import named
 from benchmarks.requests.cells import CELLS, Cell, settings_of
@@ -69,7 +68,7 @@ def run(name: str, cell: Cell, arguments: argparse.Namespace) -> None:
             "rate_weight": arm.rate_weight,
             "level": arm.level,
             "quality": arm.quality,
-            "commit": commit(),
+            "commit": commit(RESULTS),
             "key": plan.by_name[arm.stage].key if arm.stage else None,
         }
         append(row_of(about, found, arm.name))
@@ -93,17 +92,6 @@ def run(name: str, cell: Cell, arguments: argparse.Namespace) -> None:
 def point_of(name: str, plan: Plan, arm: Arm) -> str:
     """Returns the name of an arm's point, which holds the recipe of the measured weights."""
     return named(name, arm, plan.by_name[arm.stage].recipe if arm.stage else "")
-
-
-def commit() -> str:
-    """Returns the commit whose code measures, marked if files differ from it."""
-
-    def git(*words: str) -> str:
-        done = subprocess.run(["git", *words], capture_output=True, text=True, check=True)
-        return done.stdout.strip()
-
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", f":!{RESULTS}")
-    return git("rev-parse", "--short=12", "HEAD") + "-dirty" * bool(changed)
 
 
 def show(name: str, cell: Cell, found: Mapping[str, Any]) -> None:

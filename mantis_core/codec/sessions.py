@@ -61,7 +61,29 @@ class _Server(_Half, Protocol):
     def answer(self, streams: Iterable[Unpacked]) -> list[Answer]: ...
 
 
-class ClientSession:
+class _End:
+    """One end of a session."""
+
+    session: Session
+    _spec: ModelSpec
+    _request: str | Sequence[str] | None
+
+    @property
+    def request(self) -> str | Sequence[str] | None:
+        """The tasks that the server asks for, None where every call names its own."""
+        return self._request
+
+    @request.setter
+    def request(self, tasks: str | Sequence[str] | None) -> None:
+        """Raises ModelError in a session without requests, and for tasks the model has not."""
+        if tasks is not None:
+            _check_request(self.session, tasks)
+            check_asks(self._spec, tasks)
+            asked_tasks(self._spec, tasks, 1)
+        self._request = tasks
+
+
+class ClientSession(_End):
     """The client's end: images of one shape to messages, one each.
 
     `hello` opens the session; send it once, before any message.
@@ -85,7 +107,7 @@ class ClientSession:
         if requests is None and request is not None:
             requests = True
         self.codec, self.session = codec, session_of(codec, input_shape, requests=requests)
-        self.request = request
+        self._spec, self.request = codec.spec, request
         self.hello = write_hello(self.session, codec.stream_spec)
 
     def encode(
@@ -119,21 +141,12 @@ class ClientSession:
             )
         ]
 
-    @property
-    def request(self) -> str | Sequence[str] | None:
-        """The tasks that the server asks for, None where every call names its own."""
-        return self._request
-
-    @request.setter
-    def request(self, tasks: str | Sequence[str] | None) -> None:
-        self._request = _checked_request(self.session, self.codec.spec, tasks)
-
     def _message(self, image: CodedImage, _: tuple[int, int]) -> bytes:
         codec = self.codec
         return write_message(image, self.session, self.hello, codec.tables, codec.stream_spec).data
 
 
-class ServerSession:
+class ServerSession(_End):
     """The server's end: messages to answers."""
 
     def __init__(
@@ -146,16 +159,7 @@ class ServerSession:
         """
         self.codec, self.hello = codec, bytes(hello)
         self.session = read_hello(self.hello, codec.stream_spec)
-        self.request = request
-
-    @property
-    def request(self) -> str | Sequence[str] | None:
-        """The tasks that are asked for, None where every call names its own."""
-        return self._request
-
-    @request.setter
-    def request(self, tasks: str | Sequence[str] | None) -> None:
-        self._request = _checked_request(self.session, self.codec.spec, tasks)
+        self._spec, self.request = codec.spec, request
 
     def decode(
         self, messages: Iterable[bytes], tasks: str | Sequence[str] | Tensor | None = None
@@ -203,17 +207,6 @@ def session_of(
         with_answers=codec.spec.sends_answer and not requests,
         requests=requests,
     )
-
-
-def _checked_request(
-    session: Session, spec: ModelSpec, tasks: str | Sequence[str] | None
-) -> str | Sequence[str] | None:
-    """Tasks that a session asks for; ModelError where it asks for none, or the model has not."""
-    if tasks is not None:
-        _check_request(session, tasks)
-        check_asks(spec, tasks)
-        asked_tasks(spec, tasks, 1)
-    return tasks
 
 
 def _check_request(session: Session, tasks: object) -> None:

