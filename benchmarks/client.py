@@ -47,7 +47,7 @@ from mantis_core.networks.preprocessing import normalise  # noqa: E402
 from mantis_core.tasks import TaskSpec  # noqa: E402
 from pipelines.settings.reading import load_settings  # noqa: E402
 
-LABELS = 40  # of a task; imagenet.yaml has 484 in 12
+LABELS = 40  # of a task; imagenet.yaml has 1,000 in 13
 QUALITY = 75
 BATCH, SIDE = 12, 8  # latents of a step of the fit
 STEPS = 200

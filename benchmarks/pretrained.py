@@ -16,8 +16,9 @@ import pyarrow.parquet as pq
 import torch
 
 from benchmarks.program import count, one_message, say
+from mantis_core.networks.lite import SCALES, build_lite
 from mantis_core.networks.preprocessing import normalise, prepare_image
-from mantis_core.teachers.lite import SCALES, build_lite, package_state
+from mantis_core.teachers.package import package_state
 
 
 @one_message

@@ -102,7 +102,8 @@ def session_of(settings: Settings, stage: str, problem: Problem, device: str) ->
         flat_classes=len(problem.classes),
         image_size=problem.image_size,
     )
-    recipe: Recipe = stage1_recipe(settings.stage1, settings.model, teacher, problem, seed=0)
+    first = settings.stage1.model_copy(update={"start": "random"})
+    recipe: Recipe = stage1_recipe(first, settings.model, teacher, problem, seed=0)
     config = getattr(settings, stage)
     if stage == "stage2":
         assert isinstance(recipe.student, Stage1Student)

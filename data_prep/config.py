@@ -36,9 +36,10 @@ class TaskConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstring
     group: str | None = None
     """Classification: a group of ImageNet-1k classes that ships in
     `data_prep/imagenet_groups.yaml`, such as `dogs`."""
-    classes: tuple[str, ...] | Literal["all"] = ()
+    classes: tuple[str, ...] | Literal["all", "rest"] = ()
     """Classification: class ids, in the order of the labels. `all` takes every class id that the
-    sources hold, sorted; another class folder is then another set of classes."""
+    sources hold, sorted; another class folder is then another set of classes. `rest` takes all
+    classes of ImageNet-1k that no other task has, in ImageNet's order; one task may have it."""
     indices: tuple[int | str, ...] = ()
     """Classification: ImageNet-1k indices from 0 to 999, as numbers (`151`) or ranges that
     include both ends (`"151-268"`)."""
@@ -70,11 +71,11 @@ class TaskConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstring
     @field_validator("classes", mode="before")
     @classmethod
     def _numbers_are_class_ids(cls, value: Any) -> Any:
-        if value == "all":
+        if value in ("all", "rest"):
             return value
         labels = tuple(value) if isinstance(value, list | tuple) else (value, None)
         if not all(isinstance(each, str | bool | int | float) for each in labels):
-            raise ValueError(f"got {value!r}; give a list of class ids, or `all`")
+            raise ValueError(f"got {value!r}; give a list of class ids, `all` or `rest`")
         return tuple(class_id_of(each) for each in labels)
 
     @model_validator(mode="after")

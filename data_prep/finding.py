@@ -74,24 +74,43 @@ def source_for_path(path: str, like: DataConfig, *, labels: str | None = None) -
     return _parquet_like(folder, last, parquet_columns(join(folder, min(found))), like)
 
 
+def undivided_images(path: str) -> str | None:
+    """Returns the folder of images at `path` that no class folders divide; None for other data.
+
+    That is its `val` folder if it has one.
+    """
+    where = absolute(path)
+    if kind_of(where) != fs.FileType.Directory:
+        return None
+    if any(matching_files(where, each) for each in PATTERNS):
+        return None
+    images = _images_of(where)
+    return images if not folders_in(images) and _has_images(images) else None
+
+
+def _images_of(where: str) -> str:
+    """Returns the `val` folder of a folder, the folder itself if it has none."""
+    val = join(where, "val")
+    return val if kind_of(val) == fs.FileType.Directory else where
+
+
 def _has_images(folder: str) -> bool:
     return any(is_image(found.path) for found in files_below(folder, recursive=False))
 
 
 def _folder(where: str, labels: str | None) -> ImageFolder:
     """Returns a source for a folder of images: by class, or with a label file."""
-    has_val = kind_of(join(where, "val")) == fs.FileType.Directory
-    images = join(where, "val") if has_val else where
+    images = _images_of(where)
     if labels is None and not folders_in(images) and _has_images(images):
         raise DataError(
             f"{images} has images and no class folders: give a label file with lines of the form "
-            "'file class' (--labels)"
+            "'file class' (--labels), or let the teacher name them (--teacher)"
         )
     return ImageFolder(
         name="scored",
         path=where,
         train=None,
-        val="val" if has_val else ".",
+        val="." if images == where else "val",
         val_labels=None if labels is None else absolute(labels),
     )
 

@@ -32,16 +32,17 @@ def resolve_tasks(tasks: Sequence[TaskConfig], data: DataConfig) -> TaskTable:
 
     Raises DataError where there is no task, where two have one name, where a group, class id,
     index, source or mask is unknown, where a task names a class twice, where it has fewer than two
-    classes, and where two tasks take the same classes by `all`. Only tasks that take all classes of
-    a source list it.
+    classes, where two tasks take the same classes by `all`, and where `rest` is no set of classes.
+    Only tasks that take all classes of a source list it.
     """
     if not tasks:
         raise DataError("no tasks: name at least one under `tasks`")
     names = [task.name for task in tasks]
     _refuse_repeats(names, "tasks")
     held = HeldClasses(data)
-    members = [_class_ids(task, data, held) for task in tasks]
+    members = [() if task.classes == "rest" else _class_ids(task, data, held) for task in tasks]
     _refuse_equal(tasks, members)
+    _add_the_rest(tasks, members)
     classes = tuple(dict.fromkeys(class_id for ids in members for class_id in ids))
     position = {class_id: index for index, class_id in enumerate(classes)}
     resolved = []
@@ -160,9 +161,44 @@ def _class_ids(task: TaskConfig, data: DataConfig, held: HeldClasses) -> tuple[s
     elif task.classes == "all":
         ids = held.of()
     else:
+        assert task.classes != "rest"
         ids = task.classes
         _check_known(task, task.classes, data, held)
     _refuse_repeats(ids, f"task '{task.name}'")
+    return _without_excluded(task, ids)
+
+
+def _add_the_rest(tasks: Sequence[TaskConfig], members: list[tuple[str, ...]]) -> None:
+    """Gives the task of `classes: rest`, if there is one, ImageNet-1k's classes of no other task.
+
+    `members` are the class ids of each task, in place.
+    """
+    takers = [index for index, task in enumerate(tasks) if task.classes == "rest"]
+    if not takers:
+        return
+    if len(takers) > 1:
+        names = " and ".join(f"'{tasks[index].name}'" for index in takers)
+        raise DataError(f"tasks {names} have `classes: rest`: only one task may take what is left")
+    (place,) = takers
+    rest, known = tasks[place], imagenet_names()
+    for task, ids in zip(tasks, members, strict=True):
+        if strange := [class_id for class_id in ids if class_id not in known]:
+            raise DataError(
+                f"task '{rest.name}': `classes: rest` needs tasks of ImageNet-1k's classes, and "
+                f"task '{task.name}' has {strange[0]!r}, which is no WordNet id of these: list the "
+                f"classes of '{rest.name}', or leave '{task.name}' out"
+            )
+    taken = {class_id for ids in members for class_id in ids}
+    left = tuple(class_id for class_id in known if class_id not in taken)
+    if not left:
+        raise DataError(
+            f"task '{rest.name}': `classes: rest` finds nothing left, because the other tasks have "
+            "all classes of ImageNet-1k: leave this task out"
+        )
+    members[place] = _without_excluded(rest, left)
+
+
+def _without_excluded(task: TaskConfig, ids: tuple[str, ...]) -> tuple[str, ...]:
     for class_id in task.exclude:
         if class_id not in ids:
             hint = did_you_mean(class_id, ids)

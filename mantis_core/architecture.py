@@ -13,7 +13,8 @@ class StemConfig(Section):
     """The client's first layers, which all tasks share."""
 
     channels: tuple[int, int] = (32, 48)
-    """The number of channels after each of the two halvings of the resolution."""
+    """The number of channels after each of the two halvings of the resolution. The client `lite0`
+    has channels of its own."""
 
 
 class DetectorConfig(Section):
@@ -22,7 +23,9 @@ class DetectorConfig(Section):
     channels: int = Field(default=96, ge=1)
     """The number of channels of the detector's own convolutions."""
     blocks: int = Field(default=1, ge=0)
-    """The number of residual blocks after the detector's first convolution."""
+    """The number of residual blocks after the detector's first convolution. In the client
+    `lite0` the number of EfficientNet-Lite0's blocks that the detector takes over behind those of
+    the trunk; its other widths are theirs."""
     deep_channels: int = Field(default=0, ge=0)
     """The number of channels of one more block, at half the resolution. 0 leaves it out, which
     keeps the client small."""
@@ -78,6 +81,11 @@ class DecoderConfig(Section):
 class ModelConfig(Section):
     """Architecture of client, bottleneck and server."""
 
+    client: Literal["residual", "lite0"] = "residual"
+    """Which network the client is. `residual`: a small one of residual blocks, as `stem`,
+    `detector` and `encoder` say. `lite0`: one trunk, made for images of 160 pixels and more:
+    EfficientNet-Lite0 up to its fifth block, of 114 million multiply-adds at 224 pixels, behind
+    which detector and encoder begin. `stage1.start` says where its weights come from."""
     stem: StemConfig = StemConfig()
     detector: DetectorConfig = DetectorConfig()
     conditioning: ConditioningConfig = ConditioningConfig()
@@ -127,6 +135,26 @@ class ModelConfig(Section):
     max_active_tasks: int = Field(default=6, ge=1)
     """The largest number of tasks in a detected mask. Each task that is active costs bits and a
     decoder."""
+
+    @model_validator(mode="after")
+    def _lite_is_one_trunk(self) -> ModelConfig:
+        if self.client != "lite0":
+            return self
+        if self.encoder.start == "detector":
+            raise ValueError(
+                "model.encoder.start=detector joins two networks, and the client lite0 is one "
+                "trunk already: leave model.encoder.start out"
+            )
+        if self.wide_encoder:
+            raise ValueError(
+                "model.wide_encoder widens the client of residual blocks: set "
+                "model.client=residual, or leave out the baseline student_wide"
+            )
+        if self.requests != "asked" and self.detector.blocks < 1:
+            raise ValueError(
+                "model.detector.blocks: the detector of the client lite0 needs at least 1 block"
+            )
+        return self
 
     @model_validator(mode="after")
     def _a_wide_encoder_detects_nothing(self) -> ModelConfig:

@@ -188,6 +188,10 @@ class Stage1Config(CodecTrainingConfig):
     rate_ramp_fraction: float = Field(default=1.0, ge=0, le=1)
     """The share of all steps in which the weight of the rate rises linearly from 0. The default
     is all of them: a short rise cuts the rate before there is anything to send."""
+    start: Literal["random", "package"] = "random"
+    """The weights that the client's network begins with. `package`: those that its installed
+    package holds, trained on ImageNet, of the client `lite0`; they are trained at
+    `optim.fine_tune_lr`. `random`: none."""
     losses: LossTerms = Field(
         min_length=1,
         default_factory=lambda: {
@@ -244,8 +248,8 @@ class Stage2Config(CodecTrainingConfig):
     requests: tuple[Request, ...] = ()
     """What servers will ask for, for a model that is asked (`model.requests`): each image of a step
     is coded for one of these requests, drawn by their weights among those that its labels answer.
-    Left out, each task alone and all together are equally frequent. A model that detects tasks too
-    learns from them in place of random subsets."""
+    Left out, each task alone is equally frequent, and all together as frequent as these. A model
+    that detects tasks too learns from them in place of random subsets."""
     answer_dropout: float = Field(default=0.2, ge=0, le=1)
     """The share of images whose answer by the client the server does not hear in training, with
     `model.send_answer`. The latent then stays worth something by itself, as for requests."""

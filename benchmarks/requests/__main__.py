@@ -3,6 +3,7 @@
     python -m benchmarks.requests scenes-4 storage.root=FOLDER
     python -m benchmarks.requests mosaic attributes camvid storage.root=FOLDER data.root=FOLDER \
         teacher.start=FILE
+    python -m benchmarks.requests nettewoof storage.root=FOLDER data.root=FOLDER
 
 Each cell is one experiment with several questions about every image, see cells.py, and three seeds.
 It is trained and measured without Ray, `--jobs N` processes at once. A point that is measured is a

@@ -55,6 +55,7 @@ CELLS = {
     "mosaic": Cell("configs/mosaic.yaml", 4),
     "attributes": Cell("configs/attributes.yaml", 5, baselines=WITHOUT_BOUND, independent=False),
     "camvid": Cell("configs/camvid.yaml", 9, baselines=WITHOUT_BOUND, independent=False),
+    "nettewoof": Cell("configs/nettewoof.yaml", 3, baselines=WITHOUT_BOUND, independent=False),
 }
 
 

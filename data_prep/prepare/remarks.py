@@ -145,7 +145,7 @@ def _absences(held: Mapping[str, Held], table: TaskTable, seen: Collection[str])
             absent = [class_id for class_id in absent if class_id not in without_train]
         if absent:
             unknown = [class_id for class_id in absent if class_id not in seen]
-            hint = did_you_mean(unknown[0], seen) if unknown else ""
+            hint = did_you_mean(unknown[0], seen) if 0 < len(unknown) <= SHOWN else ""
             yield (
                 f"no {KINDS[split]} image of {len(absent)} of {len(wanted)} classes "
                 f"({_some(absent)}): {EFFECTS[split]}{hint}"

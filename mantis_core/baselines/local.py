@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -29,10 +29,11 @@ from mantis_core.config import LossTerm
 from mantis_core.errors import ModelError
 from mantis_core.folders import save_folder
 from mantis_core.networks.blocks import ResidualBlock, SegmentationHead, TaskModules, pool
-from mantis_core.networks.client import SharedStem
+from mantis_core.networks.client import stem_of
 from mantis_core.networks.cost import macs_of, multiply_adds, widest
 from mantis_core.networks.preprocessing import normalise
 from mantis_core.tasks import Batch, Problem, class_members
+from mantis_core.teachers.package import start_from_package
 from mantis_core.teachers.teacher import Teacher
 from mantis_core.training.hits import label_hits
 from mantis_core.training.recipe import Measured, Recipe
@@ -49,15 +50,17 @@ class LocalClassifier(nn.Module):
 
     x ─ stem ─ residual s2 (width) ─ residual ─┬─ residual s2 (2 width) ─ residual ─┬─ pool ─ linear
                                                └───────── segmentation head ────────┘
+
+    The stem is the client's.
     """
 
     def __init__(
-        self, stem: tuple[int, int], width: int, problem: Problem, *, asked: bool = False
+        self, model: ModelConfig, width: int, problem: Problem, *, asked: bool = False
     ) -> None:
         """`asked`: the server asks for a task, instead of the class of an image."""
         super().__init__()
         self.asked = asked
-        self.stem = SharedStem(stem)
+        self.stem = stem_of(model)
         self.body = nn.Sequential(
             ResidualBlock(self.stem.channels, width, stride=2),
             ResidualBlock(width, width),
@@ -107,10 +110,15 @@ class LocalRecipe(Recipe):
     """Trains a local classifier on labels and the teacher's distribution."""
 
     def __init__(
-        self, student: LocalClassifier, teacher: Teacher, image_size: tuple[int, int]
+        self,
+        student: LocalClassifier,
+        teacher: Teacher,
+        image_size: tuple[int, int],
+        *,
+        loaded: Collection[str] = (),
     ) -> None:
         super().__init__(teacher.tasks, LOSSES)
-        self.student = student
+        self.student, self.loaded = student, frozenset(loaded)
         self.image_size = image_size
         self.set_teacher(teacher, split=teacher.split, last=teacher.backbone.names[-1])
 
@@ -129,9 +137,17 @@ class LocalRecipe(Recipe):
         save_folder(folder, student.state_dict(), {"kind": kind}, {**meta, "client": cost})
 
 
-def local_recipe(model: ModelConfig, teacher: Teacher, problem: Problem, *, seed: int) -> Recipe:
+def local_recipe(
+    model: ModelConfig,
+    teacher: Teacher,
+    problem: Problem,
+    *,
+    seed: int,
+    start: Literal["random", "package"] = "random",
+) -> Recipe:
     """The recipe of a classifier of the multiply-adds of the client of `model`.
 
+    Its stem begins with the weights that the client's begins with: `start` is `stage1.start`.
     Raises ModelError for images of several questions where nobody says which is to be answered.
     """
     if problem.single_class and not all(task.is_classification for task in problem.tasks):
@@ -146,7 +162,8 @@ def local_recipe(model: ModelConfig, teacher: Teacher, problem: Problem, *, seed
             "the baseline `local` names the class of an image, and the images of this data have "
             "several labels: set model.requests=asked, or leave out `local`"
         )
-    return LocalRecipe(classifier, teacher, problem.image_size)
+    loaded = start_from_package({"stem": classifier.stem}) if start == "package" else ()
+    return LocalRecipe(classifier, teacher, problem.image_size, loaded=loaded)
 
 
 def local_classifier(model: ModelConfig, problem: Problem) -> LocalClassifier:
@@ -158,10 +175,10 @@ def local_classifier(model: ModelConfig, problem: Problem) -> LocalClassifier:
 
     def cost(width: int) -> int:
         with torch.device("meta"):
-            return _macs(LocalClassifier(model.stem.channels, width, problem), size)
+            return _macs(LocalClassifier(model, width, problem), size)
 
     width, asked = widest(cost, budget), model.requests == "asked"
-    return LocalClassifier(model.stem.channels, width, problem, asked=asked)
+    return LocalClassifier(model, width, problem, asked=asked)
 
 
 class Sizes(NamedTuple):

@@ -32,8 +32,9 @@ from mantis_core.codec.requests import (
 )
 from mantis_core.codec.spec import ModelSpec
 from mantis_core.errors import BudgetError
-from mantis_core.networks.client import Client, View
+from mantis_core.networks.client import Client
 from mantis_core.networks.conditioning import shares_of
+from mantis_core.networks.detector import View
 from mantis_core.networks.inference import one_thread, still
 from mantis_core.networks.preprocessing import normalise
 

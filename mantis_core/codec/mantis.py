@@ -22,8 +22,9 @@ from mantis_core.codec.server_codec import ServerCodec, decided, new_joint, new_
 from mantis_core.codec.spec import Ids, ModelSpec
 from mantis_core.codec.tables import table_set, update_tables
 from mantis_core.networks.bottleneck import Bottleneck
-from mantis_core.networks.client import Client, View
+from mantis_core.networks.client import Client
 from mantis_core.networks.conditioning import shares_of
+from mantis_core.networks.detector import View
 from mantis_core.networks.inference import still
 from mantis_core.networks.preprocessing import prepare_image, prepare_images
 from mantis_core.pixels import MAX_PIXELS

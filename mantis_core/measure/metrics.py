@@ -17,6 +17,11 @@ from torchmetrics.functional.classification import binary_average_precision
 from mantis_core.tasks import IGNORE, TaskSpec
 
 Array = NDArray[Any]
+NO_LABEL = (
+    *("agreement", "answered", "active_tasks", "client_macs", "client_bytes"),
+    *("wire_bytes", "payload_bytes", "session_bytes", "estimated_bytes", "bpp", "payload_bpp"),
+)
+"""The last part of the names of figures that read no label."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,8 @@ class ImageRecords:
     `client_bytes` are the multiply-adds of its networks for an image, and the size of its folder.
     request_wire_bytes and request_session_bytes (N, K) are what the request for each task takes,
     None for arms that are not asked for one task after the other.
+    teacher_class (N,) and teacher_predicted (N, K) are the answers of the uncompressed teacher to
+    the same images, -1 for none; None where it was not measured, and for the teacher itself.
     `confusion` holds (n, n + 1) pixel counts by segmentation task, rows the truth, the last column
     pixels of images whose mask was not decoded.
     """
@@ -56,6 +63,8 @@ class ImageRecords:
     request_session_bytes: Array | None = None
     client_macs: int | None = None
     client_bytes: int | None = None
+    teacher_class: Array | None = None
+    teacher_predicted: Array | None = None
     confusion: dict[str, Array] = field(default_factory=dict)
 
 
@@ -72,7 +81,8 @@ def figures(
     the tasks that have children and over those that have a parent; `val/answered` is the share of
     images, or of requests, that the client has answered itself, `val/answered_top1` how many of
     those images it has right;
-    `val/client_top1` is the top1 that the client has alone.
+    `val/client_top1` is the top1 that the client has alone. `val/agreement`: see
+    `agreement_figures`.
     """
     out: dict[str, float] = {}
     known = records.class_label >= 0
@@ -142,8 +152,44 @@ def figures(
     for name in ("client_macs", "client_bytes"):
         if (cost := getattr(records, name)) is not None:
             out[f"val/{name}"] = float(cost)
+    out |= agreement_figures(records, tasks, single_class=single_class)
     out |= _sizes(records, pixels)
     return out
+
+
+def agreement_figures(
+    records: ImageRecords, tasks: Sequence[TaskSpec], *, single_class: bool
+) -> dict[str, float]:
+    """How often an arm says what the uncompressed teacher says, {} where that is not known.
+
+    `val/agreement` is, with one class an image, the share of images for which both name the same
+    class; else the share of (image, classification task) pairs that were asked for, in which the
+    task was decoded and both give the same label. `val/task/<name>/agreement` is that share of the
+    pairs of one task. No label is read: images of unknown class count as well.
+    """
+    out: dict[str, float] = {}
+    overall = None
+    if records.teacher_predicted is not None:
+        named = np.array([task.is_classification for task in tasks])
+        pairs = records.task_mask & named & (records.teacher_predicted >= 0)
+        same = pairs & records.decoded & (records.predicted == records.teacher_predicted)
+        overall = _share(same.sum(), pairs.sum())
+        for k, task in enumerate(tasks):
+            value = _share(same[:, k].sum(), pairs[:, k].sum())
+            if value is not None:
+                out[f"val/task/{task.name}/agreement"] = value
+    if single_class and records.teacher_class is not None and (records.class_index >= 0).any():
+        answered = records.teacher_class >= 0
+        agrees = answered & (records.class_index == records.teacher_class)
+        overall = _share(agrees.sum(), answered.sum())
+    if overall is not None:
+        out["val/agreement"] = overall
+    return out
+
+
+def figures_without_labels(found: dict[str, float]) -> dict[str, float]:
+    """The figures of an arm that read no label: agreement, sizes, what the client costs."""
+    return {name: value for name, value in found.items() if name.rpartition("/")[2] in NO_LABEL}
 
 
 def chance(records: ImageRecords, tasks: Sequence[TaskSpec], *, single_class: bool) -> float | None:

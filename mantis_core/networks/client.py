@@ -1,16 +1,17 @@
-"""The client half: stem, task detector, conditioning and encoder. Knows no decoder, no labels.
+"""The client half: stem, detector, conditioning and encoder. Knows no decoder, no labels.
 
-Shapes: B batch, K tasks, C latent channels, H W input pixels, h w latent size.
+Shapes: B batch, K tasks, C latent channels, H W input pixels, h w latent size, S the stem's stride.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
+from operator import mul
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import interpolate
 
 from mantis_core.architecture import ModelConfig
 from mantis_core.errors import ModelError
@@ -28,23 +29,14 @@ from mantis_core.networks.conditioning import (
     Modulation,
     one_after_another,
 )
-
-
-class View(NamedTuple):
-    """What the client sees of images: stem features, the detector's map, task and class logits.
-
-    (B, C, H/4, W/4), (B, D, H/8, W/8), (B, K), and (B, classes + 1), the last one
-    for "none of them": None for a detector that names tasks alone.
-    """
-
-    stem: Tensor
-    detected: Tensor
-    logits: Tensor
-    class_logits: Tensor | None = None
+from mantis_core.networks.detector import NoDetector, TaskDetector, View, detector_of
+from mantis_core.networks.lite import LiteStem
 
 
 class SharedStem(nn.Sequential):
     """Task-agnostic first layers, (B, 3, H, W) to (B, channels, H/4, W/4)."""
+
+    stride = 4
 
     def __init__(self, channels: tuple[int, int]) -> None:
         first, second = channels
@@ -57,118 +49,12 @@ class SharedStem(nn.Sequential):
         self.channels = second
 
 
-class TaskDetector(nn.Module):
-    """Which tasks an image is about, from stem features.
-
-    stem ─ conv3x3 s2 ─ residual blocks ─┬────────────────────────┬─ map ─┬─ mean over space ─┐
-                                         └─ residual s2 ─ enlarge ┘       └─ max over space ──┴─ MLP
-
-    It has convolutions of its own: pooling a two-layer stem alone caps detection. With `members`
-    (K, n), the classes of each task, the MLP names classes: a class says more about what to look
-    for than a task does. The probability of a task is then the sum over its classes.
-    """
-
-    members: Tensor | None
-    sides: Tensor | None
-
-    def __init__(
-        self,
-        inputs: int,
-        num_tasks: int,
-        *,
-        channels: int,
-        blocks: int,
-        hidden: int,
-        deep_channels: int = 0,
-        members: Tensor | None = None,
-    ) -> None:
-        super().__init__()
-        self.channels = channels + deep_channels
-        self.register_buffer("members", members, persistent=False)
-        sides = None if members is None else sides_of(members)
-        self.register_buffer("sides", sides, persistent=False)
-        outputs = num_tasks
-        if members is not None:
-            classless = int((~members.any(dim=1)).sum())
-            outputs = members.shape[1] + 1 + classless
-        self.body = nn.Sequential(
-            nn.Conv2d(inputs, channels, 3, 2, 1),
-            group_norm(channels),
-            nn.ReLU(),
-            *(ResidualBlock(channels, channels) for _ in range(blocks)),
-        )
-        self.deep: nn.Module | None = None
-        if deep_channels:
-            self.deep = ResidualBlock(channels, deep_channels, stride=2)
-        self.mlp = nn.Sequential(
-            nn.Linear(2 * self.channels, hidden), nn.ReLU(), nn.Linear(hidden, outputs)
-        )
-
-    def forward(self, stem: Tensor) -> View:
-        """(B, inputs, H/4, W/4) to a view; the sigmoid of a task's logit is p.
-
-        Logits are float32, under autocast too: they are compared with each other and a threshold.
-        """
-        detected = self.body(stem)
-        if self.deep is not None:
-            deep = interpolate(self.deep(detected), size=detected.shape[2:])
-            detected = torch.cat([detected, deep], dim=1)
-        with without_autocast(stem):
-            logits = self.mlp(pool(detected.float()))
-        if self.sides is None:
-            return View(stem, detected, logits)
-        count = self.sides.shape[2]
-        class_logits, own = logits[:, :count], logits[:, count:]
-        return View(stem, detected, task_logits(class_logits, own, self.sides), class_logits)
-
-
-class NoDetector(nn.Module):
-    """In place of a detector, for a client that detects nothing. Computes nothing."""
-
-    members = sides = None
-    channels = 0
-
-    def __init__(self, num_tasks: int) -> None:
-        super().__init__()
-        self.num_tasks = num_tasks
-
-    def forward(self, stem: Tensor) -> View:
-        """A view in which all tasks are equally probable."""
-        return View(stem, stem, stem.new_zeros(len(stem), self.num_tasks, dtype=torch.float32))
-
-
-def sides_of(members: Tensor) -> Tensor:
-    """What `task_logits` leaves out, (2, K, n + 1): places outside a task's classes, inside them.
-
-    `members` (K, n). A task without classes has "none of them", so that its sums, which nobody
-    reads, are finite.
-    """
-    inside = torch.cat([members, ~members.any(dim=1, keepdim=True)], dim=1)
-    return torch.stack([~inside, inside])
-
-
-def task_logits(class_logits: Tensor, own: Tensor, sides: Tensor) -> Tensor:
-    """log p - log(1 - p) of each task (B, K), p being the softmax summed over the task's classes.
-
-    `class_logits` (B, n + 1), `sides` (2, K, n + 1); tasks without classes have logits of their
-    `own`, (B, those tasks).
-    """
-    scores = class_logits[:, None, None].masked_fill(sides, -torch.inf)
-    mine, others = scores.logsumexp(dim=3).unbind(1)
-    if not own.shape[1]:
-        return mine - others
-    classless = sides[1, :, -1]
-    place = (classless.cumsum(0) - 1).clamp_min(0)  # among the logits of their own
-    return torch.where(classless, own.index_select(1, place), mine - others)
-
-
 class FiLMedEncoder(nn.Module):
     """Features to the latent, modulated after every block and at the latent itself.
 
     features ─ residual ─ FiLM ─ [residual ─ FiLM] x blocks ─ conv1x1 ─ FiLM ─▶ y (B, C, h, w)
 
-    `stride` is that from input to latent, 8 or 16, `before` that from input to the features, 4 or
-    8. The first block halves features of stride 4; at 16 there is one more that halves.
+    `before` is the stride from input to features, `strides` those of the first blocks from there.
     """
 
     def __init__(
@@ -178,19 +64,22 @@ class FiLMedEncoder(nn.Module):
         channels: int,
         blocks: int,
         latent_channels: int,
-        stride: int,
-        before: int = 4,
+        before: int,
+        strides: Sequence[int],
     ) -> None:
         super().__init__()
-        halving = [ResidualBlock(inputs, channels, stride=8 // before)]
-        if stride == 16:
-            halving.append(ResidualBlock(channels, channels, stride=2))
+        widths = (inputs, *[channels] * len(strides))
+        halving = [
+            ResidualBlock(width, channels, stride=stride)
+            for width, stride in zip(widths, strides, strict=False)
+        ]
         self.blocks = nn.ModuleList(
             halving + [ResidualBlock(channels, channels) for _ in range(blocks)]
         )
         self.to_latent = nn.Conv2d(channels, latent_channels, 1)
         self.modulated_channels = (channels,) * len(self.blocks) + (latent_channels,)
-        self.modulated_steps = (1, *(stride // 8,) * len(self.blocks))
+        reached = [step // 8 for step in accumulate(strides, mul, initial=before)][1:]
+        self.modulated_steps = (*reached, *[reached[-1]] * (blocks + 1))
 
     def forward(
         self,
@@ -198,7 +87,7 @@ class FiLMedEncoder(nn.Module):
         modulation: Modulation | None = None,
         keep: list[Tensor] | None = None,
     ) -> Tensor:
-        """(B, inputs, H/before, W/before) to y (B, C, h, w), float32, under autocast too.
+        """(B, inputs, ...) at a stride of `before` to y (B, C, h, w), float32, under autocast too.
 
         No modulation is the task-agnostic encoder. `keep` is given the features that the latent is
         made of, (B, channels, h, w).
@@ -246,6 +135,11 @@ class Coding(NamedTuple):
     exits: tuple[Tensor, ...] | None
 
 
+def stem_of(config: ModelConfig) -> SharedStem | LiteStem:
+    """The stem of a client, with random weights."""
+    return LiteStem() if config.client == "lite0" else SharedStem(config.stem.channels)
+
+
 def latent_size(image_size: tuple[int, int], stride: int) -> tuple[int, int]:
     """(h, w) of the latent of an input of (H, W) pixels."""
     height, width = image_size
@@ -277,34 +171,36 @@ class Client(nn.Module):
         without one; () leaves the heads out.
         """
         super().__init__()
-        encoder, detector = config.encoder, config.detector
-        if detector.classes and members is None:
+        encoder = config.encoder
+        if config.detector.classes and members is None:
             raise ModelError(
                 "model.detector.classes needs images of one class each; this data has images of "
                 "several tasks: set it to false"
             )
-        self.stem = SharedStem(config.stem.channels)
+        self.stem: SharedStem | LiteStem = stem_of(config)
         self.detector: TaskDetector | NoDetector = (
             NoDetector(num_tasks)
             if config.wide_encoder or config.requests == "asked"
-            else TaskDetector(
-                self.stem.channels,
+            else detector_of(
+                config.detector,
                 num_tasks,
-                channels=detector.channels,
-                blocks=detector.blocks,
-                hidden=detector.hidden,
-                deep_channels=detector.deep_channels,
-                members=members if detector.classes else None,
+                members,
+                inputs=self.stem.channels,
+                lite=config.client == "lite0",
             )
         )
         self.behind_detector = encoder.start == "detector" and not config.wide_encoder
+        before = 8 if self.behind_detector else self.stem.stride
+        strides = [8 // before, *[2] * (encoder.stride == 16)]
+        if config.client == "lite0":
+            strides = [encoder.stride // before]
         self.encoder = FiLMedEncoder(
             self.detector.channels if self.behind_detector else self.stem.channels,
-            before=8 if self.behind_detector else 4,
             channels=encoder.channels,
             blocks=encoder.blocks,
             latent_channels=encoder.latent_channels,
-            stride=encoder.stride,
+            before=before,
+            strides=strides,
         )
         self.conditioning = CONDITIONING[config.conditioning.kind](
             num_tasks,

@@ -1,16 +1,19 @@
 """What a network costs a device in multiply-adds, and networks that are made to cost as much.
 
-Counted on the meta device by torch's counter: convolutions and matrix products alone.
+Counted on the meta device with torch's formulas: convolutions and matrix products alone.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from mantis_core.architecture import ModelConfig
 from mantis_core.errors import ModelError
@@ -24,10 +27,43 @@ WIDEST = 4096
 
 def multiply_adds(call: Callable[[], object]) -> int:
     """Returns the multiply-adds of what `call` computes, without gradients."""
-    counter = FlopCounterMode(display=False)
+    counter = _Counter()
     with torch.no_grad(), counter:
         call()
-    return counter.get_total_flops() // 2
+    return counter.macs
+
+
+class StepCost(NamedTuple):
+    """What a training step takes: `macs` are its multiply-adds, forward and backward.
+
+    `saved_bytes` is the memory of the tensors that its forward pass keeps for the backward pass,
+    weights apart.
+    """
+
+    macs: int
+    saved_bytes: int
+
+
+def step_cost(network: nn.Module, forward: Callable[[], Tensor]) -> StepCost:
+    """Counts a step of `network` whose loss () `forward` computes, and its gradients.
+
+    A tensor that several operations keep counts once. Adds gradients to the network's parameters.
+    On the meta device it computes nothing.
+    """
+    weights = {_memory(each) for each in (*network.parameters(), *network.buffers())}
+    saved: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if (place := _memory(tensor)) not in weights:
+            saved[place] = tensor.untyped_storage().nbytes()
+        return tensor.detach()  # the memory stays taken, so no other tensor gets its place
+
+    counter = _Counter()
+    with counter:
+        with saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = forward()
+        loss.backward()  # type: ignore[no-untyped-call]
+    return StepCost(counter.macs, sum(saved.values()))
 
 
 class Macs(NamedTuple):
@@ -99,3 +135,39 @@ def with_wide_encoder(
         return macs_of(of(width), num_tasks, image_size, None).client
 
     return of(widest(cost, budget))
+
+
+class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts multiply-adds while it is entered.
+
+    Not torch's FlopCounterMode: that takes seconds for a training step, and counts the gradient of
+    a depthwise convolution's weight as often as the convolution has channels.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.macs = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.convolution_backward.default:
+            self.macs += _of_gradients(*args)
+        elif formula := flop_registry.get(func.overloadpacket):
+            self.macs += formula(*args, **(kwargs or {}), out_val=out) // 2
+        return out
+
+
+def _of_gradients(above: Tensor, x: Tensor, weight: Tensor, *others: Any) -> int:
+    """Multiply-adds of a convolution's backward pass: those of its forward pass for each gradient.
+
+    `above` is the gradient of its output; `others` are those of aten::convolution_backward.
+    """
+    transposed, wanted = others[4], others[7]
+    outer = x if transposed else above
+    forward = outer.numel() * math.prod(weight.shape[1:])
+    return forward * sum(map(bool, wanted[:2]))
+
+
+def _memory(tensor: Tensor) -> int:
+    """What tells the memory of one tensor from that of another, on the meta device too."""
+    return int(tensor.untyped_storage()._cdata)

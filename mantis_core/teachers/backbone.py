@@ -14,8 +14,8 @@ import torchvision
 from torch import Tensor, nn
 
 from mantis_core.errors import ModelError
+from mantis_core.networks.lite import SCALES, build_lite
 from mantis_core.networks.tiny_maps import fast_on_tiny_maps
-from mantis_core.teachers.lite import SCALES, build_lite
 
 _STAGES = "trunk_output"  # of torchvision's RegNets
 

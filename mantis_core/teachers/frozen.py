@@ -15,8 +15,8 @@ from typing import Any
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from mantis_core.networks.lite import SamePad
 from mantis_core.teachers.backbone import Backbone
-from mantis_core.teachers.lite import SamePad
 from mantis_core.teachers.teacher import Teacher, freeze
 
 

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from mantis_core.config import PACKAGE
 from mantis_core.errors import ModelError
 from mantis_core.networks.blocks import SegmentationHead, TaskModules
+from mantis_core.networks.lite import SCALES
 from mantis_core.tasks import TaskSpec
 from mantis_core.teachers.backbone import Backbone, build_network, require_known
-from mantis_core.teachers.lite import SCALES, find_package, package_state
+from mantis_core.teachers.package import find_package, package_state
 from mantis_core.teachers.weights import head_rows, read_order, read_weights
 
 _WITHOUT = {

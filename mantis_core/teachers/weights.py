@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mantis_core.config import SHIPPED, SORTED
 from mantis_core.errors import ModelError
-from mantis_core.teachers.lite import named_as_here
+from mantis_core.teachers.package import named_as_here
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar")
 """What the name of a file of weights may end in. All but the first are read by torch."""

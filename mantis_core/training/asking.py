@@ -16,6 +16,7 @@ from mantis_core.config import Request, Stage2Config
 from mantis_core.errors import ModelError
 from mantis_core.tasks import Batch
 
+_SMALLEST = 1e-9  # no division by 0
 _GOLDEN = 0.6180339887498949  # its multiples modulo 1 fill the unit interval evenly
 
 
@@ -23,13 +24,16 @@ class Conditions(NamedTuple):
     """Of each image what the encoder reads, what the stream would carry, whose losses count.
 
     All three are (B, K), the first float. `forced` (B,) are the images that the detector did not
-    decide about.
+    decide about. `shares` (K,) are how often each task is asked for: the mean loss over the images
+    that are asked for it counts that much, so that a rate weight means the same whatever is asked
+    for. None counts each fully.
     """
 
     condition: Tensor
     mask: Tensor
     loss_mask: Tensor
     forced: Tensor
+    shares: Tensor | None = None
 
 
 class Asking(nn.Module):
@@ -43,6 +47,7 @@ class Asking(nn.Module):
 
     asked: Tensor
     weights: Tensor
+    shares: Tensor
 
     def __init__(self, config: Stage2Config, model: ModelConfig, tasks: Sequence[str]) -> None:
         """`tasks` are their names. Raises ModelError for a request of others."""
@@ -54,7 +59,8 @@ class Asking(nn.Module):
         requests = config.requests
         if self.always and not requests:
             requests = tuple(Request(tasks=(name,)) for name in tasks)
-            requests += (Request(tasks="all"),) if len(tasks) > 1 else ()
+            if len(tasks) > 1:  # half of the images, or it would send what the others send together
+                requests += (Request(tasks="all", weight=len(tasks)),)
         named = [tasks if each.tasks == "all" else each.tasks for each in requests]
         if unknown := sorted({name for names in named for name in names} - set(tasks)):
             raise ModelError(
@@ -65,14 +71,18 @@ class Asking(nn.Module):
         self.register_buffer("asked", asked.view(-1, len(tasks)), persistent=False)
         weights = torch.tensor([each.weight for each in requests])
         self.register_buffer("weights", weights, persistent=False)
+        shares = (weights[:, None] * self.asked).sum(dim=0) / weights.sum().clamp_min(_SMALLEST)
+        self.register_buffer("shares", shares, persistent=False)
 
     def forward(self, detected: Tensor, mask: Tensor, batch: Batch, progress: float) -> Conditions:
         """The detector's p and the mask of it, both (B, K), at `progress` through training."""
         truth = batch.task_mask
         if self.always:
             wanted = self._requested(batch)
-            counted = truth if self.same_for_all else truth & wanted
-            return Conditions(wanted.float(), wanted, counted, wanted.any(dim=1))
+            forced = wanted.any(dim=1)
+            if self.same_for_all:
+                return Conditions(wanted.float(), wanted, truth, forced)
+            return Conditions(wanted.float(), wanted, truth & wanted, forced, self.shares)
         if not self.training:
             return Conditions(detected, mask, truth, mask.new_zeros(len(mask)))
         first, last = self.config.teacher_forcing

@@ -33,33 +33,28 @@ from mantis_core.training.masked import (
     pixel_loss,
     smoothed_losses,
 )
-from mantis_core.training.means import Mean
-
-Io = Mapping[str, Any]
-
-
-class Criterion(nn.Module):
-    """A loss term of what a recipe computed: the sum of means, each over entries of its own."""
-
-    reads_teacher = False  # the teacher's logits, which are not made if no term reads them
-
-    def means(self, student: Io, teacher: Io, batch: Batch) -> list[Mean]:
-        """The means on these rows; as many for every batch, at the same places."""
-        raise NotImplementedError
-
-    def forward(self, student: Io, teacher: Io, batch: Batch) -> Tensor:
-        """Their sum (), the term's value on these rows alone; 0 where nothing is compared."""
-        values = [mean.value.sum() for mean in self.means(student, teacher, batch)]
-        return torch.stack(values).sum() if values else torch.zeros((), device=batch.image.device)
+from mantis_core.training.means import Criterion, Io, Mean, as_factors
 
 
 class TaskCriterion(Criterion):
     """A criterion that compares task by task: it knows where the tasks' labels stand."""
 
+    classes: Tensor
+
     def __init__(self, tasks: tuple[TaskSpec, ...]) -> None:
         super().__init__()
         self.tasks, self.layout = tasks, TaskLayout(tasks)
         self.segmentations = [(k, t) for k, t in enumerate(tasks) if not t.is_classification]
+        classes = torch.zeros(self.layout.is_label.shape, dtype=torch.int64)
+        if flat := [c for task in tasks for c in task.classes]:
+            classes = classes.masked_scatter(self.layout.is_label, torch.tensor(flat))
+        self.register_buffer("classes", classes, persistent=False)
+
+    def targets(self, theirs: Io, batch: Batch, mine: TaskOutputs) -> TaskOutputs:
+        """The teacher's logits by task: its heads', or those of a task's classes; else `mine`."""
+        if "logits" in theirs:
+            return TaskOutputs(self.layout, theirs["logits"][:, self.classes], {})
+        return self.heads(theirs, batch, mine)
 
     def heads(
         self, outputs: Io, batch: Batch, otherwise: Mapping[str, Tensor] | None = None
@@ -79,15 +74,25 @@ class TaskCriterion(Criterion):
         return as_stacked(found, self.layout)
 
     def divergences(
-        self, ours: TaskOutputs, theirs: TaskOutputs, keep: Tensor, temperature: float
+        self,
+        ours: TaskOutputs,
+        theirs: TaskOutputs,
+        keep: Tensor,
+        temperature: float,
+        shares: Tensor | None = None,
     ) -> list[Mean]:
-        """KL of each task that `theirs` has, over its kept images and pixels; `keep` is (B, K)."""
+        """KL of each task that `theirs` has, over its kept images and pixels; `keep` is (B, K).
+
+        `shares` (K,) are as `Conditions` has them.
+        """
+        counts = as_factors(shares, keep)
         means = []
         if ours.log_p is not None and theirs.log_p is not None:
             pair, active = (ours.log_p, theirs.log_p), self.layout.own(keep)
-            means.append(divergences(*pair, self.layout.is_label, active, temperature))
+            mean = divergences(*pair, self.layout.is_label, active, temperature)
+            means.append(mean.times(self.layout.own(counts[None])[0]))
         means += [
-            divergence(ours[task.name], theirs[task.name], keep[:, k], temperature)
+            divergence(ours[task.name], theirs[task.name], keep[:, k], temperature).times(counts[k])
             for k, task in self.segmentations
             if task.name in theirs
         ]
@@ -97,8 +102,8 @@ class TaskCriterion(Criterion):
 class TeacherLogits(TaskCriterion):
     """KL from the teacher's distributions to the student's, flat or summed over tasks' heads.
 
-    Hinton et al. 2014, with temperature squared in front. For heads a task, over its own images;
-    a segmentation's is the mean over all their pixels.
+    Hinton et al. 2014, temperature squared in front. For heads a task, over its own images; a
+    segmentation's is the mean over all their pixels.
     """
 
     reads_teacher = True
@@ -109,10 +114,10 @@ class TeacherLogits(TaskCriterion):
 
     def means(self, student: Io, teacher: Io, batch: Batch) -> list[Mean]:
         ours, theirs = student["outputs"], teacher["outputs"]
-        if "logits" in theirs:
+        if "logits" in theirs and "logits" in ours:
             return [divergence(ours["logits"], theirs["logits"], None, self.temperature)]
         mine = self.heads(ours, batch)
-        target = self.heads(theirs, batch, mine)
+        target = self.targets(theirs, batch, mine)
         return self.divergences(mine, target, batch.task_mask, self.temperature)
 
 
@@ -184,16 +189,17 @@ class TaskLosses(TaskCriterion):
     def means(self, student: Io, teacher: Io, batch: Batch) -> list[Mean]:
         ours, layout = student["outputs"], self.layout
         outputs, means = as_stacked(ours["tasks"], layout), []
+        counts = as_factors(ours.get("shares"), ours["loss_mask"])
         if outputs.log_p is not None:
             labels = layout.own(batch.labels)
             answers = torch.stack([labels, layout.not_mine.expand_as(labels)], dim=2)
             kept = [layout.own(ours["loss_mask"]), ~layout.own(batch.task_mask)]
             loss = label_losses(outputs.log_p.float(), answers)  # (B, N, 2)
             mine, others = mean_over(loss, torch.stack(kept, dim=2), dim=0).apart()
-            means += [mine, others.times(self.not_mine)]
+            means += [mine.times(layout.own(counts[None])[0]), others.times(self.not_mine)]
         for k, task in self.segmentations:
             truth, active = batch.segmentation[task.name], ours["loss_mask"][:, k]
-            means.append(pixel_loss(outputs[task.name].float(), truth, active))
+            means.append(pixel_loss(outputs[task.name].float(), truth, active).times(counts[k]))
         return means
 
 
@@ -201,13 +207,14 @@ class ExitAnswers(TaskCriterion):
     """Sum over tasks of the mean cross-entropy of the client's own answers to what is asked."""
 
     def means(self, student: Io, teacher: Io, batch: Batch) -> list[Mean]:
-        exits, asked = student["outputs"].get("exits") or (), student["outputs"]["loss_mask"]
-        means = []
+        ours = student["outputs"]
+        exits, asked = ours.get("exits") or (), ours["loss_mask"]
+        counts, means = as_factors(ours.get("shares"), asked), []
         for k, logits in enumerate(exits):
             if logits.shape[1]:  # a segmentation has no head
                 truth = batch.labels[:, k].clamp_min(0)
                 loss = cross_entropy(logits.float(), truth, reduction="none")
-                means.append(mean_over(loss, asked[:, k]))
+                means.append(mean_over(loss, asked[:, k]).times(counts[k]))
         return means
 
 
@@ -229,32 +236,24 @@ class JointDecision(Criterion):
 class TeacherDecision(TaskCriterion):
     """KL from the teacher's flat distribution to the joint decision, or task by task.
 
-    Without a joint decision a task is compared with the teacher's head of that task, or with the
-    flat logits of its classes, as they compare among themselves. A segmentation's is the mean over
-    all pixels of its images. A task that the teacher does not know costs nothing.
+    A segmentation's is the mean over all pixels of its images. A task that the teacher does not
+    know costs nothing.
     """
 
     reads_teacher = True
-    classes: Tensor
 
     def __init__(self, tasks: tuple[TaskSpec, ...], temperature: float = 1.0) -> None:
         super().__init__(tasks)
         self.temperature = temperature
-        flat = torch.tensor([c for task in tasks for c in task.classes], dtype=torch.int64)
-        classes = torch.zeros(self.layout.is_label.shape, dtype=torch.int64)
-        classes = classes.masked_scatter(self.layout.is_label, flat) if len(flat) else classes
-        self.register_buffer("classes", classes, persistent=False)
 
     def means(self, student: Io, teacher: Io, batch: Batch) -> list[Mean]:
         ours, theirs = student["outputs"], teacher["outputs"]
         if "logits" in theirs and "joint" in ours:
             return [divergence(ours["joint"], theirs["logits"], None, self.temperature)]
         mine = as_stacked(ours["tasks"], self.layout)
-        if "logits" in theirs:
-            target = TaskOutputs(self.layout, theirs["logits"][:, self.classes], {})
-        else:
-            target = self.heads(theirs, batch, mine)
-        return self.divergences(mine, target, ours["loss_mask"], self.temperature)
+        target = self.targets(theirs, batch, mine)
+        keep, shares = ours["loss_mask"], ours.get("shares")
+        return self.divergences(mine, target, keep, self.temperature, shares)
 
 
 class FlatLabels(TaskCriterion):

@@ -10,11 +10,15 @@ import json
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from mantis_core.tasks import Batch
+
+Io = Mapping[str, Any]
 Name = tuple[str, ...]
 
 
@@ -41,6 +45,26 @@ class Mean:
         assert isinstance(self.count, Tensor)
         pairs = zip(self.value.unbind(-1), self.count.unbind(-1), strict=True)
         return [Mean(value, count) for value, count in pairs]
+
+
+def as_factors(shares: Tensor | None, like: Tensor) -> Tensor:
+    """What the means of K tasks are multiplied by, (K,): `shares`, or 1 each; `like` is (B, K)."""
+    return like.new_ones(like.shape[1], dtype=torch.float32) if shares is None else shares
+
+
+class Criterion(nn.Module):
+    """A loss term of what a recipe computed: the sum of means, each over entries of its own."""
+
+    reads_teacher = False  # the teacher's logits, which are not made if no term reads them
+
+    def means(self, student: Io, teacher: Io, batch: Batch) -> list[Mean]:
+        """The means on these rows; as many for every batch, at the same places."""
+        raise NotImplementedError
+
+    def forward(self, student: Io, teacher: Io, batch: Batch) -> Tensor:
+        """Their sum (), the term's value on these rows alone; 0 where nothing is compared."""
+        values = [mean.value.sum() for mean in self.means(student, teacher, batch)]
+        return torch.stack(values).sum() if values else torch.zeros((), device=batch.image.device)
 
 
 @dataclass(frozen=True)

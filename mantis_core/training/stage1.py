@@ -5,7 +5,7 @@ Shapes: B batch, K tasks, C channels of a feature, h w its height and width, H W
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +22,7 @@ from mantis_core.networks.cost import with_wide_encoder
 from mantis_core.networks.preprocessing import normalise
 from mantis_core.networks.server import FeatureDecoder
 from mantis_core.tasks import Batch, Problem, class_members
+from mantis_core.teachers.package import start_from_package
 from mantis_core.teachers.teacher import Teacher, freeze
 from mantis_core.training.hits import label_hits
 from mantis_core.training.recipe import (
@@ -56,7 +57,11 @@ def stage1_recipe(
         tail=teacher.backbone.tail_after(teacher.split),
         members=members,
     )
-    return Stage1Recipe(student, teacher, config)
+    loaded: set[str] = set()
+    if config.start == "package":
+        parts = {"stem": student.client.stem, "detector.deep": student.client.detector.deep}
+        loaded = {f"client.{name}" for name in start_from_package(parts)}
+    return Stage1Recipe(student, teacher, config, loaded=loaded)
 
 
 class Stage1Output(NamedTuple):
@@ -147,9 +152,17 @@ class Stage1Student(nn.Module):
 class Stage1Recipe(Recipe):
     """Rate + distillation of the teacher's features: L = sum of terms + rate_weight * bits."""
 
-    def __init__(self, student: Stage1Student, teacher: Teacher, config: Stage1Config) -> None:
+    def __init__(
+        self,
+        student: Stage1Student,
+        teacher: Teacher,
+        config: Stage1Config,
+        *,
+        loaded: Collection[str] = (),
+    ) -> None:
         super().__init__(teacher.tasks, config.losses)
         self.student: Stage1Student = student
+        self.loaded = frozenset(loaded)
         self.config = config
         detector, criteria = student.client.detector, {t.criterion for t in config.losses.values()}
         check_detection(config.losses, names_classes=detector.members is not None)

@@ -23,9 +23,9 @@ from mantis_core.codec.requests import coverage_threshold
 from mantis_core.codec.spec import model_spec
 from mantis_core.config import Stage2Config
 from mantis_core.errors import ModelError
-from mantis_core.networks.client import View
 from mantis_core.networks.conditioning import shares_of
 from mantis_core.networks.cost import with_wide_encoder
+from mantis_core.networks.detector import View
 from mantis_core.networks.inference import still
 from mantis_core.networks.preprocessing import normalise
 from mantis_core.networks.server import ClassificationTail
@@ -257,7 +257,7 @@ class Stage2Recipe(Recipe):
         with self.watch_student() as student_io:
             view = student.client(images)
             detected = torch.sigmoid(view.logits.float()).detach()
-            condition, mask, loss_mask, forced = self.asking(
+            condition, mask, loss_mask, forced, shares = self.asking(
                 detected, student.select_mask(detected), batch, progress
             )
             heard = None
@@ -270,7 +270,7 @@ class Stage2Recipe(Recipe):
                 images, condition, mask, view=view, heard=heard, level=level
             )
         computed = {name: value for name, value in output._asdict().items() if value is not None}
-        student_io["outputs"] = {**computed, "loss_mask": loss_mask}
+        student_io["outputs"] = {**computed, "loss_mask": loss_mask, "shares": shares}
         if level is None:
             rate = rate_weight(self.config, progress, training=self.training) * output.bits.mean()
         else:

@@ -1,4 +1,4 @@
-"""Builds the networks of trainings without values, and computes a loss of each: their shapes.
+"""Builds the networks of trainings without values, and computes a loss of each: shapes and costs.
 
 Torch's device `meta` has shapes and no memory. A name, a split, a loss term or a size that does not
 fit fails here within seconds, before anything is downloaded or trained. Legend of shapes: B batch,
@@ -22,50 +22,77 @@ from data_prep.manifest import TaskTable
 from mantis_core.config import SHIPPED, TeacherConfig, TrainingConfig
 from mantis_core.errors import ModelError
 from mantis_core.networks.bottleneck import Bottleneck, BottleneckOutput
-from mantis_core.tasks import Batch, Problem
+from mantis_core.networks.cost import macs_of, step_cost
+from mantis_core.tasks import Batch, Problem, class_members
 from mantis_core.teachers.backbone import Backbone
 from mantis_core.teachers.teacher import Teacher, check_shipped, freeze
 from mantis_core.training.recipe import Recipe
 from mantis_core.training.stage1 import Stage1Student
 from mantis_core.training.teacher import new_teacher, ready_teacher
+from pipelines.chain.effort import Cost, held_bytes
 from pipelines.settings.sections import Settings
 from pipelines.stages.order import STAGES
 from pipelines.stages.spec import StageSpec
 from pipelines.training.problem import problem_of_table
 
 _Built = dict[str, Any]
-IMAGES = 2  # batch norm needs two
+IMAGES = 64  # so many that what a step keeps of weights, whatever its batch, hardly counts
 IMAGENET_CLASSES = 1000
 SHAPELESS = {*TrainingConfig.model_fields, "rate_weight", "rate_ramp_fraction", "teacher_forcing"}
 """Fields of a stage's section that no shape depends on."""
 
 
-def check_networks(trainings: Sequence[StageSpec], table: TaskTable, *, single_class: bool) -> None:
-    """Raises ModelError if the networks of a training cannot be built or do not fit each other.
+def check_networks(
+    trainings: Sequence[StageSpec], table: TaskTable, *, single_class: bool
+) -> dict[str, Cost]:
+    """Returns what a step of each training costs, by the name of the stage.
 
-    Trainings with the same networks are built once. `single_class` says whether every image has
-    exactly one class. Reads the files in `teacher.weights` and `teacher.start`. Downloads nothing.
+    Leaves out those whose steps cannot be computed without values. Raises ModelError if the
+    networks of a training cannot be built or do not fit each other. Trainings with the same
+    networks are built once. `single_class` says whether every image has exactly one class. Reads
+    the files in `teacher.weights` and `teacher.start`, and the package of `stage1.start`. Downloads
+    nothing.
     """
-    seen: set[str] = set()
+    seen: dict[str, Cost | None] = {}
     built: _Built = {}
     for spec in trainings:
         shaping = _shaping(spec)
         if shaping not in seen:
-            seen.add(shaping)
             problem = problem_of_table(table, spec.settings.data, single_class)
-            _compute_a_loss(spec, problem, built)
+            seen[shaping] = _step_cost(spec, problem, built)
+    found = {spec.name: seen[_shaping(spec)] for spec in trainings}
+    return {name: cost for name, cost in found.items() if cost is not None}
 
 
-def _compute_a_loss(spec: StageSpec, problem: Problem, built: _Built) -> None:
-    """Builds the recipe of a training and runs one batch through its loss. Raises ModelError."""
+def client_macs(settings: Settings, table: TaskTable, *, single_class: bool) -> tuple[int, int]:
+    """Returns the multiply-adds of the main arm's client for one image.
+
+    The second are those that only detection needs.
+    """
+    problem = problem_of_table(table, settings.data, single_class)
+    labels = [t.num_classes * t.is_classification for t in problem.tasks]
+    return macs_of(
+        settings.model,
+        len(problem.tasks),
+        problem.image_size,
+        class_members(problem.tasks, len(problem.classes)) if single_class else None,
+        labels if settings.model.exit_heads else (),
+    )
+
+
+def _step_cost(spec: StageSpec, problem: Problem, built: _Built) -> Cost | None:
+    """Builds the recipe of a training and runs one batch through it. Raises ModelError."""
     require_row_of_blocks(spec.settings.teacher.name)
     with _without_values():
         try:
-            recipe = _recipe(spec.kind, spec.settings, problem, built)
-            recipe.train()(_batch(problem), 0.0)
+            recipe = _recipe(spec.kind, spec.settings, problem, built).to("meta").train()
+            step = step_cost(recipe, lambda: recipe(_batch(problem), 0.0).loss)
+            held = held_bytes(recipe, spec.training)
+            recipe.zero_grad(set_to_none=True)
+            return Cost(step.macs // IMAGES, step.saved_bytes // IMAGES, held)
         except RuntimeError as error:  # also NotImplementedError
             if _needs_values(error):
-                return  # it counts rows: its shapes are those of the other stages
+                return None  # it counts rows: its shapes are those of the other stages
             height, width = problem.image_size
             raise ModelError(
                 f"{spec.name}: its networks do not fit each other at data.image_size {height} x "

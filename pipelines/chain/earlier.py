@@ -25,9 +25,15 @@ ADDED: dict[str, dict[str, Any]] = {
         "stored_format": "webp",
         "val_fraction": None,
     },
-    "model": {"wide_encoder": False, "send_answer": False, "requests": "both", "exit_heads": False},
+    "model": {
+        "wide_encoder": False,
+        "send_answer": False,
+        "requests": "both",
+        "exit_heads": False,
+        "client": "residual",
+    },
     "model.encoder": {"start": "stem"},
-    "stage1": {"quantizer": None},
+    "stage1": {"quantizer": None, "start": "random"},
     "stage2": {
         "quantizer": None,
         "freeze_stem": True,

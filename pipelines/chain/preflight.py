@@ -9,13 +9,14 @@ from __future__ import annotations
 import logging
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from data_prep.errors import DataError
 from data_prep.sources.remembering import forget
+from pipelines.chain.effort import Cost
 from pipelines.chain.plan import Plan
 from pipelines.chain.processes import pool_of
 from pipelines.cluster.preflight import slow_precision
@@ -28,8 +29,7 @@ from pipelines.storage import Store
 if TYPE_CHECKING:
     from data_prep.manifest import Manifest, TaskTable
     from mantis_core.errors import ModelError
-
-    Fits = dict[bool, ModelError | None]
+    from pipelines.settings.sections import Settings
 
 logger = logging.getLogger(__name__)
 FEWEST_STEPS = 100
@@ -43,18 +43,33 @@ FINE_TUNED = ("individual", "codec_teacher")
 FEWEST_HELD_BACK = 8
 
 
+class Fit(NamedTuple):
+    """Why networks do not fit, None if they do; else what they cost.
+
+    `macs` are the client's multiply-adds for one image, and those of them that only detection
+    needs. `costs` are those of a step of each training, by the name of the stage.
+    """
+
+    error: ModelError | None = None
+    macs: tuple[int, int] | None = None
+    costs: Mapping[str, Cost] = {}
+
+
 @dataclass
 class Preflight:
     """The checks of one command, over the stages that it is to run.
 
     `networks` remembers which networks fit: for data of one class an image (True), and for other
     data (False). The data says which it is once it is prepared. `saw_rows` is whether there were
-    rows to check. With `dry`, where nothing follows, the notes say what the sources hold.
+    rows to check. With `dry`, where nothing follows, the notes say what the sources hold. `macs`
+    and `costs` are what client and trainings cost, as `Fit` has it, once networks were built.
     """
 
     plan: Plan
     specs: Sequence[StageSpec]
-    networks: Fits = field(default_factory=dict)
+    networks: dict[bool, Fit] = field(default_factory=dict)
+    macs: tuple[int, int] | None = None
+    costs: Mapping[str, Cost] = field(default_factory=dict)
     saw_rows: bool = False
     dry: bool = False
 
@@ -111,10 +126,13 @@ class Preflight:
         if not table.classes:
             possible = [False]
         if missing := [one for one in possible if one not in self.networks]:
-            self.networks |= tried_networks(trainings, table, missing)
-        errors = [self.networks[one] for one in possible]
-        if errors[0] is not None and None not in errors:
-            raise errors[0]
+            self.networks |= tried_networks(self.plan.settings, trainings, table, missing)
+        found = [self.networks[one] for one in possible]
+        if all(each.error for each in found):
+            assert found[0].error is not None
+            raise found[0].error
+        fits = next(each for each in found if not each.error)
+        self.macs, self.costs = fits.macs, fits.costs
 
 
 def check_rows(specs: Sequence[StageSpec], manifest: Manifest) -> None:
@@ -210,30 +228,34 @@ def few_held_back(manifest: Manifest) -> list[str]:
 
 
 def tried_networks(
-    trainings: Sequence[StageSpec], table: TaskTable, possible: Sequence[bool]
-) -> Fits:
+    settings: Settings, trainings: Sequence[StageSpec], table: TaskTable, possible: Sequence[bool]
+) -> dict[bool, Fit]:
     """Builds the networks in a process of its own, so that the driver loads no torch.
 
-    Returns for each of the possible values of `single_class` the error, None if all fits.
+    Returns what it found for each of the possible values of `single_class`.
     """
     try:
         with pool_of(1) as pool:
-            return pool.submit(_tried, list(trainings), table, list(possible)).result()
+            job = pool.submit(_tried, settings, list(trainings), table, list(possible))
+            return job.result()
     except BrokenProcessPool:
         logger.warning("the process that builds the networks died: they are not checked")
-        return dict.fromkeys(possible)
+        return dict.fromkeys(possible, Fit())
 
 
-def _tried(trainings: list[StageSpec], table: TaskTable, possible: list[bool]) -> Fits:
+def _tried(
+    settings: Settings, trainings: list[StageSpec], table: TaskTable, possible: list[bool]
+) -> dict[bool, Fit]:
     warnings.simplefilter("ignore")  # those of libraries, at their import
     from mantis_core.errors import ModelError
-    from pipelines.chain.dry_build import check_networks
+    from pipelines.chain.dry_build import check_networks, client_macs
 
-    found: Fits = {}
+    found = {}
     for single_class in possible:
         try:
-            check_networks(trainings, table, single_class=single_class)
-            found[single_class] = None
+            costs = check_networks(trainings, table, single_class=single_class)
+            macs = client_macs(settings, table, single_class=single_class)
+            found[single_class] = Fit(None, macs, costs)
         except ModelError as error:
-            found[single_class] = error
+            found[single_class] = Fit(error)
     return found

@@ -214,6 +214,7 @@ def print_plan(
     """
     import yaml
 
+    from pipelines.chain.effort import ASSUMED, effort_of, in_all
     from pipelines.chain.keys import without_defaults
     from pipelines.chain.preflight import Preflight, check_batch_fits, few_steps, listed_rows
     from pipelines.chain.reasons import why_new
@@ -226,7 +227,8 @@ def print_plan(
 
     store, uri = Store(plan.settings.storage.root), plan.settings.tracking.uri
     names = {"done": "skip", "started": "resume", "new": "run"}
-    notes = Preflight(plan, specs, dry=True).check()
+    preflight = Preflight(plan, specs, dry=True)
+    notes = preflight.check()
     actions = {
         spec.name: "adopt" if spec.adopted_for else names[stage_state(store, spec, uri)]
         for spec in specs
@@ -241,6 +243,12 @@ def print_plan(
     if ray and trainings:
         notes += unused_gpu(plan.settings)
     planned = [(spec, schedule(spec, rows)) for spec in specs]
+    efforts = {
+        spec.name: effort
+        for spec, training in planned
+        if training and spec.name in preflight.costs
+        if (effort := effort_of(preflight.costs[spec.name], training))
+    }
     reasons = {
         spec.name: why_new(store, spec) if actions[spec.name] == "run" else "" for spec in specs
     }
@@ -254,18 +262,28 @@ def print_plan(
                 "reason": reasons[spec.name],
                 "epochs": training and training.epochs,
                 "training": training and asdict(training),
+                "effort": asdict(efforts[spec.name]) if spec.name in efforts else None,
             }
             for spec, training in planned
         ]
         config = printable(plan.settings).model_dump(mode="json")
         searched = {} if space is None else {"space": dict(space)}
         found = {"config": config, "mlflow": mlflow, "stages": stages, "notes": notes}
+        if preflight.macs:
+            found["client"] = dict(zip(("macs", "detector_macs"), preflight.macs, strict=True))
         print_json({**found, **searched})
         return
     typer.echo("# The fields that differ from their defaults; --json prints all of them.")
     chosen = without_defaults(printable(plan.settings))
     typer.echo(yaml.safe_dump(chosen, sort_keys=False, allow_unicode=True))
     typer.echo(f"MLflow: {mlflow}")
+    if preflight.macs:
+        whole, detector = (f"{macs / 1e6:.1f}" for macs in preflight.macs)
+        size = " x ".join(map(str, plan.settings.data.size))
+        typer.echo(
+            f"client: {whole} million multiply-adds for an image of {size} pixels, {detector} of "
+            "them for detection alone"
+        )
     width = max(map(len, actions))
     for spec, training in planned:
         epochs = f"  {training.epochs} epochs" if training else ""
@@ -274,6 +292,12 @@ def print_plan(
             typer.echo(f"{'':{width}}  {reasons[spec.name]}")
         if training:
             typer.echo(f"{'':{width}}  {training}")
+        if spec.name in efforts:
+            typer.echo(f"{'':{width}}  {efforts[spec.name]}")
+    if efforts:
+        macs = sum(each.macs for each in efforts.values())
+        typer.echo(f"trainings: {in_all(macs)}")
+        notes.append(ASSUMED)
     for name, domain in (space or {}).items():
         typer.echo(f"searched: {name} in {domain}")
     for text in notes:

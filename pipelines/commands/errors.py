@@ -20,7 +20,10 @@ from pipelines.training.causes import MISTAKE as MISTAKE
 from pipelines.training.causes import is_mistake
 
 if TYPE_CHECKING:
+    from pipelines.coding.answers import Table
+    from pipelines.coding.files import Failure, Found
     from pipelines.settings.sections import Settings
+    from pipelines.terminal.counting import Counter
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +70,47 @@ def print_json(value: Any) -> None:
     Raises ValueError for NaN and infinities, which are not JSON.
     """
     typer.echo(json.dumps(value, allow_nan=False))
+
+
+class Tally:
+    """Counts what a command on many files has done, and tells each failure.
+
+    It decides the exit code: 3 if some files failed, 2 if all did.
+    """
+
+    def __init__(self, found: Found, counter: Counter, table: Table | None = None) -> None:
+        self._counter, self._table = counter, table
+        self._asked = len(found.sources) + len(found.failures)
+        self.done = 0
+        self.failures: list[Failure] = []
+        if left_out := found.left_out():
+            counter.warn(left_out)
+        for failure in found.failures:
+            self.fail(failure)
+
+    def fail(self, failure: Failure) -> None:
+        """Tells a failure on stderr, and in the table if there is one."""
+        self.failures.append(failure)
+        self._counter.warn(f"error: {failure.reason}")
+        if self._table is not None:
+            self._table.add_failure(failure)
+
+    def listed(self) -> list[dict[str, str]]:
+        """Returns the failures as JSON values."""
+        return [failure.to_dict() for failure in self.failures]
+
+    def summary(self, what: str) -> str:
+        """Returns how many were done and failed."""
+        from pipelines.coding.files import summary
+
+        return summary({what: self.done, "failed": len(self.failures)})
+
+    def end(self) -> None:
+        """Raises Stopped if some files failed, with 3, or if all did, with 2."""
+        if self.failures:
+            told = f"error: {len(self.failures)} of {self._asked} files failed"
+            code = SOME_FAILED if self.done else MISTAKE
+            raise Stopped(told if self._asked > 1 else "", code)
 
 
 @contextmanager

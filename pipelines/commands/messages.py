@@ -32,6 +32,7 @@ EXTRAS = {
     "decode": "server",
     "predict": "server",
     "check": "plain",
+    "label": "plain",
     "up": "cluster",
     "status": "cluster",
     "down": "cluster",

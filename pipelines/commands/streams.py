@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pipelines.commands.errors import MISTAKE, SOME_FAILED, Stopped, ending_well, print_json
+from pipelines.commands.errors import MISTAKE, Stopped, Tally, ending_well, print_json
 from pipelines.commands.options import (
     AsJson,
     ExitConfidence,
@@ -24,10 +24,8 @@ from pipelines.commands.options import (
 )
 
 if TYPE_CHECKING:
-    from pipelines.coding.answers import Table
-    from pipelines.coding.files import Failure, Found, Source
+    from pipelines.coding.files import Found, Source
     from pipelines.coding.work import Decoded
-    from pipelines.terminal.counting import Counter
 
 
 @ending_well
@@ -96,7 +94,7 @@ def encode(
     encoded = work.encode_together if together else work.encode_each
     written: list[dict[str, Any]] = []
     with counting("images", len(sources)) as counter:
-        tally = _Tally(found, counter)
+        tally = Tally(found, counter)
         tally.done = known = len(found.sources) - len(sources)
         for result in encoded(codec, sources, asked):
             counter.step()
@@ -158,7 +156,7 @@ def decode(
         answers.write_labels(output, codec.spec.tasks)
     streams: list[dict[str, Any]] = []
     with counting("streams", len(found.sources)) as counter, table or nullcontext():
-        tally = _Tally(found, counter, table)
+        tally = Tally(found, counter, table)
         for result in work.decode_each(codec, found.sources):
             counter.step()
             if isinstance(result, files.Failure):
@@ -229,7 +227,7 @@ def predict(
         answers.write_labels(masks, tasks)
     images: list[dict[str, Any]] = []
     with counting("images", len(found.sources)) as counter, table or nullcontext():
-        tally = _Tally(found, counter, table)
+        tally = Tally(found, counter, table)
         for result in work.predict_each(client, server, found.sources, asked):
             counter.step()
             if isinstance(result, files.Failure):
@@ -324,44 +322,6 @@ def _targets(sources: Sequence[Source], folder: Path, suffix: str) -> dict[Path,
     if folder.is_file():
         raise Stopped(f"error: {shown(folder)} is a file. Give OUT.mts or a folder.", MISTAKE)
     return targets(sources, folder, suffix)
-
-
-class _Tally:
-    """Counts what a command has done, tells each failure, and decides the exit code."""
-
-    def __init__(self, found: Found, counter: Counter, table: Table | None = None) -> None:
-        self._counter, self._table = counter, table
-        self._asked = len(found.sources) + len(found.failures)
-        self.done = 0
-        self.failures: list[Failure] = []
-        if left_out := found.left_out():
-            counter.warn(left_out)
-        for failure in found.failures:
-            self.fail(failure)
-
-    def fail(self, failure: Failure) -> None:
-        """Tells a failure on stderr, and in the table if there is one."""
-        self.failures.append(failure)
-        self._counter.warn(f"error: {failure.reason}")
-        if self._table is not None:
-            self._table.add_failure(failure)
-
-    def listed(self) -> list[dict[str, str]]:
-        """Returns the failures as JSON values."""
-        return [failure.to_dict() for failure in self.failures]
-
-    def summary(self, what: str) -> str:
-        """Returns how many were done and failed."""
-        from pipelines.coding.files import summary
-
-        return summary({what: self.done, "failed": len(self.failures)})
-
-    def end(self) -> None:
-        """Raises Stopped if some files failed, with 3, or if all did, with 2."""
-        if self.failures:
-            told = f"error: {len(self.failures)} of {self._asked} files failed"
-            code = SOME_FAILED if self.done else MISTAKE
-            raise Stopped(told if self._asked > 1 else "", code)
 
 
 def _told(decoded: Decoded, *, named: bool) -> str:

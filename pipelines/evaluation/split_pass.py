@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from pipelines.settings.sections import Settings
 
 
+TEACHER = "teacher"
+"""Name and kind of the arm that is the uncompressed teacher; an evaluation has one at most."""
 ACTOR_BYTES = 2**30
 """Memory of an actor on a CPU: 0.5 to 0.75 GB for a process with torch, and the arms' weights."""
 
@@ -248,10 +250,12 @@ def arm_figures(done: Evaluated, name: str) -> dict[str, Any]:
     """Returns an arm's `metrics`, `detector_confusion` and `detection_curve`.
 
     The confusion is None for an arm without detector. The curve is None for an arm that does not
-    rank tasks; a teacher with flat classes does.
+    rank tasks; a teacher with flat classes does. Beside the uncompressed teacher, every other arm
+    that classifies has figures of its agreement with it.
     """
     own = done.answers[name]
-    records = to_records(own, done.tasks)
+    teacher = None if name == TEACHER else done.answers.get(TEACHER)
+    records = to_records(own, done.tasks, teacher)
     height, width = done.image_size
     metrics = figures(records, done.tasks, single_class=done.single_class, pixels=height * width)
     confusion = None
@@ -274,8 +278,18 @@ def _told(own: Arrays, name: str) -> int | None:
     return value if value >= 0 else None
 
 
-def to_records(own: Arrays, tasks: Sequence[TaskSpec]) -> ImageRecords:
-    """Returns an arm's columns as records. Columns of -1 become None."""
+def _answers(teacher: Arrays | None, name: str) -> np.ndarray[Any, Any] | None:
+    """Returns a column of the teacher, None for -1 in all rows and for no teacher."""
+    return teacher[name] if teacher is not None and (teacher[name] >= 0).any() else None
+
+
+def to_records(
+    own: Arrays, tasks: Sequence[TaskSpec], teacher: Arrays | None = None
+) -> ImageRecords:
+    """Returns an arm's columns as records, beside those of the uncompressed `teacher`.
+
+    Columns of -1 become None. Both have the same images in the same order.
+    """
     sends = own["wire_bytes"][0] >= 0
     detects = sends and own["probabilities"][0, 0] >= 0
     confusion = {}
@@ -304,5 +318,7 @@ def to_records(own: Arrays, tasks: Sequence[TaskSpec]) -> ImageRecords:
         **{name: own[name] for name in REQUESTED if name in own and (own[name] >= 0).any()},
         client_macs=_told(own, "client_macs"),
         client_bytes=_told(own, "client_bytes"),
+        teacher_class=_answers(teacher, "class_index"),
+        teacher_predicted=_answers(teacher, "predicted"),
         confusion=confusion,
     )

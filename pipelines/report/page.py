@@ -13,6 +13,7 @@ from pipelines.report.chance import chance_sentences
 from pipelines.report.marks import HEADLINES, asks, curves, headline, label_of, sizes_of
 from pipelines.settings.arms import ARM_KINDS
 
+AGREEMENT = "val/agreement"
 TABLE = {  # column -> metric, factor, decimals; the headline's column stands before these
     "wire bytes": ("val/wire_bytes", 1, 1),
     "session bytes": ("val/session_bytes", 1, 1),
@@ -22,6 +23,7 @@ TABLE = {  # column -> metric, factor, decimals; the headline's column stands be
     "coverage %": ("val/detection/coverage", 100, 1),
     "tasks sent": ("val/detection/active_tasks", 1, 2),
     "client alone %": ("val/client_top1", 100, 1),
+    "as the teacher %": (AGREEMENT, 100, 1),
     "client MMAC": ("val/client_macs", 1e-6, 1),
     "client kB": ("val/client_bytes", 1e-3, 0),
 }
@@ -77,9 +79,15 @@ def report_page(evaluation: Mapping[str, Any], title: str) -> str:
         sizes={name: size for name, size in sizes.items() if size is not None},
         requests=_requests(shown, tasks) if asks(arms) else [],
         masks=[task["name"] for task in tasks if task["kind"] == "segmentation"],
-        table={f"{HEADLINES[accuracy]} %": (accuracy, 100, 1), **TABLE},
+        table={f"{HEADLINES[accuracy]} %": (accuracy, 100, 1), **_columns(shown)},
         shown=shown,
     )
+
+
+def _columns(arms: Sequence[Mapping[str, Any]]) -> dict[str, tuple[str, float, int]]:
+    """Returns the columns of the table, that of agreement only where an arm has it."""
+    agrees = any(AGREEMENT in arm["metrics"] for arm in arms)
+    return {name: column for name, column in TABLE.items() if agrees or column[0] != AGREEMENT}
 
 
 def _requests(

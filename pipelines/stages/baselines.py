@@ -35,7 +35,9 @@ def local_recipe(settings: Settings, problem: Problem, weights: Weights) -> Reci
     from mantis_core.baselines import local
 
     teacher = weights.teacher(settings, problem)
-    return local.local_recipe(settings.model, teacher, problem, seed=settings.seed)
+    return local.local_recipe(
+        settings.model, teacher, problem, seed=settings.seed, start=settings.stage1.start
+    )
 
 
 def individual_arms(settings: Settings, inputs: Inputs) -> Iterator[tuple[str, Settings]]:
@@ -82,13 +84,17 @@ LOCAL = Stage(
         *READER,
         "teacher.name",
         "teacher.split",
+        "model.client",
         "model.stem",
         "model.detector",
         "model.conditioning",
         "model.encoder",
         "model.requests",
         "model.exit_heads",
-        *(f"stage1.{name}" for name in ("epochs", "batch_size", "optim", "ema_decay", "amp")),
+        *(
+            f"stage1.{name}"
+            for name in ("epochs", "batch_size", "optim", "ema_decay", "amp", "start")
+        ),
     ),
     identities=given_weights,
     code=CODE,

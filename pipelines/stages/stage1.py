@@ -46,6 +46,7 @@ STAGE1 = Stage(
         *READER,
         "teacher.name",
         "teacher.split",
+        "model.client",
         "model.stem",
         "model.detector",
         "model.encoder",

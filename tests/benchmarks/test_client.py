@@ -1,4 +1,4 @@
-"""benchmarks/client.py: every part is measured. The client of imagenet.yaml is below a megabyte."""
+"""benchmarks/client.py: every part is measured. The client of imagenet.yaml has a size to keep."""
 
 import json
 
@@ -17,7 +17,7 @@ from pipelines.settings.reading import load_settings
 from pipelines.training.problem import tasks_of
 from tests.mantis_core.conftest import make_config
 
-FITTED_TABLES = 215_000  # bytes of imagenet.yaml's packed tables of fitted densities, rounded up
+FITTED_TABLES = 960_000  # bytes of imagenet.yaml's packed tables of fitted densities, rounded up
 
 
 def test_the_parts_of_a_client_and_its_folder_are_measured(tmp_path):
@@ -57,12 +57,14 @@ def test_a_model_without_a_photograph_is_refused(monkeypatch, capsys):
     assert "--model and --image go together" in capsys.readouterr().err
 
 
-def test_the_folder_of_the_client_of_the_imagenet_config_takes_less_than_a_megabyte(tmp_path):
-    """With its 484 classes, and tables of the size that training gives them."""
+def test_the_folder_of_the_client_of_the_imagenet_config_takes_2_3_megabytes_at_most(tmp_path):
+    """With its 1,000 classes and 13 levels, and tables of the size that training gives them."""
     settings = load_settings("configs/imagenet.yaml")
     table = resolve_tasks(settings.tasks, settings.data)
     named = {"classes": table.classes, "class_names": table.class_names, "tasks": tasks_of(table)}
-    spec = spec_of(settings.model, len(table.tasks), settings.data.size).model_copy(update=named)
+    rates = {"rates": settings.stage2.rate_weights, "stream_version": 2}
+    spec = spec_of(settings.model, len(table.tasks), settings.data.size)
+    spec = spec.model_copy(update={**named, **rates})
     torch.manual_seed(0)
     codec = Mantis(spec)
     disturb(codec.client)
@@ -71,7 +73,7 @@ def test_the_folder_of_the_client_of_the_imagenet_config_takes_less_than_a_megab
     save_half(tmp_path / "client", tmp_path / "whole", "client")
     tables = load_folder(tmp_path / "client")[0]["bottleneck.table_counts"].nbytes
     size = sum(path.stat().st_size for path in (tmp_path / "client").iterdir())
-    assert size - tables + max(tables, FITTED_TABLES) <= 1_000_000
+    assert size - tables + max(tables, FITTED_TABLES) <= 2_300_000
     loaded = load_client(tmp_path / "client").client.state_dict()
     for name, weight in codec.client.state_dict().items():
         assert torch.equal(loaded[name], weight), name

@@ -12,7 +12,7 @@ import pytest
 
 from data_prep.config import DataConfig, TaskConfig
 from data_prep.errors import DataError
-from data_prep.finding import source_fingerprint, source_for_path
+from data_prep.finding import source_fingerprint, source_for_path, undivided_images
 from data_prep.sources import folder
 from data_prep.tasks import resolve_tasks
 from tests.data_prep.rows import listed, write_parquet
@@ -126,3 +126,13 @@ def test_a_tar_is_scored_with_the_labels_of_the_training_data(tmp_path: Path) ->
     for path in ("t", "t/x.tar", "t/*.tar"):
         scored = source_for_path(str(tmp_path / path), like)
         assert listed(scored, tmp_path, "val") == [("x.tar:1", ["cat"])]
+
+
+def test_images_that_no_class_folders_divide_are_found(image_folder: Path, tmp_path: Path) -> None:
+    flat = image_folder / "val/n02085620"
+    assert undivided_images(str(flat)) == str(flat)
+    shutil.copytree(flat, tmp_path / "own/val")
+    assert undivided_images(str(tmp_path / "own")) == str(tmp_path / "own/val")
+    write_parquet(tmp_path / "p/x.parquet", image=[b"x"], label=[3])
+    for other in (image_folder, image_folder / "train", tmp_path / "p", tmp_path / "none"):
+        assert undivided_images(str(other)) is None

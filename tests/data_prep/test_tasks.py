@@ -145,6 +145,64 @@ def test_two_tasks_of_all_classes_are_refused_as_one(tmp_path: Path) -> None:
     assert len(resolve_tasks((one, fewer), held(tmp_path)).tasks) == 2
 
 
+REST = TaskConfig(name="others", classes="rest")
+
+
+def test_the_rest_is_what_no_other_task_has_in_imagenets_order() -> None:
+    groups = [TaskConfig(name=name, group=name) for name in imagenet_groups()]
+    table = resolve_tasks((*groups[:3], REST, *groups[3:]), DATA)
+    others = tuple(table.classes[index] for index in table.tasks[3].class_indices)
+    assert sorted(table.classes) == list(imagenet_wnids())
+    assert others == tuple(sorted(others))
+    assert len(others) == 1000 - sum(map(len, imagenet_groups().values()))
+    first, *left = others
+    less = REST.model_copy(update={"exclude": (first,)})
+    table = resolve_tasks((*groups, less), DATA)
+    assert table.classes[-len(left) :] == tuple(left)
+    assert first not in table.classes
+
+
+def test_the_rest_beside_a_segmentation_leaves_its_masks_alone() -> None:
+    regions = TaskConfig(name="regions", kind="segmentation", labels=("a", "b"))
+    table = resolve_tasks((regions, REST), DATA)
+    assert [task.num_classes for task in table.tasks] == [2, 1000]
+
+
+@pytest.mark.parametrize(
+    ("tasks", "message"),
+    [
+        (
+            (TaskConfig(name="every", indices="0-999"), REST),
+            "task 'others': `classes: rest` finds nothing left",
+        ),
+        (
+            (TaskConfig(name="every", indices="0-998"), REST),
+            r"task 'others' has 1 class\(es\) \(n15075141\); give it at least two",
+        ),
+        (
+            (TaskConfig(name="pets", classes=("n02085620", "cat")), REST),
+            "task 'pets' has 'cat', which is no WordNet id of these: list the classes of 'others'",
+        ),
+        (
+            (REST, TaskConfig(name="more", classes="rest")),
+            "'others' and 'more' have `classes: rest`: only one task",
+        ),
+        (
+            (
+                TaskConfig(name="dogs", group="dogs"),
+                REST.model_copy(update={"exclude": ("n02085620",)}),
+            ),
+            "exclude n02085620 is not among its ids",
+        ),
+    ],
+)
+def test_a_rest_that_is_no_set_of_classes_is_refused(
+    tasks: tuple[TaskConfig, ...], message: str
+) -> None:
+    with pytest.raises(DataError, match=message):
+        resolve_tasks(tasks, DATA)
+
+
 def test_all_classes_of_a_source_without_any_are_refused(tmp_path: Path) -> None:
     write_parquet(tmp_path / "a.parquet", image=[b"x"], wnid=["cat"])
     data = DataConfig(root=str(tmp_path), sources=({"kind": "parquet", "train": "a.parquet"},))

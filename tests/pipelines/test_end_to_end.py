@@ -116,6 +116,8 @@ def test_image_codecs_stand_beside_the_codec_with_their_whole_files(finished):
     small, large = (arms[f"webp/quality-{quality}"]["metrics"] for quality in (5, 75))
     assert 0 < small["val/payload_bytes"] < small["val/wire_bytes"] < large["val/wire_bytes"]
     assert 0 <= small["val/top1"] <= 1
+    assert 0 <= small["val/agreement"] <= 1
+    assert "val/agreement" not in arms["teacher"]["metrics"]
     assert "val/wire_bytes" not in arms["teacher"]["metrics"]
 
 

@@ -75,6 +75,15 @@ def test_classes_without_images_are_named_by_split_with_a_hint(tmp_path: Path) -
     assert read_manifest(str(tmp_path / "out")) == manifest
 
 
+def test_many_absent_classes_are_no_slip_of_the_pen(tmp_path: Path) -> None:
+    data = folders(tmp_path, train_n02085620=9, train_n02085782=9, val_n02085620=2)
+    dogs = TaskConfig(name="dogs", indices=("151-160",))
+    said = listing_remarks(data, resolve_tasks((dogs,), data))
+    absent = [text for text in said if "of 10 classes" in text]
+    assert len(absent) == 2
+    assert not any("did you mean" in text for text in said)
+
+
 def test_a_task_without_held_back_or_val_image_is_named(tmp_path: Path) -> None:
     data = folders(tmp_path, train_cat=40, train_dog=40, train_car=1, train_bus=1, val_cat=1)
     data = data.model_copy(update={"holdout_fraction": 0.05})

@@ -8,7 +8,7 @@ import torch
 
 from mantis_core.architecture import ConditioningConfig, DetectorConfig
 from mantis_core.codec.checkpoint import load_client, load_model, save_model
-from mantis_core.networks.client import NoDetector
+from mantis_core.networks.detector import NoDetector
 from tests.mantis_core.conftest import (
     make_batch,
     make_config,

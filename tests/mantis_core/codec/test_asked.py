@@ -10,7 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from mantis_core.architecture import ConditioningConfig, DetectorConfig, ModelConfig
+from mantis_core.architecture import (
+    ConditioningConfig,
+    DetectorConfig,
+    ModelConfig,
+)
 from mantis_core.bitstream.wire import read_stream
 from mantis_core.codec.checkpoint import load_client, load_server, save_half, save_model
 from mantis_core.codec.mantis import Mantis
@@ -18,10 +22,11 @@ from mantis_core.codec.requests import named_tasks
 from mantis_core.codec.sessions import ClientSession, ServerSession
 from mantis_core.config import Request, Stage2Config
 from mantis_core.errors import ModelError
-from mantis_core.networks.client import NoDetector
+from mantis_core.networks.detector import NoDetector
 from mantis_core.networks.preprocessing import normalise
 from mantis_core.tasks import Batch, Problem
 from mantis_core.training.asking import Asking
+from mantis_core.training.losses import TaskLosses
 from mantis_core.training.stage2 import Stage2Recipe
 from tests.mantis_core.recipe_checks import train, without_gradient
 
@@ -82,7 +87,8 @@ def test_each_image_is_coded_for_a_request_that_its_labels_answer(
         assert found.loss_mask.any(dim=1).all()
         assert found.forced.all()
         whole = (found.mask.sum(dim=1) == 3).float()
-        sizes = 1 / (1 + batch.task_mask.sum(dim=1))  # each of its tasks alone, or all of them
+        # Each of its tasks alone, or all of them: that as often as any of the three.
+        sizes = 3 / (3 + batch.task_mask.sum(dim=1))
         assert abs(float(whole.mean() - sizes.mean())) < 0.03
     again = asking(detected, detected > 0, batch, 0.7)
     assert torch.equal(again.mask, found.mask)
@@ -109,8 +115,35 @@ def test_requests_are_as_frequent_as_their_weights_and_sets_are_asked_together(
         assert mask[:, 0].all()
         assert not mask[:, 1].any()
         assert abs(float(mask[:, 2].float().mean()) - 0.75) < 0.03
+    assert asking.shares.tolist() == [1, 0, 0.75]
     with pytest.raises(ModelError, match="there is no task 'tool'; the tasks are"):
         Asking(Stage2Config(requests=(Request(tasks=("tool",)),)), small_config(**ASKED), names)
+
+
+def test_a_rate_weight_means_the_same_whatever_is_asked_for(
+    problem: Problem, batch_of: Callable[..., Batch], small_config: Callable[..., ModelConfig]
+) -> None:
+    names = [task.name for task in problem.tasks]
+    requests = (Request(tasks=(names[0],)), Request(tasks=tuple(names[:2]), weight=3))
+    asking = Asking(Stage2Config(requests=requests), small_config(**ASKED), names).train()
+    few = batch_of(problem, 4000)
+    batch = replace(
+        few, labels=few.labels.clamp_min(0), task_mask=torch.ones(4000, 3, dtype=torch.bool)
+    )
+    torch.manual_seed(0)
+    found = asking(batch.task_mask.float(), batch.task_mask, batch, 0.0)
+    outputs = {
+        task.name: torch.log_softmax(torch.randn(4000, task.num_classes + 1), dim=1)
+        for task in problem.tasks
+    }
+    student = {"outputs": {"tasks": outputs, "loss_mask": found.loss_mask, "shares": found.shares}}
+    loss = TaskLosses(problem.tasks, not_mine=0.0)(student, {"outputs": {}}, batch)
+    own = torch.stack(
+        [-outputs[name].gather(1, batch.labels[:, k, None])[:, 0] for k, name in enumerate(names)],
+        dim=1,
+    )
+    of_each_image = (own * found.loss_mask).sum(dim=1)
+    assert float(loss) == pytest.approx(float(of_each_image.mean()), rel=0.02)
 
 
 def test_a_codec_that_sends_the_same_whatever_is_asked_learns_all_tasks_of_an_image(
@@ -123,6 +156,7 @@ def test_a_codec_that_sends_the_same_whatever_is_asked_learns_all_tasks_of_an_im
     batch = batch_of(problem, 16)
     found = asking(batch.task_mask.float(), batch.task_mask, batch, 0.0)
     assert torch.equal(found.loss_mask, batch.task_mask)
+    assert found.shares is None
     assert (found.mask != batch.task_mask).any()
 
 

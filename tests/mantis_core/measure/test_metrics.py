@@ -15,6 +15,7 @@ from mantis_core.measure.metrics import (
     detection_figures,
     detector_confusion,
     figures,
+    figures_without_labels,
     mean_iou,
     pixel_confusion,
 )
@@ -243,3 +244,39 @@ def test_chance_is_what_the_most_frequent_answer_brings():
     assert chance(pairs, TASKS[:1], single_class=False) == pytest.approx(2 / 3)
     none = (TaskSpec("ground", "segmentation", 2),)
     assert chance(pairs, none, single_class=False) is None
+
+
+def test_agreement_compares_with_the_teacher_and_reads_no_label():
+    """The teacher takes the dog for a cat and the pie for jam, and knows an image without class."""
+    records = replace(
+        RECORDS,
+        class_label=np.array([0, 1, 2, -1]),
+        labels=np.array([[0, -1], [1, -1], [-1, 0], [-1, -1]]),
+        teacher_class=np.array([0, 0, 3, 0]),
+        teacher_predicted=np.array([[0, 1], [0, 1], [1, 1], [0, 0]]),
+    )
+    found = figures(records, TASKS, single_class=True, pixels=1000)
+    assert found["val/agreement"] == 0.75  # all but the dog, whose task was not decoded
+    assert found["val/task/pets/agreement"] == 0.5
+    assert found["val/task/food/agreement"] == 0.5  # the pie; the last image has another label
+    pairs = figures(records, TASKS, single_class=False, pixels=1000)
+    assert pairs["val/agreement"] == 0.5
+    silent = replace(records, class_index=np.full(4, -1))  # as individual models
+    assert figures(silent, TASKS, single_class=True, pixels=1000)["val/agreement"] == 0.5
+
+
+def test_agreement_is_left_out_where_the_teacher_says_nothing():
+    assert not [n for n in figures(RECORDS, TASKS, single_class=True, pixels=9) if "agree" in n]
+    heads = replace(RECORDS, teacher_predicted=np.array([[0, -1], [1, -1], [-1, -1], [-1, -1]]))
+    found = figures(heads, TASKS, single_class=False, pixels=1000)
+    assert found["val/agreement"] == found["val/task/pets/agreement"] == 0.5
+    assert "val/task/food/agreement" not in found
+
+
+def test_figures_without_labels_are_agreement_sizes_and_costs():
+    records = replace(RECORDS, teacher_class=np.array([0, 0, 3, 0]), client_macs=7)
+    kept = figures_without_labels(figures(records, TASKS, single_class=True, pixels=1000))
+    sizes = {f"val/{name}" for name in ("wire_bytes", "payload_bytes", "estimated_bytes")}
+    of_tasks = {f"val/task/{task.name}/wire_bytes" for task in TASKS}
+    others = {"val/agreement", "val/client_macs", "val/detection/active_tasks"}
+    assert set(kept) == {"val/bpp", "val/payload_bpp", *sizes, *of_tasks, *others}

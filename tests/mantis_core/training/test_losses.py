@@ -81,6 +81,26 @@ def test_teacher_logits_compares_a_head_on_its_own_images_only(
     assert float(term(io(**ours), io(**theirs), batch)) > 0.01
 
 
+def test_heads_learn_from_a_flat_teachers_logits_of_their_classes(
+    problem: Problem, batch: Batch
+) -> None:
+    torch.manual_seed(0)
+    flat = torch.randn(len(batch), 6)
+    heads = {
+        f"logits/{task.name}": flat[:, list(task.classes)] + 3.0
+        for task in problem.tasks
+        if task.is_classification
+    }
+    term = TeacherLogits(problem.tasks)
+    assert float(term(io(**heads), io(logits=flat), batch)) == pytest.approx(0, abs=1e-5)
+    first = problem.tasks[0]
+    mine = torch.zeros(len(batch), first.num_classes)
+    loss = term(io(**{**heads, f"logits/{first.name}": mine}), io(logits=flat), batch)
+    p = torch.softmax(flat[:, list(first.classes)], dim=1)
+    kl = (p * (p.log() + math.log(first.num_classes))).sum(dim=1)
+    assert float(loss) == pytest.approx(float(kl[batch.task_mask[:, 0]].mean()), rel=1e-4)
+
+
 def test_detection_is_binary_cross_entropy_summed_over_tasks(
     problem: Problem, batch: Batch
 ) -> None:

@@ -13,8 +13,10 @@ from safetensors.torch import save_file
 from data_prep.tasks import resolve_tasks
 from mantis_core.errors import ModelError
 from pipelines.chain.dry_build import check_networks
+from pipelines.chain.effort import Cost
 from pipelines.chain.plan import plan_stages
 from pipelines.settings.reading import load_settings
+from tests.mantis_core.lite_package import empty_package, install
 from tests.pipelines.fakes import same_code
 from tests.root import ROOT
 
@@ -45,11 +47,13 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
-def check(*overrides: str, config: str | Path = "tiny.yaml", single_class: bool = True) -> None:
+def check(
+    *overrides: str, config: str | Path = "tiny.yaml", single_class: bool = True
+) -> dict[str, Cost]:
     settings = load_settings(config, overrides)
     table = resolve_tasks(settings.tasks, settings.data)
     trainings = [s for s in plan_stages(settings, table, "data") if s.stage.trains]
-    check_networks(trainings, table, single_class=single_class)
+    return check_networks(trainings, table, single_class=single_class)
 
 
 def teacher_file(path: Path, classes: int, name: str = "shufflenet_v2_x0_5") -> Path:
@@ -68,11 +72,31 @@ def test_networks_of_every_stage_and_arm_are_built(
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", refuse)
     before = torch.get_rng_state()
     arms = "[none, none_prior, individual, per_task, teacher]"
-    check(f"evaluate.baselines={arms}", single_class=single_class)
+    costs = check(f"evaluate.baselines={arms}", single_class=single_class)
     assert torch.equal(torch.get_rng_state(), before)
+    assert {"teacher", "stage1", "stage2", "stage2/none"} <= costs.keys()
+    assert "individual" not in costs  # it counts rows
+    assert all(min(cost) > 0 for cost in costs.values())
 
 
-def test_a_config_for_large_images_is_built_in_little_memory() -> None:
+def test_a_step_costs_more_where_more_is_trained() -> None:
+    frozen, free = check()["stage2"], check("stage2.freeze_stem=false")["stage2"]
+    assert frozen.macs < free.macs
+    assert frozen.saved_bytes < free.saved_bytes
+    assert frozen.held_bytes < free.held_bytes
+
+
+def test_a_training_on_coded_images_is_built_and_not_counted() -> None:
+    """Its codec needs pixels."""
+    costs = check("evaluate.codecs={jpeg: [50]}", "evaluate.codec_teachers=true")
+    assert costs.keys() == {"teacher", "stage1", "stage2"}
+
+
+def test_a_config_for_large_images_is_built_in_little_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(tmp_path, monkeypatch)
+    empty_package(tmp_path, monkeypatch, "efficientnet_lite2")
     config = ROOT / "configs" / "imagenet.yaml"
     tracked: list[int] = []
     real = torch.nn.Conv2d.__init__
@@ -83,8 +107,9 @@ def test_a_config_for_large_images_is_built_in_little_memory() -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.nn.Conv2d, "__init__", init)
-        check(config=config)
-    assert sum(tracked) < 3e7  # one ResNet-50 with values, to look at its blocks
+        costs = check("evaluate.baselines=[]", config=config)
+    assert sum(tracked) < 1e7  # one EfficientNet-Lite2 with values, to look at its blocks
+    assert 3e9 < costs["stage1"].macs < costs["stage2"].macs < 6e9
 
 
 @pytest.mark.parametrize(

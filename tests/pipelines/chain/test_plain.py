@@ -98,6 +98,7 @@ def test_it_finishes_the_stages_that_the_chain_would(tmp_path):
     by_kind = {arm["kind"]: arm["metrics"] for arm in evaluation["arms"]}
     assert by_kind.keys() == {"mantis", "oracle", "teacher", "webp", "webp_tuned"}
     assert by_kind["mantis"]["val/wire_bytes"] > by_kind["mantis"]["val/payload_bytes"] > 0
+    assert {kind for kind, own in by_kind.items() if "val/agreement" not in own} == {"teacher"}
 
 
 def shapes_plan(root: Path, size: int = 32, seed: int = 0, **data: object) -> Plan:

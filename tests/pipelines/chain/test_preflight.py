@@ -50,10 +50,10 @@ class Bench:
         return make_plan(load_settings(self.folder / "tiny.yaml", overrides))
 
     def networks(
-        self, trainings: object, table: TaskTable, possible: Sequence[bool]
-    ) -> dict[bool, ModelError | None]:
+        self, settings: object, trainings: object, table: TaskTable, possible: Sequence[bool]
+    ) -> dict[bool, module.Fit]:
         self.tried.append(tuple(possible))
-        return {one: self.errors.get(one) for one in possible}
+        return {one: module.Fit(self.errors.get(one), (5, 2)) for one in possible}
 
     def prepare(
         self,
@@ -104,6 +104,14 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
 
 def check(plan: Plan, *kinds: str) -> list[str]:
     return Preflight(plan, [s for s in plan.specs if not kinds or s.kind in kinds]).check()
+
+
+def test_what_the_client_costs_is_known_once_networks_were_built(bench: Bench) -> None:
+    plan = bench.plan()
+    preflight = Preflight(plan, plan.specs)
+    assert preflight.macs is None
+    preflight.check()
+    assert preflight.macs == (5, 2)
 
 
 def test_a_plan_that_fits_gets_no_note(bench: Bench) -> None:
@@ -251,7 +259,8 @@ def test_networks_are_built_in_a_process_of_their_own(
     same_code(monkeypatch)
     monkeypatch.setattr(module, "pool_of", lambda jobs: Died())
     plan = bench.plan()
-    assert module.tried_networks(plan.specs, plan.table, [True]) == {True: None}
+    tried = module.tried_networks(plan.settings, plan.specs, plan.table, [True])
+    assert tried == {True: module.Fit()}
     assert asked
 
 

@@ -101,6 +101,21 @@ def test_a_stage_command_stops_after_its_stage(config: Path) -> None:
 
 
 @pytest.mark.usefixtures("fakes")
+def test_a_dry_run_says_what_the_client_costs(
+    config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def check(self: Any) -> list[str]:
+        self.macs = (4_540_000, 1_200_000)
+        return []
+
+    monkeypatch.setattr("pipelines.chain.preflight.Preflight.check", check)
+    said = "client: 4.5 million multiply-adds for an image of 64 x 64 pixels, 1.2 of them for"
+    assert said in mantis("run", "--config", config, "--dry-run").stdout
+    planned = json.loads(mantis("run", "--config", config, "--dry-run", "--json").stdout)
+    assert planned["client"] == {"macs": 4_540_000, "detector_macs": 1_200_000}
+
+
+@pytest.mark.usefixtures("fakes")
 def test_a_dry_run_tells_what_would_run_and_writes_nothing(config: Path) -> None:
     done = mantis("run", "--config", config, "--dry-run", "--json", "stage2.epochs=3")
     planned = json.loads(done.stdout)
@@ -279,7 +294,7 @@ def python(*arguments: str, cwd: Path) -> "subprocess.CompletedProcess[str]":
 
 
 @pytest.mark.parametrize(
-    "command", ["", "run", "tune", "evaluate", "score", "encode", "models", "cluster up"]
+    "command", ["", "run", "tune", "evaluate", "score", "label", "encode", "models", "cluster up"]
 )
 def test_help_answers_without_heavy_imports(command: str, tmp_path: Path) -> None:
     code = (

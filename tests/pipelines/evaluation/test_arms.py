@@ -13,7 +13,12 @@ from mantis_core.baselines.per_task import PerTaskCodecs
 from mantis_core.codec.answer import Answer
 from mantis_core.codec.mantis import Mantis
 from mantis_core.networks.preprocessing import normalise
-from pipelines.evaluation.answers import client_cost, run_image_codec, run_per_task
+from pipelines.evaluation.answers import (
+    client_cost,
+    run_image_codec,
+    run_per_task,
+    run_teacher,
+)
 from pipelines.evaluation.arms import Arm, ArmSource, by_model
 from pipelines.evaluation.coded import code, ways_of
 from pipelines.evaluation.rows import with_pixels_summed
@@ -226,3 +231,33 @@ def test_a_codec_that_is_asked_is_measured_request_by_request(kind: str) -> None
     together = rows_of(codec, batch.image, arrays, problem, "oracle")
     assert (together["request_wire_bytes"] == -1).all()
     np.testing.assert_array_equal(together["decoded"], arrays["task_mask"])
+
+
+def test_every_arm_but_the_teacher_itself_is_compared_with_the_teacher() -> None:
+    problem, batch = make_problem(), make_batch(make_problem(), 5)
+    arrays = {"task_mask": batch.task_mask.numpy(), "row_id": np.arange(5)}
+    truth = {"class_label": np.full(5, -1), "labels": batch.labels.numpy()}
+    teacher, codec = make_teacher(problem), make_codec(problem)
+    with torch.no_grad():
+        plain = run_teacher(teacher, batch.image, arrays, problem)
+    answers = {"teacher": plain, "mantis": rows_of(codec, batch.image, arrays, problem)}
+    done = Evaluated(
+        {k: {**with_pixels_summed(v), **arrays, **truth} for k, v in answers.items()},
+        problem.tasks,
+        True,
+        (32, 32),
+    )
+    found = arm_figures(done, "mantis")["metrics"]
+    same = answers["mantis"]["class_index"] == plain["class_index"]
+    assert found["val/agreement"] == same.mean()
+    assert "val/top1" not in found  # no image has a known class
+    names = {n for n in found if n.endswith("/agreement")} - {"val/agreement"}
+    carried = arrays["task_mask"].any(axis=0)
+    assert names == {
+        f"val/task/{task.name}/agreement"
+        for task, any_image in zip(problem.tasks, carried, strict=True)
+        if task.is_classification and any_image
+    }
+    assert not [n for n in arm_figures(done, "teacher")["metrics"] if "agreement" in n]
+    alone = Evaluated({"mantis": done.answers["mantis"]}, problem.tasks, True, (32, 32))
+    assert not [n for n in arm_figures(alone, "mantis")["metrics"] if "agreement" in n]

@@ -308,3 +308,14 @@ def test_an_evaluation_without_any_accuracy_still_has_a_report(tmp_path):
     main["metrics"] = {k: v for k, v in main["metrics"].items() if "bytes" in k}
     seen = text_of(write_report(evaluation(main), tmp_path).html)
     assert "64 bytes" in seen
+
+
+def test_agreement_with_the_teacher_is_a_column_where_it_was_measured(tmp_path):
+    main, teacher = arm("mantis", rate=0.01, size=64.0), arm("teacher", top1=0.8)
+    before = text_of(write_report(evaluation(main, teacher), tmp_path).html)
+    assert "as the teacher" not in before.lower()
+    main["metrics"]["val/agreement"] = 0.625
+    seen = text_of(write_report(evaluation(main, teacher), tmp_path).html)
+    assert "as the teacher %" in seen
+    assert "62.5" in seen
+    assert "As the teacher: the share of images" in seen

