@@ -12,6 +12,8 @@ from pipelines.report import marks
 from pipelines.report.figures import REQUEST_SIZE, ROW, styled, to_png
 from pipelines.settings.arms import ARM_KINDS
 
+NARROWEST = 6.4  # inches, for the key
+
 
 def plot(cells: Mapping[str, Mapping[str, Any]]) -> bytes:
     """Returns a PNG of the cells' points, means over seeds and requests."""
@@ -20,7 +22,7 @@ def plot(cells: Mapping[str, Mapping[str, Any]]) -> bytes:
     drawn = {point["kind"] for cell in cells.values() for point in cell["points"]}
     kinds = [kind for kind in ARM_KINDS if kind in drawn]
     with styled():
-        size = (3.2 * columns + 0.4, 2.6 * rows + ROW * (len(kinds) / 2 + 1) + 0.4)
+        size = (max(NARROWEST, 3.2 * columns + 0.4), 2.6 * rows + ROW * (len(kinds) / 2 + 1) + 0.4)
         figure = Figure(figsize=size, layout="constrained")
         grid = figure.subplots(rows, columns, squeeze=False)
         for axes in grid.flat[len(cells) :]:
@@ -44,8 +46,9 @@ def plot(cells: Mapping[str, Mapping[str, Any]]) -> bytes:
             marks.draw_arms(axes, arms, "val/top1", ("val/session_bytes",), scale=0.8)
             marks.scale_axes(axes, labels=4)
             axes.set_title(name)
-        figure.supxlabel(REQUEST_SIZE)
-        figure.supylabel("mean accuracy over the requests (%)")
+            axes.set_xlabel(REQUEST_SIZE)
+        for axes in grid[:, 0]:
+            axes.set_ylabel("mean accuracy (%)")
         key = [
             Line2D([], [], label=ARM_KINDS[kind].label_for("asked"), **marks.stroke(kind))
             for kind in kinds
