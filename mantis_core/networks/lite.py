@@ -217,7 +217,7 @@ class LiteBlocks(nn.Sequential):
         if last > len(shapes):
             raise ModelError(
                 f"model.detector.blocks: {count}, but EfficientNet-Lite0 has "
-                f"{len(shapes) - first} blocks behind those of the stem"
+                f"{len(shapes) - first} blocks behind those of the stem: set that or less"
             )
         for number, shape in enumerate(shapes[first:last], first):
             self.add_module(f"block{number}", Block(shape, folded=True))

@@ -33,14 +33,17 @@ def find_package(name: str, *, field: str) -> Path:
 
 
 def package_state(name: str, *, field: str) -> dict[str, Tensor]:
-    """The weights of a network of SCALES, from its package, under this module's names.
+    """The weights of a network of SCALES, from its package, under the names of `networks/lite.py`.
 
     Nothing of the package is run or unpickled. Raises ModelError where it is not installed or holds
     no single file of weights.
     """
     files = sorted((find_package(name, field=field) / "models").glob("*.pth"))
     if len(files) != 1:
-        raise ModelError(f"{field}: the package of {name} holds {len(files)} files of weights")
+        raise ModelError(
+            f"{field}: the package of {name} holds {len(files)} files of weights instead of 1: "
+            "install it again, or give a file"
+        )
     return named_as_here(torch.load(files[0], map_location="cpu", weights_only=True))
 
 
@@ -57,8 +60,8 @@ def named_as_here(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def start_from_package(parts: Mapping[str, nn.Module | None]) -> set[str]:
     """Gives a client's blocks of EfficientNet-Lite0, among its `parts`, the weights of its package.
 
-    Returns the names of these weights: those of the parts before their own. Raises ModelError
-    where there are no such blocks, or the package is not installed.
+    Returns the names of these weights, each with its part's name in front. Raises ModelError where
+    there are no such blocks, or the package is not installed.
     """
     lite = {name: part for name, part in parts.items() if isinstance(part, LiteStem | LiteBlocks)}
     if not lite:
@@ -88,4 +91,4 @@ _NAMES = (
     (r"^_blocks\.(\d+)\._project_conv\.", r"block\1.project.conv."),
     (r"^_blocks\.(\d+)\._bn2\.", r"block\1.project.norm."),
 )
-"""Patterns of the package's names, and what this module calls the same."""
+"""Patterns of the package's names, and what `networks/lite.py` calls the same."""

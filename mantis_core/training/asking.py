@@ -16,7 +16,6 @@ from mantis_core.config import Request, Stage2Config
 from mantis_core.errors import ModelError
 from mantis_core.tasks import Batch
 
-_SMALLEST = 1e-9  # no division by 0
 _GOLDEN = 0.6180339887498949  # its multiples modulo 1 fill the unit interval evenly
 
 
@@ -24,9 +23,9 @@ class Conditions(NamedTuple):
     """Of each image what the encoder reads, what the stream would carry, whose losses count.
 
     All three are (B, K), the first float. `forced` (B,) are the images that the detector did not
-    decide about. `shares` (K,) are how often each task is asked for: the mean loss over the images
-    that are asked for it counts that much, so that a rate weight means the same whatever is asked
-    for. None counts each fully.
+    decide about. `shares` (K,) are how often images that have a task are asked for it: the mean
+    loss over those that are asked counts that much, so that a rate weight means the same whatever
+    is asked for. None counts each fully.
     """
 
     condition: Tensor
@@ -47,7 +46,6 @@ class Asking(nn.Module):
 
     asked: Tensor
     weights: Tensor
-    shares: Tensor
 
     def __init__(self, config: Stage2Config, model: ModelConfig, tasks: Sequence[str]) -> None:
         """`tasks` are their names. Raises ModelError for a request of others."""
@@ -59,7 +57,7 @@ class Asking(nn.Module):
         requests = config.requests
         if self.always and not requests:
             requests = tuple(Request(tasks=(name,)) for name in tasks)
-            if len(tasks) > 1:  # half of the images, or it would send what the others send together
+            if len(tasks) > 1:  # asked for less, this reply becomes the sum of the single replies
                 requests += (Request(tasks="all", weight=len(tasks)),)
         named = [tasks if each.tasks == "all" else each.tasks for each in requests]
         if unknown := sorted({name for names in named for name in names} - set(tasks)):
@@ -71,8 +69,6 @@ class Asking(nn.Module):
         self.register_buffer("asked", asked.view(-1, len(tasks)), persistent=False)
         weights = torch.tensor([each.weight for each in requests])
         self.register_buffer("weights", weights, persistent=False)
-        shares = (weights[:, None] * self.asked).sum(dim=0) / weights.sum().clamp_min(_SMALLEST)
-        self.register_buffer("shares", shares, persistent=False)
 
     def forward(self, detected: Tensor, mask: Tensor, batch: Batch, progress: float) -> Conditions:
         """The detector's p and the mask of it, both (B, K), at `progress` through training."""
@@ -82,7 +78,7 @@ class Asking(nn.Module):
             forced = wanted.any(dim=1)
             if self.same_for_all:
                 return Conditions(wanted.float(), wanted, truth, forced)
-            return Conditions(wanted.float(), wanted, truth & wanted, forced, self.shares)
+            return Conditions(wanted.float(), wanted, truth & wanted, forced, self._shares(truth))
         if not self.training:
             return Conditions(detected, mask, truth, mask.new_zeros(len(mask)))
         first, last = self.config.teacher_forcing
@@ -109,10 +105,20 @@ class Asking(nn.Module):
         size = (torch.rand(count, device=device) * truth.sum(dim=1)).floor() + 1
         return truth & (order < size[:, None])
 
+    def _shares(self, truth: Tensor) -> Tensor:
+        """How often images that have a task are asked for it, (K,); `truth` (B, K) bool."""
+        of_task = (self.weights[:, None] * self.asked).sum(dim=0)  # (K,)
+        of_image = (self._answered(truth) * self.weights).sum(dim=1, keepdim=True)  # (B, 1)
+        return (truth * of_task / of_image).sum(dim=0) / truth.sum(dim=0).clamp_min(1)
+
+    def _answered(self, truth: Tensor) -> Tensor:
+        """Which requests each image answers, bool (B, N); one that answers none is asked any."""
+        answered = (self.asked & truth[:, None]).any(dim=2)
+        return answered | ~answered.any(dim=1, keepdim=True)
+
     def _requested(self, batch: Batch) -> Tensor:
         """One request for each image, bool (B, K)."""
-        answered = (self.asked & batch.task_mask[:, None]).any(dim=2)  # (B, N)
-        answered |= ~answered.any(dim=1, keepdim=True)  # an image that answers none is asked any
+        answered = self._answered(batch.task_mask)
         shares = (answered * self.weights).cumsum(dim=1)
         if self.training:
             drawn = torch.rand(len(batch), device=shares.device)

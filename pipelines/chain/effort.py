@@ -122,6 +122,6 @@ def _time(hours: float) -> str:
 
 
 def _digits(value: float, digits: int = 3) -> str:
-    """Returns a number with so many digits before its zeros, without an exponent."""
+    """Returns a number of so many significant digits as text, without an exponent."""
     places = digits - 1 - (math.floor(math.log10(value)) if value else 0)
     return f"{round(value, places):,.{max(0, places)}f}"

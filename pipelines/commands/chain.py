@@ -296,7 +296,9 @@ def print_plan(
             typer.echo(f"{'':{width}}  {efforts[spec.name]}")
     if efforts:
         macs = sum(each.macs for each in efforts.values())
-        typer.echo(f"trainings: {in_all(macs)}")
+        uncounted = [spec.name for spec, each in planned if each and spec.name not in efforts]
+        without = f", without {', '.join(uncounted)}" if uncounted else ""
+        typer.echo(f"trainings{without}: {in_all(macs)}")
         notes.append(ASSUMED)
     for name, domain in (space or {}).items():
         typer.echo(f"searched: {name} in {domain}")

@@ -111,13 +111,31 @@ def test_requests_are_as_frequent_as_their_weights_and_sets_are_asked_together(
     )
     for training in (True, False):
         asking.train(training)
-        mask = asking(batch.task_mask.float(), batch.task_mask, batch, 0.0).mask
+        found = asking(batch.task_mask.float(), batch.task_mask, batch, 0.0)
+        mask = found.mask
+        assert found.shares is not None
+        assert found.shares.tolist() == [1, 0, 0.75]
         assert mask[:, 0].all()
         assert not mask[:, 1].any()
         assert abs(float(mask[:, 2].float().mean()) - 0.75) < 0.03
-    assert asking.shares.tolist() == [1, 0, 0.75]
     with pytest.raises(ModelError, match="there is no task 'tool'; the tasks are"):
         Asking(Stage2Config(requests=(Request(tasks=("tool",)),)), small_config(**ASKED), names)
+
+
+def test_an_image_without_a_task_is_asked_the_more_for_those_it_has(
+    problem: Problem, batch_of: Callable[..., Batch], small_config: Callable[..., ModelConfig]
+) -> None:
+    names = [task.name for task in problem.tasks]
+    asking = Asking(Stage2Config(), small_config(**ASKED), names).train()
+    truth = torch.tensor([[True, False, True], [False, True, True]]).repeat(2000, 1)
+    batch = replace(batch_of(problem, 4000), task_mask=truth)
+    torch.manual_seed(0)
+    found = asking(truth.float(), truth, batch, 0.0)
+    counted = found.loss_mask.sum(dim=0) / truth.sum(dim=0)
+    assert found.shares is not None
+    # Two of its tasks alone, each once, and three times all: four of five requests name a task.
+    torch.testing.assert_close(found.shares, torch.full((3,), 0.8))
+    torch.testing.assert_close(counted, found.shares, atol=0.03, rtol=0)
 
 
 def test_a_rate_weight_means_the_same_whatever_is_asked_for(
