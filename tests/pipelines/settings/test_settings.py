@@ -106,7 +106,10 @@ def test_settings_take_overrides_later_too(config: Path) -> None:
         ("data.holdout_fraction=1", "data.holdout_fraction is 1; give more than 0 and less than 1"),
         ("data.val_fraction=1", "data.val_fraction: got 1; input should be less than 1"),
         ("data.sources.0={kind: parquet, train: a, val: a}", "data.sources.0: train and val are"),
-        ("tasks.0.classes=al", "^tasks.0.classes: got 'al'; give a list of class ids, or `all`$"),
+        (
+            "tasks.0.classes=al",
+            "^tasks.0.classes: got 'al'; give a list of class ids, `all` or `rest`$",
+        ),
         ("data.flip=1", "data.flip: got 1; input should be true or false"),
         ("data.flip='true'", "data.flip: got 'true'; input should be true or false"),
         ("tasks.0.name=3", "tasks.0.name: got 3; input should be a valid string"),
