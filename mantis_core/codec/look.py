@@ -29,6 +29,7 @@ from mantis_core.codec.requests import (
     check_images,
     primary_task,
     select_mask,
+    with_only_task,
 )
 from mantis_core.codec.spec import ModelSpec
 from mantis_core.errors import BudgetError
@@ -92,6 +93,7 @@ class Looker:
         and for a way that this model does not have.
         """
         check_images(images)
+        ways = [with_only_task(self.spec, way) for way in ways]
         asked: list[Tensor | None] = []
         levels = []
         for way in ways:

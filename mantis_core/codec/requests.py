@@ -63,6 +63,13 @@ def check_images(images: Tensor) -> None:
         )
 
 
+def with_only_task(spec: ModelSpec, way: Way) -> Way:
+    """A way with its task named, where the model is asked and has but one."""
+    if way.tasks is None and spec.model.requests == "asked" and len(spec.tasks) == 1:
+        return way._replace(tasks=spec.task_names)
+    return way
+
+
 def check_asks(spec: ModelSpec, tasks: object) -> None:
     """ModelError where a model that is asked is not, or one that always detects is."""
     if spec.model.requests == "asked" and tasks is None:

@@ -24,6 +24,13 @@ def chance_sentences(evaluation: Mapping[str, Any]) -> list[str]:
     main = next((arm for arm in evaluation["arms"] if arm["kind"] == "mantis"), None)
     if main is None or not is_a_guess(evaluation, main):
         return said
+    if _most_guesses(evaluation) >= 1:
+        rows = evaluation["rows"]
+        said.append(
+            f"{rows} val image{'s' * (rows != 1)} cannot tell answers from guesses, even if all "
+            "are right: measure on more, with more images or a larger data.val_fraction"
+        )
+        return said
     said.append(
         f"{main['name']} answers no better than chance ({main['metrics'][TOP1]:.1%} top1): its "
         "bytes carry no answer"
@@ -44,8 +51,13 @@ def chance_sentences(evaluation: Mapping[str, Any]) -> list[str]:
 
 def is_a_guess(evaluation: Mapping[str, Any], arm: Mapping[str, Any]) -> bool:
     """Returns whether an arm's top1 could be that of guesses, for so few images."""
-    chance, top1 = evaluation.get("chance"), arm["metrics"].get(TOP1)
-    if chance is None or top1 is None or not evaluation["rows"]:
+    top1 = arm["metrics"].get(TOP1)
+    if evaluation.get("chance") is None or top1 is None or not evaluation["rows"]:
         return False
-    error = math.sqrt(chance * (1 - chance) / evaluation["rows"])
-    return bool(top1 <= chance + SURE * error)
+    return bool(top1 <= _most_guesses(evaluation))
+
+
+def _most_guesses(evaluation: Mapping[str, Any]) -> float:
+    """Returns the top1 that 95 % of guesses stay below on so many images; it may be above 1."""
+    chance: float = evaluation["chance"]
+    return chance + SURE * math.sqrt(chance * (1 - chance) / evaluation["rows"])

@@ -212,6 +212,20 @@ def test_requests_take_streams_of_their_own_and_are_answered_as_in_training(
     assert several.cdf.tobytes() == rows.cdf[-1].tobytes()
 
 
+def test_a_model_of_one_task_is_asked_for_it_unless_told(
+    problem: Problem,
+    batch_of: Callable[..., Batch],
+    codec_of: Callable[..., Mantis],
+    small_config: Callable[..., ModelConfig],
+) -> None:
+    alone = replace(problem, tasks=problem.tasks[:1])
+    codec = codec_of(alone, small_config(**ASKED))
+    image, name = batch_of(problem, 2).image, alone.tasks[0].name
+    sent = codec.encode(image)
+    assert sent == codec.encode(image, name)
+    assert [answer.tasks for answer in codec.decode(sent)] == [(name,)] * 2
+
+
 def test_a_client_that_is_not_asked_says_so_and_a_session_asks(
     codec: Mantis, problem: Problem, batch_of: Callable[..., Batch], tmp_path: Path
 ) -> None:

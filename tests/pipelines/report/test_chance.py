@@ -42,6 +42,13 @@ def test_a_teacher_at_chance_is_blamed_first() -> None:
     assert len(chance_sentences(measured(0.6, teacher=0.6))) == 1
 
 
+def test_so_few_images_blame_nobody() -> None:
+    made = {**measured(0.0, teacher=1.0, rows=2), "chance": 0.5}
+    first, few = chance_sentences(made)
+    assert first.startswith("chance is 50.0% top1")
+    assert few.startswith("2 val images cannot tell answers from guesses, even if all are right")
+
+
 @pytest.mark.parametrize(("rows", "guess"), [(20, True), (400, False)])
 def test_few_images_cannot_tell_a_codec_from_a_guess(rows: int, guess: bool) -> None:
     made = measured(0.3, rows=rows)
