@@ -8,6 +8,7 @@
 FROM rayproject/ray:2.60.0-py311-cpu AS wheel
 COPY --chown=ray pyproject.toml README.md LICENSE /home/ray/source/
 COPY --chown=ray mantis_core /home/ray/source/mantis_core
+COPY --chown=ray mantis_lite /home/ray/source/mantis_lite
 COPY --chown=ray data_prep /home/ray/source/data_prep
 COPY --chown=ray pipelines /home/ray/source/pipelines
 COPY --chown=ray tune_spaces /home/ray/source/tune_spaces

@@ -8,7 +8,7 @@ STAMP := .venv/.mantis-setup
 CPU_MARK := .venv/.mantis-cpu
 CPU ?= $(if $(wildcard $(CPU_MARK)),1)
 
-.PHONY: help setup quickstart demo-model cluster-local cluster-local-down test test-slow faults fuzz check docs format lock clean
+.PHONY: help setup quickstart demo-model cluster-local cluster-local-down test test-slow faults fuzz fuzz-own-coder check docs format lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -75,6 +75,9 @@ faults: setup ## the tests that kill processes on purpose
 N ?= 100000
 fuzz: setup ## feed N damaged and forged streams to the stream reader: make fuzz N=1000000
 	@$(BIN)/python -m tests.fuzz_bitstream $(N)
+
+fuzz-own-coder: setup ## the same by the range coder that devices have
+	@$(BIN)/python -m tests.fuzz_own_coder $(N)
 
 check: setup ## format, lint, types, links, fast tests: what every commit passes
 	@$(BIN)/ruff format --check .

@@ -7,10 +7,11 @@ FOLDER is a trained codec, or its client alone. Without one, the client has the 
 and random weights, none of them 0 or 1 as before a training; the latent's channels have scales from
 0.1 to 4, and the densities are fitted to such latents. It codes one image, drawn or given, in turn
 with its parts, ResNet-50's and MobileNetV3-Large's forward, and JPEG and WebP of the same image.
-Reading the image file is not measured. The last line is one JSON object. A ratio is a median time
-divided by that of ResNet-50. `folder_bytes` are those of the
-folder of the client alone: packed weights (`network_bytes`), packed tables, the config, and about a
-thousand more.
+With `--export` also in turn: the client as `mantis export` writes it, in float32 and in int8, and
+ResNet-50 in onnxruntime. Reading the image file is not measured. The last line is one JSON object.
+A ratio is a median time divided by that of ResNet-50. `folder_bytes` are those of the folder of the
+client alone: packed weights (`network_bytes`), packed tables, the config, and about a thousand
+more; `onnx_bytes` and `onnx_int8_bytes` those of an export without README and golden cases.
 """
 
 import argparse
@@ -19,7 +20,8 @@ import json
 import statistics
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -51,6 +53,7 @@ LABELS = 40  # of a task; imagenet.yaml has 1,000 in 13
 QUALITY = 75
 BATCH, SIDE = 12, 8  # latents of a step of the fit
 STEPS = 200
+SENT = ("manifest.json", "look.onnx", "code.onnx", "tables.npz")  # what a device cannot do without
 
 
 def drawn_image(size: tuple[int, int]) -> Tensor:
@@ -168,29 +171,68 @@ def untrained(
     return codec
 
 
-def measure(whole: Path, image: Tensor, pairs: int) -> dict[str, float | str]:
+def exported(
+    client: ClientCodec, image: Tensor, request: Sequence[str] | None, scratch: Path
+) -> tuple[dict[str, Callable[[], object]], dict[str, float | str]]:
+    """Returns calls of the exported client, and sizes of its folders; int8 knows one image."""
+    from mantis_lite.client import onnx_session, open_export
+    from pipelines.export.graphs import write_graph
+    from pipelines.export.write import export_client
+
+    calls: dict[str, Callable[[], object]] = {}
+    sizes: dict[str, float | str] = {}
+    pixels = image.numpy()
+    for name, int8 in (("onnx", False), ("onnx_int8", True)):
+        folder = scratch / name
+        sizes[f"{name}_bytes"] = sum(
+            size
+            for file, size in export_client(
+                client, folder, images=[pixels[0]], int8=int8
+            ).files.items()
+            if file in SENT
+        )
+        lite = open_export(folder)
+        calls[name] = partial(lite.encode, pixels, request)
+        calls[f"{name}_network"] = partial(lite.network.see, pixels)
+        sizes[f"{name}_stream_bytes"] = len(lite.encode(pixels, request)[0])
+    path = scratch / "resnet50.onnx"
+    write_graph(resnet50().eval(), (normalise(image),), ["image"], ["logits"], path)
+    session = onnx_session(path, threads=1)
+    calls["resnet50_onnx"] = partial(session.run, None, {"image": normalise(image).numpy()})
+    return calls, sizes
+
+
+def measure(
+    whole: Path, image: Tensor, pairs: int, *, export: bool = False
+) -> dict[str, float | str]:
     """Measures the client in the folder `whole`, which codes `image`, a uint8 (1, 3, H, W).
 
-    Runs all calls in turn, `pairs` times.
+    Runs all calls in turn, `pairs` times. A client that is asked is asked for its first task.
     """
+    more: dict[str, Callable[[], object]] = {}
+    sizes: dict[str, float | str] = {}
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "client"
         save_half(folder, whole, "client")
         bytes_of = {path.name: path.stat().st_size for path in folder.iterdir()}
         client = load_client(folder)
+        request = client.facts.tasks[:1] if client.facts.requests == "asked" else None
+        if export:
+            more, sizes = exported(client, image, request, Path(scratch))
     described = client.describe()
-    (seen,) = client.look(image)
+    (seen,) = client.look(image, request)
     pictures = normalise(image)
     resnet, mobilenet = resnet50().eval(), mobilenet_v3_large().eval()
     jpeg, webp = picture_coder(image, "JPEG"), picture_coder(image, "WEBP")
     calls: dict[str, Callable[[], object]] = {
         "resnet50": torch.no_grad()(lambda: resnet(pictures)),
-        "image_to_stream": lambda: client.encode(image),
+        "image_to_stream": lambda: client.encode(image, request),
         "network": network_of(client, image),
         "coding": lambda: client.write_together([seen]),
         "mobilenet_v3_large": torch.no_grad()(lambda: mobilenet(pictures)),
         "jpeg": jpeg,
         "webp": webp,
+        **more,
     }
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(pairs):
@@ -211,9 +253,10 @@ def measure(whole: Path, image: Tensor, pairs: int) -> dict[str, float | str]:
         "network_bytes": network_bytes,
         "table_bytes": described["client_bytes"] - network_bytes,
         "config_bytes": bytes_of["config.yaml"],
-        "stream_bytes": len(client.encode(image)[0]),
+        "stream_bytes": len(client.encode(image, request)[0]),
         "jpeg_bytes": jpeg(),
         "webp_bytes": webp(),
+        **sizes,
         "pairs": pairs,
     }
 
@@ -229,6 +272,9 @@ def main() -> None:
     parser.add_argument("--model", help="a trained codec's folder, instead of random weights")
     parser.add_argument("--image", help="a photograph, instead of a drawn image; with --model")
     parser.add_argument("--pairs", type=count, default=15, help="rounds of all calls in turn")
+    parser.add_argument(
+        "--export", action="store_true", help="measure the client that `mantis export` writes too"
+    )
     parser.add_argument("--json", action="store_true", help="print the JSON object only")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -236,7 +282,7 @@ def main() -> None:
         parser.error("--model and --image go together")
     if arguments.model:
         image = load_client(arguments.model).prepare_images([Path(arguments.image).read_bytes()])
-        result = measure(Path(arguments.model), image, arguments.pairs)
+        result = measure(Path(arguments.model), image, arguments.pairs, export=arguments.export)
     else:
         settings = load_settings(arguments.config)
         tasks = arguments.tasks or len(settings.tasks)
@@ -244,7 +290,7 @@ def main() -> None:
         codec = untrained(settings.model, tasks, settings.data.size, image, STEPS)
         with tempfile.TemporaryDirectory() as scratch:
             save_model(whole := Path(scratch) / "whole", codec, {})
-            result = measure(whole, image, arguments.pairs)
+            result = measure(whole, image, arguments.pairs, export=arguments.export)
     if not arguments.json:
         for name, value in result.items():
             say(f"{name:20} {value}")

@@ -27,7 +27,7 @@ from data_prep.read.batches import local_batches
 from mantis_core.bitstream.task_field import dequantise_level, quantise_log2
 from mantis_core.codec.checkpoint import load_model
 from mantis_core.codec.mantis import Mantis
-from mantis_core.codec.requests import coverage_threshold, select_mask
+from mantis_core.codec.masks import coverage_threshold, select_mask
 from mantis_core.codec.server_codec import decided
 from mantis_core.folders import read_meta
 from mantis_core.networks.conditioning import shares_of

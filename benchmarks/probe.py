@@ -32,7 +32,7 @@ from data_prep.manifest import Manifest, read_manifest
 from data_prep.read.batches import local_batches
 from mantis_core.codec.checkpoint import load_model
 from mantis_core.codec.mantis import Mantis
-from mantis_core.codec.requests import Way
+from mantis_core.device.requests import Way
 from mantis_core.errors import ModelError
 from mantis_core.folders import read_meta
 from mantis_core.networks.blocks import ResidualBlock, TaskModules, pool

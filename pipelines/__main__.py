@@ -17,6 +17,7 @@ from pipelines.commands import (
     models,
     program,
     score,
+    serving,
     shelf,
     streams,
     tune,
@@ -26,7 +27,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-for module in (init, chain, score, tune, models, streams, shelf, program):
+for module in (init, chain, score, tune, models, streams, serving, shelf, program):
     for command in module.COMMANDS:
         app.command()(command)
 app.add_typer(local_cluster.app, name="cluster")

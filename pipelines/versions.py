@@ -26,7 +26,7 @@ DECIDING_PACKAGES = (
 """Their versions enter every stage's key, and MLflow records them."""
 PROJECT = Path(__file__).resolve().parents[1]
 """The folder that holds our packages: a checkout, an upload or an environment's site-packages."""
-PACKAGES = ("data_prep", "mantis_core", "pipelines", "tune_spaces")
+PACKAGES = ("data_prep", "mantis_core", "mantis_lite", "pipelines", "tune_spaces")
 DISTRIBUTION = "mantis-codec"
 COMMIT_VARIABLE = "MANTIS_COMMIT"
 

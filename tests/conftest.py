@@ -30,6 +30,8 @@ HERE = Path(__file__).parent
 LONGEST = (
     "pipelines/test_end_to_end.py",
     "mantis_core/training/test_many_workers.py",
+    "pipelines/export/test_export.py",
+    "pipelines/serving/test_end_to_end.py",
     "pipelines/tracking/test_registry.py",
     "mantis_core/training/test_one_graph.py",
 )

@@ -23,6 +23,7 @@ ROOMS = {
     "pipelines": (
         "__main__",
         "commands",
+        "serving",
         "shelf",
         "starting",
         "search",
@@ -33,6 +34,7 @@ ROOMS = {
         "tracking",
         "coding",
         "terminal",
+        "export",
         "report",
         "cluster",
         "settings",
@@ -47,6 +49,7 @@ ROOMS = {
         "teachers",
         "networks",
         "measure",
+        "device",
         "bitstream",
         "symbols",
         "folders",
@@ -57,6 +60,7 @@ ROOMS = {
         "rates",
         "errors",
     ),
+    "mantis_lite": ("__main__", "client"),
     "data_prep": (
         "prepare",
         "read",
@@ -75,8 +79,9 @@ ROOMS = {
     "tune_spaces": ("joint", "film", "rate", "domains"),
 }
 PACKAGES = {  # what a package may import of the others
-    "pipelines": {"mantis_core", "data_prep", "tune_spaces"},
+    "pipelines": {"mantis_core", "mantis_lite", "data_prep", "tune_spaces"},
     "mantis_core": set(),
+    "mantis_lite": {"mantis_core"},
     "data_prep": set(),
     "tune_spaces": set(),
 }
@@ -88,9 +93,11 @@ ALONE = {  # packages of others, and the only rooms that may import them
     "mlflow": {"pipelines.tracking"},
     "optuna": {"pipelines.search"},
     "torchdistill": {"mantis_core.training"},
+    "onnxruntime": {"mantis_lite", "pipelines.export"},
 }
 NEVER = {  # rooms, and what they reach neither directly nor through others of ours
     "mantis_core.bitstream": ("torch", "torchvision", "compressai"),
+    **dict.fromkeys(("mantis_core.device", "mantis_lite"), ("torch", "pydantic", "data_prep")),
     "mantis_core.pixels": ("torch", "mantis_core", "data_prep"),
     # Readers scale crops with torch; whatever prepares or names data needs none.
     **{

@@ -17,10 +17,11 @@ import pytest
 
 from tests.root import ROOT
 
-PACKAGES = ("mantis_core", "data_prep", "tune_spaces", "pipelines")
+PACKAGES = ("mantis_core", "mantis_lite", "data_prep", "tune_spaces", "pipelines")
 FORBIDDEN = {
     "mantis_core": {"ray", "mlflow", "pyarrow", "data_prep", "tune_spaces", "pipelines"},
     # Of mantis_core it may import one module, and readers alone torch: tests/test_import_order.py.
+    "mantis_lite": {"torch", "ray", "mlflow", "pyarrow", "data_prep", "tune_spaces", "pipelines"},
     "data_prep": {"mlflow", "tune_spaces", "pipelines"},
     "tune_spaces": {"torch", "mlflow", "mantis_core", "data_prep", "pipelines"},
     "pipelines": set(),

@@ -27,10 +27,10 @@ from typing import Any, TypeAlias, get_args
 from weakref import WeakKeyDictionary
 
 import numpy as np
-from constriction import stream
 from numpy.typing import NDArray
 
 from mantis_core.bitstream.container import BitstreamError, Reason
+from mantis_core.bitstream.entropy import stream
 from mantis_core.symbols import CONTEXTS, MAX_SYMBOL, Prior, coding_order, passes
 
 PRECISION = 16

@@ -212,6 +212,16 @@ def peek(data: bytes) -> dict[str, Any]:
     }
 
 
+def peek_hello(data: bytes) -> str:
+    """The id that the hello of a session names, in hexadecimal digits, without its model.
+
+    Raises BitstreamError if it is no hello of a known version or its checksum fails.
+    """
+    read_prefix(data, HELLO_MAGIC)
+    _require_checksum(data)
+    return data[_PREFIX_BYTES:_HEADER_BYTES].hex()
+
+
 class Reader:
     """Takes fields off the front of a header that may end too early."""
 

@@ -20,7 +20,6 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-from constriction import stream
 
 from mantis_core.bitstream.coder import (
     GAMMA_CLASS,
@@ -31,6 +30,7 @@ from mantis_core.bitstream.coder import (
     exact_model,
 )
 from mantis_core.bitstream.container import BitstreamError, Reason
+from mantis_core.bitstream.entropy import stream
 
 MAX_LEVEL = 15
 _LEVEL_COUNTS = np.array([*(TOTAL >> level + 1 for level in range(MAX_LEVEL)), 2])

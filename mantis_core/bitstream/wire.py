@@ -12,7 +12,6 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
-from constriction import stream
 
 from mantis_core.bitstream.coder import (
     TOTAL,
@@ -23,6 +22,7 @@ from mantis_core.bitstream.coder import (
     exact_model,
 )
 from mantis_core.bitstream.container import Stream, StreamSpec, pack, unpack
+from mantis_core.bitstream.entropy import stream
 from mantis_core.bitstream.session import (
     CHECKSUM_BYTES,
     Session,

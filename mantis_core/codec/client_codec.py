@@ -5,7 +5,7 @@ Shapes: B batch, K tasks, C latent channels, H W input pixels, h w latent size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,14 +15,14 @@ from torch import Tensor
 from mantis_core.bitstream.coder import TableSet
 from mantis_core.bitstream.packed_tables import pack_counts
 from mantis_core.bitstream.session import Session
-from mantis_core.bitstream.wire import CodedImage, Packed, write_message, write_stream
+from mantis_core.bitstream.wire import Packed, write_message, write_stream
 from mantis_core.codec.answer import Encoded
-from mantis_core.codec.look import Looker, Seen
+from mantis_core.codec.network import ClientNetwork
 from mantis_core.codec.packed_weights import pack_weights
-from mantis_core.codec.requests import Budget, Way
-from mantis_core.codec.sessions import ClientSession
 from mantis_core.codec.spec import Ids, ModelSpec
-from mantis_core.errors import ModelError
+from mantis_core.device.client import DeviceClient
+from mantis_core.device.look import Seen
+from mantis_core.device.requests import Way
 from mantis_core.networks.client import Client
 from mantis_core.networks.conditioning import shares_of
 from mantis_core.networks.cost import macs_of
@@ -37,8 +37,11 @@ Estimate = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 shares of the rates (B, L), None for a model of one."""
 
 
-class ClientCodec:
-    """Turns images into streams. Holds no decoder and no weight of one."""
+class ClientCodec(DeviceClient[Tensor]):
+    """A client in torch. What it does is told in `DeviceClient`; images are uint8 tensors."""
+
+    array_type, array_name = Tensor, "tensor"
+    network: ClientNetwork
 
     def __init__(
         self,
@@ -55,40 +58,15 @@ class ClientCodec:
 
         `answer_counts` (17, 8) are those of confidence, for a model that sends its answers.
         """
-        self.spec, self.client, self.tables, self.ids = spec, client, tables, ids
-        self.estimate = estimate
-        self.stream_spec = spec.stream_spec(ids.stream, answer_counts)
-        self.looker = Looker(spec, client, mask_threshold, self.stream_spec)
-
-    def encode(
-        self,
-        images: Tensor,
-        tasks: str | Sequence[str] | Tensor | None = None,
-        *,
-        exit_confidence: float | None = None,
-        level: int | None = None,
-        max_bytes: int | None = None,
-    ) -> list[bytes]:
-        """uint8 images (B, 3, H, W) to one stream each.
-
-        With `tasks` None they are detected. A name or several ask for these tasks alone, of every
-        image; a bool tensor (B, K) asks image by image, and one of (1, K) the same of all.
-        `exit_confidence` is a probability: where the detector gives an image's class at least that
-        much, the client answers itself, and the stream holds the answer and no latent (early exit,
-        after Teerapittayanon et al., ICPR 2016). Where tasks are asked for it counts for one task
-        alone, of a client with exit heads.
-
-        A model of several rates has levels: `level` 0, which None stands for, gives the largest
-        streams and the best answers. With `max_bytes` each image is coded at the lowest level whose
-        stream takes no more bytes; where none does, the client answers itself if it can. Raises
-        ModelError for an unknown name, for images or tasks of another kind, for an
-        `exit_confidence` where the client cannot answer itself, for a level that the model has not,
-        and for an image that `max_bytes` do not hold.
-        """
-        seen = self.encode_in_detail(
-            images, tasks, exit_confidence=exit_confidence, level=level, max_bytes=max_bytes
+        super().__init__(
+            spec.facts,
+            ClientNetwork(client, spec.num_rates),
+            tables,
+            spec.stream_spec(ids.stream, answer_counts),
+            float(mask_threshold),
         )
-        return [encoded.data for encoded in seen]
+        self.spec, self.client, self.ids = spec, client, ids
+        self.estimate = estimate
 
     def encode_in_detail(
         self,
@@ -110,6 +88,7 @@ class ClientCodec:
         What ways have in common is computed once: an image passes stem and detector once, and a
         latent that several ways send is coded once.
         """
+        self.check_images(images)
         seen = list(self.looker.look(images, ways))
         packed: dict[int, Packed] = {}
         for each in (image for images_ways in seen for image in images_ways):
@@ -149,7 +128,8 @@ class ClientCodec:
         every = list(sent.items())
         for first in range(0, len(every), _ESTIMATED_TOGETHER):
             some = every[first : first + _ESTIMATED_TOGETHER]
-            latent = torch.stack([each.latent for _, each in some if each.latent is not None])
+            latents = np.stack([each.latent for _, each in some if each.latent is not None])
+            latent = torch.from_numpy(latents).to(self.network.device)
             fields = [each.image.tasks for _, each in some]
             mask = torch.tensor([field.mask for field in fields], device=latent.device)
             primary = torch.tensor([field.primary for field in fields], device=latent.device)
@@ -158,13 +138,6 @@ class ClientCodec:
             found = self.estimate(latent, mask, primary, shares).tolist()
             bits |= zip((key for key, _ in some), found, strict=True)
         return bits
-
-    def budget(self, max_bytes: int | None) -> Budget | None:
-        """What bounds the stream of each image; None without a bound."""
-        return None if max_bytes is None else Budget(max_bytes, self._file)
-
-    def _file(self, image: CodedImage, input_shape: tuple[int, int]) -> bytes:
-        return write_stream([image], input_shape, self.tables, self.stream_spec).data
 
     def _session_bytes(self, seen: Seen, packed: Packed, *, requests: bool) -> int:
         """The size of an image's message; of a reply to a request, which holds no task field.
@@ -178,41 +151,6 @@ class ClientCodec:
             return packed.session_bytes
         form = Session(seen.input_shape, requests=True)
         return write_message(seen.image, form, b"", self.tables, spec).session_bytes
-
-    def write_together(self, images: Sequence[Seen]) -> bytes:
-        """One stream of images of one shape that `look` has seen.
-
-        Raises BitstreamError (too_large) for more than a stream may hold.
-        """
-        shapes = {seen.input_shape for seen in images}
-        if len(shapes) != 1:
-            raise ModelError(f"images of {sorted(shapes)} pixels; a stream holds one shape")
-        coded = [seen.image for seen in images]
-        return write_stream(coded, shapes.pop(), self.tables, self.stream_spec).data
-
-    def look(
-        self,
-        images: Tensor,
-        tasks: str | Sequence[str] | Tensor | None = None,
-        *,
-        exit_confidence: float | None = None,
-        level: int | None = None,
-        budget: Budget | None = None,
-    ) -> Iterator[Seen]:
-        """The task field and symbols of each of `images`; arguments and errors as `encode`."""
-        way = Way(tasks, exit_confidence, level, budget)
-        for (seen,) in self.looker.look(images, [way]):
-            yield seen
-
-    def open(
-        self,
-        *,
-        request: str | Sequence[str] | None = None,
-        requests: bool | None = None,
-        input_shape: tuple[int, int] | None = None,
-    ) -> ClientSession:
-        """A session of this client; arguments and errors as `ClientSession`."""
-        return ClientSession(self, input_shape=input_shape, requests=requests, request=request)
 
     def prepare_image(self, data: bytes, *, max_pixels: float = MAX_PIXELS) -> Tensor:
         """An image file's bytes to uint8 (3, H, W) as in evaluation: short side, centre crop.

@@ -15,12 +15,13 @@ from torch.nn.functional import logsigmoid
 from mantis_core.bitstream.coder import TableSet
 from mantis_core.codec.answer import Answer, Encoded
 from mantis_core.codec.client_codec import ClientCodec, Estimate
+from mantis_core.codec.masks import primary_task, select_mask
 from mantis_core.codec.own_answer import ClientAnswers, Fusion, even_counts
 from mantis_core.codec.packed_weights import round_weights
-from mantis_core.codec.requests import Way, primary_task, select_mask
 from mantis_core.codec.server_codec import ServerCodec, decided, new_joint, new_server
 from mantis_core.codec.spec import Ids, ModelSpec
 from mantis_core.codec.tables import table_set, update_tables
+from mantis_core.device.requests import Way
 from mantis_core.networks.bottleneck import Bottleneck
 from mantis_core.networks.client import Client
 from mantis_core.networks.conditioning import shares_of

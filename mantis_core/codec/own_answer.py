@@ -22,11 +22,9 @@ from torch.nn.functional import cross_entropy, one_hot
 from mantis_core.bitstream.coder import TOTAL
 from mantis_core.bitstream.container import CONFIDENCE_LEVELS, CONFIDENCE_ROWS
 from mantis_core.bitstream.packed_tables import integer_counts
+from mantis_core.device.look import EDGES
 from mantis_core.networks.stacked import TaskLayout, TaskOutputs
 from mantis_core.tasks import TaskSpec
-
-EDGES = (0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 0.97)
-"""Between the levels of confidence: a probability below the first one is level 0."""
 
 _PRIOR_IMAGES = 4.0
 """Images that a level counts for beside those it was seen on, at the figures of all levels."""

@@ -19,9 +19,9 @@ from mantis_core.bitstream.task_field import TaskField, dequantise_level
 from mantis_core.bitstream.wire import CodedImage, Unpacked, read_stream
 from mantis_core.codec.answer import Answer
 from mantis_core.codec.own_answer import ClientAnswer, Fusion
-from mantis_core.codec.requests import listed_bytes
-from mantis_core.codec.sessions import ServerSession
 from mantis_core.codec.spec import Ids, ModelSpec
+from mantis_core.device.requests import listed_bytes
+from mantis_core.device.sessions import ServerSession
 from mantis_core.networks.client import latent_size
 from mantis_core.networks.conditioning import shares_of
 from mantis_core.networks.inference import still
@@ -46,7 +46,7 @@ class ServerCodec:
     ) -> None:
         """The last two are there for a model whose client sends its answers."""
         self.spec, self.server, self.joint, self.tables = spec, server, joint, tables
-        self.ids, self.fusion = ids, fusion
+        self.ids, self.fusion, self.facts = ids, fusion, spec.facts
         self.stream_spec = spec.stream_spec(ids.stream, answer_counts)
 
     @torch.no_grad()
@@ -109,7 +109,9 @@ class ServerCodec:
             )
         return answers
 
-    def open(self, hello: bytes, *, request: str | Sequence[str] | None = None) -> ServerSession:
+    def open(
+        self, hello: bytes, *, request: str | Sequence[str] | None = None
+    ) -> ServerSession[Answer]:
         """The other end of the session that began with `hello`, see `ServerSession`."""
         return ServerSession(self, hello, request=request)
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mantis_core.architecture import ModelConfig
 from mantis_core.bitstream.container import MAX_IMAGES, VERSIONS, StreamSpec
+from mantis_core.device.facts import ClientFacts
 from mantis_core.rates import count_levels
 from mantis_core.tasks import Problem, TaskSpec, class_members
 
@@ -93,6 +94,23 @@ class ModelSpec(BaseModel):
         """Whether the client sends its own answer beside the latent."""
         own = self.model
         return own.send_answer and own.detector.classes and not (own.wide_encoder or own.per_task)
+
+    @property
+    def facts(self) -> ClientFacts:
+        """What a client has to know of the model."""
+        own = self.model
+        return ClientFacts(
+            tasks=self.task_names,
+            classes=tuple(tuple(task.classes) for task in self.tasks),
+            labels=self.answerable(),
+            image_size=self.image_size,
+            short_side=self.short_side,
+            requests=own.requests,
+            max_active_tasks=own.max_active_tasks,
+            send_probabilities=own.send_probabilities,
+            sends_answer=self.sends_answer,
+            rate_levels=self.rate_levels,
+        )
 
     def stream_spec(self, stream_id: bytes, confidence: Tensor | None = None) -> StreamSpec:
         """What a stream of a model with this spec and this id must look like.

@@ -18,8 +18,8 @@ from mantis_core.architecture import ModelConfig
 from mantis_core.bitstream.task_field import MAX_LEVEL
 from mantis_core.codec.checkpoint import save_model
 from mantis_core.codec.mantis import Mantis, MantisOutput
+from mantis_core.codec.masks import coverage_threshold
 from mantis_core.codec.own_answer import ClientAnswer, Fusion, confidence_counts
-from mantis_core.codec.requests import coverage_threshold
 from mantis_core.codec.spec import model_spec
 from mantis_core.config import Stage2Config
 from mantis_core.errors import ModelError

@@ -64,6 +64,11 @@ PARTS = (
         "mantis cluster up, which waits until the head lists a node",
     ),
     Part(
+        "ray.serve._private.replica:add_port_to_grpc_server",
+        "mantis serve, whose replicas then listen on every interface",
+        ("server", "address"),
+    ),
+    Part(
         "ray.train.torch.config:_TorchBackend.on_start",
         "every training on one machine: its process group on 127.0.0.1",
         ("worker_group", "backend_config"),
@@ -156,3 +161,18 @@ def torch_backend() -> Any:
     from ray.train.torch.config import _TorchBackend
 
     return _TorchBackend
+
+
+def replica_listens_on(host: str) -> None:
+    """Keeps the server of this replica of Ray Serve on one interface, instead of all of them.
+
+    Call it before the replica has started: it takes pickled requests from whoever reaches it.
+    """
+    from ray.serve._private import replica
+
+    open_port = replica.add_port_to_grpc_server
+
+    def on_host(server: Any, address: str) -> Any:
+        return open_port(server, f"{host}:{address.rsplit(':', 1)[1]}")
+
+    replica.add_port_to_grpc_server = on_host

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from pipelines.coding.files import Failure, FilesError, cannot_write, shown, write_whole
+from mantis_core.device.files import Failure, FilesError, cannot_write, shown, write_whole
 
 if TYPE_CHECKING:
     import numpy as np

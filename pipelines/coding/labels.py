@@ -22,10 +22,10 @@ from torch import Tensor
 from data_prep.sources.folder import is_image
 from data_prep.storage import Found as Listed
 from data_prep.storage import files_below, in_threads, join, read_bytes
+from mantis_core.device.files import Failure, shown
 from mantis_core.networks.inference import full_float32
 from mantis_core.networks.preprocessing import normalise
 from mantis_core.pixels import ImageError, read_pixels
-from pipelines.coding.files import Failure, shown
 
 COLUMNS = ("file", "class", "probability")
 BATCH_SIZE = 64

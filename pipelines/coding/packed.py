@@ -15,7 +15,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from pipelines.coding.files import IMAGE_SUFFIXES, Failure, FilesError, Found, Source, read, shown
+from mantis_core.device.files import IMAGE_SUFFIXES, Failure, FilesError, Found, Source, read, shown
 
 if TYPE_CHECKING:
     import pyarrow as pa

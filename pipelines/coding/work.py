@@ -11,16 +11,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mantis_core.bitstream.container import MAX_IMAGES, BitstreamError, peek
+from mantis_core.device.files import Failure, FilesError, Source, read, shown
 from mantis_core.errors import BudgetError
 from mantis_core.pixels import ImageError
-from pipelines.coding.files import Failure, FilesError, Source, read, shown
 from pipelines.coding.packed import read_image
 
 if TYPE_CHECKING:
     from mantis_core.codec.answer import Answer
     from mantis_core.codec.client_codec import ClientCodec
-    from mantis_core.codec.look import Seen
     from mantis_core.codec.server_codec import ServerCodec
+    from mantis_core.device.look import Seen
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,8 @@ from pipelines.training.causes import MISTAKE as MISTAKE
 from pipelines.training.causes import is_mistake
 
 if TYPE_CHECKING:
+    from mantis_core.device.files import Failure, Found
     from pipelines.coding.answers import Table
-    from pipelines.coding.files import Failure, Found
     from pipelines.settings.sections import Settings
     from pipelines.terminal.counting import Counter
 
@@ -101,7 +101,7 @@ class Tally:
 
     def summary(self, what: str) -> str:
         """Returns how many were done and failed."""
-        from pipelines.coding.files import summary
+        from mantis_core.device.files import summary
 
         return summary({what: self.done, "failed": len(self.failures)})
 

@@ -24,7 +24,7 @@ JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """The environment variable, of this name, in which Ray tells a submitted job who it is."""
 SHOW_TRACEBACKS = "MANTIS_TRACEBACK"
 """The environment variable that shows tracebacks on the terminal."""
-OURS = ("pipelines", "mantis_core", "data_prep", "tune_spaces", "benchmarks")
+OURS = ("pipelines", "mantis_core", "mantis_lite", "data_prep", "tune_spaces", "benchmarks")
 NEEDED_BY_RUNS = ("ray", "mlflow", "optuna", "pandas")
 EXTRAS = {
     "encode": "client",
@@ -32,6 +32,9 @@ EXTRAS = {
     "decode": "server",
     "predict": "server",
     "check": "plain",
+    "export": "export",
+    "serve": "serve",
+    "camera": "serve",
     "label": "plain",
     "up": "cluster",
     "status": "cluster",

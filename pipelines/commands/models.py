@@ -1,14 +1,34 @@
-"""Commands on the results of runs: report, register, promote, models, lineage, ui."""
+"""Commands on the results of runs: report, register, promote, models, lineage, export, ui."""
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from pipelines.commands.errors import MISTAKE, Stopped, ending_well, print_json
-from pipelines.commands.options import AsJson, Experiment, Root, Run, tracker_of
+from pipelines.commands.options import (
+    AsJson,
+    Experiment,
+    Model,
+    Root,
+    Run,
+    model_folder,
+    tracker_of,
+)
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from mantis_core.codec.client_codec import ClientCodec
+
+MOST = 2_500
+CALIBRATING = 200
+"""Images that int8 is calibrated by, of those that are given."""
 
 
 @ending_well
@@ -164,6 +184,87 @@ def lineage(
 
 
 @ending_well
+def export(
+    model: Model,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder to write, a new one or an export.")
+    ],
+    half: Annotated[
+        Literal["client", "server"],
+        typer.Option("--half", help="The client for a device, or the server's networks."),
+    ] = "client",
+    int8: Annotated[
+        bool, typer.Option("--int8", help="Quantise the client to 8-bit integers.")
+    ] = False,
+    images: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--images",
+            help="Photographs, or folders, Parquet files and tars of them: int8 is calibrated by "
+            f"{CALIBRATING} of them, and up to {MOST:,} are coded by torch and by onnxruntime to "
+            "compare the streams. The default compares images made by a rule.",
+        ),
+    ] = None,
+    root: Root = None,
+    as_json: AsJson = False,
+) -> None:
+    """Export a client to ONNX, for devices without torch.
+
+    The folder holds two graphs, the coding tables, and golden cases that `mantis-lite check` codes
+    on the device. With `--half server` it holds the server's networks as one graph instead.
+
+    Example: mantis export models:/mantis@champion -o client/ --images photos/
+    """
+    from mantis_core.codec.checkpoint import load_client, load_server
+    from mantis_core.device.files import shown
+    from pipelines.export.folders import check_target
+
+    if half == "server":
+        if int8 or images:
+            raise Stopped("error: --int8 and --images are for the client.", MISTAKE)
+        from pipelines.export.server import export_server
+
+        files = export_server(load_server(model_folder(model, root)), output)
+        _tell(as_json, {"folder": shown(output), "half": half, "files": files}, [])
+        return
+    if int8 and not images:
+        raise Stopped(
+            "error: --int8 is calibrated by photographs: give some with --images.", MISTAKE
+        )
+    if sys.version_info >= (3, 13):
+        raise Stopped(
+            "error: the exporter of ONNX and CompressAI share no numpy on Python 3.13 and newer: "
+            "export with Python 3.11 or 3.12.",
+            MISTAKE,
+        )
+    from pipelines.export.write import FILES, export_client
+
+    check_target(output, FILES)  # before the images are read
+    codec = load_client(model_folder(model, root))
+    pictures, failures = _pictures(codec, images or [])
+    found = export_client(
+        codec,
+        output,
+        images=pictures,
+        int8=int8,
+        calibrating=CALIBRATING,
+        say=lambda line: typer.echo(line, err=True),
+    )
+    told = {
+        "folder": shown(found.folder),
+        "half": half,
+        "precision": "int8" if int8 else "float32",
+        "files": found.files,
+        "bytes": sum(found.files.values()),
+        "golden": found.golden,
+        "compared": found.compared,
+        "equal": found.equal,
+        "stream_id": codec.ids.stream.hex(),
+    }
+    _tell(as_json, told, failures)
+
+
+@ending_well
 def ui(
     root: Root = None,
     port: Annotated[
@@ -188,7 +289,7 @@ def ui(
         raise Stopped(f"error: {error}", error.exit_code) from None
 
 
-COMMANDS = (report, register, promote, models, lineage, ui)
+COMMANDS = (report, register, promote, models, lineage, export, ui)
 
 
 def _figure(value: float | None) -> str:
@@ -207,3 +308,44 @@ def _model_line(entry: dict[str, Any]) -> str:
     aliases = " ".join(f"@{alias}" for alias in entry["aliases"])
     stream_id = entry["stream_id"] or "-"
     return f"{entry['model']}  {stream_id}  {figures}  {config}  {aliases}".rstrip()
+
+
+def _pictures(codec: ClientCodec, paths: list[Path]) -> tuple[list[NDArray[np.uint8]], list[str]]:
+    """Returns up to MOST images (3, H, W), evenly from all that were found, and what failed."""
+    from mantis_core.device.files import FilesError, shown
+    from mantis_core.pixels import ImageError
+    from pipelines.coding.packed import read_image
+    from pipelines.commands.streams import find_images
+    from pipelines.export.write import evenly
+
+    if not paths:
+        return [], []
+    found = find_images(paths, None)
+    pictures, failures = [], [failure.reason for failure in found.failures]
+    for source in evenly(found.sources, MOST):
+        try:
+            pictures.append(codec.prepare_image(read_image(source)).numpy())
+        except FilesError as error:
+            failures.append(str(error))
+        except ImageError as error:
+            failures.append(f"{shown(source.path)} is no readable image: {error}")
+    if not pictures:
+        raise Stopped("\n".join(f"error: {each}" for each in failures), MISTAKE)
+    return pictures, failures
+
+
+def _tell(as_json: bool, told: Mapping[str, object], failures: list[str]) -> None:
+    for failure in failures:
+        typer.echo(f"left out: {failure}", err=True)
+    if as_json:
+        print_json({**told, "failures": failures})
+        return
+    files = told["files"]
+    assert isinstance(files, dict)
+    for name, size in files.items():
+        typer.echo(f"{told['folder']}/{name}  {size:,} bytes")
+    if "compared" in told:
+        typer.echo(
+            f"{told['equal']} of {told['compared']} images give the stream that torch gives; "
+            f"{told['golden']} golden cases"
+        )

@@ -20,7 +20,7 @@ def check(as_json: AsJson = False) -> None:
 
     Example: mantis check
     """
-    from pipelines.commands.selfcheck import run
+    from pipelines.coding.selfcheck import run
 
     result = run()
     if as_json:

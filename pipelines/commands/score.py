@@ -151,7 +151,7 @@ def label(
     if not folder.is_dir():
         what = "is no folder" if folder.exists() else "does not exist"
         raise Stopped(f"error: {folder} {what}. Give a folder of images.", MISTAKE)
-    from pipelines.coding.files import Failure, Found, Source, shown, writing
+    from mantis_core.device.files import Failure, Found, Source, shown, writing
     from pipelines.coding.labels import LabelFile, find_images, name_each
     from pipelines.terminal.counting import counting
 
@@ -292,7 +292,7 @@ def _check_label_file(output: Path, *, force: bool) -> None:
 def _require_images(images: Images, folder: Path) -> None:
     """Raises Stopped if a folder has no image."""
     from data_prep.sources.folder import IMAGE_SUFFIXES
-    from pipelines.coding.files import Found
+    from mantis_core.device.files import Found
 
     if not images.files:
         others = Found(others=images.others).left_out() or "nothing is there"

@@ -24,7 +24,7 @@ from pipelines.commands.options import (
 )
 
 if TYPE_CHECKING:
-    from pipelines.coding.files import Found, Source
+    from mantis_core.device.files import Found, Source
     from pipelines.coding.work import Decoded
 
 
@@ -62,7 +62,8 @@ def encode(
 
     Example: mantis encode models:/mantis@champion photos/ -o streams/
     """
-    from pipelines.coding import files, work
+    from mantis_core.device import files
+    from pipelines.coding import work
     from pipelines.terminal.counting import counting
 
     together = output.suffix == ".mts" and not output.is_dir()
@@ -76,7 +77,7 @@ def encode(
         )
     if together and max_bytes is not None:
         raise Stopped("error: --max-bytes needs a folder as OUT: it is for a stream each.", MISTAKE)
-    found = _find_images(paths, output)
+    found = find_images(paths, output)
     sources = found.sources
     streams: dict[Source, Path] = {}
     if together:
@@ -141,7 +142,8 @@ def decode(
 
     Example: mantis decode models:/mantis@champion streams/ -o answers/
     """
-    from pipelines.coding import answers, files, work
+    from mantis_core.device import files
+    from pipelines.coding import answers, work
     from pipelines.terminal.counting import counting
 
     if output is not None and output.is_file():
@@ -210,12 +212,13 @@ def predict(
 
     Example: mantis predict models:/mantis@champion photos/ -o answers.csv
     """
-    from pipelines.coding import answers, files, work
+    from mantis_core.device import files
+    from pipelines.coding import answers, work
     from pipelines.terminal.counting import counting
 
     if output is not None:
         answers.check_table(output)
-    found = _find_images(paths, masks)
+    found = find_images(paths, masks)
     if masks is not None:
         _targets(found.sources, masks, ".png")
     folder = str(model_folder(model, root))
@@ -260,7 +263,7 @@ def info(file: StreamFile, as_json: AsJson = False) -> None:
     Example: mantis info photo.mts
     """
     from mantis_core.bitstream.container import peek
-    from pipelines.coding.files import read
+    from mantis_core.device.files import read
 
     found = peek(read(file))
     if as_json:
@@ -284,9 +287,9 @@ def _load(half: str, model: str, root: str | None) -> Any:
     return load_client(folder) if half == "client" else load_server(folder)
 
 
-def _find_images(paths: Sequence[Path], output: Path | None) -> Found:
+def find_images(paths: Sequence[Path], output: Path | None) -> Found:
     """Returns the images of a command, also those in Parquet files and tars."""
-    from pipelines.coding.files import IMAGE_SUFFIXES, find
+    from mantis_core.device.files import IMAGE_SUFFIXES, find
     from pipelines.coding.packed import PACKED_SUFFIXES, expand
 
     suffixes = IMAGE_SUFFIXES | PACKED_SUFFIXES
@@ -296,14 +299,14 @@ def _find_images(paths: Sequence[Path], output: Path | None) -> Found:
 
 def _find(paths: Sequence[Path], suffixes: frozenset[str], what: str, output: Path | None) -> Found:
     """Returns the files of a command. Raises Stopped if there is none."""
-    from pipelines.coding.files import find
+    from mantis_core.device.files import find
 
     found = find(paths, suffixes, outputs=[output] if output else [])
     return _require(found, paths, suffixes, what)
 
 
 def _require(found: Found, paths: Sequence[Path], suffixes: frozenset[str], what: str) -> Found:
-    from pipelines.coding.files import shown
+    from mantis_core.device.files import shown
 
     if not found.sources:
         said = [failure.reason for failure in found.failures] or [
@@ -317,7 +320,7 @@ def _require(found: Found, paths: Sequence[Path], suffixes: frozenset[str], what
 
 def _targets(sources: Sequence[Source], folder: Path, suffix: str) -> dict[Path, Source]:
     """Maps output files to their sources. Raises Stopped if `folder` is a file."""
-    from pipelines.coding.files import shown, targets
+    from mantis_core.device.files import shown, targets
 
     if folder.is_file():
         raise Stopped(f"error: {shown(folder)} is a file. Give OUT.mts or a folder.", MISTAKE)
@@ -326,7 +329,7 @@ def _targets(sources: Sequence[Source], folder: Path, suffix: str) -> dict[Path,
 
 def _told(decoded: Decoded, *, named: bool) -> str:
     """Returns the answers of a stream as lines. A stream of several images numbers them."""
-    from pipelines.coding.files import shown
+    from mantis_core.device.files import shown
 
     lines = []
     count = len(decoded.answers)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mantis_core.codec.answer import Answer, Encoded
 from mantis_core.codec.mantis import Mantis
-from mantis_core.codec.requests import Way
+from mantis_core.device.requests import Way
 from mantis_core.tasks import Problem
 from pipelines.evaluation.arms import EXAMPLES, ArmSource, Arrays
 from pipelines.evaluation.rows import (

@@ -33,7 +33,7 @@ class MantisClient(PythonModel):
         whose image cannot be read or does not fit has an empty stream and says why in `error`,
         which is missing in all others.
         """
-        from mantis_core.codec.requests import named_tasks
+        from mantis_core.device.requests import named_tasks
         from mantis_core.errors import BudgetError
         from mantis_core.pixels import ImageError
 
@@ -41,7 +41,7 @@ class MantisClient(PythonModel):
         level, max_bytes = (
             None if given.get(name) is None else int(given[name]) for name in ("level", "max_bytes")
         )
-        tasks = named_tasks(self.codec.spec, given.get("tasks"))
+        tasks = named_tasks(self.codec.facts, given.get("tasks"))
         rows = []
         for data in model_input["image"]:
             try:

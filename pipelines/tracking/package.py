@@ -143,10 +143,10 @@ def example_input(part: str, whole: Path) -> bytes:
     if part != "server":
         return picture
     from mantis_core.codec.checkpoint import load_client  # imports torch, which takes seconds
-    from mantis_core.codec.requests import named_tasks
+    from mantis_core.device.requests import named_tasks
 
     client = load_client(whole)
-    asked = named_tasks(client.spec, None)
+    asked = named_tasks(client.spec.facts, None)
     [stream] = client.encode(client.prepare_images([picture]), asked)
     return stream
 

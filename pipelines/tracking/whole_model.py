@@ -35,7 +35,7 @@ class MantisModel(PythonModel):
         A model that is asked is asked for all tasks if none are named.
         """
         from mantis_core.codec.answer import COLUMNS, failed_row
-        from mantis_core.codec.requests import named_tasks
+        from mantis_core.device.requests import named_tasks
         from mantis_core.errors import BudgetError
         from mantis_core.pixels import ImageError
 
@@ -43,7 +43,7 @@ class MantisModel(PythonModel):
         level, max_bytes = (
             None if given.get(name) is None else int(given[name]) for name in ("level", "max_bytes")
         )
-        tasks = named_tasks(self.codec.spec, given.get("tasks"))
+        tasks = named_tasks(self.codec.spec.facts, given.get("tasks"))
         rows: dict[int, dict[str, Any]] = {}
         streams: dict[int, bytes] = {}
         for row, data in enumerate(model_input["image"]):

@@ -12,6 +12,7 @@ import pytest
 from typer.main import get_command
 
 from docs import reference
+from mantis_lite.__main__ import command_line
 from pipelines.__main__ import app
 from pipelines.settings.reading import load_settings
 from tests.docs.pages import NAMES, blocks, inline_code, pages_with, write_configs
@@ -19,7 +20,8 @@ from tests.root import ROOT
 
 TARGETS = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
 OTHER_PROGRAMS = {
-    *{".", "aws", "docker", "eksctl", "export", "git", "kubectl", "mlflow", "ray", "sed", "uv"},
+    *{".", "aws", "curl", "docker", "eksctl", "export", "git", "kubectl", "mlflow", "pip"},
+    *{"ray", "sed", "uv"},
 }
 
 
@@ -50,6 +52,8 @@ def test_every_command_line_of_a_page_parses(page: str, tmp_path: Path) -> None:
         if words[0] == "mantis" or words[:3] == ["python", "-m", "pipelines"]:
             found = parse(words[1:] if words[0] == "mantis" else words[3:])
             check_overrides(found, tmp_path)
+        elif words[0] == "mantis-lite":
+            command_line().parse_args(words[1:])
         elif words[:2] == ["python", "-m"]:
             check_program(words[2:])
         elif words[0] == "make":

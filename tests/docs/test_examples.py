@@ -17,7 +17,8 @@ import pytest
 import torch
 from PIL import Image
 
-from mantis_core.codec.checkpoint import load_model, save_model
+from mantis_core.codec.checkpoint import load_client, load_model, load_server, save_model
+from pipelines.export.write import export_client
 from pipelines.settings.reading import load_settings, with_overrides
 from tests.docs.pages import blocks, pages_with, write_configs
 from tests.mantis_core.conftest import make_codec, make_problem
@@ -84,6 +85,8 @@ def test_every_python_example_of_a_page_runs(
 
     monkeypatch.setattr(mlflow.pyfunc, "load_model", Registered)
     monkeypatch.setattr(mlflow, "set_tracking_uri", lambda uri: None)
+    if "open_export(" in "".join(block.text for block in blocks(page, "python")):
+        export_client(load_client(CHECKPOINT), world / "camera")
     namespace: dict[str, Any] = {"__name__": "docs_example"}
     for block in blocks(page, "python"):
         code = compile("\n" * block.line + block.text, str(ROOT / page), "exec", dont_inherit=True)
@@ -93,11 +96,18 @@ def test_every_python_example_of_a_page_runs(
 
 def check_codec(made: dict[str, Any], world: Path) -> None:
     """Each half that was written apart loads alone."""
-    from mantis_core.codec.checkpoint import load_client, load_server
-
     client, server = load_client(world / "client"), load_server(world / "server")
     image = client.prepare_image((world / "photo.jpg").read_bytes())
     assert server.decode(client.encode(image[None]))[0].wire_bytes > 0
+
+
+def check_device(made: dict[str, Any], world: Path) -> None:
+    """The stream and the message of the page are read by the server."""
+    server = load_server(world / CHECKPOINT)
+    (answer,) = server.decode([made["stream"]])
+    (reply,) = server.open(made["session"].hello, request="pets").decode([made["message"]])
+    assert answer.tasks == reply.tasks == ("pets",)
+    assert reply.wire_bytes < answer.wire_bytes
 
 
 def check_python(made: dict[str, Any], world: Path) -> None:
@@ -158,6 +168,7 @@ def check_conditioning(kind: Callable[..., Any]) -> None:
 
 CHECKS: dict[str, Callable[[dict[str, Any], Path], None]] = {
     "docs/guide/codec.md": check_codec,
+    "docs/guide/device.md": check_device,
     "docs/guide/python.md": check_python,
     "docs/guide/extending.md": check_extending,
 }

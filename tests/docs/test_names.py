@@ -11,12 +11,20 @@ from tests.docs.pages import BLOCK, NAMES, inline_code
 from tests.root import ROOT
 
 LINKING = [*NAMES, "ARCHITECTURE.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md"]
-PACKAGES = ("mantis_core", "data_prep", "pipelines", "tune_spaces", "benchmarks", "tests")
+PACKAGES = (
+    "mantis_core",
+    "mantis_lite",
+    "data_prep",
+    "pipelines",
+    "tune_spaces",
+    "benchmarks",
+    "tests",
+)
 GENERATED = [ROOT / "docs" / path for path in ("log.md", *reference.pages())]
 SECTION = "data|tasks|teacher|model|stage1|stage2|evaluate|tune|cluster|tracking|storage"
 KEY = re.compile(rf"({SECTION})(\.\w+)+(?=$|[=:])")
 PATH = re.compile(
-    r"(mantis_core|data_prep|pipelines|tune_spaces|benchmarks|tests|configs|deploy|results)"
+    r"(mantis_core|mantis_lite|data_prep|pipelines|tune_spaces|benchmarks|tests|configs|deploy|results)"
     r"/[\w./-]*"
 )
 

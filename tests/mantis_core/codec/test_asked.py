@@ -18,9 +18,9 @@ from mantis_core.architecture import (
 from mantis_core.bitstream.wire import read_stream
 from mantis_core.codec.checkpoint import load_client, load_server, save_half, save_model
 from mantis_core.codec.mantis import Mantis
-from mantis_core.codec.requests import named_tasks
-from mantis_core.codec.sessions import ClientSession, ServerSession
 from mantis_core.config import Request, Stage2Config
+from mantis_core.device.requests import named_tasks
+from mantis_core.device.sessions import ClientSession, ServerSession
 from mantis_core.errors import ModelError
 from mantis_core.networks.detector import NoDetector
 from mantis_core.networks.preprocessing import normalise
@@ -278,6 +278,6 @@ def test_a_registered_model_that_is_asked_is_asked_for_all_unless_some_are_named
     codec: Mantis, problem: Problem, codec_of: Callable[..., Mantis]
 ) -> None:
     names = [task.name for task in problem.tasks]
-    assert named_tasks(codec.spec, None) == names
-    assert named_tasks(codec.spec, f"{names[2]}, {names[0]}") == [names[2], names[0]]
-    assert named_tasks(codec_of(problem).spec, None) is None
+    assert named_tasks(codec.spec.facts, None) == names
+    assert named_tasks(codec.spec.facts, f"{names[2]}, {names[0]}") == [names[2], names[0]]
+    assert named_tasks(codec_of(problem).spec.facts, None) is None

@@ -59,7 +59,7 @@ def test_one_name_and_one_row_ask_the_same_of_all_images(codec: Mantis) -> None:
         torch.ones(3, dtype=torch.bool),
         torch.ones(3, 3),
         torch.ones(0, 3, dtype=torch.bool),
-        np.ones((3, 3), dtype=bool),
+        np.ones((3, 3)),
         [True, False, True],
         [["kitchen"]],
         3,

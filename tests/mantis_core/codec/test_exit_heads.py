@@ -14,8 +14,8 @@ from mantis_core.architecture import ConditioningConfig, ModelConfig
 from mantis_core.bitstream.wire import CodedImage
 from mantis_core.codec.checkpoint import load_client, load_server, save_half, save_model
 from mantis_core.codec.mantis import Mantis
-from mantis_core.codec.requests import Budget, Way
 from mantis_core.config import LossTerm
+from mantis_core.device.requests import Budget, Way
 from mantis_core.errors import ModelError
 from mantis_core.tasks import Batch, Problem
 from mantis_core.training.stage2 import Stage2Recipe

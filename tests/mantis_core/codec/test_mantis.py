@@ -20,7 +20,7 @@ from mantis_core.architecture import ConditioningConfig, ModelConfig
 from mantis_core.bitstream.container import BitstreamError, Reason, StreamSpec, pack, unpack
 from mantis_core.bitstream.wire import read_stream
 from mantis_core.codec.mantis import Mantis
-from mantis_core.codec.requests import primary_task
+from mantis_core.codec.masks import primary_task
 from mantis_core.errors import ModelError
 from mantis_core.networks.inference import still
 from mantis_core.networks.preprocessing import normalise

@@ -14,9 +14,9 @@ from mantis_core.bitstream.wire import read_stream
 from mantis_core.codec.checkpoint import load_client, load_server, save_half, save_model
 from mantis_core.codec.mantis import Mantis
 from mantis_core.codec.own_answer import ClientAnswer, Fusion
-from mantis_core.codec.requests import Way
-from mantis_core.codec.sessions import ClientSession, ServerSession
 from mantis_core.config import Stage2Config
+from mantis_core.device.requests import Way
+from mantis_core.device.sessions import ClientSession, ServerSession
 from mantis_core.errors import BudgetError, ModelError
 from mantis_core.networks.conditioning import shares_of
 from mantis_core.networks.preprocessing import normalise

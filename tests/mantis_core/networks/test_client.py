@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mantis_core.architecture import ConditioningConfig, DetectorConfig, EncoderConfig, ModelConfig
-from mantis_core.codec.requests import coverage_threshold
+from mantis_core.codec.masks import coverage_threshold
 from mantis_core.errors import ModelError
 from mantis_core.networks.blocks import ResidualBlock, group_norm
 from mantis_core.networks.client import Client, latent_size

@@ -63,6 +63,7 @@ def test_no_other_file_names_a_private_part() -> None:
             "pipelines",
             "data_prep",
             "mantis_core",
+            "mantis_lite",
             "tune_spaces",
             "benchmarks",
             "tests",

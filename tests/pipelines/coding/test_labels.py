@@ -12,8 +12,8 @@ from PIL import Image
 from torch import Tensor
 
 from data_prep.sources.folder import ImageFolder
+from mantis_core.device.files import Failure
 from mantis_core.networks.preprocessing import normalise
-from pipelines.coding.files import Failure
 from pipelines.coding.labels import Classifier, LabelFile, Named, find_images, name_each
 from tests.data_prep.rows import listed
 

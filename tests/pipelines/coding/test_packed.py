@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines.coding.files import IMAGE_SUFFIXES, FilesError, Found, find
+from mantis_core.device.files import IMAGE_SUFFIXES, FilesError, Found, find
 from pipelines.coding.packed import PACKED_SUFFIXES, expand, image_columns, read_image
 
 PICTURES = [f"picture {number}".encode() for number in range(7)]

@@ -12,31 +12,22 @@ Shapes: B batch, K tasks, H W input pixels.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Protocol
-
-from torch import Tensor
+from typing import Any, Generic, Protocol, TypeVar
 
 from mantis_core.bitstream.coder import TableSet
 from mantis_core.bitstream.container import StreamSpec
 from mantis_core.bitstream.session import Session, read_hello, write_hello
 from mantis_core.bitstream.wire import CodedImage, Unpacked, read_message, write_message
-from mantis_core.codec.answer import Answer
-from mantis_core.codec.look import Seen
-from mantis_core.codec.requests import (
-    Budget,
-    asked_tasks,
-    check_asks,
-    check_images,
-    listed_bytes,
-)
-from mantis_core.codec.spec import ModelSpec
+from mantis_core.device.facts import ClientFacts
+from mantis_core.device.look import Seen
+from mantis_core.device.requests import Budget, Tasks, asked_tasks, check_asks, listed_bytes
 from mantis_core.errors import ModelError
 
 
 class _Half(Protocol):
     """What both halves of a codec know of its streams."""
 
-    spec: ModelSpec
+    facts: ClientFacts
     tables: TableSet
     stream_spec: StreamSpec
 
@@ -44,10 +35,12 @@ class _Half(Protocol):
 class _Client(_Half, Protocol):
     """What a session takes of a `ClientCodec`."""
 
+    def check_images(self, images: Any) -> None: ...
+
     def look(
         self,
-        images: Tensor,
-        tasks: str | Sequence[str] | Tensor | None = None,
+        images: Any,
+        tasks: Tasks = None,
         *,
         exit_confidence: float | None = None,
         level: int | None = None,
@@ -55,7 +48,10 @@ class _Client(_Half, Protocol):
     ) -> Iterator[Seen]: ...
 
 
-class _Server(_Half, Protocol):
+Answer = TypeVar("Answer")
+
+
+class _Server(_Half, Protocol[Answer]):
     """What a session takes of a `ServerCodec`."""
 
     def answer(self, streams: Iterable[Unpacked]) -> list[Answer]: ...
@@ -65,7 +61,7 @@ class _End:
     """One end of a session."""
 
     session: Session
-    _spec: ModelSpec
+    _facts: ClientFacts
     _request: str | Sequence[str] | None
 
     @property
@@ -78,8 +74,8 @@ class _End:
         """Raises ModelError in a session without requests, and for tasks the model has not."""
         if tasks is not None:
             _check_request(self.session, tasks)
-            check_asks(self._spec, tasks)
-            asked_tasks(self._spec, tasks, 1)
+            check_asks(self._facts, tasks)
+            asked_tasks(self._facts, tasks, 1)
         self._request = tasks
 
 
@@ -107,13 +103,13 @@ class ClientSession(_End):
         if requests is None and request is not None:
             requests = True
         self.codec, self.session = codec, session_of(codec, input_shape, requests=requests)
-        self._spec, self.request = codec.spec, request
+        self._facts, self.request = codec.facts, request
         self.hello = write_hello(self.session, codec.stream_spec)
 
     def encode(
         self,
-        images: Tensor,
-        tasks: str | Sequence[str] | Tensor | None = None,
+        images: Any,
+        tasks: Tasks = None,
         *,
         exit_confidence: float | None = None,
         level: int | None = None,
@@ -126,7 +122,7 @@ class ClientSession(_End):
         """
         tasks = self.request if tasks is None else tasks
         _check_request(self.session, tasks)
-        check_images(images)
+        self.codec.check_images(images)
         shape = (int(images.shape[-2]), int(images.shape[-1]))
         if shape != self.session.input_shape:
             raise ModelError(
@@ -146,11 +142,11 @@ class ClientSession(_End):
         return write_message(image, self.session, self.hello, codec.tables, codec.stream_spec).data
 
 
-class ServerSession(_End):
+class ServerSession(_End, Generic[Answer]):
     """The server's end: messages to answers."""
 
     def __init__(
-        self, codec: _Server, hello: bytes, *, request: str | Sequence[str] | None = None
+        self, codec: _Server[Answer], hello: bytes, *, request: str | Sequence[str] | None = None
     ) -> None:
         """`request` names the tasks that are asked for until `request` is set anew.
 
@@ -159,14 +155,16 @@ class ServerSession(_End):
         """
         self.codec, self.hello = codec, bytes(hello)
         self.session = read_hello(self.hello, codec.stream_spec)
-        self._spec, self.request = codec.spec, request
+        self._facts, self.request = codec.facts, request
 
-    def decode(
-        self, messages: Iterable[bytes], tasks: str | Sequence[str] | Tensor | None = None
-    ) -> list[Answer]:
-        """Messages to one answer each, in order.
+    def decode(self, messages: Iterable[bytes], tasks: Tasks = None) -> list[Answer]:
+        """Messages to one answer each, in order; arguments and errors as `read`."""
+        return self.codec.answer(self.read(messages, tasks))
 
-        `tasks` are what was asked for, in a session of requests alone: names, or a bool tensor
+    def read(self, messages: Iterable[bytes], tasks: Tasks = None) -> Iterator[Unpacked]:
+        """What messages hold, in order, each read when it is taken.
+
+        `tasks` are what was asked for, in a session of requests alone: names, or a bool array
         (B, K) with a row for each message; None stands for `request`. Raises BitstreamError for the
         first message that is damaged, of another session or a reply to another request, ModelError
         for what is no list of byte strings.
@@ -174,20 +172,13 @@ class ServerSession(_End):
         tasks = self.request if tasks is None else tasks
         _check_request(self.session, tasks)
         messages = listed_bytes(messages, "messages")
-        spec = self.codec.spec
         asked: list[tuple[bool, ...]] = [()] * len(messages)
         if tasks is not None:
-            rows = asked_tasks(spec, tasks, len(messages)).tolist()
+            rows = asked_tasks(self._facts, tasks, len(messages)).tolist()
             asked = [tuple(row) for row in rows]
-        return self.codec.answer(
-            read_message(
-                data,
-                self.session,
-                self.hello,
-                self.codec.tables,
-                self.codec.stream_spec,
-                wanted,
-            )
+        tables, spec = self.codec.tables, self.codec.stream_spec
+        return (
+            read_message(data, self.session, self.hello, tables, spec, wanted)
             for data, wanted in zip(messages, asked, strict=True)
         )
 
@@ -200,11 +191,11 @@ def session_of(
 ) -> Session:
     """What a session with this client says of every message."""
     if requests is None:
-        requests = codec.spec.model.requests == "asked"
+        requests = codec.facts.requests == "asked"
     return Session(
-        tuple(input_shape or codec.spec.image_size),  # type: ignore[arg-type]
-        with_levels=codec.spec.model.send_probabilities and not requests,
-        with_answers=codec.spec.sends_answer and not requests,
+        tuple(input_shape or codec.facts.image_size),  # type: ignore[arg-type]
+        with_levels=codec.facts.send_probabilities and not requests,
+        with_answers=codec.facts.sends_answer and not requests,
         requests=requests,
     )
 

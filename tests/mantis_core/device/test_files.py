@@ -9,7 +9,7 @@ import pytest
 
 from data_prep.sources.folder import IMAGE_SUFFIXES as TRAINED_ON
 from mantis_core.bitstream.container import MAX_IMAGES
-from pipelines.coding.files import (
+from mantis_core.device.files import (
     IMAGE_SUFFIXES,
     FilesError,
     Source,

@@ -5,16 +5,29 @@ B images, K tasks, H W input pixels.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol, TypeAlias, TypeGuard
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 from mantis_core.bitstream.wire import CodedImage
-from mantis_core.codec.spec import ModelSpec
+from mantis_core.device.facts import ClientFacts
 from mantis_core.errors import ModelError
+
+
+class BoolArray(Protocol):
+    """A bool array (B, K) of numpy, or a tensor of torch."""
+
+    @property
+    def dtype(self) -> Any: ...
+
+    @property
+    def shape(self) -> Any: ...
+
+
+Tasks: TypeAlias = str | Sequence[str] | BoolArray | None
+"""Tasks that are asked for: names, one name, or a row for each image; None detects them."""
 
 
 class Budget(NamedTuple):
@@ -31,7 +44,7 @@ class Budget(NamedTuple):
 class Way(NamedTuple):
     """One way to code images: arguments as `ClientCodec.encode`, with a budget for `max_bytes`."""
 
-    tasks: str | Sequence[str] | Tensor | None = None
+    tasks: Tasks = None
     exit_confidence: float | None = None
     level: int | None = None
     budget: Budget | None = None
@@ -50,72 +63,82 @@ def listed_bytes(data: Iterable[bytes], what: str) -> list[bytes]:
     return [bytes(each) for each in listed]
 
 
-def check_images(images: Tensor) -> None:
-    """ModelError for what is no batch of images."""
-    if not isinstance(images, Tensor):
+def check_images(images: Any, kind: type, what: str) -> None:
+    """ModelError for what is no batch of images: a `kind`, which messages call `what`."""
+    if not isinstance(images, kind):
         raise ModelError(
-            f"images are a {type(images).__name__}; allowed: a uint8 tensor (B, 3, H, W)"
+            f"images are a {type(images).__name__}; allowed: a uint8 {what} (B, 3, H, W)"
         )
-    whole = images.ndim == 4 and images.shape[1] == 3 and min(images.shape[2:]) > 0
-    if images.dtype != torch.uint8 or not whole:
+    given: Any = images
+    whole = given.ndim == 4 and given.shape[1] == 3 and min(given.shape[2:]) > 0
+    if str(given.dtype).removeprefix("torch.") != "uint8" or not whole:
         raise ModelError(
-            f"images are {images.dtype} {tuple(images.shape)}; allowed: uint8 (B, 3, H, W)"
+            f"images are {given.dtype} {tuple(given.shape)}; allowed: uint8 (B, 3, H, W)"
         )
 
 
-def with_only_task(spec: ModelSpec, way: Way) -> Way:
+def with_only_task(facts: ClientFacts, way: Way) -> Way:
     """A way with its task named, where the model is asked and has but one."""
-    if way.tasks is None and spec.model.requests == "asked" and len(spec.tasks) == 1:
-        return way._replace(tasks=spec.task_names)
+    if way.tasks is None and facts.requests == "asked" and len(facts.tasks) == 1:
+        return way._replace(tasks=facts.tasks)
     return way
 
 
-def check_asks(spec: ModelSpec, tasks: object) -> None:
+def check_asks(facts: ClientFacts, tasks: object) -> None:
     """ModelError where a model that is asked is not, or one that always detects is."""
-    if spec.model.requests == "asked" and tasks is None:
+    if facts.requests == "asked" and tasks is None:
         raise ModelError(
             "this model detects no tasks, its server asks for some: name one or more of "
-            f"{', '.join(spec.task_names)}"
+            f"{', '.join(facts.tasks)}"
         )
-    if spec.model.requests == "detect" and tasks is not None:
+    if facts.requests == "detect" and tasks is not None:
         raise ModelError(
             "this model detects the tasks of an image and cannot be asked for some: name none, or "
             "train it with model.requests=both"
         )
 
 
-def asked_tasks(spec: ModelSpec, tasks: str | Sequence[str] | Tensor, count: int) -> Tensor:
-    """Tasks that are asked for of `count` images, as names or a tensor, as bool (count, K).
+def asked_tasks(facts: ClientFacts, tasks: Tasks, count: int) -> NDArray[np.bool_]:
+    """Tasks that are asked for of `count` images, as names or an array, as bool (count, K).
 
     Raises ModelError for what this model cannot be asked.
     """
-    names = spec.task_names
-    if isinstance(tasks, Tensor):
+    names = facts.tasks
+    if is_array(tasks):
         allowed = ((count, len(names)), (1, len(names)))
-        if tasks.dtype != torch.bool or tuple(tasks.shape) not in allowed:
+        kind, shape = str(tasks.dtype).removeprefix("torch."), tuple(tasks.shape)
+        if kind != "bool" or shape not in allowed:
             raise ModelError(
-                f"tasks are {tasks.dtype} {tuple(tasks.shape)}; allowed for {count} images: "
+                f"tasks are {tasks.dtype} {shape}; allowed for {count} images: "
                 f"bool {allowed[0]}, or {allowed[1]} for all of them; or names of tasks"
             )
-        empty = (~tasks.any(dim=1)).nonzero()
+        array: Any = tasks
+        given = array.detach().cpu().numpy() if hasattr(array, "detach") else np.asarray(array)
+        empty = np.flatnonzero(~given.any(axis=1))
         if len(empty):
             raise ModelError(f"image {int(empty[0])} is asked about no task; name at least one")
-        return tasks.expand(count, -1)
+        return np.broadcast_to(given, (count, len(names)))
     wanted = [tasks] if isinstance(tasks, str) else _listed(tasks)
     unknown = [name for name in wanted if name not in names]
     if unknown or not wanted:
         raise ModelError(f"tasks {unknown or 'none'} asked for; this model has {', '.join(names)}")
-    return torch.tensor([[name in wanted for name in names]]).expand(count, -1)
+    return np.broadcast_to(np.array([name in wanted for name in names]), (count, len(names)))
 
 
-def named_tasks(spec: ModelSpec, names: str | None) -> list[str] | None:
+def is_array(tasks: Tasks) -> TypeGuard[BoolArray]:
+    """Whether tasks are given as an array, not as names; an array of text is names."""
+    kind = getattr(tasks, "dtype", None)
+    return not (kind is None or isinstance(tasks, str) or getattr(kind, "kind", "b") in "OUS")
+
+
+def named_tasks(facts: ClientFacts, names: str | None) -> list[str] | None:
     """Tasks named in one text with commas between; None detects them, or asks for all of them."""
     if names is None:
-        return list(spec.task_names) if spec.model.requests == "asked" else None
+        return list(facts.tasks) if facts.requests == "asked" else None
     return [name.strip() for name in names.split(",")]
 
 
-def _listed(tasks: Sequence[str]) -> list[str]:
+def _listed(tasks: Any) -> list[str]:
     """The names of tasks; ModelError for what holds others than names."""
     try:
         names = list(tasks)
@@ -128,9 +151,9 @@ def _listed(tasks: Sequence[str]) -> list[str]:
     return names
 
 
-def asked_levels(spec: ModelSpec, level: int | None, max_bytes: int | None) -> range:
+def asked_levels(facts: ClientFacts, level: int | None, max_bytes: int | None) -> range:
     """The rate levels that an image may be coded at; ModelError for what the model has not."""
-    count = spec.rate_levels
+    count = facts.rate_levels
     if level is not None and max_bytes is not None:
         raise ModelError("give a level or max_bytes, not both: max_bytes chooses the level")
     if max_bytes is not None and not (type(max_bytes) is int and max_bytes >= 1):
@@ -143,13 +166,13 @@ def asked_levels(spec: ModelSpec, level: int | None, max_bytes: int | None) -> r
     return range(level, level + 1)
 
 
-def check_exit(spec: ModelSpec, confidence: float | None) -> None:
+def check_exit(facts: ClientFacts, confidence: float | None) -> None:
     """ModelError for a confidence of early exit that this model cannot have."""
     if confidence is None:
         return
-    if not spec.answerable():
+    if not facts.labels:
         needs = "model.detector.classes=true"
-        if spec.model.requests == "asked":
+        if facts.requests == "asked":
             needs = "model.exit_heads=true"
         raise ModelError(
             "exit_confidence needs a client that can answer itself, and this model's cannot: train "
@@ -159,36 +182,16 @@ def check_exit(spec: ModelSpec, confidence: float | None) -> None:
         raise ModelError(f"exit_confidence is {confidence!r}: give a probability, 0 to 1")
 
 
-def select_mask(probabilities: Tensor, threshold: Tensor | float, max_active: int) -> Tensor:
-    """Which tasks a stream carries, bool (B, K), from p (B, K).
+def active_tasks(
+    probabilities: NDArray[np.float32], threshold: float, max_active: int
+) -> NDArray[np.bool_]:
+    """Which tasks the stream of an image carries, bool (K,), from p (K,).
 
     The tasks above `threshold`, but at most the `max_active` most probable. The most probable task
     is always among them.
     """
-    best = probabilities.topk(min(max_active, probabilities.shape[1]), dim=1).indices
-    allowed = torch.zeros_like(probabilities, dtype=torch.bool).scatter_(1, best, True)
-    mask = allowed & (probabilities > threshold)
-    return mask.scatter(1, best[:, :1], True)
-
-
-def primary_task(probabilities: Tensor, mask: Tensor) -> Tensor:
-    """Index (B,) of the most probable task among the active ones, p and mask being (B, K)."""
-    return probabilities.masked_fill(~mask, -1.0).argmax(dim=1)
-
-
-def coverage_threshold(
-    probabilities: Tensor, truth: Tensor, coverage: float, *, limit: int
-) -> float:
-    """The highest threshold, at most 0.5, that keeps the share `coverage` of the true tasks.
-
-    Both are (N, K). Whatever the threshold, the most probable task of an image is kept, and no task
-    beyond its `limit` most probable: a lower threshold can only win true tasks between these.
-    """
-    order = probabilities.argsort(dim=1, descending=True).argsort(dim=1)
-    sure = int((truth & (order == 0)).sum())
-    needed = math.ceil(coverage * int(truth.sum())) - sure
-    others = probabilities[truth & (order > 0) & (order < limit)].sort(descending=True).values
-    if needed <= 0 or len(others) == 0:
-        return 0.5
-    lowest = float(others[min(needed, len(others)) - 1])
-    return min(0.5, lowest * (1 - 1e-6))
+    best = np.argsort(-probabilities, kind="stable")[:max_active]
+    mask = np.zeros(len(probabilities), np.bool_)
+    mask[best] = probabilities[best] > np.float32(threshold)
+    mask[best[0]] = True
+    return mask

@@ -17,7 +17,7 @@ from mantis_core.bitstream.container import BitstreamError, Reason
 from mantis_core.codec.checkpoint import load_client, load_server, save_half, save_model
 from mantis_core.codec.mantis import Mantis
 from mantis_core.codec.own_answer import confidence_counts
-from mantis_core.codec.sessions import ClientSession, ServerSession
+from mantis_core.device.sessions import ClientSession, ServerSession
 from mantis_core.errors import ModelError
 from mantis_core.tasks import Problem
 from tests.mantis_core.conftest import make_codec, make_config, make_problem

@@ -1,0 +1,1 @@
+"""A trained client as files that need no torch."""

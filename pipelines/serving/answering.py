@@ -1,0 +1,75 @@
+"""Streams and messages of one model to answers, many together. Knows no HTTP and no Ray."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import Any
+
+from mantis_core.bitstream.container import BitstreamError, Reason
+from mantis_core.bitstream.wire import Unpacked, read_stream
+from mantis_core.codec.server_codec import ServerCodec
+from mantis_core.errors import ModelError
+
+STATUS = {
+    Reason.ANOTHER_MODEL: HTTPStatus.NOT_FOUND,
+    Reason.TOO_LARGE: HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+}
+"""Of a stream that is refused; 400 for all other reasons."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """A stream; or, with the `hello` of its session, a message.
+
+    `tasks` are what was asked for in a session of requests, None elsewhere.
+    """
+
+    body: bytes
+    hello: bytes | None = None
+    tasks: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A status of HTTP, and what is said: the answers, or the error and its reason."""
+
+    status: int
+    content: dict[str, Any]
+
+
+def refusal(error: BitstreamError | ModelError) -> Reply:
+    """What is replied to a stream that cannot be read."""
+    if isinstance(error, BitstreamError):
+        status = STATUS.get(error.reason, HTTPStatus.BAD_REQUEST)
+        return Reply(int(status), {"error": str(error), "reason": error.reason.value})
+    return Reply(int(HTTPStatus.BAD_REQUEST), {"error": str(error), "reason": "request"})
+
+
+def replies(codec: ServerCodec, questions: Sequence[Question]) -> list[Reply]:
+    """One reply to each question. One that cannot be read costs the others nothing."""
+    read: list[Unpacked | Reply] = []
+    for question in questions:
+        try:
+            read.append(_read(codec, question))
+        except (BitstreamError, ModelError) as error:
+            read.append(refusal(error))
+    good = [each for each in read if isinstance(each, Unpacked)]
+    answers = iter(codec.answer(good))
+    found = []
+    for each in read:
+        if isinstance(each, Reply):
+            found.append(each)
+            continue
+        own = [next(answers).to_dict() for _ in each.images]
+        found.append(Reply(int(HTTPStatus.OK), {"answers": own, "wire_bytes": each.wire_bytes}))
+    return found
+
+
+def _read(codec: ServerCodec, question: Question) -> Unpacked:
+    if question.hello is None:
+        return read_stream(question.body, codec.tables, codec.stream_spec)
+    session = codec.open(question.hello)
+    (unpacked,) = session.read([question.body], question.tasks)
+    return unpacked

@@ -1,0 +1,177 @@
+"""A camera in front of a service: images to messages, and what the service answers.
+
+What the service asks changes what the camera sends, from the next image on.
+"""
+
+from __future__ import annotations
+
+import base64
+import http.client
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlencode, urlsplit
+
+from mantis_core.device.files import FilesError, Source, shown
+from mantis_core.device.requests import named_tasks
+from mantis_core.device.sessions import ClientSession
+from mantis_core.errors import BudgetError
+from mantis_core.pixels import ImageError
+from pipelines.coding.packed import read_image
+from pipelines.serving.app import HELLO
+
+TIMEOUT_S = 30
+
+
+class ServiceError(RuntimeError):
+    """A service cannot be reached or does not let the camera in."""
+
+    exit_code = 1
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What each image is coded for. `tasks` hold until the service asks for others."""
+
+    tasks: tuple[str, ...] | None = None
+    level: int | None = None
+    max_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class Shot:
+    """One image: what was asked, what it took, what came back; or why nothing was sent."""
+
+    file: str
+    tasks: tuple[str, ...] | None
+    wire_bytes: int
+    encode_ms: float
+    reply_ms: float
+    answers: list[dict[str, Any]]
+    error: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """The shot as JSON values."""
+        own = dict(self.__dict__)
+        own["tasks"] = None if self.tasks is None else list(self.tasks)
+        return own
+
+    def line(self) -> str:
+        """The shot as a person reads it."""
+        if self.error:
+            return f"{self.file}  {self.error}"
+        said = "; ".join(
+            ", ".join(
+                f"{task} {answer['label_names'].get(task, answer['labels'].get(task, 'mask'))}"
+                for task in answer["tasks"]
+            )
+            for answer in self.answers
+        )
+        asked = "detected" if self.tasks is None else ", ".join(self.tasks)
+        return (
+            f"{self.file}  {self.wire_bytes} bytes for {asked}, {self.encode_ms:.0f} ms to encode, "
+            f"{self.reply_ms:.0f} ms to the answer: {said}"
+        )
+
+
+class Link:
+    """A connection to a service, opened anew where it breaks; a context that closes it."""
+
+    def __init__(self, url: str, token: str = "") -> None:
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ServiceError(f"{url!r} is no address of a service: give http://HOST:PORT")
+        kinds = {"http": http.client.HTTPConnection, "https": http.client.HTTPSConnection}
+        self.url, self._path = url, parts.path.rstrip("/")
+        self._connection = kinds[parts.scheme](parts.hostname, parts.port, timeout=TIMEOUT_S)
+        self._headers = {"Authorization": f"Bearer {token}"} if token else {}
+
+    def __enter__(self) -> Link:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._connection.close()
+
+    def ask(
+        self, method: str, path: str, body: bytes = b"", headers: dict[str, str] | None = None
+    ) -> tuple[int, dict[str, Any]]:
+        """Status and content of a reply; ServiceError where there is none."""
+        for last in (False, True):
+            try:
+                self._connection.request(
+                    method, self._path + path, body, {**self._headers, **(headers or {})}
+                )
+                reply = self._connection.getresponse()
+                content = json.loads(reply.read())
+                return reply.status, content
+            except (OSError, http.client.HTTPException) as error:
+                self._connection.close()
+                if last:
+                    raise ServiceError(f"{self.url} does not answer: {error}") from error
+            except ValueError as error:
+                raise ServiceError(f"{self.url} is no service of MANTiS: {error}") from error
+        raise AssertionError("the second try returns or raises")
+
+
+def shots(client: Any, link: Link, sources: Sequence[Source], wanted: Wanted) -> Iterator[Shot]:
+    """Sends images one by one, each for what the service asks then. `client` is a ClientCodec.
+
+    Raises ServiceError where the service lets nothing in, ModelError for tasks it has not.
+    """
+    facts = client.facts
+    status, about = link.ask("GET", "/v1/models")
+    if status != http.client.OK:
+        raise ServiceError(f"{link.url}: {about.get('error', status)}")
+    tasks = _next(facts, about.get("request"), wanted.tasks)
+    sessions: dict[bool, ClientSession] = {}
+    for source in sources:
+        asked = tasks is not None
+        if asked not in sessions:
+            sessions[asked] = client.open(requests=asked)
+        shot, request = _shot(client, link, sessions[asked], source, tasks, wanted)
+        yield shot
+        tasks = _next(facts, request, wanted.tasks)
+
+
+def _next(facts: Any, request: Any, own: tuple[str, ...] | None) -> tuple[str, ...] | None:
+    """What the next image is asked: by the service, else by the camera's user, else nothing."""
+    if request:
+        known = tuple(str(task) for task in request if task in facts.tasks)
+        if known and facts.requests != "detect":
+            return known
+    if own is not None:
+        return own
+    named = named_tasks(facts, None)
+    return None if named is None else tuple(named)
+
+
+def _shot(
+    client: Any,
+    link: Link,
+    session: ClientSession,
+    source: Source,
+    tasks: tuple[str, ...] | None,
+    wanted: Wanted,
+) -> tuple[Shot, Any]:
+    name, began = shown(source.path), time.perf_counter()
+    try:
+        image = client.prepare_image(read_image(source))
+        (message,) = session.encode(
+            image[None],
+            None if tasks is None else list(tasks),
+            level=wanted.level,
+            max_bytes=wanted.max_bytes,
+        )
+    except (BudgetError, FilesError, ImageError) as error:
+        return Shot(name, tasks, 0, 0.0, 0.0, [], str(error)), list(tasks or ())
+    encoded = time.perf_counter()
+    query = "" if tasks is None else "?" + urlencode([("task", task) for task in tasks])
+    hello = base64.b64encode(session.hello).decode()
+    status, content = link.ask("POST", f"/v1/messages{query}", message, {HELLO: hello})
+    took = (1000 * (encoded - began), 1000 * (time.perf_counter() - encoded))
+    if status != http.client.OK:
+        refused = f"{status}: {content.get('error', content)}"
+        return Shot(name, tasks, len(message), *took, [], refused), content.get("request")
+    return Shot(name, tasks, len(message), *took, content["answers"]), content["request"]
