@@ -94,7 +94,8 @@ def serve(
     with running(models, resolve, limits, service, _note) as own:
         for each in own.catalog.entries:
             _note(f"{each.source}: model {each.model_id}, streams {each.stream_id}")
-        _note(f"answers at http://{host}:{port}/v1/answers; Ctrl-C ends it")
+        where = f"[{host}]" if ":" in host else host
+        _note(f"answers at http://{where}:{port}/v1/answers; Ctrl-C ends it")
         own.watch(_note)
 
 
@@ -156,13 +157,16 @@ def _note(line: str) -> None:
 
 def _token(file: Path | None) -> str:
     if file is None:
-        return os.environ.get(TOKEN_VARIABLE, "").strip()
-    try:
-        token = file.read_text(encoding="utf-8").strip()
-    except OSError as error:
-        raise Stopped(f"error: cannot read {file}: {error.strerror}", MISTAKE) from None
-    if not token:
-        raise Stopped(f"error: {file} holds no token", MISTAKE)
+        token = os.environ.get(TOKEN_VARIABLE, "").strip()
+    else:
+        try:
+            token = file.read_text(encoding="utf-8", errors="replace").strip()
+        except OSError as error:
+            raise Stopped(f"error: cannot read {file}: {error.strerror}", MISTAKE) from None
+        if not token:
+            raise Stopped(f"error: {file} holds no token", MISTAKE)
+    if not (token.isascii() and token.isprintable()) or " " in token:
+        raise Stopped("error: a token is one line of printable ASCII without blanks", MISTAKE)
     return token
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -11,6 +12,8 @@ from mantis_core.bitstream.container import BitstreamError, Reason
 from mantis_core.bitstream.wire import Unpacked, read_stream
 from mantis_core.codec.server_codec import ServerCodec
 from mantis_core.errors import ModelError
+
+logger = logging.getLogger(__name__)
 
 STATUS = {
     Reason.ANOTHER_MODEL: HTTPStatus.NOT_FOUND,
@@ -39,6 +42,12 @@ class Reply:
     content: dict[str, Any]
 
 
+FAULT = Reply(
+    int(HTTPStatus.INTERNAL_SERVER_ERROR),
+    {"error": "the service could not answer; its log says why", "reason": "internal"},
+)
+
+
 def refusal(error: BitstreamError | ModelError) -> Reply:
     """What is replied to a stream that cannot be read."""
     if isinstance(error, BitstreamError):
@@ -55,8 +64,17 @@ def replies(codec: ServerCodec, questions: Sequence[Question]) -> list[Reply]:
             read.append(_read(codec, question))
         except (BitstreamError, ModelError) as error:
             read.append(refusal(error))
+        except Exception:
+            logger.exception("a question could not be read")
+            read.append(FAULT)
     good = [each for each in read if isinstance(each, Unpacked)]
-    answers = iter(codec.answer(good))
+    try:
+        answers = iter(codec.answer(good))
+    except Exception:  # such as no memory for all of them
+        if len(questions) > 1:
+            return [replies(codec, [question])[0] for question in questions]
+        logger.exception("a question could not be answered")
+        return [FAULT]
     found = []
     for each in read:
         if isinstance(each, Reply):

@@ -18,7 +18,7 @@ import logging
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from fastapi import FastAPI, Header, Query, Request, Response
@@ -50,7 +50,7 @@ class Limits:
     `max_body` are bytes.
     """
 
-    token: str = ""
+    token: str = field(default="", repr=False)
     max_body: int = MAX_BODY
     rate: float = 0.0
 
@@ -162,7 +162,17 @@ def create_app(desk: Desk) -> FastAPI:
         body = await _body(request, desk.limits.max_body)
         desk.bytes.inc(len(body))
         stream_id, asks = question(body)
-        reply = await desk.answer(desk.model_of(stream_id), asks)
+        entry = desk.model_of(stream_id)
+        try:
+            reply = await desk.answer(entry, asks)
+        except Exception as error:
+            logger.exception("no answer of model %s", entry.model_id)
+            raise Refused(
+                503,
+                "unavailable",
+                "the model does not answer now; try again",
+                **{"Retry-After": "1"},
+            ) from error
         desk.seconds.observe(time.monotonic() - began)
         return desk.content(Reply(reply.status, {**reply.content, "request": desk.now()}))
 
@@ -178,7 +188,7 @@ def create_app(desk: Desk) -> FastAPI:
     @app.post("/v1/messages")
     async def messages(
         request: Request,
-        hello: Annotated[str, Header(alias=HELLO)],
+        hello: Annotated[str, Header(alias=HELLO)] = "",
         task: Annotated[list[str] | None, Query()] = None,
     ) -> JSONResponse:
         """Answers a message of a session, the body; `task` are what was asked for."""

@@ -23,6 +23,8 @@ from pipelines.coding.packed import read_image
 from pipelines.serving.app import HELLO
 
 TIMEOUT_S = 30
+UNTOLD: Any = object()
+"""Of an image whose reply did not say what is asked: what was asked before holds."""
 
 
 class ServiceError(RuntimeError):
@@ -64,8 +66,8 @@ class Shot:
             return f"{self.file}  {self.error}"
         said = "; ".join(
             ", ".join(
-                f"{task} {answer['label_names'].get(task, answer['labels'].get(task, 'mask'))}"
-                for task in answer["tasks"]
+                f"{task} {answer.get('label_names', {}).get(task, 'answered')}"
+                for task in answer.get("tasks", ())
             )
             for answer in self.answers
         )
@@ -81,11 +83,15 @@ class Link:
 
     def __init__(self, url: str, token: str = "") -> None:
         parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        try:
+            port = parts.port
+        except ValueError:
+            port = -1
+        if parts.scheme not in ("http", "https") or not parts.hostname or port == -1:
             raise ServiceError(f"{url!r} is no address of a service: give http://HOST:PORT")
         kinds = {"http": http.client.HTTPConnection, "https": http.client.HTTPSConnection}
         self.url, self._path = url, parts.path.rstrip("/")
-        self._connection = kinds[parts.scheme](parts.hostname, parts.port, timeout=TIMEOUT_S)
+        self._connection = kinds[parts.scheme](parts.hostname, port, timeout=TIMEOUT_S)
         self._headers = {"Authorization": f"Bearer {token}"} if token else {}
 
     def __enter__(self) -> Link:
@@ -104,15 +110,23 @@ class Link:
                     method, self._path + path, body, {**self._headers, **(headers or {})}
                 )
                 reply = self._connection.getresponse()
-                content = json.loads(reply.read())
-                return reply.status, content
+                return reply.status, self._content(reply.status, reply.reason, reply.read())
             except (OSError, http.client.HTTPException) as error:
                 self._connection.close()
-                if last:
+                if last or not isinstance(error, ConnectionError):  # of a link that was cut
                     raise ServiceError(f"{self.url} does not answer: {error}") from error
-            except ValueError as error:
-                raise ServiceError(f"{self.url} is no service of MANTiS: {error}") from error
         raise AssertionError("the second try returns or raises")
+
+    def _content(self, status: int, reason: str, body: bytes) -> dict[str, Any]:
+        try:
+            content = json.loads(body)
+        except ValueError:
+            content = None
+        if not isinstance(content, dict):
+            if status < http.client.BAD_REQUEST:
+                raise ServiceError(f"{self.url} is no service of MANTiS")
+            content = {"error": reason}
+        return content
 
 
 def shots(client: Any, link: Link, sources: Sequence[Source], wanted: Wanted) -> Iterator[Shot]:
@@ -132,7 +146,8 @@ def shots(client: Any, link: Link, sources: Sequence[Source], wanted: Wanted) ->
             sessions[asked] = client.open(requests=asked)
         shot, request = _shot(client, link, sessions[asked], source, tasks, wanted)
         yield shot
-        tasks = _next(facts, request, wanted.tasks)
+        if request is not UNTOLD:
+            tasks = _next(facts, request, wanted.tasks)
 
 
 def _next(facts: Any, request: Any, own: tuple[str, ...] | None) -> tuple[str, ...] | None:
@@ -165,7 +180,7 @@ def _shot(
             max_bytes=wanted.max_bytes,
         )
     except (BudgetError, FilesError, ImageError) as error:
-        return Shot(name, tasks, 0, 0.0, 0.0, [], str(error)), list(tasks or ())
+        return Shot(name, tasks, 0, 0.0, 0.0, [], str(error)), UNTOLD
     encoded = time.perf_counter()
     query = "" if tasks is None else "?" + urlencode([("task", task) for task in tasks])
     hello = base64.b64encode(session.hello).decode()
@@ -173,5 +188,8 @@ def _shot(
     took = (1000 * (encoded - began), 1000 * (time.perf_counter() - encoded))
     if status != http.client.OK:
         refused = f"{status}: {content.get('error', content)}"
-        return Shot(name, tasks, len(message), *took, [], refused), content.get("request")
-    return Shot(name, tasks, len(message), *took, content["answers"]), content["request"]
+        return Shot(name, tasks, len(message), *took, [], refused), UNTOLD
+    answers, request = content.get("answers"), content.get("request")
+    if not isinstance(answers, list) or not isinstance(request, list | None):
+        raise ServiceError(f"{link.url} is no service of MANTiS: its reply has no answers")
+    return Shot(name, tasks, len(message), *took, answers), request

@@ -17,12 +17,13 @@ from ray import serve
 
 from mantis_core.codec.checkpoint import load_server
 from mantis_core.codec.server_codec import ServerCodec
+from mantis_core.errors import ModelError
 from pipelines.cluster.ray_private import replica_listens_on
 from pipelines.serving.answering import Question, Reply, replies
 from pipelines.serving.app import Desk, Limits, create_app
 from pipelines.serving.catalog import Catalog, Entry, from_config
 
-APP, ANSWERING = "mantis", "Answering"
+APP, FRONT, ANSWERING = "mantis", "Front", "Answering"
 MODELS_AT_ONCE = 4  # that a replica holds
 BATCH, WAIT_S = 32, 0.004
 DRAIN_S = 20.0
@@ -43,9 +44,15 @@ class Answering:
             replica_listens_on(host)
 
     @serve.multiplexed(max_num_models_per_replica=MODELS_AT_ONCE)  # type: ignore[untyped-decorator]
-    async def load(self, folder: str) -> ServerCodec:
-        """The server half in a model folder."""
-        return await asyncio.to_thread(load_server, folder)
+    async def load(self, key: str) -> ServerCodec:
+        """The server half of a model, by id and folder."""
+        model_id, _, folder = key.partition(" ")
+        codec = await asyncio.to_thread(load_server, folder)
+        if codec.ids.model.hex() != model_id:
+            raise ModelError(
+                f"{folder} holds model {codec.ids.model.hex()}, not {model_id} any more"
+            )
+        return codec
 
     async def answer(self, question: Question) -> Reply:
         """The reply of the model that the request is for."""
@@ -75,7 +82,7 @@ def build(limits: Limits) -> FastAPI:
     handle = serve.get_deployment_handle(ANSWERING, app_name=APP)
 
     async def answer(entry: Entry, question: Question) -> Reply:
-        of_model = handle.options(multiplexed_model_id=entry.folder)
+        of_model = handle.options(multiplexed_model_id=f"{entry.model_id} {entry.folder}")
         reply: Reply = await of_model.answer.remote(question)
         return reply
 
@@ -110,7 +117,7 @@ def application(
             replica_listens_on(host)
         return build(limits)
 
-    @serve.deployment(name="Front", graceful_shutdown_timeout_s=DRAIN_S, logging_config=QUIET)
+    @serve.deployment(name=FRONT, graceful_shutdown_timeout_s=DRAIN_S, logging_config=QUIET)
     @serve.ingress(app)
     class Front:
         """Lets requests in. One process, so that what is asked and rates are known in one place."""
@@ -125,11 +132,13 @@ def application(
     answering = Answering.options(  # type: ignore[attr-defined]
         num_replicas=replicas,
         max_ongoing_requests=2 * BATCH,
+        max_queued_requests=8 * BATCH,
         ray_actor_options={"num_cpus": cpus},
     ).bind(threads, host)
     front = Front.options(  # type: ignore[attr-defined]
         user_config=catalog.to_config(),
         max_ongoing_requests=1000,
+        max_queued_requests=1000,
         ray_actor_options={"num_cpus": 0},
     )
     return front.bind(answering)

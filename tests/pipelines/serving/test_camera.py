@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from pathlib import Path
 
 import pytest
@@ -81,12 +82,21 @@ def test_a_service_that_has_gone_is_named(models: list[Path], photos: Path) -> N
         (["serve", "{model}", "--host", "0.0.0.0"], "can be reached from other machines"),
         (["serve", "{model}", "--token-file", "{model}/none"], "cannot read"),
         (["serve", "{model}/none"], "none"),
+        (["serve", "{model}", "{model}/../retrained"], "name one of them"),
+        (["serve", "{model}", "--port", "{taken}"], "Give another --port"),
+        (["camera", "{model}", "http://127.0.0.1:99999", "{photos}"], "no address of a service"),
         (["camera", "{model}", "127.0.0.1:8000", "{model}"], "there is no image"),
     ],
 )
-def test_a_mistake_gets_one_message(arguments: list[str], said: str, models: list[Path]) -> None:
-    given = [each.format(model=models[0]) for each in arguments]
-    done = CliRunner().invoke(app, given)
-    assert done.exit_code == 2
+def test_a_mistake_gets_one_message(
+    arguments: list[str], said: str, models: list[Path], photos: Path
+) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        given = [each.format(model=models[0], photos=photos, taken=port) for each in arguments]
+        done = CliRunner().invoke(app, given)
+    assert done.exit_code == (1 if "99999" in " ".join(given) else 2)
     assert said in done.output
     assert done.output.count("error:") == 1

@@ -20,7 +20,7 @@ import torch
 
 from mantis_core.codec.checkpoint import load_client, load_server
 from pipelines.serving.camera import Link
-from tests.pipelines.processes import alive, family, listening
+from tests.pipelines.processes import alive, family, listening, runs
 from tests.root import ROOT
 
 START_S = 150
@@ -57,6 +57,12 @@ class Served:
             time.sleep(0.2)
 
 
+def replicas_of(served: Served) -> set[int]:
+    """The processes of front and replicas."""
+    processes = family([psutil.Process(served.process.pid)])
+    return {each.pid for each in processes if runs(each, "ray::ServeReplica")}
+
+
 @pytest.fixture
 def served(models: list[Path], tmp_path: Path) -> Iterator[Served]:
     service = Served(tmp_path, models[0])
@@ -77,6 +83,10 @@ def test_it_listens_on_loopback_takes_new_versions_and_ends(
     streams = [load_client(folder).encode(images)[0] for folder in models]
     ids = [load_server(folder).ids.model.hex() for folder in models]
     assert streams[0] == streams[2] != streams[1]
+    with Link(served.url) as link:
+        assert link.ask("PUT", "/v1/request", b'{"tasks": ["tools"]}')[0] == 200
+    replicas = replicas_of(served)
+    assert len(replicas) == 2
     replies: list[tuple[int, str]] = []
     over = threading.Event()
 
@@ -108,7 +118,10 @@ def test_it_listens_on_loopback_takes_new_versions_and_ends(
             status, content = link.ask("POST", "/v1/answers", stream)
             assert (status, content["answers"][0]["model_id"]) == (200, model)
         assert link.ask("POST", "/v1/answers", streams[0][:-2])[0] == 400
-        listed = link.ask("GET", "/v1/models")[1]["models"]
+        told = link.ask("GET", "/v1/models")[1]
+    assert told["request"] == ["tools"]
+    assert replicas_of(served) == replicas  # no process was started anew
+    listed = told["models"]
     assert [each["model_id"] for each in listed] == [ids[1], ids[2]]
     served.process.send_signal(signal.SIGINT)
     assert served.process.wait(60) == 130
