@@ -27,6 +27,7 @@ class PreparingCodec:
     """Its stream of an image is the mean of its pixels, and its answer names the stream."""
 
     spec = make_codec(make_problem()).spec
+    facts = spec.facts
 
     def prepare_image(self, data: bytes) -> Tensor:
         return prepare_image(data, (32, 32), 32)
