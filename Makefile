@@ -8,7 +8,7 @@ STAMP := .venv/.mantis-setup
 CPU_MARK := .venv/.mantis-cpu
 CPU ?= $(if $(wildcard $(CPU_MARK)),1)
 
-.PHONY: help setup quickstart demo-model cluster-local cluster-local-down test test-slow faults fuzz fuzz-own-coder check docs format lock clean
+.PHONY: help setup quickstart demo-model cluster-local cluster-local-down test test-slow faults fuzz fuzz-own-coder check docs format lock page test-page clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -65,6 +65,27 @@ PARALLEL := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 test: setup ## the test suite: no GPU, no network
 	@$(BIN)/python -m pytest $(PARALLEL)
+
+# Read by `mantis serve` and tests/pipelines/serving/page.
+WEB := onnxruntime-web
+WEB_VERSION := 1.30.0
+WEB_FILES := ort.wasm.min.mjs ort-wasm-simd-threaded.mjs ort-wasm-simd-threaded.wasm
+RUNTIME := pipelines/serving/page/runtime
+page: $(RUNTIME)/.$(WEB_VERSION) ## fetch what browsers need to encode on the page of `mantis serve`: 14 MB, by npm
+
+$(RUNTIME)/.$(WEB_VERSION):
+	@command -v npm > /dev/null || { echo "npm was not found, which fetches $(WEB)." \
+		"Install it (Debian/Ubuntu: apt-get install npm). Without it the service encodes." >&2; exit 2; }
+	@mkdir -p build $(RUNTIME)
+	@npm pack --silent --pack-destination build $(WEB)@$(WEB_VERSION) > /dev/null
+	@tar -xzf build/$(WEB)-$(WEB_VERSION).tgz -C $(RUNTIME) --strip-components 2 \
+		$(addprefix package/dist/,$(WEB_FILES))
+	@rm build/$(WEB)-$(WEB_VERSION).tgz
+	@touch $@
+	@echo "$(RUNTIME): $(WEB) $(WEB_VERSION)"
+
+test-page: setup page ## the page of `mantis serve` in Chromium, which has to be installed
+	@$(BIN)/python -m pytest -m browser $(OPTIONS)
 
 test-slow: setup ## the tests that take minutes
 	@$(BIN)/python -m pytest -m slow

@@ -6,12 +6,14 @@
 FOLDER is a trained codec, or its client alone. Without one, the client has the shape of the config
 and random weights, none of them 0 or 1 as before a training; the latent's channels have scales from
 0.1 to 4, and the densities are fitted to such latents. It codes one image, drawn or given, in turn
-with its parts, ResNet-50's and MobileNetV3-Large's forward, and JPEG and WebP of the same image.
-With `--export` also in turn: the client as `mantis export` writes it, in float32 and in int8, and
-ResNet-50 in onnxruntime. Reading the image file is not measured. The last line is one JSON object.
-A ratio is a median time divided by that of ResNet-50. `folder_bytes` are those of the folder of the
-client alone: packed weights (`network_bytes`), packed tables, the config, and about a thousand
-more; `onnx_bytes` and `onnx_int8_bytes` those of an export without README and golden cases.
+with its parts, whole classifiers of about its cost (`LOCAL`, with random weights), ResNet-50's
+forward, and JPEG and WebP of the same image. With `--export` also in turn, in onnxruntime: the
+client as `mantis export` writes it and the classifiers, in float32 and in int8, and ResNet-50.
+Reading the image file is not measured. The last line is one JSON object.
+A ratio is a median time divided by that of ResNet-50, `..._macs` are multiply-adds. `folder_bytes`
+are those of the folder of the client alone: packed weights (`network_bytes`), packed tables, the
+config, and about a thousand more; `onnx_bytes` and `onnx_int8_bytes` those of an export without
+README and golden cases.
 """
 
 import argparse
@@ -20,15 +22,21 @@ import json
 import statistics
 import tempfile
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, interpolate, one_hot
-from torchvision.models import mobilenet_v3_large, resnet50
+from torchvision.models import (
+    mnasnet0_5,
+    mobilenet_v3_large,
+    mobilenet_v3_small,
+    resnet50,
+    shufflenet_v2_x1_0,
+)
 
 from benchmarks.coder import draw, seconds_of
 from benchmarks.program import count, one_message, say
@@ -44,6 +52,7 @@ from mantis_core.codec.spec import ModelSpec  # noqa: E402
 from mantis_core.networks.bottleneck import Bottleneck  # noqa: E402
 from mantis_core.networks.client import Client, latent_size  # noqa: E402
 from mantis_core.networks.conditioning import shares_of  # noqa: E402
+from mantis_core.networks.cost import multiply_adds  # noqa: E402
 from mantis_core.networks.inference import one_thread, still  # noqa: E402
 from mantis_core.networks.preprocessing import normalise  # noqa: E402
 from mantis_core.tasks import TaskSpec  # noqa: E402
@@ -54,6 +63,21 @@ QUALITY = 75
 BATCH, SIDE = 12, 8  # latents of a step of the fit
 STEPS = 200
 SENT = ("manifest.json", "look.onnx", "code.onnx", "tables.npz")  # what a device cannot do without
+LOCAL = (mobilenet_v3_small, mnasnet0_5, shufflenet_v2_x1_0, mobilenet_v3_large)
+"""Classifiers that a device could run instead of a client: 57 to 217 million at 224 pixels."""
+
+
+class Classifier(nn.Module):
+    """A network of torchvision on uint8 images, as a client takes them."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, image: Tensor) -> Tensor:
+        """(1, 3, H, W) uint8 to logits (1, 1000)."""
+        logits: Tensor = self.network(normalise(image))
+        return logits
 
 
 def drawn_image(size: tuple[int, int]) -> Tensor:
@@ -172,11 +196,16 @@ def untrained(
 
 
 def exported(
-    client: ClientCodec, image: Tensor, request: Sequence[str] | None, scratch: Path
+    client: ClientCodec,
+    image: Tensor,
+    request: Sequence[str] | None,
+    local: Mapping[str, nn.Module],
+    scratch: Path,
 ) -> tuple[dict[str, Callable[[], object]], dict[str, float | str]]:
-    """Returns calls of the exported client, and sizes of its folders; int8 knows one image."""
-    from mantis_lite.client import onnx_session, open_export
+    """Returns calls of the exported client and classifiers, and sizes; int8 knows one image."""
+    from mantis_lite.client import IMAGE, onnx_session, open_export
     from pipelines.export.graphs import write_graph
+    from pipelines.export.quantise import quantise
     from pipelines.export.write import export_client
 
     calls: dict[str, Callable[[], object]] = {}
@@ -195,6 +224,16 @@ def exported(
         calls[name] = partial(lite.encode, pixels, request)
         calls[f"{name}_network"] = partial(lite.network.see, pixels)
         sizes[f"{name}_stream_bytes"] = len(lite.encode(pixels, request)[0])
+    for name, network in local.items():
+        path = scratch / f"{name}.onnx"
+        for form in ("onnx", "onnx_int8"):
+            if form == "onnx":
+                write_graph(network, (image,), [IMAGE], ["logits"], path)
+            else:
+                quantise(path, [pixels[0]])
+            session = onnx_session(path, threads=1)
+            calls[f"{name}_{form}"] = partial(session.run, None, {IMAGE: pixels})
+            sizes[f"{name}_{form}_bytes"] = path.stat().st_size
     path = scratch / "resnet50.onnx"
     write_graph(resnet50().eval(), (normalise(image),), ["image"], ["logits"], path)
     session = onnx_session(path, threads=1)
@@ -209,6 +248,7 @@ def measure(
 
     Runs all calls in turn, `pairs` times. A client that is asked is asked for its first task.
     """
+    local = {make.__name__: Classifier(make()).eval() for make in LOCAL}
     more: dict[str, Callable[[], object]] = {}
     sizes: dict[str, float | str] = {}
     with tempfile.TemporaryDirectory() as scratch:
@@ -218,18 +258,18 @@ def measure(
         client = load_client(folder)
         request = client.facts.tasks[:1] if client.facts.requests == "asked" else None
         if export:
-            more, sizes = exported(client, image, request, Path(scratch))
+            more, sizes = exported(client, image, request, local, Path(scratch))
     described = client.describe()
     (seen,) = client.look(image, request)
     pictures = normalise(image)
-    resnet, mobilenet = resnet50().eval(), mobilenet_v3_large().eval()
+    resnet = resnet50().eval()
     jpeg, webp = picture_coder(image, "JPEG"), picture_coder(image, "WEBP")
     calls: dict[str, Callable[[], object]] = {
         "resnet50": torch.no_grad()(lambda: resnet(pictures)),
         "image_to_stream": lambda: client.encode(image, request),
         "network": network_of(client, image),
         "coding": lambda: client.write_together([seen]),
-        "mobilenet_v3_large": torch.no_grad()(lambda: mobilenet(pictures)),
+        **{name: torch.no_grad()(partial(network, image)) for name, network in local.items()},
         "jpeg": jpeg,
         "webp": webp,
         **more,
@@ -256,6 +296,8 @@ def measure(
         "stream_bytes": len(client.encode(image, request)[0]),
         "jpeg_bytes": jpeg(),
         "webp_bytes": webp(),
+        "client_macs": described["client_macs"],
+        **{f"{n}_macs": multiply_adds(partial(network, image)) for n, network in local.items()},
         **sizes,
         "pairs": pairs,
     }
@@ -293,7 +335,7 @@ def main() -> None:
             result = measure(whole, image, arguments.pairs, export=arguments.export)
     if not arguments.json:
         for name, value in result.items():
-            say(f"{name:20} {value}")
+            say(f"{name:34} {value}")
     print(json.dumps(result))
 
 

@@ -277,3 +277,16 @@ class Stage2Config(CodecTrainingConfig):
 
 class IndividualConfig(TrainingConfig):
     """The baseline of an uncompressed network for each task, all trained in one fit."""
+
+
+class ExtendConfig(TrainingConfig):
+    """Tasks added to a trained codec, see `mantis add-task`: answers that are trained alone."""
+
+    grade: Literal["server"] = "server"
+    """What changes: `server` trains answers from the streams that the client sends already, and the
+    client stays as it is."""
+    model: str = ""
+    """The model folder of the codec, a path that all machines have. `mantis add-task` sets it."""
+    through: tuple[str, ...] = ()
+    """The client's tasks that the streams carry from which the new tasks are answered. None is all
+    tasks at once for a client that is asked, and whatever it detects for others."""

@@ -27,6 +27,7 @@ ROOMS = {
         "shelf",
         "starting",
         "search",
+        "extending",
         "chain",
         "stages",
         "evaluation",

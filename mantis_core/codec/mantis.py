@@ -266,10 +266,17 @@ class Mantis(nn.Module):
             "model_id": self.model_id().hex(),
             "stream_id": self.ids().stream.hex(),
             "tasks": {task.name: list(task.labels) for task in self.spec.tasks},
+            **({"added": added} if (added := self._added()) else {}),
             "classes": len(self.spec.classes),
             "image_size": list(self.spec.image_size),
             **self.client_codec().describe(),
             **self.server_codec().describe(),
+        }
+
+    def _added(self) -> dict[str, Any]:
+        return {
+            own.task.name: {"labels": list(own.task.labels), "through": list(own.through)}
+            for own in self.spec.added
         }
 
     def _client_codec(self, estimate: Estimate | None) -> ClientCodec:

@@ -19,9 +19,10 @@ from mantis_core.bitstream.task_field import TaskField, dequantise_level
 from mantis_core.bitstream.wire import CodedImage, Unpacked, read_stream
 from mantis_core.codec.answer import Answer
 from mantis_core.codec.own_answer import ClientAnswer, Fusion
-from mantis_core.codec.spec import Ids, ModelSpec
+from mantis_core.codec.spec import AddedTask, Ids, ModelSpec
 from mantis_core.device.requests import listed_bytes
 from mantis_core.device.sessions import ServerSession
+from mantis_core.errors import ModelError
 from mantis_core.networks.client import latent_size
 from mantis_core.networks.conditioning import shares_of
 from mantis_core.networks.inference import still
@@ -50,24 +51,31 @@ class ServerCodec:
         self.stream_spec = spec.stream_spec(ids.stream, answer_counts)
 
     @torch.no_grad()
-    def decode(self, streams: Iterable[bytes]) -> list[Answer]:
+    def decode(
+        self, streams: Iterable[bytes], *, added: Sequence[str] | None = None
+    ) -> list[Answer]:
         """Streams to one answer per image, in order; only each image's active tasks are decoded.
 
-        A task with a parent that is active too is decoded where the answer to that admits it.
+        A task with a parent that is active too is decoded where the answer to that admits it. Of
+        the tasks that were added to the server those named in `added` are answered, None being all.
 
         A stream of several images shares its bytes equally among their answers. Raises
         BitstreamError for the first stream that this model did not make, ModelError for what is no
-        list of byte strings.
+        list of byte strings and for a task that was not added.
         """
         found = listed_bytes(streams, "streams")
-        return self.answer(read_stream(data, self.tables, self.stream_spec) for data in found)
+        read = (read_stream(data, self.tables, self.stream_spec) for data in found)
+        return self.answer(read, added=added)
 
     @torch.no_grad()
-    def answer(self, streams: Iterable[Unpacked]) -> list[Answer]:
-        """What was read of streams or messages to one answer per image, in order.
+    def answer(
+        self, streams: Iterable[Unpacked], *, added: Sequence[str] | None = None
+    ) -> list[Answer]:
+        """What was read of streams or messages to one answer per image, in order; see `decode`.
 
         However many there are, latents of about `max_total_pixels` are held at a time.
         """
+        later = self._later(added)
         answers: list[Answer] = []
         group: list[Unpacked] = []
         pixels = 0
@@ -75,13 +83,37 @@ class ServerCodec:
             _, height, width = self.stream_spec.latent_shape(stream.input_shape)
             own = len(stream.images) * height * width * self.stream_spec.stride**2
             if group and pixels + own > self.stream_spec.max_total_pixels:
-                answers += self._answer_group(group)
+                answers += self._answer_group(group, later)
                 group, pixels = [], 0
             group.append(stream)
             pixels += own
-        return answers + self._answer_group(group)
+        return answers + self._answer_group(group, later)
 
-    def _answer_group(self, streams: Sequence[Unpacked]) -> list[Answer]:
+    def request_for(self, names: str | Sequence[str]) -> list[str]:
+        """What a client has to be asked for so that the tasks `names` can be answered.
+
+        A task of the client's own stands for itself, one that was added for those it is answered
+        through. Raises ModelError for a task that this server does not answer.
+        """
+        wanted = [names] if isinstance(names, str) else list(names)
+        own = self.spec.task_names
+        through = {each.task.name: each.through or own for each in self.spec.added}
+        if unknown := [name for name in wanted if name not in (*own, *through)]:
+            has = ", ".join((*own, *through))
+            raise ModelError(f"tasks {unknown} asked for; this server answers {has}")
+        asked = {task for name in wanted for task in through.get(name, (name,))}
+        return [name for name in own if name in asked]
+
+    def _later(self, names: Sequence[str] | None) -> list[AddedTask]:
+        known = {own.task.name: own for own in self.spec.added}
+        if unknown := [name for name in names or () if name not in known]:
+            has = ", ".join(known) or "none"
+            raise ModelError(f"tasks {unknown} were not added to this server; added are {has}")
+        return [own for name, own in known.items() if names is None or name in names]
+
+    def _answer_group(
+        self, streams: Sequence[Unpacked], later: Sequence[AddedTask]
+    ) -> list[Answer]:
         images: list[CodedImage] = []
         shapes: list[tuple[int, int]] = []
         sizes: list[tuple[float, float]] = []
@@ -95,7 +127,7 @@ class ServerCodec:
         for shape in sorted(set(shapes)):
             rows = [i for i, own in enumerate(shapes) if own == shape and i not in found]
             if rows:
-                group = self._decode_group([images[i] for i in rows], shape)
+                group = self._decode_group([images[i] for i in rows], shape, later)
                 found |= zip(rows, group, strict=True)
         answers = []
         for i, (wire_bytes, payload_bytes) in enumerate(sizes):
@@ -144,7 +176,10 @@ class ServerCodec:
         }
 
     def _decode_group(
-        self, images: Sequence[CodedImage], shape: tuple[int, int]
+        self,
+        images: Sequence[CodedImage],
+        shape: tuple[int, int],
+        later: Sequence[AddedTask],
     ) -> list[dict[str, Any]]:
         """Answers for images of one shape, without the stream's sizes."""
         device = next(self.server.parameters()).device
@@ -175,11 +210,39 @@ class ServerCodec:
                 scores = self.joint(outputs, log_p)
                 sure = torch.softmax(scores, dim=1).max(dim=1).values
                 decisions = list(zip(decided(scores).tolist(), sure.tolist(), strict=True))
-        probabilities = log_p.exp().tolist()
-        return [
-            self._answer(i, image.tasks, answers, probabilities[i], decisions[i])
-            for i, image in enumerate(images)
-        ]
+            about = self._answer_later(later, mask, answers, split, last, shape)
+        for row, sent in enumerate(log_p.exp().tolist()):
+            for name, p in zip(self.spec.task_names, sent, strict=True):
+                about.setdefault(name, {})[row] = p
+        return [self._answer(i, answers, about, decisions[i]) for i in range(len(images))]
+
+    def _answer_later(
+        self,
+        later: Sequence[AddedTask],
+        mask: NDArray[np.bool_],
+        answers: dict[str, dict[int, Any]],
+        split: Tensor,
+        last: Tensor,
+        shape: tuple[int, int],
+    ) -> dict[str, dict[int, float]]:
+        """Answers the tasks that were added, into `answers`.
+
+        Returns by name and row how probable it is that an image is about them.
+        """
+        about: dict[str, dict[int, float]] = {}
+        for own in later:
+            needed = [self.spec.task_names.index(name) for name in own.through]
+            rows = np.flatnonzero(mask[:, needed].all(axis=1))
+            rows = rows[self._admitted(own.task, mask[rows], rows, answers)]
+            if not len(rows):
+                continue
+            places = torch.from_numpy(rows).to(last.device)
+            found = self.server.answer(own.task, split[places], last[places], shape).float()
+            mine = 1 - found[:, -1].exp() if own.task.is_classification else torch.ones(len(rows))
+            about[own.task.name] = dict(zip(rows.tolist(), mine.tolist(), strict=True))
+            said = _said(own.task, found)
+            answers[own.task.name] = dict(zip(rows.tolist(), said, strict=True))
+        return about
 
     def _admitted(
         self,
@@ -194,10 +257,14 @@ class ServerCodec:
         """
         if not task.parent:
             return np.ones(len(rows), dtype=bool)
-        place = self.spec.task_names.index(task.parent)
-        own, said = self.spec.tasks[place].labels.index(task.name), answers[task.parent]
-        found = [said.get(row, (-1,))[0] == own for row in rows.tolist()]
-        return np.logical_or(~mask[:, place], np.array(found, dtype=bool))
+        names = [each.name for each in self.spec.answered]
+        place = names.index(task.parent)
+        own = self.spec.answered[place].labels.index(task.name)
+        said = answers.get(task.parent, {})
+        found = np.array([said.get(row, (-1,))[0] == own for row in rows.tolist()], dtype=bool)
+        if place < mask.shape[1]:
+            return np.logical_or(~mask[:, place], found)
+        return np.logical_or([row not in said for row in rows.tolist()], found)
 
     def _task_output(
         self,
@@ -218,27 +285,26 @@ class ServerCodec:
     def _answer(
         self,
         i: int,
-        field: TaskField,
         answers: Mapping[str, Mapping[int, Any]],
-        probabilities: Sequence[float],
+        about: Mapping[str, Mapping[int, float]],
         decision: tuple[int, float],
     ) -> dict[str, Any]:
-        """One image's answer. `decision` is its class and the class's probability, -1 for none."""
-        decoded = [k for k in field.active if i in answers[self.spec.tasks[k].name]]
-        active = [self.spec.tasks[k] for k in decoded]
+        """One image's answer, from those and `about` of all rows, the tasks' probabilities.
+
+        `decision` is its class and the class's probability, -1 for none.
+        """
+        active = [task for task in self.spec.answered if i in answers.get(task.name, {})]
         named = [task for task in active if task.is_classification]
         labels = {t.name: answers[t.name][i][0] for t in named}
         sure = {t.name: answers[t.name][i][1] for t in named}
-        for k in parents_first(self.spec.tasks):  # a child's label is as sure as all above it
-            task = self.spec.tasks[k]
+        for k in parents_first(self.spec.answered):  # a child's label is as sure as all above it
+            task = self.spec.answered[k]
             if task.name in sure:
                 sure[task.name] *= sure.get(task.parent, 1.0)
         index, class_sure = decision
         return {
             "tasks": tuple(task.name for task in active),
-            "task_probability": {
-                task.name: probabilities[k] for k, task in zip(decoded, active, strict=True)
-            },
+            "task_probability": {task.name: about[task.name][i] for task in active},
             "labels": labels,
             "label_names": {t.name: t.labels[labels[t.name]] for t in named if t.labels},
             "label_probability": sure,
@@ -261,6 +327,7 @@ def new_server(spec: ModelSpec, trunk: nn.Module | None = None) -> Server:
         split_signed=spec.split_signed,
         last_signed=spec.last_signed,
         num_rates=spec.num_rates,
+        added=[own.task for own in spec.added],
         trunk=Backbone(spec.teacher).tail_after(spec.split) if trunk is None else trunk,
     )
 

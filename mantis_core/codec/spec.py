@@ -6,9 +6,9 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Self
 
-from pydantic import BaseModel, ConfigDict, field_validator
+from pydantic import BaseModel, ConfigDict, field_validator, model_validator
 from torch import Tensor
 
 from mantis_core.architecture import ModelConfig
@@ -35,6 +35,20 @@ DECIDES_A_STREAM = ("client.", "bottleneck.table_", "answer_counts")
 """What the names of the tensors begin with that a stream depends on."""
 
 
+class AddedTask(BaseModel):
+    """A task that the server answers and the client does not know: no stream names it.
+
+    It is answered for images whose stream carries all of the client's tasks `through`; () is any
+    stream with a latent. Its labels are its own, no classes of the model. With a `parent` that is
+    active too it is answered where the answer to that admits it, as `TaskSpec` says.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    task: TaskSpec
+    through: tuple[str, ...] = ()
+
+
 class ModelSpec(BaseModel):
     """All it takes to build a model's modules and to read its answers: a checkpoint's config.
 
@@ -42,6 +56,7 @@ class ModelSpec(BaseModel):
     `split_signed` and `last_signed` say whether these have negative values. `stream_version` is the
     format of the model's streams: 1 for folders of before there was another. `rates` are the rate
     weights that a model of several was trained for, in ascending order; () for a model of one.
+    `added` are tasks that came later, on the server alone; `tasks` are those of the client.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -61,6 +76,23 @@ class ModelSpec(BaseModel):
     last_signed: bool = False
     stream_version: int = 1
     rates: tuple[float, ...] = ()
+    added: tuple[AddedTask, ...] = ()
+
+    @model_validator(mode="after")
+    def _added_to_the_client(self) -> Self:
+        known = list(self.task_names)
+        for own in self.added:
+            if own.task.name in known:
+                raise ValueError(f"two tasks are called {own.task.name!r}")
+            if lacking := [name for name in own.through if name not in self.task_names]:
+                raise ValueError(
+                    f"task {own.task.name!r} is answered through {', '.join(lacking)}, and the "
+                    f"client has {', '.join(self.task_names)}"
+                )
+            if own.task.parent and own.task.parent not in known:
+                raise ValueError(f"task {own.task.name!r} has no parent {own.task.parent!r}")
+            known.append(own.task.name)
+        return self
 
     @field_validator("stream_version")
     @classmethod
@@ -74,6 +106,11 @@ class ModelSpec(BaseModel):
     @property
     def task_names(self) -> tuple[str, ...]:
         return tuple(task.name for task in self.tasks)
+
+    @property
+    def answered(self) -> tuple[TaskSpec, ...]:
+        """All tasks that the server answers, those of the client first."""
+        return (*self.tasks, *(own.task for own in self.added))
 
     def class_members(self) -> Tensor | None:
         """The classes of each task, bool (K, classes); None where an image may have several."""
@@ -161,7 +198,10 @@ class ModelSpec(BaseModel):
         """
         parents = {t.name: t.parent for t in self.tasks if t.parent}
         labels = {t.name: list(t.labels) for t in self.tasks if t.name in parents.values()}
-        return self._id(state, {"parents": [parents, labels]} if parents else {})
+        more: dict[str, object] = {"parents": [parents, labels]} if parents else {}
+        if self.added:
+            more["added"] = [own.model_dump(mode="json") for own in self.added]
+        return self._id(state, more)
 
     def stream_id(self, state: Mapping[str, Tensor]) -> bytes:
         """The id that streams carry: in version 1 the model's.

@@ -121,7 +121,10 @@ def asked_tasks(facts: ClientFacts, tasks: Tasks, count: int) -> NDArray[np.bool
     wanted = [tasks] if isinstance(tasks, str) else _listed(tasks)
     unknown = [name for name in wanted if name not in names]
     if unknown or not wanted:
-        raise ModelError(f"tasks {unknown or 'none'} asked for; this model has {', '.join(names)}")
+        raise ModelError(
+            f"tasks {unknown or 'none'} asked for; this model has {', '.join(names)}. A task that "
+            "was added to its server is asked for by those that it is answered through"
+        )
     return np.broadcast_to(np.array([name in wanted for name in names]), (count, len(names)))
 
 

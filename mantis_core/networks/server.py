@@ -159,6 +159,37 @@ class ClassificationTail(nn.Module):
         return torch.log_softmax(logits.float(), dim=1)
 
 
+class AnswersLater(nn.Module):
+    """Decoders and tails of tasks that were added to a trained server."""
+
+    def __init__(
+        self,
+        tasks: Sequence[TaskSpec],
+        *,
+        split_channels: int,
+        last_channels: int,
+        hidden: int,
+        signed: bool,
+    ) -> None:
+        super().__init__()
+        self.task_decoders = TaskModules()
+        self.tails = TaskModules()
+        for task in tasks:
+            self.task_decoders[task.name] = TaskDecoder(last_channels, hidden, signed=signed)
+            self.tails[task.name] = (
+                ClassificationTail(last_channels, task.num_classes)
+                if task.is_classification
+                else SegmentationHead(split_channels, last_channels, task.num_classes)
+            )
+
+    def forward(self, task: TaskSpec, split: Tensor, last: Tensor, size: tuple[int, int]) -> Tensor:
+        """One task's output, as `Server.answer`."""
+        own = self.task_decoders[task.name](last)
+        if task.is_classification:
+            return self.tails[task.name](own)  # type: ignore[no-any-return]
+        return self.tails[task.name](split, own, size)  # type: ignore[no-any-return]
+
+
 class Server(nn.Module):
     """All that runs where the bits arrive.
 
@@ -184,8 +215,9 @@ class Server(nn.Module):
         split_signed: bool = False,
         last_signed: bool = False,
         num_rates: int = 1,
+        added: Sequence[TaskSpec] = (),
     ) -> None:
-        """Sizes are those of the model's own input.
+        """Sizes are those of the model's own input. `added` are tasks that the client has not.
 
         `split_signed` and `last_signed` say whether the feature at the split and the deep one have
         negative values.
@@ -213,6 +245,13 @@ class Server(nn.Module):
                 if task.is_classification
                 else SegmentationHead(split_shape[0], last_shape[0], task.num_classes)
             )
+        self.added = AnswersLater(
+            added,
+            split_channels=split_shape[0],
+            last_channels=last_shape[0],
+            hidden=config.task_channels,
+            signed=last_signed,
+        )
         self.layout = TaskLayout(tasks)
         self.register_buffer("tail_rows", _rows_of(self.layout), persistent=False)
 
@@ -226,6 +265,8 @@ class Server(nn.Module):
 
     def answer(self, task: TaskSpec, split: Tensor, last: Tensor, size: tuple[int, int]) -> Tensor:
         """One task's output: log P (B, n + 1), or segmentation logits (B, n, H, W)."""
+        if task.name in self.added.tails:
+            return self.added(task, split, last, size)  # type: ignore[no-any-return]
         own = self.task_decoders[task.name](last)
         if task.is_classification:
             return self.tails[task.name](own)  # type: ignore[no-any-return]

@@ -83,14 +83,19 @@ def plan_stages(
     data_fingerprint: str,
     *,
     stages: Mapping[str, Stage] = STAGES,
+    arms: Sequence[Arm] | None = None,
 ) -> tuple[StageSpec, ...]:
     """Returns all stages of the config, each after those it builds on.
+
+    `arms` are what `evaluate` measures; None is what the config says.
 
     Raises SettingsError if a file of teacher weights is missing or an arm does not fit the tasks.
     Raises CodecError if Pillow cannot write an image codec on this machine.
     """
-    _check_arms(settings, table)
-    inputs = Inputs(table, data_fingerprint, tuple(plan_arms(settings)))
+    if arms is None:
+        _check_arms(settings, table)
+        arms = tuple(plan_arms(settings))
+    inputs = Inputs(table, data_fingerprint, tuple(arms))
     kind_of = {arm.suffix: arm.kind for arm in inputs.arms if arm.trains == "stage2"}
     planned: dict[str, StageSpec] = {}
     for stage in stages.values():

@@ -40,6 +40,8 @@ ADVISED_PER_EPOCH = 15
 SMALLEST_BATCH = 8
 FINE_TUNED = ("individual", "codec_teacher")
 """Stages that begin with the weights of the teacher. A few steps may be enough for them."""
+WITH_A_CODEC = ("extend",)
+"""Stages whose networks are those of a trained codec."""
 FEWEST_HELD_BACK = 8
 
 
@@ -109,7 +111,8 @@ class Preflight:
             notes += few_steps(waiting, manifest.split("train").rows)
             notes += few_held_back(manifest)
             notes += () if remarked else manifest.remarks
-        self._check_networks(waiting, None if manifest is None else manifest.single_class)
+        if built := [spec for spec in waiting if spec.kind not in WITH_A_CODEC]:
+            self._check_networks(built, None if manifest is None else manifest.single_class)
         return notes
 
     def _listed(self) -> list[str]:

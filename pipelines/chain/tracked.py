@@ -110,7 +110,7 @@ def _log_checkpoint(
         run_id,
         stage=spec.name,
         key=spec.key,
-        kind="codec" if spec.kind == "stage2" else spec.kind,
+        kind="codec" if spec.kind in ("stage2", "extend") else spec.kind,
         location=f"{spec.folder.removeprefix(f'{store.root}/')}/{result['model_folder']}",
         params=_params(spec),
         figures={k: v for k, v in result["metrics"].items() if k.startswith("holdout/")},

@@ -20,7 +20,17 @@ from pipelines.commands.errors import (
     terminal,
 )
 from pipelines.commands.messages import command_line
-from pipelines.commands.options import Address, AsJson, Config, DryRun, Overrides, joined
+from pipelines.commands.options import (
+    Address,
+    AsJson,
+    Config,
+    DryRun,
+    Model,
+    Overrides,
+    Root,
+    joined,
+    model_folder,
+)
 from pipelines.stages.order import STAGES
 from pipelines.stages.spec import with_upstream
 
@@ -100,6 +110,36 @@ def run(
         _run(plan, None, config.stem, as_json, resume)
 
 
+@ending_well
+@one_look()
+def add_task(
+    model: Model,
+    config: Config,
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+    address: Address = None,
+    root: Root = None,
+) -> None:
+    """Add the tasks of a config to a trained codec, and register it with them.
+
+    The client and its streams stay as they are, and so do the answers to all tasks of before: the
+    server learns to answer the new ones from what is sent already. The config holds `data`, `tasks`
+    and, if wanted, `extend`. Skips finished stages and resumes interrupted ones.
+
+    Example: mantis add-task models:/mantis@champion --config birds.yaml
+    """
+    from pipelines.extending.plan import extension_plan
+
+    plan = extension_plan(model_folder(model, root), config, joined(overrides, address))
+    if dry_run:
+        print_plan(plan, plan.specs, as_json)
+        return
+    words = [model, "--config", str(config), *(["--root", str(root)] if root else [])]
+    words += [*([] if address is None else ["--address", address]), *(overrides or ())]
+    _run(plan, None, config.stem, as_json, command_line(["add-task", *words]))
+
+
 def _stage_command(name: str, text: str) -> Callable[..., None]:
     """Returns the command that runs the chain up to the stage `name`."""
 
@@ -135,6 +175,7 @@ def _stage_command(name: str, text: str) -> Callable[..., None]:
 
 COMMANDS = (
     run,
+    add_task,
     *(_stage_command(stage.name, stage.help) for stage in STAGES.values() if stage.help),
 )
 

@@ -154,8 +154,8 @@ def decode(
     codec = _load("server", model, root)
     table = None
     if output is not None:
-        table = answers.Table(output / "answers.csv", codec.spec.tasks, numbered=True)
-        answers.write_labels(output, codec.spec.tasks)
+        table = answers.Table(output / "answers.csv", codec.spec.answered, numbered=True)
+        answers.write_labels(output, codec.spec.answered)
     streams: list[dict[str, Any]] = []
     with counting("streams", len(found.sources)) as counter, table or nullcontext():
         tally = Tally(found, counter, table)
@@ -224,7 +224,7 @@ def predict(
     folder = str(model_folder(model, root))
     client, server = _load("client", folder, root), _load("server", folder, root)
     asked = work.Asked(tuple(task) if task else None, exit_confidence, level, max_bytes)
-    tasks = server.spec.tasks
+    tasks = server.spec.answered
     table = None if as_json and output is None else answers.Table(output, tasks)
     if masks is not None:
         answers.write_labels(masks, tasks)

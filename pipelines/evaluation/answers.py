@@ -35,7 +35,7 @@ from mantis_core.tasks import Problem, TaskSpec
 from mantis_core.teachers.teacher import Teacher
 from mantis_core.training.teacher import new_teacher
 from pipelines.evaluation.arms import ArmSource, Arrays
-from pipelines.evaluation.coded import CODED, Coded, code, ways_of
+from pipelines.evaluation.coded import CODED, Coded, adds, code, run_added, ways_of
 from pipelines.evaluation.rows import (
     SIZES,
     blank,
@@ -104,6 +104,8 @@ class ArmEvaluator:
                 kind = ARM_KINDS[source.kind].answers
                 if source.quality is not None:
                     rows = run_image_codec(model, images, batch, self.problem, source)
+                elif isinstance(model, Mantis) and adds(model, self.problem):
+                    rows = run_added(coded[number], batch, self.problem)
                 elif kind in CODED:
                     rows = CODED[kind](coded[number], batch, self.problem)
                 elif source.level is not None:

@@ -44,6 +44,9 @@ def ways_of(
 
     That is one way, but for a model that is asked: each task is then a request of its own.
     """
+    if adds(model, problem):
+        through = model.spec.added[-1].through
+        return [Way(list(through) or None, level=source.level)]
     if ARM_KINDS[source.kind].answers != "oracle":
         if model.spec.model.requests == "asked":
             sure, level = source.exit_confidence, source.level
@@ -66,6 +69,36 @@ def code(model: Mantis, images: Tensor, ways: Sequence[Way]) -> list[Coded]:
         names_class = way.exit_confidence is not None or model.spec.sends_answer
         coded.append(Coded(encoded, answers, names_class))
     return coded
+
+
+def adds(model: Mantis, problem: Problem) -> bool:
+    """Returns whether the tasks of a problem are those that were added to a codec last."""
+    count = len(problem.tasks)
+    added = [own.task.name for own in model.spec.added]
+    return bool(added) and added[-count:] == [task.name for task in problem.tasks]
+
+
+def run_added(ways: Sequence[Coded], batch: Arrays, problem: Problem) -> Arrays:
+    """Returns the rows of a codec for the tasks that were added to it.
+
+    Of images of one class the surest of their labels names it.
+    """
+    (coded,), tasks = ways, problem.tasks
+    rows = _of_streams(coded, problem)
+    rows["class_index"][:] = -1
+    for index, answer in enumerate(coded.answers):
+        rows["decoded"][index] = [task.name in answer.tasks for task in tasks]
+        for k, task in enumerate(tasks):
+            rows["predicted"][index, k] = answer.labels.get(task.name, -1)
+        sure = {task: answer.label_probability.get(task.name, -1.0) for task in tasks}
+        if problem.single_class and max(sure.values()) >= 0:
+            best = max(sure, key=lambda task: sure[task])
+            rows["class_index"][index] = best.classes[answer.labels[best.name]]
+        if index < EXAMPLES:
+            rows["answer"][index] = json.dumps(answer.to_dict(), allow_nan=False)
+        if index < len(batch["task_mask"]):
+            count_pixels(rows, index, batch, tasks, answer.segmentation)
+    return rows
 
 
 def run_codec(

@@ -125,4 +125,19 @@ def write_graph(
         program: Any = torch.onnx.export(
             module, given, dynamo=True, input_names=list(inputs), output_names=list(outputs)
         )
+    _forget_sources(program.model)
     program.save(str(path), external_data=False)
+
+
+def _forget_sources(model: Any) -> None:
+    """Drops the exporter's notes on where in which file each node comes from.
+
+    They hold paths of this machine, and a fifth of the file.
+    """
+    for each in (model, model.graph):
+        each.metadata_props.clear()
+    for node in model.graph:
+        node.metadata_props.clear()
+        for value in (*node.inputs, *node.outputs):
+            if value is not None:
+                value.metadata_props.clear()

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 from numpy.typing import NDArray
 from onnxruntime import quantization
 from onnxruntime.quantization.shape_inference import quant_pre_process
@@ -21,6 +22,10 @@ CALIBRATED = ("Conv", "Gemm", "MatMul", "Add", "Clip", "Relu")
 """Kinds of nodes that are quantised; norms over groups have no integer form and stay float32."""
 
 
+FLOAT = 3
+"""The first convolutions stay float32: they cost little, and what they lose, all others lose."""
+
+
 class _Images(quantization.CalibrationDataReader):  # type: ignore[misc]
     def __init__(self, pictures: Sequence[NDArray[np.uint8]]) -> None:
         self.left: Iterator[NDArray[np.uint8]] = iter(pictures)
@@ -29,6 +34,10 @@ class _Images(quantization.CalibrationDataReader):  # type: ignore[misc]
         """One more image, None after the last."""
         picture = next(self.left, None)
         return None if picture is None else {IMAGE: picture[None]}
+
+
+def _convolutions(path: Path) -> list[str]:
+    return [node.name for node in onnx.load(str(path)).graph.node if node.op_type == "Conv"]
 
 
 def quantise(path: Path, pictures: Sequence[NDArray[np.uint8]]) -> None:
@@ -53,6 +62,7 @@ def quantise(path: Path, pictures: Sequence[NDArray[np.uint8]]) -> None:
                 per_channel=True,
                 reduce_range=True,
                 op_types_to_quantize=list(CALIBRATED),
+                nodes_to_exclude=_convolutions(ready)[:FLOAT],
             )
     finally:
         logging.getLogger().setLevel(before)

@@ -28,14 +28,14 @@ class Answers(nn.Module):
         super().__init__()
         self.server, self.spec = codec.server, codec.spec
         self.inputs = [SYMBOLS, *[LEVEL] * (codec.spec.num_rates > 1)]
-        self.outputs = [f"task {task.name}" for task in codec.spec.tasks]
+        self.outputs = [f"task {task.name}" for task in codec.spec.answered]
 
     def forward(self, symbols: Tensor, level: Tensor | None = None) -> tuple[Tensor, ...]:
         """What `inputs` names to what `outputs` names."""
         shares = None if level is None else shares_of(level, self.spec.num_rates)
         split, last = self.server.features(symbols, shares)
         size = self.spec.image_size
-        return tuple(self.server.answer(task, split, last, size) for task in self.spec.tasks)
+        return tuple(self.server.answer(task, split, last, size) for task in self.spec.answered)
 
 
 def export_server(codec: ServerCodec, folder: Path) -> dict[str, int]:
@@ -56,7 +56,7 @@ def export_server(codec: ServerCodec, folder: Path) -> dict[str, int]:
             "labels": list(task.labels),
             "output": output,
         }
-        for task, output in zip(codec.spec.tasks, answers.outputs, strict=True)
+        for task, output in zip(codec.spec.answered, answers.outputs, strict=True)
     ]
     about = {
         "stream_id": codec.ids.stream.hex(),

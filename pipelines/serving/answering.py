@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
 from mantis_core.bitstream.container import BitstreamError, Reason
 from mantis_core.bitstream.wire import Unpacked, read_stream
+from mantis_core.codec.answer import Answer
 from mantis_core.codec.server_codec import ServerCodec
 from mantis_core.errors import ModelError
 
@@ -26,12 +33,14 @@ STATUS = {
 class Question:
     """A stream; or, with the `hello` of its session, a message.
 
-    `tasks` are what was asked for in a session of requests, None elsewhere.
+    `tasks` are what was asked for in a session of requests, None elsewhere. With `masks` the
+    answers of segmentation tasks come as pictures too.
     """
 
     body: bytes
     hello: bytes | None = None
     tasks: tuple[str, ...] | None = None
+    masks: bool = False
 
 
 @dataclass(frozen=True)
@@ -76,13 +85,27 @@ def replies(codec: ServerCodec, questions: Sequence[Question]) -> list[Reply]:
         logger.exception("a question could not be answered")
         return [FAULT]
     found = []
-    for each in read:
+    for question, each in zip(questions, read, strict=True):
         if isinstance(each, Reply):
             found.append(each)
             continue
-        own = [next(answers).to_dict() for _ in each.images]
+        own = [_told(next(answers), masks=question.masks) for _ in each.images]
         found.append(Reply(int(HTTPStatus.OK), {"answers": own, "wire_bytes": each.wire_bytes}))
     return found
+
+
+def _told(answer: Answer, *, masks: bool) -> dict[str, Any]:
+    told = answer.to_dict()
+    if masks:
+        told["masks"] = {name: _png(mask) for name, mask in answer.segmentation.items()}
+    return told
+
+
+def _png(mask: NDArray[np.uint8]) -> str:
+    """A mask (H, W) as a grey PNG whose pixels are its label values, in base64."""
+    written = io.BytesIO()
+    Image.fromarray(mask).save(written, "PNG")
+    return base64.b64encode(written.getvalue()).decode()
 
 
 def _read(codec: ServerCodec, question: Question) -> Unpacked:

@@ -2,9 +2,11 @@
 
     POST /v1/answers             a stream, as `mantis encode` writes it
     POST /v1/messages?task=NAME  a message of a session; its hello in the header Mantis-Hello
+    POST /v1/streams?model=ID    a photograph, for callers without a client: replies its stream
     GET  /v1/models              the models that answer, and what is asked now
     PUT  /v1/request             what cameras shall be asked from now on
     GET  /healthz, /metrics      for whoever watches the service
+    GET  /                       the page, see `pages.py`
 
 Streams are refused here, by their checksum and id, before a model sees them.
 """
@@ -19,28 +21,35 @@ import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from fastapi import FastAPI, Header, Query, Request, Response
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from pydantic import BaseModel, ValidationError
+from starlette.exceptions import HTTPException
 
 from mantis_core.bitstream.container import BitstreamError, peek, peek_hello
 from pipelines.serving.answering import Question, Reply, refusal
 from pipelines.serving.catalog import Catalog, Entry
+from pipelines.serving.photographs import Photograph
 
 HELLO = "Mantis-Hello"
 MAX_BODY = 1 << 20
+MAX_PHOTOGRAPH = 32 << 20  # bytes of an image file
 MAX_HELLO = 64  # of its base64 text
 CALLERS = 10_000  # whose rates are remembered
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
 Answer = Callable[[Entry, Question], Awaitable[Reply]]
 """Asks a model."""
+Encode = Callable[[Entry, Photograph], Awaitable[bytes | Reply]]
+"""Has the client half of a model code a photograph."""
 
 
 @dataclass(frozen=True)
@@ -73,8 +82,8 @@ class Refused(Exception):
 class Desk:
     """What a service knows while it runs: its models, what is asked, and its counters."""
 
-    def __init__(self, catalog: Catalog, limits: Limits, answer: Answer) -> None:
-        self.catalog, self.limits, self.answer = catalog, limits, answer
+    def __init__(self, catalog: Catalog, limits: Limits, answer: Answer, encode: Encode) -> None:
+        self.catalog, self.limits, self.answer, self.encode = catalog, limits, answer, encode
         self.request: tuple[str, ...] | None = None
         self.registry = CollectorRegistry()
         self.replies = Counter(
@@ -154,34 +163,36 @@ def create_app(desk: Desk) -> FastAPI:
     async def unread(request: Request, error: BitstreamError) -> JSONResponse:
         return desk.content(refusal(error))
 
+    @app.exception_handler(RequestValidationError)
+    async def unfit(request: Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        said = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+        return desk.content(Reply(422, {"error": said, "reason": "request"}))
+
+    @app.exception_handler(HTTPException)
+    async def no_such_call(request: Request, error: HTTPException) -> JSONResponse:
+        said = f"{request.method} {request.url.path}: {error.detail}; /openapi.json lists the calls"
+        return desk.content(Reply(error.status_code, {"error": said, "reason": "call"}))
+
     async def asked(
         request: Request, question: Callable[[bytes], tuple[str, Question]]
     ) -> JSONResponse:
         began = time.monotonic()
-        _enter(desk, request)
+        enter(desk, request)
         body = await _body(request, desk.limits.max_body)
         desk.bytes.inc(len(body))
         stream_id, asks = question(body)
         entry = desk.model_of(stream_id)
-        try:
-            reply = await desk.answer(entry, asks)
-        except Exception as error:
-            logger.exception("no answer of model %s", entry.model_id)
-            raise Refused(
-                503,
-                "unavailable",
-                "the model does not answer now; try again",
-                **{"Retry-After": "1"},
-            ) from error
+        reply = await _of_model(entry, desk.answer(entry, asks))
         desk.seconds.observe(time.monotonic() - began)
         return desk.content(Reply(reply.status, {**reply.content, "request": desk.now()}))
 
     @app.post("/v1/answers")
-    async def answers(request: Request) -> JSONResponse:
-        """Answers a stream, the body."""
+    async def answers(request: Request, masks: bool = False) -> JSONResponse:
+        """Answers a stream, the body; with `masks` those of segmentation tasks as PNG."""
 
         def question(body: bytes) -> tuple[str, Question]:
-            return str(peek(body)["stream_id"]), Question(body)
+            return str(peek(body)["stream_id"]), Question(body, masks=masks)
 
         return await asked(request, question)
 
@@ -190,19 +201,45 @@ def create_app(desk: Desk) -> FastAPI:
         request: Request,
         hello: Annotated[str, Header(alias=HELLO)] = "",
         task: Annotated[list[str] | None, Query()] = None,
+        masks: bool = False,
     ) -> JSONResponse:
         """Answers a message of a session, the body; `task` are what was asked for."""
 
         def question(body: bytes) -> tuple[str, Question]:
             opened = _decoded(hello)
-            return peek_hello(opened), Question(body, opened, tuple(task) if task else None)
+            tasks = tuple(task) if task else None
+            return peek_hello(opened), Question(body, opened, tasks, masks)
 
         return await asked(request, question)
+
+    @app.post("/v1/streams")
+    async def streams(
+        request: Request,
+        model: str,
+        task: Annotated[list[str] | None, Query()] = None,
+        level: int | None = None,
+        max_bytes: int | None = None,
+    ) -> Response:
+        """Encodes a photograph, the body, by the client of the `model` with that stream id."""
+        enter(desk, request)
+        entry = desk.model_of(model)
+        if not entry.encodes:
+            raise Refused(
+                404, "no_client", f"{entry.source} is the server half alone: encode with its client"
+            )
+        body = await _body(request, MAX_PHOTOGRAPH)
+        desk.bytes.inc(len(body))
+        photograph = Photograph(body, tuple(task) if task else None, level, max_bytes)
+        made = await _of_model(entry, desk.encode(entry, photograph))
+        if isinstance(made, Reply):
+            return desk.content(made)
+        desk.replies.labels("200").inc()
+        return Response(made, media_type="application/octet-stream")
 
     @app.get("/v1/models")
     async def models(request: Request) -> JSONResponse:
         """Which models answer, and what cameras are asked now."""
-        _enter(desk, request)
+        enter(desk, request)
         listed = [each.to_json() for each in desk.catalog.entries]
         return desk.content(Reply(200, {"models": listed, "request": desk.now()}))
 
@@ -212,16 +249,18 @@ def create_app(desk: Desk) -> FastAPI:
 
         The body is JSON, `{"tasks": [...]}`; none lets cameras decide.
         """
-        _enter(desk, request)
+        enter(desk, request)
         wanted = _asked(await _body(request, desk.limits.max_body))
-        known = {task for each in desk.catalog.entries for task in each.tasks}
+        entries = desk.catalog.entries
+        known = {task for each in entries for task in (*each.tasks, *each.added)}
         if unknown := sorted(set(wanted.tasks) - known):
             raise Refused(
                 422,
                 "request",
                 f"no model here has {', '.join(unknown)}; tasks are {', '.join(sorted(known))}",
             )
-        desk.request = tuple(wanted.tasks) or None
+        asked = (own for task in wanted.tasks for each in entries for own in each.asks(task))
+        desk.request = tuple(dict.fromkeys(asked)) or None
         return desk.content(Reply(200, {"request": desk.now()}))
 
     @app.get("/healthz")
@@ -232,13 +271,25 @@ def create_app(desk: Desk) -> FastAPI:
     @app.get("/metrics")
     async def metrics(request: Request) -> Response:
         """Counters in Prometheus' form."""
-        _enter(desk, request)
+        enter(desk, request)
         return Response(generate_latest(desk.registry), media_type=CONTENT_TYPE_LATEST)
 
     return app
 
 
-def _enter(desk: Desk, request: Request) -> None:
+async def _of_model(entry: Entry, told: Awaitable[T]) -> T:
+    """What a model says; Refused where no replica is there to say it."""
+    try:
+        return await told
+    except Exception as error:
+        logger.exception("no answer of model %s", entry.model_id)
+        raise Refused(
+            503, "unavailable", "the model does not answer now; try again", **{"Retry-After": "1"}
+        ) from error
+
+
+def enter(desk: Desk, request: Request) -> None:
+    """Lets a request in; Refused as `Desk.let_in`."""
     caller = request.client.host if request.client else ""
     desk.let_in(caller, request.headers.get("authorization", ""), time.monotonic())
 

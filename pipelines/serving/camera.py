@@ -9,17 +9,16 @@ import base64
 import http.client
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlencode, urlsplit
 
-from mantis_core.device.files import FilesError, Source, shown
+from mantis_core.device.files import FilesError
 from mantis_core.device.requests import named_tasks
 from mantis_core.device.sessions import ClientSession
 from mantis_core.errors import BudgetError
 from mantis_core.pixels import ImageError
-from pipelines.coding.packed import read_image
 from pipelines.serving.app import HELLO
 
 TIMEOUT_S = 30
@@ -31,6 +30,13 @@ class ServiceError(RuntimeError):
     """A service cannot be reached or does not let the camera in."""
 
     exit_code = 1
+
+
+class Frame(NamedTuple):
+    """An image that the camera takes: its name for people, and what reads its file's bytes."""
+
+    name: str
+    read: Callable[[], bytes]
 
 
 @dataclass(frozen=True)
@@ -129,7 +135,7 @@ class Link:
         return content
 
 
-def shots(client: Any, link: Link, sources: Sequence[Source], wanted: Wanted) -> Iterator[Shot]:
+def shots(client: Any, link: Link, frames: Iterable[Frame], wanted: Wanted) -> Iterator[Shot]:
     """Sends images one by one, each for what the service asks then. `client` is a ClientCodec.
 
     Raises ServiceError where the service lets nothing in, ModelError for tasks it has not.
@@ -140,11 +146,11 @@ def shots(client: Any, link: Link, sources: Sequence[Source], wanted: Wanted) ->
         raise ServiceError(f"{link.url}: {about.get('error', status)}")
     tasks = _next(facts, about.get("request"), wanted.tasks)
     sessions: dict[bool, ClientSession] = {}
-    for source in sources:
+    for frame in frames:
         asked = tasks is not None
         if asked not in sessions:
             sessions[asked] = client.open(requests=asked)
-        shot, request = _shot(client, link, sessions[asked], source, tasks, wanted)
+        shot, request = _shot(client, link, sessions[asked], frame, tasks, wanted)
         yield shot
         if request is not UNTOLD:
             tasks = _next(facts, request, wanted.tasks)
@@ -166,13 +172,13 @@ def _shot(
     client: Any,
     link: Link,
     session: ClientSession,
-    source: Source,
+    frame: Frame,
     tasks: tuple[str, ...] | None,
     wanted: Wanted,
 ) -> tuple[Shot, Any]:
-    name, began = shown(source.path), time.perf_counter()
+    name, began = frame.name, time.perf_counter()
     try:
-        image = client.prepare_image(read_image(source))
+        image = client.prepare_image(frame.read())
         (message,) = session.encode(
             image[None],
             None if tasks is None else list(tasks),

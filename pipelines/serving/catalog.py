@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from mantis_core.codec.checkpoint import read_spec
+from mantis_core.device.export import check_files, read_manifest
 from mantis_core.errors import ModelError
 from mantis_core.folders import load_folder
 
@@ -17,6 +18,10 @@ class Entry:
     """A model that answers. `source` is what names it on the command line.
 
     `tasks` are all tasks by name; `requests` is whether they are asked for, detected, or both.
+    `added` are tasks that the server answers beside them, each with those of the client's that are
+    asked for instead. `segmentation` names the label values of each task that answers with a mask.
+    `encodes` tells whether the folder holds the client too. `exported` is a folder of that client
+    as `mantis export` writes it, "" without one.
     """
 
     folder: str
@@ -27,10 +32,20 @@ class Entry:
     requests: str
     image_size: tuple[int, int]
     rate_levels: int
+    added: dict[str, list[str]] = field(default_factory=dict)
+    segmentation: dict[str, list[str]] = field(default_factory=dict)
+    encodes: bool = False
+    exported: str = ""
+
+    def asks(self, task: str) -> list[str]:
+        """What a camera is asked for so that a task can be answered; none if it cannot."""
+        return self.added.get(task, [task] if task in self.tasks else [])
 
     def to_json(self) -> dict[str, Any]:
         """What a service tells of it; not where it lies."""
-        return {name: value for name, value in asdict(self).items() if name != "folder"}
+        told = asdict(self) | {"exported": bool(self.exported)}
+        del told["folder"]
+        return told
 
 
 @dataclass(frozen=True)
@@ -91,4 +106,24 @@ def entry_of(folder: str | Path, source: str) -> Entry:
         requests=spec.model.requests,
         image_size=spec.image_size,
         rate_levels=spec.rate_levels,
+        added={own.task.name: list(own.through or spec.task_names) for own in spec.added},
+        segmentation={
+            task.name: list(task.labels) for task in spec.answered if not task.is_classification
+        },
+        encodes="half" not in meta,
     )
+
+
+def with_exports(entries: Iterable[Entry], exports: Mapping[str, str]) -> list[Entry]:
+    """Entries with the exported clients of their streams, folders by stream id."""
+    return [replace(each, exported=exports.get(each.stream_id, "")) for each in entries]
+
+
+def exports_by_stream(folders: Iterable[str | Path]) -> dict[str, str]:
+    """Folders that `mantis export` wrote, by the id of their streams; ModelError for another."""
+    found = {}
+    for folder in folders:
+        manifest = read_manifest(folder)
+        check_files(folder, manifest)
+        found[manifest.stream.model_id.hex()] = str(Path(folder).resolve())
+    return found

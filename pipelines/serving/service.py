@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +13,8 @@ from mantis_core.errors import ModelError
 from pipelines.cluster.connect import connect
 from pipelines.cluster.preflight import PreflightError, cluster_address
 from pipelines.serving.app import Limits
-from pipelines.serving.catalog import Catalog, Entry, entry_of
+from pipelines.serving.catalog import Catalog, Entry, entry_of, exports_by_stream, with_exports
+from pipelines.serving.pages import Page
 from pipelines.settings.sections import ClusterConfig
 
 LOOPBACK = "127.0.0.1"
@@ -37,6 +38,7 @@ class Service:
     threads: int = 1
     cpus: float = 1.0
     every: float = 10.0
+    page: Page | None = None
     address: str | None = None
 
 
@@ -54,12 +56,18 @@ def running(
     say: Callable[[str], None],
 ) -> Iterator[Running]:
     """The service inside the block. Ends with it, after the requests that it has let in."""
-    named = entries(models, resolve)
+    exports = exports_by_stream(service.page.exports if service.page else ())
+    named = with_exports(entries(models, resolve), exports)
     catalog = Catalog().with_newer(named)
     if left_out := [each.source for each in named if each not in catalog.entries]:
         raise ModelError(
             f"{', '.join(left_out)}: another model here answers the same clients' streams; name "
             "one of them"
+        )
+    if other := sorted(exports.keys() - {each.stream_id for each in named}):
+        raise ModelError(
+            f"{exports[other[0]]} is the client of streams {other[0]}; the models here have "
+            f"{', '.join(each.stream_id for each in named)}"
         )
     check_port(service.host, service.port)
     cluster = ClusterConfig(address=service.address, workers=service.replicas)
@@ -82,7 +90,7 @@ def running(
         )
         try:
             inside = LOOPBACK if local else None
-            own = Running(models, resolve, limits, service, catalog, inside)
+            own = Running(models, resolve, limits, service, catalog, exports, inside)
             own._try(catalog.entries)
             own.deploy()
             yield own
@@ -114,10 +122,12 @@ class Running:
         limits: Limits,
         service: Service,
         catalog: Catalog,
+        exports: Mapping[str, str],
         inside: str | None,
     ) -> None:
-        """`inside` is the interface between its own processes, None for all of a cluster."""
-        self.models, self.resolve, self.inside = models, resolve, inside
+        """`exports` are exported clients by stream id. `inside` is the interface between its own
+        processes, None for all of a cluster."""
+        self.models, self.resolve, self.exports, self.inside = models, resolve, exports, inside
         self.limits, self.service, self.catalog = limits, service, catalog
 
     def deploy(self) -> None:
@@ -130,6 +140,7 @@ class Running:
         bound = application(
             self.catalog,
             self.limits,
+            own.page,
             replicas=own.replicas,
             threads=own.threads,
             cpus=own.cpus,
@@ -144,7 +155,8 @@ class Running:
         not answer, or a model cannot be loaded, nothing changes and the error is raised. No process
         restarts: the front is told.
         """
-        now = Catalog().with_newer(entries(self.models, self.resolve)).entries
+        named = with_exports(entries(self.models, self.resolve), self.exports)
+        now = Catalog().with_newer(named).entries
         new = [each for each in now if each not in self.catalog.entries]
         if new:
             self._try(new)

@@ -18,6 +18,7 @@ from mantis_core.bitstream.container import MAX_TASKS
 from mantis_core.config import (
     SHIPPED,
     CodecTeacherConfig,
+    ExtendConfig,
     IndividualConfig,
     Stage1Config,
     Stage2Config,
@@ -223,6 +224,8 @@ class Settings(_Section):
     """The training of the baseline `individual`: one uncompressed network for each task."""
     codec_teacher: CodecTeacherConfig = CodecTeacherConfig()
     """The fine-tuning of a teacher on the images of an image codec."""
+    extend: ExtendConfig = ExtendConfig()
+    """The training of tasks that `mantis add-task` adds to a trained codec."""
     evaluate: EvaluateConfig = EvaluateConfig()
     """What is measured beside the main arm."""
     tune: TuneConfig = TuneConfig()

@@ -23,6 +23,7 @@ from mlflow.entities.model_registry import ModelVersion
 
 from pipelines.storage import Store, scratch
 from pipelines.tracking import lookup
+from pipelines.tracking.children import check_child
 from pipelines.tracking.lookup import StageRun
 from pipelines.tracking.pages.annotate import LOGGED_MODEL, annotate
 from pipelines.tracking.pages.arms import find_arms
@@ -42,7 +43,7 @@ from pipelines.tracking.store.versions import (
     has_files,
     part_names,
 )
-from pipelines.tracking.summaries import client_tags, summary, tags_of
+from pipelines.tracking.summaries import client_tags, codec_stage, summary, tags_of
 
 
 def register(tracker: Tracker, run: str, experiment: str | None = None) -> dict[str, Any]:
@@ -54,7 +55,8 @@ def register(tracker: Tracker, run: str, experiment: str | None = None) -> dict[
     pipeline = lookup.find_pipeline(tracker, run, experiment)
     tracker = tracker.within(pipeline)
     stages = lookup.stages(tracker, pipeline)
-    missing = {"stage2", "evaluate"} - stages.keys()
+    trained = "extend" if "extend" in stages else "stage2"
+    missing = {trained, "evaluate"} - stages.keys()
     if missing:
         raise RegistryError(
             f"run {pipeline.info.run_id} has no finished {' and no '.join(sorted(missing))}. "
@@ -68,12 +70,14 @@ def promote(tracker: Tracker, version: str, alias: str = "champion") -> dict[str
     """Moves `alias` to a version and its two halves. Returns the version as `models` lists it.
 
     `version` is `models:/NAME/VERSION` or `models:/NAME@ALIAS`, or a number if the store has models
-    of one name, or of `mantis` beside others.
+    of one name, or of `mantis` beside others. Raises RegistryError for a version made by adding
+    tasks that answers another task than before, see `check_child`.
     """
     uri = tracker.location.uri
     with asking(uri) as client:
         model = version if ":" in version else f"models:/{_only_name(client)}/{version}"
         found = find_version(client, uri, model)
+        check_child(client, uri, found)
         for name, own in _parts_of(client, found).items():
             client.set_registered_model_alias(name, alias, own)
         moved = client.get_model_version(found.name, found.version)
@@ -161,7 +165,7 @@ def register_stages(tracker: Tracker, stages: Mapping[str, StageRun], config_nam
     A stage 2 key has one version. If it exists, only its tags and the alias `candidate` change, and
     files that are no longer there are written again.
     """
-    main = stages["stage2"]
+    main = codec_stage(stages)
     store = Store(main.folder)
     checkpoint = _read(store, "result.json")["model_folder"]
     evaluation = _read(Store(stages["evaluate"].folder), "evaluation.json")

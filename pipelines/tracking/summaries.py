@@ -22,11 +22,16 @@ LEVELS = "mantis.levels"
 _OF_LEVEL = ("level", "rate_weight", *(figure.removeprefix("val/") for figure in FIGURES))
 
 
+def codec_stage(stages: Mapping[str, StageRun]) -> StageRun:
+    """Returns the stage that made a codec: the one that added tasks to it, or its stage 2."""
+    return stages["extend"] if "extend" in stages else stages["stage2"]
+
+
 def tags_of(
     evaluation: Mapping[str, Any], stages: Mapping[str, StageRun], config_name: str
 ) -> dict[str, str]:
     """Returns the tags of a version: its stages, its config and the main arm's figures."""
-    key = stages["stage2"].key
+    key = codec_stage(stages).key
     arm = main_arm(evaluation, key)
     figures = finite(arm["metrics"])
     return {
@@ -57,7 +62,9 @@ def client_tags(meta: Mapping[str, Any]) -> dict[str, str]:
     """Returns tags with the cost of the client, the model's id and the one its streams carry."""
     tags = {f"mantis.{name}": str(value) for name, value in meta.get("client", {}).items()}
     stream_id = meta.get("stream_id", meta["model_id"])
-    return {**tags, "mantis.model_id": meta["model_id"], "mantis.stream_id": stream_id}
+    ids = {"mantis.model_id": meta["model_id"], "mantis.stream_id": stream_id}
+    parent = {"mantis.parent": meta["parent"]} if "parent" in meta else {}
+    return {**tags, **ids, **parent}
 
 
 def summary(
@@ -104,6 +111,7 @@ def summary(
         "client_macs": _whole_number(version.tags.get("mantis.client_macs")),
         "model_id": version.tags.get("mantis.model_id"),
         "stream_id": version.tags.get("mantis.stream_id", version.tags.get("mantis.model_id")),
+        "parent": version.tags.get("mantis.parent"),
         "config": version.tags.get("mantis.config"),
         "trial": _whole_number(version.tags.get("mantis.trial")),
         "overrides": json.loads(version.tags.get("mantis.overrides", "{}")),

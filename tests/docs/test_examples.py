@@ -17,7 +17,10 @@ import pytest
 import torch
 from PIL import Image
 
+from mantis_core.codec.adding import with_tasks
 from mantis_core.codec.checkpoint import load_client, load_model, load_server, save_model
+from mantis_core.codec.spec import AddedTask
+from mantis_core.tasks import TaskSpec
 from pipelines.export.write import export_client
 from pipelines.settings.reading import load_settings, with_overrides
 from tests.docs.pages import blocks, pages_with, write_configs
@@ -25,6 +28,8 @@ from tests.mantis_core.conftest import make_codec, make_problem
 from tests.root import ROOT
 
 CHECKPOINT = "runs/stages/stage2-<key>/checkpoint"
+EXTENDED = "runs/stages/extend-<key>/checkpoint"
+RED = AddedTask(task=TaskSpec("red", "classification", 2, labels=("disc", "ring")))
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +57,7 @@ def world(tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> 
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     (tmp_path / CHECKPOINT).parent.mkdir(parents=True)
     (tmp_path / CHECKPOINT).symlink_to(checkpoint)
+    save_model(tmp_path / EXTENDED, with_tasks(load_model(checkpoint), [RED]), {"step": 0})
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -234,6 +234,7 @@ FIRST_CHANGED: dict[str, tuple[str, ...]] = {
     "stage1": ("stage1", "stage2", "evaluate", "register"),
     "stage2": ("stage2", "evaluate", "register"),
     "individual": ("individual", "evaluate", "register"),
+    "extend": (),
     "codec_teacher": (TUNED, "evaluate", "register"),
     "evaluate": ("evaluate", "register"),
 }

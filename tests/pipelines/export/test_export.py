@@ -23,6 +23,7 @@ from pipelines.export import write
 from pipelines.export.server import ABOUT, GRAPH, export_server
 from pipelines.export.write import export_client
 from tests.pipelines.export.codecs import KINDS, codec_of
+from tests.root import ROOT
 
 Images = NDArray[np.uint8]
 
@@ -336,3 +337,10 @@ def test_threads_are_the_users(asked: Exported) -> None:
     assert isinstance(client, LiteClient)
     options = client.network._look.get_session_options()  # type: ignore[attr-defined]
     assert options.intra_op_num_threads == 2
+
+
+def test_a_graph_holds_no_path_of_the_machine_that_wrote_it(exported: Exported) -> None:
+    for name in (export.LOOK, export.CODE):
+        data = (exported.folder / name).read_bytes()
+        assert str(ROOT).encode() not in data
+        assert b"stack_trace" not in data

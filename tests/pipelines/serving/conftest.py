@@ -14,11 +14,13 @@ import pytest
 import torch
 import uvicorn
 
-from mantis_core.codec.checkpoint import load_model, load_server, save_model
+from mantis_core.codec.checkpoint import load_client, load_model, load_server, save_model
 from mantis_core.codec.mantis import Mantis
 from pipelines.serving.answering import Question, Reply, replies
 from pipelines.serving.app import Desk, Limits, create_app
-from pipelines.serving.catalog import Catalog, Entry, entry_of
+from pipelines.serving.catalog import Catalog, Entry, entry_of, exports_by_stream, with_exports
+from pipelines.serving.pages import Page, add_page
+from pipelines.serving.photographs import Photograph, stream_of
 from tests.mantis_core.conftest import make_codec, make_config, make_problem
 
 
@@ -60,19 +62,32 @@ class Local:
         return reply
 
 
+async def encode(entry: Entry, photograph: Photograph) -> bytes | Reply:
+    """Encodes in this process, as a replica does."""
+    return await asyncio.to_thread(stream_of, load_client(entry.folder), photograph)
+
+
 @contextmanager
 def served(
-    folders: Sequence[Path], limits: Limits | None = None, desks: list[Desk] | None = None
+    folders: Sequence[Path],
+    limits: Limits | None = None,
+    desks: list[Desk] | None = None,
+    page: Page | None = None,
 ) -> Iterator[str]:
     """The address of a service of some model folders."""
-    catalog = Catalog().with_newer(entry_of(folder, folder.name) for folder in folders)
-    desk = Desk(catalog, limits or Limits(), Local())
+    named = [entry_of(folder, folder.name) for folder in folders]
+    exports = exports_by_stream(page.exports if page else ())
+    catalog = Catalog().with_newer(with_exports(named, exports))
+    desk = Desk(catalog, limits or Limits(), Local(), encode)
     if desks is not None:
         desks.append(desk)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    config = uvicorn.Config(create_app(desk), "127.0.0.1", port, log_level="error", ws="none")
+    app = create_app(desk)
+    if page is not None:
+        add_page(app, desk, page)
+    config = uvicorn.Config(app, "127.0.0.1", port, log_level="error", ws="none")
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()

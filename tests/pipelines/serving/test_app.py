@@ -157,7 +157,7 @@ def test_a_caller_may_ask_so_many_times_a_second() -> None:
     async def nobody(*given: Any) -> Any:
         raise AssertionError
 
-    desk = Desk(Catalog(), Limits(rate=2.0), nobody)
+    desk = Desk(Catalog(), Limits(rate=2.0), nobody, nobody)
     for caller in ("a", "b"):
         desk.let_in(caller, "", 10.0)
         desk.let_in(caller, "", 10.0)
@@ -172,7 +172,7 @@ def test_a_caller_may_ask_so_many_times_a_second() -> None:
     desk.let_in("a", "", 100.0)
     with pytest.raises(Refused):
         desk.let_in("a", "", 100.0)
-    slow = Desk(Catalog(), Limits(rate=0.1), nobody)
+    slow = Desk(Catalog(), Limits(rate=0.1), nobody, nobody)
     slow.let_in("a", "", 0.0)
     with pytest.raises(Refused) as refused:
         slow.let_in("a", "", 1.0)

@@ -12,10 +12,9 @@ from typer.testing import CliRunner
 
 from mantis_core.codec.checkpoint import load_client
 from mantis_core.device import golden
-from mantis_core.device.files import Source
 from pipelines.__main__ import app
 from pipelines.serving.app import Desk, Limits
-from pipelines.serving.camera import Link, ServiceError, Wanted, shots
+from pipelines.serving.camera import Frame, Link, ServiceError, Wanted, shots
 from tests.pipelines.serving.conftest import served
 
 
@@ -32,9 +31,9 @@ def test_what_the_service_asks_is_sent_from_the_next_image_on(
     models: list[Path], photos: Path
 ) -> None:
     desks: list[Desk] = []
-    sources = [Source(path, path.stem) for path in sorted(photos.iterdir())]
+    frames = [Frame(path.name, path.read_bytes) for path in sorted(photos.iterdir())]
     with served(models[:1], desks=desks) as url, Link(url) as link:
-        taken = shots(load_client(models[0]), link, sources, Wanted(("animals",)))
+        taken = shots(load_client(models[0]), link, frames, Wanted(("animals",)))
         first = next(taken)
         desks[0].request = ("tools", "kitchen", "unknown")
         second, third = next(taken), next(taken)
@@ -71,9 +70,9 @@ def test_the_command_shows_bytes_and_answers(models: list[Path], photos: Path) -
 
 
 def test_a_service_that_has_gone_is_named(models: list[Path], photos: Path) -> None:
-    sources = [Source(path, path.stem) for path in sorted(photos.iterdir())]
+    frames = [Frame(path.name, path.read_bytes) for path in sorted(photos.iterdir())]
     with pytest.raises(ServiceError, match="does not answer"):
-        next(shots(load_client(models[0]), Link("http://127.0.0.1:9"), sources, Wanted()))
+        next(shots(load_client(models[0]), Link("http://127.0.0.1:9"), frames, Wanted()))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,1 @@
+"""Tasks added to a trained codec: their plan and its stages."""
