@@ -171,9 +171,9 @@ def test_many_messages_are_decoded_in_groups(
     sizes: list[int] = []
     decode = server._decode_group
 
-    def counted(group: Any, shape: Any) -> Any:
+    def counted(group: Any, *more: Any) -> Any:
         sizes.append(len(group))
-        return decode(group, shape)
+        return decode(group, *more)
 
     monkeypatch.setattr(server, "_decode_group", counted)
     receiver = ServerSession(server, sender.hello)

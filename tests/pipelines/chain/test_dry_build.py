@@ -109,7 +109,7 @@ def test_a_config_for_large_images_is_built_in_little_memory(
         patch.setattr(torch.nn.Conv2d, "__init__", init)
         costs = check("evaluate.baselines=[]", config=config)
     assert sum(tracked) < 1e7  # one EfficientNet-Lite2 with values, to look at its blocks
-    assert 3e9 < costs["stage1"].macs < costs["stage2"].macs < 6e9
+    assert 2e9 < costs["stage1"].macs < costs["stage2"].macs < 6e9
 
 
 @pytest.mark.parametrize(
