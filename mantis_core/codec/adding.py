@@ -20,9 +20,12 @@ from mantis_core.codec.mantis import Mantis
 from mantis_core.codec.spec import AddedTask, ModelSpec
 from mantis_core.device.golden import procedural_image
 from mantis_core.errors import ModelError
+from mantis_core.rates import levels_of
 
 _LATER = "server.added."
 _MODULES = ("task_decoders", "tails")
+COMPARED = 16
+"""Images by which a codec is compared with the one before."""
 
 
 def with_tasks(codec: Mantis, added: Sequence[AddedTask]) -> Mantis:
@@ -91,7 +94,7 @@ def check_unchanged(before: Mantis, after: Mantis, images: Tensor, **way: Any) -
             raise ModelError(f"answers to tasks of before have changed: {difference}")
 
 
-def check_same_codec(before: Mantis, after: Mantis, count: int) -> None:
+def check_same_codec(before: Mantis, after: Mantis, count: int = COMPARED) -> None:
     """`check_unchanged` on `count` images made by a rule, asked for and detected, at each rate."""
     spec = before.spec
     made = [procedural_image(2000 + number, spec.image_size) for number in range(count)]
@@ -102,7 +105,7 @@ def check_same_codec(before: Mantis, after: Mantis, count: int) -> None:
         requests = [None]
     elif spec.model.requests == "both":
         requests.append(None)
-    for level in range(0, spec.rate_levels, 4):
+    for level in levels_of(spec.rates) or (0,):
         for request in requests:
             check_unchanged(before, after, images, tasks=request, level=level)
 

@@ -18,9 +18,6 @@ if TYPE_CHECKING:
     from pipelines.settings.sections import Settings
     from pipelines.training.weights import Weights
 
-COMPARED = 16
-"""Images, made by a rule, whose streams and answers are compared with those of the codec before."""
-
 
 def identities(settings: Settings, inputs: Inputs) -> dict[str, Any]:
     """Returns what the codec that is extended adds to the key: its weights, not where they lie."""
@@ -47,7 +44,7 @@ def run(spec: StageSpec, context: StageContext) -> dict[str, Any]:
 
     result = train.run(spec, context)
     with local_copy(f"{spec.folder}/{CHECKPOINT}") as folder:
-        check_same_codec(load_model(spec.settings.extend.model), load_model(folder), COMPARED)
+        check_same_codec(load_model(spec.settings.extend.model), load_model(folder))
     return result
 
 

@@ -8,8 +8,6 @@ from mlflow.entities.model_registry import ModelVersion
 from pipelines.tracking.store.versions import RegistryError, codec_versions, resolve_model
 
 PARENT = "mantis.parent"
-COMPARED = 16
-"""Images, made by a rule, whose streams and answers are compared."""
 
 
 def check_child(client: MlflowClient, uri: str, child: ModelVersion) -> None:
@@ -36,7 +34,7 @@ def check_child(client: MlflowClient, uri: str, child: ModelVersion) -> None:
     names = [f"models:/{each.name}/{each.version}" for each in (parent, child)]
     before, after = (load_model(resolve_model(name, uri)) for name in names)
     try:
-        check_same_codec(before, after, COMPARED)
+        check_same_codec(before, after)
     except ModelError as error:
         raise RegistryError(
             f"{names[1]} was made of {names[0]} and is no longer like it: {error}. It is not "

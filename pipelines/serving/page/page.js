@@ -72,6 +72,8 @@ async function choose(id) {
   part("level").max = model.rate_levels - 1;
   part("level").value = Math.floor(model.rate_levels / 2);
   part("where").textContent = "";
+  turn++;
+  coded = undefined; // that of another model
   const own = (opening = openEncoder(model));
   const found = await own;
   if (own !== opening) return; // another model was chosen meanwhile
