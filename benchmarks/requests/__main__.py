@@ -30,7 +30,7 @@ from benchmarks.rate_accuracy.points import RESULTS
 from benchmarks.rate_accuracy.protocols import named
 from benchmarks.requests.cells import CELLS, Cell, settings_of
 from benchmarks.requests.plot import plot
-from benchmarks.requests.table import TABLE, append, newest, points, read, row_of, savings
+from benchmarks.requests.table import CODECS, TABLE, append, newest, points, read, row_of, savings
 from pipelines.chain.plan import Plan, make_plan, with_adopted
 from pipelines.evaluation.arms import Arm
 from pipelines.evaluation.split_pass import Evaluated
@@ -69,6 +69,7 @@ def run(name: str, cell: Cell, arguments: argparse.Namespace) -> None:
             "rate_weight": arm.rate_weight,
             "level": arm.level,
             "quality": arm.quality,
+            "scale": arm.scale,
             "commit": commit(RESULTS),
             "key": plan.by_name[arm.stage].key if arm.stage else None,
         }
@@ -107,6 +108,8 @@ def show(name: str, cell: Cell, found: Mapping[str, Any]) -> None:
         table.add_column("\n%", justify="right", no_wrap=True)
     for point in found["points"]:
         which = point["rate_weight"] if point["quality"] is None else f"q{point['quality']}"
+        if point["scale"] is not None:
+            which = f"{which}, {point['scale']:g} of the sides"
         label = ARM_KINDS[point["kind"]].label_for("asked")
         macs = "" if point["client_macs"] is None else f"{point['client_macs'] / 1e6:.1f}"
         cells = [f"{label}{'' if which is None else f', {which}'}", macs]
@@ -123,7 +126,7 @@ def show(name: str, cell: Cell, found: Mapping[str, Any]) -> None:
             f"{cell.questions} independent questions: asking for one can save {100 - share:.0f} %"
         )
     for each in found["savings"]:
-        pair = " against ".join(ARM_KINDS[each[k]].label_for("asked") for k in ("test", "against"))
+        pair = " against ".join(_label(each[name]) for name in ("test", "against"))
         figure = each.get("refused") or (
             f"{each['mean']:+.1f} % ({each['low']:+.1f} to {each['high']:+.1f})"
         )
@@ -132,6 +135,10 @@ def show(name: str, cell: Cell, found: Mapping[str, Any]) -> None:
             figure += f"; at {at['accuracy']:.1f} % right {at['mean']:+.1f} % "
             figure += f"({at['low']:+.1f} to {at['high']:+.1f})"
         console.print(f"{each['size'].replace('_', ' ')}, {pair}: {figure}")
+
+
+def _label(kind: str) -> str:
+    return "image codecs" if kind in CODECS else ARM_KINDS[kind].label_for("asked")
 
 
 def _percent(value: float | None) -> str:

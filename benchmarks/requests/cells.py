@@ -18,8 +18,9 @@ PARTS = ("none_prior", "channels", "channels_prior", "film", "film_prior")
 """Arms with a part of MANTiS's conditioning: the request's prior, channel sets or FiLM, alone or
 with the prior."""
 
-CODECS = "{webp: [0, 5, 20, 40, 75]}"
-"""Image codecs of every cell, at enough qualities for a curve."""
+CODECS = "{webp: [0, 5, 20, 40, 75], jpeg: [5, 15, 30, 60], avif: [15, 30, 50, 70]}"
+SCALES = "[1.0, 0.75, 0.625, 0.5]"
+"""Image codecs of every cell, and the sides at which they code, for an upper envelope."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,7 @@ def settings_of(cell: Cell, seed: int, overrides: Sequence[str]) -> Settings:
         *cell.overrides,
         f"evaluate.baselines=[{', '.join(cell.baselines)}]",
         f"evaluate.codecs={CODECS}",
+        f"evaluate.codec_scales={SCALES}",
         f"seed={seed}",
         *overrides,
     ]

@@ -35,6 +35,7 @@ COLUMNS = (
     "rate_weight",
     "level",
     "quality",
+    "scale",
     "commit",
     "key",
     *FIGURES,
@@ -56,9 +57,15 @@ COMPARISONS = (
     ),
     ("mantis", "per_task"),
     ("oracle", "none"),
-    ("mantis", "webp"),
+    ("mantis", "codecs"),
+    ("none", "codecs"),
 )
-"""The arm under test and the arm it stands against: how many more bytes does it need?"""
+"""The arm under test and the arm it stands against: how many more bytes does it need?
+
+"codecs" are the image codecs in front of the teacher, of all sizes and qualities together.
+"""
+CODECS = {"codecs": ("jpeg", "webp", "avif")}
+"""Kinds that stand together for one curve, the envelope of their points."""
 
 
 def row_of(about: Mapping[str, Any], found: Evaluated, name: str) -> dict[str, Any]:
@@ -80,8 +87,11 @@ def row_of(about: Mapping[str, Any], found: Evaluated, name: str) -> dict[str, A
 
 
 def newest(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Returns the last row of each kind, seed, rate and quality: later recipes replace others."""
-    named = ("kind", "seed", "rate_weight", "quality")
+    """Returns the last row of each kind, seed and rate: later recipes replace others.
+
+    Of an image codec, of each quality and scale.
+    """
+    named = ("kind", "seed", "rate_weight", "quality", "scale")
     return list({tuple(row[name] for name in named): dict(row) for row in rows}.values())
 
 
@@ -110,10 +120,14 @@ def read(path: Path = TABLE) -> list[dict[str, Any]]:
 
 
 def curves(rows: Sequence[Mapping[str, Any]], kind: str, size: str) -> dict[int, Curve]:
-    """Maps each seed to the curve of a kind. `size` is "payload_bytes" or "session_bytes"."""
+    """Maps each seed to the curve of a kind, or of those in CODECS.
+
+    `size` is "payload_bytes" or "session_bytes".
+    """
     found = {}
-    for seed in sorted({row["seed"] for row in rows if row["kind"] == kind}):
-        own = [row for row in rows if (row["kind"], row["seed"]) == (kind, seed)]
+    kinds = CODECS.get(kind, (kind,))
+    for seed in sorted({row["seed"] for row in rows if row["kind"] in kinds}):
+        own = [row for row in rows if row["kind"] in kinds and row["seed"] == seed]
         images = [read_images(row["point"]) for row in sorted(own, key=lambda row: row[size])]
         found[seed] = Curve(
             np.array([each[size] for each in images]), np.array([each["hit"] for each in images])
@@ -133,7 +147,7 @@ def savings(rows: Sequence[Mapping[str, Any]], size: str) -> list[dict[str, Any]
         return []  # the sizes of a mask's requests count, and its accuracy does not
     for test, against in COMPARISONS:
         ours, theirs = curves(rows, test, size), curves(rows, against, size)
-        if against == "webp" and theirs:  # the same files for every seed
+        if against in CODECS and theirs:  # the same files for every seed
             theirs = dict.fromkeys(ours, next(iter(theirs.values())))
         both = sorted(ours.keys() & theirs.keys())
         if not both:
@@ -192,7 +206,7 @@ def at_equal_accuracy(pairs: Sequence[tuple[Curve, Curve]]) -> dict[str, Any] | 
 def points(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Returns one point for each kind and rate: means over the seeds, by request too."""
     found = []
-    named = ("kind", "rate_weight", "quality")
+    named = ("kind", "rate_weight", "quality", "scale")
     order = list(dict.fromkeys(tuple(row[name] for name in named) for row in rows))
     for group in order:
         own = [row for row in rows if tuple(row[name] for name in named) == group]

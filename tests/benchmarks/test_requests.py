@@ -58,7 +58,7 @@ def answers(size: float = 10.0) -> dict[str, Any]:
 def test_a_row_has_bytes_and_accuracy_of_each_request() -> None:
     found = Evaluated({"stage2": answers()}, TASKS, single_class=False, image_size=(4, 4))
     about = {"point": "p", "cell": "c", "kind": "mantis", "seed": 0, "rate_weight": 1e-3}
-    about |= {"level": 0, "quality": None, "commit": "abc", "key": "k"}
+    about |= {"level": 0, "quality": None, "scale": None, "commit": "abc", "key": "k"}
     table.append(table.row_of(about, found, "stage2"))
     (row,) = table.read()
     assert row["by_request"] == {"red": [5.0, 1.0], "blue": [5.0, 0.0], "ground": [7.0, 1.0]}
@@ -84,7 +84,7 @@ def study(kinds: dict[str, float], *, seeds: tuple[int, ...] = (0, 1)) -> list[d
                 hits = (random.random((400, 4)) < share).mean(axis=1)
                 table.write_images(point, sizes, sizes, hits, sizes)
                 own = {"point": point, "kind": kind, "seed": seed, "rate_weight": level}
-                own |= {"quality": None, "accuracy": hits.mean(), "questions": 1}
+                own |= {"quality": None, "scale": None, "accuracy": hits.mean(), "questions": 1}
                 own |= {"client_macs": None, "client_bytes": None, "wire_bytes": sizes.mean()}
                 own |= {"session_bytes": sizes.mean(), "payload_bytes": sizes.mean()}
                 rows.append({**own, "by_request": {"red": [sizes.mean(), share]}})
@@ -110,6 +110,20 @@ def test_bytes_are_compared_at_one_accuracy_too() -> None:
     assert at["low"] <= at["mean"] <= at["high"] < -59.5
     most = [r["accuracy"] for r in rows if r["rate_weight"] == 0]
     assert at["accuracy"] == pytest.approx(100 * min(most) - 1, abs=0.01)
+
+
+def test_image_codecs_of_all_sizes_stand_for_one_curve() -> None:
+    rows = study({"mantis": 0.1, "webp": 1.0, "jpeg": 2.0}, seeds=(0,))
+    smaller = [{**row, "scale": 0.5} for row in study({"avif": 0.5}, seeds=(0,))]
+    for row in [*rows, *smaller]:
+        if row["kind"] != "mantis":
+            row |= {"quality": row["rate_weight"], "rate_weight": None}
+    found = {
+        (f["test"], f["against"]): f for f in table.savings([*rows, *smaller], "payload_bytes")
+    }
+    assert found["mantis", "codecs"]["mean"] == pytest.approx(100 * (0.1 / 0.5 - 1), abs=0.01)
+    assert len(table.newest([*rows, *smaller])) == 16
+    assert {point["scale"] for point in table.points(smaller)} == {0.5}
 
 
 def test_requests_for_a_mask_are_not_compared_by_labels_alone() -> None:
