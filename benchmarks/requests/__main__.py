@@ -134,6 +134,8 @@ def show(name: str, cell: Cell, found: Mapping[str, Any]) -> None:
             at = each["at"]
             figure += f"; at {at['accuracy']:.1f} % right {at['mean']:+.1f} % "
             figure += f"({at['low']:+.1f} to {at['high']:+.1f})"
+            if len(at["by_seed"]) > 1:
+                figure += f", by seed {', '.join(f'{each:+.1f}' for each in at['by_seed'])}"
         console.print(f"{each['size'].replace('_', ' ')}, {pair}: {figure}")
 
 

@@ -112,6 +112,19 @@ def test_bytes_are_compared_at_one_accuracy_too() -> None:
     assert at["accuracy"] == pytest.approx(100 * min(most) - 1, abs=0.01)
 
 
+def test_curves_that_begin_high_are_compared_in_the_middle_of_their_range() -> None:
+    hits = np.arange(1000)[None, :] < np.array([[990], [996], [999]])
+    sizes = np.array([[10.0], [20.0], [40.0]]) * np.ones((1, 1000))
+    ours, theirs = table.Curve(sizes, hits), table.Curve(2 * sizes, hits)
+    found = table.at_equal_accuracy([(ours, theirs), (theirs, theirs)])
+    assert found is not None
+    assert found["accuracy"] == pytest.approx((99.0 + 99.9) / 2, abs=0.01)
+    assert found["mean"] == pytest.approx(-25)
+    assert found["by_seed"] == [-50, 0]
+    above = table.Curve(sizes[:1], np.ones((1, 1000), bool))
+    assert table.at_equal_accuracy([(ours, above)]) is None
+
+
 def test_image_codecs_of_all_sizes_stand_for_one_curve() -> None:
     rows = study({"mantis": 0.1, "webp": 1.0, "jpeg": 2.0}, seeds=(0,))
     smaller = [{**row, "scale": 0.5} for row in study({"avif": 0.5}, seeds=(0,))]

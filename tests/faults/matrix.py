@@ -165,7 +165,7 @@ class Experiment:
                 metric.step for metric in client.get_metric_history(run_id, "train/loss")
             ]
             for run_id, name in names.items()
-            if name in TRAININGS
+            if name in (*TRAININGS, "extend")
         }
 
 
