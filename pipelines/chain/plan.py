@@ -98,13 +98,14 @@ def plan_stages(
     inputs = Inputs(table, data_fingerprint, tuple(arms))
     kind_of = {arm.suffix: arm.kind for arm in inputs.arms if arm.trains == "stage2"}
     planned: dict[str, StageSpec] = {}
+    versions = deciding()
     for stage in stages.values():
         for arm, own in stage.planned(settings, inputs):
             name = f"{stage.name}/{arm}" if arm else stage.name
             upstream = _upstream(stage, planned, kind_of.get(arm, ""))
             known = stage.identities(own, inputs) if stage.identities else {}
             made = {"kind": stage.name, "config": {**slim_slice(own, stage), **known}}
-            code = {"versions": deciding(), "code": source_hash(*stage.code)}
+            code = {"versions": versions, "code": source_hash(*stage.code)}
             above = {"upstream": {each: planned[each].key for each in upstream}}
             key = digest({**made, **above, **code})
             recipe = digest({**made, "upstream": {s: planned[s].recipe for s in upstream}})
