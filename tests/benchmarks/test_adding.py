@@ -10,11 +10,12 @@ import torch
 from benchmarks import adding
 from mantis_core.codec.mantis import Mantis
 from mantis_core.errors import ModelError
+from tests.mantis_core.narrow_resnet import NAME
 from tests.pipelines.export.codecs import codec_of
 
 
 def test_only_the_server_grows() -> None:
-    rows = adding.grown(codec_of("asked"), 2, 3, 2)
+    rows = adding.grown(codec_of("asked", NAME), 2, 3, 2)
     assert [row["added"] for row in rows] == [0, 1, 2]
     client = [row["client_bytes"] for row in rows]
     server = [row["server_bytes"] for row in rows]
@@ -35,4 +36,4 @@ def test_a_changed_answer_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(adding, "with_tasks", spoiled)
     with pytest.raises(ModelError, match="have changed"):
-        adding.grown(codec_of("asked"), 1, 3, 2)
+        adding.grown(codec_of("asked", NAME), 1, 3, 2)

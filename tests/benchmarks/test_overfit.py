@@ -17,7 +17,7 @@ from tests.pipelines.experiment import paint, write_config
 
 def test_every_image_weighs_the_same_whatever_the_batches() -> None:
     problem = make_problem()
-    recipe = make_stage1(problem).train()
+    recipe = make_stage1(problem, network="resnet18").train()
     one, two = make_batch(problem, 6, seed=1), make_batch(problem, 2, seed=2)
     alone = losses(recipe, [one]), losses(recipe, [two])
     both = losses(recipe, [one, two])

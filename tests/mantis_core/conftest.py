@@ -25,6 +25,7 @@ from mantis_core.tasks import IGNORE, Batch, Problem, TaskSpec
 from mantis_core.teachers.teacher import Teacher
 from mantis_core.training.stage1 import Stage1Recipe, stage1_recipe
 from mantis_core.training.stage2 import Stage2Recipe, stage2_recipe
+from tests.mantis_core.narrow_resnet import NAME
 
 SIZE = 32
 TASKS = (
@@ -92,10 +93,10 @@ def make_batch(
 
 
 @cache
-def _first_teacher(single_class: bool, tasks: tuple[TaskSpec, ...]) -> Teacher:
+def _first_teacher(network: str, single_class: bool, tasks: tuple[TaskSpec, ...]) -> Teacher:
     torch.manual_seed(0)
     return Teacher(
-        "resnet18",
+        network,
         split="layer2",
         tasks=tasks,
         flat_classes=6 if single_class else 0,
@@ -103,45 +104,58 @@ def _first_teacher(single_class: bool, tasks: tuple[TaskSpec, ...]) -> Teacher:
     ).eval()
 
 
-def make_teacher(problem: Problem) -> Teacher:
-    """A resnet18 with random weights, a flat head where images have one class."""
-    return copy.deepcopy(_first_teacher(problem.single_class, problem.tasks))
+def make_teacher(problem: Problem, network: str = NAME) -> Teacher:
+    """A ResNet with random weights, a flat head where images have one class.
+
+    Take "resnet18" for what another process loads: it does not know the narrow one.
+    """
+    return copy.deepcopy(_first_teacher(network, problem.single_class, problem.tasks))
 
 
 QUICK = {"epochs": 2, "batch_size": 4, "ema_decay": 0.9, "optim": OptimConfig(lr=1e-2)}
 
 
 def make_stage1(
-    problem: Problem, model: ModelConfig | None = None, *, seed: int = 0, **changes: object
+    problem: Problem,
+    model: ModelConfig | None = None,
+    *,
+    seed: int = 0,
+    network: str = NAME,
+    **changes: object,
 ) -> Stage1Recipe:
     """Stage 1 on the small codec; `changes` are keys of the stage1 section."""
     config = Stage1Config(**{**QUICK, **changes})  # type: ignore[arg-type]
-    teacher = make_teacher(problem)
+    teacher = make_teacher(problem, network)
     recipe = stage1_recipe(config, model or make_config(), teacher, problem, seed=seed)
     assert isinstance(recipe, Stage1Recipe)
     return recipe
 
 
 def make_stage2(
-    problem: Problem, model: ModelConfig | None = None, *, seed: int = 0, **changes: object
+    problem: Problem,
+    model: ModelConfig | None = None,
+    *,
+    seed: int = 0,
+    network: str = NAME,
+    **changes: object,
 ) -> Stage2Recipe:
     """Stage 2 on the small codec, over an untrained stage 1."""
     config = Stage2Config(**{**QUICK, **changes})  # type: ignore[arg-type]
     recipe = stage2_recipe(
         config,
         model or make_config(),
-        make_teacher(problem),
+        make_teacher(problem, network),
         problem,
-        make_stage1(problem, model, seed=seed).student.shipped(),
+        make_stage1(problem, model, seed=seed, network=network).student.shipped(),
         seed=seed,
     )
     assert isinstance(recipe, Stage2Recipe)
     return recipe
 
 
-def make_codec(problem: Problem, model: ModelConfig | None = None) -> Mantis:
+def make_codec(problem: Problem, model: ModelConfig | None = None, network: str = NAME) -> Mantis:
     """A finished codec with random weights, whose latents and modulation are not trivial."""
-    codec = make_stage2(problem, model).student
+    codec = make_stage2(problem, model, network=network).student
     with torch.no_grad():
         codec.client.encoder.to_latent.weight.mul_(8)
         for parameter in codec.client.conditioning.parameters():

@@ -32,6 +32,7 @@ from mantis_core.training.loop import Session, TrainingError, fit
 from mantis_core.training.stage1 import stage1_recipe
 from mantis_core.training.stage2 import stage2_recipe
 from mantis_core.training.teacher import TeacherConfig, TeacherRecipe
+from tests.mantis_core.narrow_resnet import NAME
 
 WORLDS = (1, 2, 4)
 ROWS = 16
@@ -87,8 +88,8 @@ def rows_of(batch: Batch, start: int, stop: int) -> Batch:
 def teacher_of(problem: Problem, *, flat: bool) -> Teacher:
     torch.manual_seed(0)
     teacher = Teacher(
-        "shufflenet_v2_x0_5",
-        split="stage2",
+        NAME,
+        split="layer2",
         tasks=problem.tasks,
         flat_classes=24 if flat else 0,
         image_size=(32, 32),

@@ -33,6 +33,7 @@ from mantis_core.folders import (
     sha256_file,
 )
 from mantis_core.tasks import Batch, Problem
+from tests.mantis_core.narrow_resnet import NAME
 
 
 @pytest.fixture
@@ -70,7 +71,7 @@ def test_a_folder_holds_three_plain_files_and_no_pickle(saved: Path) -> None:
     meta = read_meta(saved)
     assert (meta["step"], meta["parents"], meta["format_version"]) == (12, ["abc"], 1)
     assert meta["weights_sha256"] == sha256_file(saved / "weights.safetensors")
-    assert yaml.safe_load((saved / "config.yaml").read_text())["teacher"] == "resnet18"
+    assert yaml.safe_load((saved / "config.yaml").read_text())["teacher"] == NAME
 
 
 @pytest.mark.parametrize("missing", ["weights.safetensors", "config.yaml", "meta.json"])
@@ -221,11 +222,17 @@ def test_the_wrong_half_is_refused_with_what_it_is_for(halves: dict[Half, Path])
     ("half", "names"), [("client", ("torchvision", "compressai")), ("server", ("compressai",))]
 )
 def test_a_half_needs_none_of_the_others_packages(
-    half: Half, names: tuple[str, ...], halves: dict[Half, Path]
+    half: Half,
+    names: tuple[str, ...],
+    problem: Problem,
+    codec_of: Callable[..., Mantis],
+    tmp_path: Path,
 ) -> None:
+    save_model(tmp_path / "whole", codec_of(problem, network="resnet18"), {})
+    save_half(tmp_path / "half", tmp_path / "whole", half)
     code = (
         f"import sys; from mantis_core.codec.checkpoint import load_{half}\n"
-        f"load_{half}({str(halves[half])!r})\n"
+        f"load_{half}({str(tmp_path / 'half')!r})\n"
         f"print([name for name in {names!r} if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -51,7 +51,7 @@ def codec(
     with torch.no_grad():
         model.client.encoder.to_latent.weight.mul_(8)
         for parameter in model.client.exits.parameters():  # type: ignore[union-attr]
-            torch.nn.init.normal_(parameter, std=0.8)
+            torch.nn.init.normal_(parameter, std=0.5)
     model.finish()
     return model
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from mantis_core.networks.server import pooled_features
 from mantis_core.networks.stacked import TaskLayout, as_stacked
 from mantis_core.tasks import Problem
+from tests.mantis_core.narrow_resnet import WIDTHS
 
 
 def shaken(module: nn.Module) -> nn.Module:
@@ -58,7 +59,7 @@ def test_signed_features_have_no_relu_at_the_end(
     problem: Problem, stage2_of: Callable[..., Any]
 ) -> None:
     decoders = list(shaken(stage2_of(problem).student.server).task_decoders.children())
-    deep = torch.randn(2, 512, 2, 3)
+    deep = torch.randn(2, WIDTHS[3], 2, 3)
     for decoder in decoders:
         decoder.signed = True
     expected = torch.stack([decoder(deep).mean(dim=(2, 3)) for decoder in decoders])

@@ -26,10 +26,11 @@ from mantis_core.training.teacher import (
     wrong_order,
 )
 from tests.mantis_core.conftest import make_batch, make_problem
+from tests.mantis_core.narrow_resnet import NAME, NarrowResNet
 from tests.mantis_core.recipe_checks import without_gradient
 
-TRAIN = TeacherConfig(name="resnet18", weights="train")
-TINY = TeacherConfig(name="resnet18", training=TrainingConfig(epochs=2, batch_size=4))
+TRAIN = TeacherConfig(name=NAME, weights="train")
+TINY = TeacherConfig(name=NAME, training=TrainingConfig(epochs=2, batch_size=4))
 
 
 def test_a_teacher_has_one_flat_head_where_each_image_has_one_class(
@@ -103,7 +104,7 @@ def test_a_teacher_may_begin_with_the_body_of_other_weights(
     problem: Problem, tmp_path: Path
 ) -> None:
     torch.manual_seed(3)
-    other = torchvision.models.resnet18(num_classes=7).state_dict()
+    other = NarrowResNet(7).state_dict()
     save_file(other, tmp_path / "other.safetensors")
     config = TRAIN.model_copy(update={"start": str(tmp_path / "other.safetensors")})
     teacher = teacher_recipe(config, problem, seed=0).student
@@ -118,7 +119,7 @@ def test_a_teacher_may_begin_with_torchvisions_weights(
     problem: Problem, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(3)
-    other, get_model = torchvision.models.resnet18(), torchvision.models.get_model
+    other, get_model = NarrowResNet(), torchvision.models.get_model
     monkeypatch.setattr(
         torchvision.models,
         "get_model",

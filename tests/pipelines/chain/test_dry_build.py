@@ -17,6 +17,7 @@ from pipelines.chain.effort import Cost
 from pipelines.chain.plan import plan_stages
 from pipelines.settings.reading import load_settings
 from tests.mantis_core.lite_package import empty_package, install
+from tests.mantis_core.narrow_resnet import NAME
 from tests.pipelines.fakes import same_code
 from tests.root import ROOT
 
@@ -27,7 +28,7 @@ CONFIG = {
         {"name": "outline", "classes_from": "shapes"},
         {"name": "texture", "classes_from": "shapes"},
     ],
-    "teacher": {"name": "shufflenet_v2_x0_5", "weights": "train", "split": "stage2"},
+    "teacher": {"name": NAME, "weights": "train", "split": "layer2"},
     "model": {
         "stem": {"channels": [8, 8]},
         "detector": {**SMALL, "hidden": 8},
@@ -56,7 +57,7 @@ def check(
     return check_networks(trainings, table, single_class=single_class)
 
 
-def teacher_file(path: Path, classes: int, name: str = "shufflenet_v2_x0_5") -> Path:
+def teacher_file(path: Path, classes: int, name: str = NAME) -> Path:
     net = torchvision.models.get_model(name, weights=None, num_classes=classes)
     save_file(net.state_dict(), path)
     return path
@@ -137,9 +138,9 @@ def test_a_file_of_weights_must_fit_the_network_and_the_classes(tmp_path: Path) 
     with pytest.raises(ModelError, match=r"has 7 logits, the data has \d+ classes"):
         check(f"teacher.weights={teacher_file(tmp_path / 'seven.safetensors', 7)}")
     other = teacher_file(tmp_path / "other.safetensors", classes, "mobilenet_v2")
-    with pytest.raises(ModelError, match="do not fit shufflenet_v2_x0_5"):
+    with pytest.raises(ModelError, match=f"do not fit {NAME}"):
         check(f"teacher.weights={other}")
-    with pytest.raises(ModelError, match="do not fit shufflenet_v2_x0_5"):
+    with pytest.raises(ModelError, match=f"do not fit {NAME}"):
         check(f"teacher.start={other}")
 
 

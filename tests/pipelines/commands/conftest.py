@@ -9,7 +9,10 @@ TASKS = ("one", "two")
 
 @pytest.fixture(scope="session")
 def codec(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A codec of two classifications and a segmentation, saved as a model folder."""
+    """A codec of two classifications and a segmentation, saved as a model folder.
+
+    It loads in this process alone: its teacher is none of torchvision's networks.
+    """
     torch = pytest.importorskip("torch")
     from mantis_core.architecture import ModelConfig
     from mantis_core.codec.checkpoint import save_model
@@ -18,6 +21,7 @@ def codec(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from mantis_core.config import TeacherConfig
     from mantis_core.tasks import Problem, TaskSpec
     from mantis_core.training.teacher import new_teacher
+    from tests.mantis_core.narrow_resnet import NAME
 
     torch.manual_seed(0)
     tasks = (
@@ -27,7 +31,7 @@ def codec(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     names = ("a", "b", "c", "d")
     problem = Problem(tasks, names, names, True, (32, 32), 32)
-    config = TeacherConfig(name="shufflenet_v2_x0_5", weights="train", split="stage2")
+    config = TeacherConfig(name=NAME, weights="train", split="layer2")
     teacher = new_teacher(config, problem)
     small = ModelConfig.model_validate(
         {

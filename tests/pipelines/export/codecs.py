@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -15,24 +17,24 @@ CLASSES = DetectorConfig(channels=8, blocks=0, hidden=8, classes=True)
 RATES = (1e-3, 4e-3)
 
 
-def _detecting() -> Mantis:
+def _detecting(network: str) -> Mantis:
     model = make_config(detector=CLASSES, send_answer=True)
-    return make_stage2(make_problem(), model).student
+    return make_stage2(make_problem(), model, network=network).student
 
 
-def _attentive() -> Mantis:
+def _attentive(network: str) -> Mantis:
     encoder = EncoderConfig(channels=8, blocks=1, latent_channels=4, start="detector")
     attention = ConditioningConfig(kind="attention", hidden=8)
     model = make_config(encoder=encoder, conditioning=attention, detector=CLASSES)
-    return make_stage2(make_problem(), model, rate_weights=RATES).student
+    return make_stage2(make_problem(), model, network=network, rate_weights=RATES).student
 
 
-def _mapped() -> Mantis:
+def _mapped(network: str) -> Mantis:
     model = make_config(conditioning=ConditioningConfig(kind="features", hidden=8))
-    return make_stage2(make_problem(single_class=False), model).student
+    return make_stage2(make_problem(single_class=False), model, network=network).student
 
 
-def _asked() -> Mantis:
+def _asked(network: str) -> Mantis:
     model = make_config(
         requests="asked",
         prior="request",
@@ -42,10 +44,11 @@ def _asked() -> Mantis:
     )
     terms = {"tasks": LossTerm(criterion="TaskLosses"), "exits": LossTerm(criterion="ExitAnswers")}
     problem = make_problem(single_class=False)
-    return make_stage2(problem, model, rate_weights=RATES, losses=terms).student
+    recipe = make_stage2(problem, model, network=network, rate_weights=RATES, losses=terms)
+    return recipe.student
 
 
-def _lite() -> Mantis:
+def _lite(network: str) -> Mantis:
     encoder = EncoderConfig(channels=8, blocks=0, latent_channels=4, stride=16)
     model = ModelConfig(
         client="lite0",
@@ -55,10 +58,11 @@ def _lite() -> Mantis:
         decoder=make_config().decoder,
         conditioning=ConditioningConfig(kind="gated", hidden=8),
     )
-    return make_stage2(make_problem(single_class=False), model, rate_weights=RATES).student
+    problem = make_problem(single_class=False)
+    return make_stage2(problem, model, network=network, rate_weights=RATES).student
 
 
-KINDS: dict[str, Callable[[], Mantis]] = {
+KINDS: dict[str, Callable[[str], Mantis]] = {
     "detecting": _detecting,
     "attentive": _attentive,
     "mapped": _mapped,
@@ -67,10 +71,13 @@ KINDS: dict[str, Callable[[], Mantis]] = {
 }
 
 
-def codec_of(kind: str) -> Mantis:
-    """A finished codec with random weights, whose latents and answers are not trivial."""
+def codec_of(kind: str, network: str = "resnet18") -> Mantis:
+    """A finished codec with random weights, whose latents and answers are not trivial.
+
+    `network` is its teacher's: one of torchvision's where another process loads the codec.
+    """
     torch.manual_seed(1)
-    codec = KINDS[kind]()
+    codec = KINDS[kind](network)
     with torch.no_grad():
         codec.client.encoder.to_latent.weight.mul_(8)
         codec.mask_threshold.fill_(0.3)
@@ -78,3 +85,13 @@ def codec_of(kind: str) -> Mantis:
             parameter.add_(0.3 * torch.randn_like(parameter))
     codec.finish()
     return codec
+
+
+def copied_graphs(folder: Path) -> Callable[..., None]:
+    """Stands for `write_graphs`, which takes seconds: copies those of an export of the codec."""
+
+    def write_graphs(codec: object, *paths: Path) -> None:
+        for path in paths:
+            shutil.copy(folder / path.name, path)
+
+    return write_graphs

@@ -25,8 +25,8 @@ from tests.mantis_core.conftest import make_codec, make_config, make_problem
 
 
 def saved(folder: Path, seed: int) -> Path:
-    """A codec of three tasks with random weights, as a model folder."""
-    codec = make_codec(make_problem(), make_config())
+    """A codec of three tasks with random weights, as a model folder that any process loads."""
+    codec = make_codec(make_problem(), make_config(), "resnet18")
     with torch.no_grad():
         codec.client.encoder.to_latent.weight.add_(0.1 * seed)
     codec.train()
