@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ from typer.testing import CliRunner
 from mantis_core.device import golden
 from mantis_lite import open_export
 from pipelines.__main__ import app
+from pipelines.export import write
+from tests.pipelines.export.codecs import copied_graphs
 
 RUNNER = CliRunner()
 
@@ -27,7 +30,9 @@ def photos(tmp_path: Path) -> Path:
     return folder
 
 
-def test_a_client_is_exported_and_compared(codec: Path, photos: Path, tmp_path: Path) -> None:
+def test_a_client_is_exported_and_compared(
+    codec: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = tmp_path / "client"
     done = RUNNER.invoke(
         app, ["export", str(codec), "-o", str(out), "--images", str(photos), "--json"]
@@ -40,6 +45,8 @@ def test_a_client_is_exported_and_compared(codec: Path, photos: Path, tmp_path: 
     assert len(told["failures"]) == 1
     assert "broken.png" in told["failures"][0]
     assert open_export(out).stream_spec.model_id.hex() == told["stream_id"]
+    shutil.copytree(out, tmp_path / "earlier")
+    monkeypatch.setattr(write, "write_graphs", copied_graphs(tmp_path / "earlier"))
     again = RUNNER.invoke(app, ["export", str(codec), "-o", str(out)])  # over an earlier one
     assert again.exit_code == 0
     assert "of 64 images give the stream that torch gives" in again.stdout

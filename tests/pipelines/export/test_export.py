@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import shutil
 import zlib
+from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,8 @@ from mantis_lite import LiteClient, open_export
 from pipelines.export import write
 from pipelines.export.server import ABOUT, GRAPH, export_server
 from pipelines.export.write import export_client
-from tests.pipelines.export.codecs import KINDS, codec_of
+from tests.mantis_core.narrow_resnet import NAME
+from tests.pipelines.export.codecs import KINDS, codec_of, copied_graphs
 from tests.root import ROOT
 
 Images = NDArray[np.uint8]
@@ -32,21 +35,28 @@ class Exported:
     """A codec and what was exported of it."""
 
     def __init__(self, kind: str, folder: Path) -> None:
-        self.kind, self.codec, self.folder = kind, codec_of(kind), folder
+        self.kind, self.codec, self.folder = kind, codec_of(kind, NAME), folder
         self.torch = self.codec.client_codec()
         self.report = export_client(self.torch, folder)
         self.lite = open_export(folder)
         self.names = self.codec.spec.task_names
 
 
+@pytest.fixture(scope="module")
+def export_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Exported]:
+    """The export of a kind, which takes seconds and is made once."""
+    folder = tmp_path_factory.mktemp("export")
+    return cache(lambda kind: Exported(kind, folder / kind))
+
+
 @pytest.fixture(scope="module", params=sorted(KINDS))
-def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Exported:
-    return Exported(request.param, tmp_path_factory.mktemp("export") / request.param)
+def exported(request: pytest.FixtureRequest, export_of: Callable[[str], Exported]) -> Exported:
+    return export_of(request.param)
 
 
 @pytest.fixture(scope="module")
-def asked(tmp_path_factory: pytest.TempPathFactory) -> Exported:
-    return Exported("asked", tmp_path_factory.mktemp("asked") / "client")
+def asked(export_of: Callable[[str], Exported]) -> Exported:
+    return export_of("asked")
 
 
 def pictures(exported: Exported, count: int = 4) -> Images:
@@ -241,15 +251,17 @@ def test_images_of_another_kind_are_refused(asked: Exported) -> None:
         open_export(asked.folder, threads=0)
 
 
-def test_int8_is_smaller_and_its_streams_decode(tmp_path: Path) -> None:
-    codec = codec_of("lite")
-    client = codec.client_codec()
+def test_int8_is_smaller_and_its_streams_decode(
+    export_of: Callable[[str], Exported], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = export_of("lite")
+    codec, client = whole.codec, whole.torch
     size = codec.spec.image_size
     images = [golden.procedural_image(number, size) for number in range(8)]
-    whole = export_client(client, tmp_path / "float", images=images)
+    monkeypatch.setattr(write, "write_graphs", copied_graphs(whole.folder))
     report = export_client(client, tmp_path / "int8", images=images, int8=True, calibrating=4)
-    assert report.files[export.LOOK] < 0.7 * whole.files[export.LOOK]
-    assert report.files[export.CODE] == whole.files[export.CODE]
+    assert report.files[export.LOOK] < 0.7 * whole.report.files[export.LOOK]
+    assert report.files[export.CODE] == whole.report.files[export.CODE]
     lite = open_export(tmp_path / "int8")
     assert lite.manifest.precision == "int8"
     names = codec.spec.task_names
@@ -293,6 +305,7 @@ def test_graphs_that_compute_otherwise_are_no_export(
     def other(images: torch.Tensor, *given: Any, **more: Any) -> list[bytes]:
         return turned(images.flip(3), *given, **more)
 
+    monkeypatch.setattr(write, "write_graphs", copied_graphs(asked.folder))
     monkeypatch.setattr(asked.torch, "encode", other)
     with pytest.raises(ModelError, match="compute otherwise"):
         export_client(asked.torch, tmp_path / "client")
@@ -303,7 +316,7 @@ def test_graphs_that_compute_otherwise_are_no_export(
 def test_the_servers_graph_gives_the_output_of_every_task(kind: str, tmp_path: Path) -> None:
     import onnxruntime
 
-    codec = codec_of(kind)
+    codec = codec_of(kind, NAME)
     server = codec.server_codec()
     files = export_server(server, tmp_path / "server")
     assert set(files) == {GRAPH, ABOUT}
