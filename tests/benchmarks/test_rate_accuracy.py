@@ -29,6 +29,12 @@ from pipelines.settings.arms import ARM_KINDS
 from tests.pipelines.experiment import paint, write_config
 
 
+@pytest.fixture(autouse=True)
+def few_replicates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """1,000 take seconds."""
+    monkeypatch.setattr("mantis_core.measure.bd_rate.REPLICATES", 20)
+
+
 @pytest.fixture(scope="module")
 def study(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     folder = tmp_path_factory.mktemp("study")
@@ -230,9 +236,8 @@ def test_an_image_codecs_bytes_at_the_same_top1_are_told_as_a_factor() -> None:
 
 
 def test_a_figure_has_an_interval_over_images_and_seeds_and_one_over_seeds(
-    measured: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+    measured: list[dict[str, Any]],
 ) -> None:
-    monkeypatch.setattr("mantis_core.measure.bd_rate.REPLICATES", 20)
     one = of_pair(bd_figures(measured, "wire_bytes", accuracy=False), "mantis", "none")
     assert one["low"] <= one["mean"] <= one["high"]
     assert one["t_low"] is one["t_high"] is None
@@ -248,7 +253,6 @@ def test_a_report_says_how_confidences_were_chosen_and_how_few_seeds_there_are(
     capsys: pytest.CaptureFixture[str],
     tmp_path: Path,
 ) -> None:
-    monkeypatch.setattr("mantis_core.measure.bd_rate.REPLICATES", 20)
     monkeypatch.setattr("benchmarks.rate_accuracy.__main__.RESULTS", tmp_path)
     rows = [{**r, "exit_confidence": 0.5 if r["kind"] == "early_exit" else None} for r in measured]
     append_rows(tmp_path / "rate_accuracy.csv", rows)

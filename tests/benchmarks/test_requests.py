@@ -30,6 +30,13 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
+@pytest.fixture(autouse=True)
+def few_replicates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hundreds of each comparison take seconds."""
+    monkeypatch.setattr(table, "REPLICATES", 50)
+    monkeypatch.setattr("mantis_core.measure.bd_rate.REPLICATES", 50)
+
+
 def answers(size: float = 10.0) -> dict[str, Any]:
     """Of two images; the second has no task `blue`."""
     count = 2
