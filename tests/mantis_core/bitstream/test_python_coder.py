@@ -102,7 +102,8 @@ WITHOUT = """
 import sys
 sys.modules["constriction"] = None
 import pytest
-sys.exit(pytest.main(["-q", "-x", "-p", "no:cacheprovider", "--no-header", *sys.argv[1:]]))
+options = ["-q", "-x", "-p", "no:cacheprovider", "--no-header", "--noconftest"]
+sys.exit(pytest.main([*options, *sys.argv[1:]]))
 """
 
 

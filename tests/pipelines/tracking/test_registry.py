@@ -40,7 +40,7 @@ from pipelines.tracking.registry import (
     promote,
     register,
 )
-from pipelines.tracking.runs import Tracker
+from pipelines.tracking.runs import Tracker, locate_tracking
 from pipelines.tracking.store.versions import part_names, resolve_model
 
 LOAD_IN_A_FRESH_PROCESS = """
@@ -108,7 +108,8 @@ def checkpoint(tmp_path_factory) -> Path:
     )
     names = ("cat", "dog", "car", "bus")
     problem = Problem(tasks, names, names, True, (32, 32), 32)
-    teacher = new_teacher(TeacherConfig(name="resnet18", weights="train"), problem)
+    small = TeacherConfig(name="shufflenet_v2_x0_5", weights="train", split="stage2")
+    teacher = new_teacher(small, problem)
     config = ModelConfig(
         stem=StemConfig(channels=(4, 4)),
         detector=DetectorConfig(channels=4, blocks=0, hidden=4),
@@ -130,7 +131,7 @@ class Chain:
 
     def __init__(self, tracker: Tracker, root: Path, checkpoint: Path, tag: str = "a", **figures):
         self.specs = {}
-        self.tracker = tracker
+        self.tracker, self.root = tracker, root
         upstream = {
             "prepare": (),
             "stage2": ("prepare",),
@@ -178,6 +179,17 @@ def chain(tracker, tmp_path, checkpoint) -> Chain:
     return Chain(tracker, tmp_path / "runs", checkpoint)
 
 
+@pytest.fixture(scope="module")
+def registered(tmp_path_factory, mlflow_template, checkpoint) -> Chain:
+    """A chain whose codec is registered, which takes seconds; for tests that only look at it."""
+    root = tmp_path_factory.mktemp("registered") / "runs"
+    root.mkdir()
+    shutil.copy(mlflow_template, root / "mlflow.db")
+    chain = Chain(Tracker(locate_tracking(None, str(root)), "mantis"), root, checkpoint)
+    assert chain.register() == {"model": "models:/mantis/1", "version": "1"}
+    return chain
+
+
 def image_file(path: Path, colour: str) -> Path:
     buffer = io.BytesIO()
     Image.new("RGB", (40, 36), colour).save(buffer, "JPEG")
@@ -186,14 +198,15 @@ def image_file(path: Path, colour: str) -> Path:
 
 
 @pytest.mark.parametrize("parts", ["whole", "halves"])
-def test_the_candidate_answers_in_a_fresh_process_and_nothing_is_unpickled(chain, tmp_path, parts):
-    assert chain.register() == {"model": "models:/mantis/1", "version": "1"}
+def test_the_candidate_answers_in_a_fresh_process_and_nothing_is_unpickled(
+    registered, tmp_path, parts
+):
     images = [image_file(tmp_path / f"{name}.jpg", name) for name in ("red", "blue")]
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     python = [sys.executable, "-W", "ignore", "-c", LOAD_IN_A_FRESH_PROCESS]
     done = subprocess.run(
-        [*python, chain.tracker.location.uri, parts, *map(str, images)],
+        [*python, registered.tracker.location.uri, parts, *map(str, images)],
         cwd=elsewhere,
         capture_output=True,
         text=True,
@@ -211,9 +224,8 @@ def test_the_candidate_answers_in_a_fresh_process_and_nothing_is_unpickled(chain
         assert row["class_name"] in ("cat", "dog", "car", "bus")
 
 
-def test_the_commands_from_image_to_answer_unpickle_nothing(chain, tmp_path):
-    chain.register()
-    root, stream = str(tmp_path / "runs"), str(tmp_path / "out.mts")
+def test_the_commands_from_image_to_answer_unpickle_nothing(registered, tmp_path):
+    root, stream = str(registered.root), str(tmp_path / "out.mts")
     images = [str(image_file(tmp_path / f"{name}.jpg", name)) for name in ("red", "blue")]
     client, server = (f"models:/mantis-{half}@candidate" for half in ("client", "server"))
     commands = [
@@ -234,14 +246,13 @@ def test_the_commands_from_image_to_answer_unpickle_nothing(chain, tmp_path):
     assert json.loads(seen) == {"unpickled": [], "torch": True}
 
 
-def test_the_stored_model_holds_no_pickle_and_no_path_of_this_machine(chain, tmp_path):
-    chain.register()
-    files = [f for f in (tmp_path / "runs" / "mlartifacts").rglob("*") if f.is_file()]
+def test_the_stored_model_holds_no_pickle_and_no_path_of_this_machine(registered):
+    files = [f for f in (registered.root / "mlartifacts").rglob("*") if f.is_file()]
     assert "training_state.safetensors" not in {file.name for file in files}
     suffixes = {file.suffix for file in files}
     assert suffixes <= {"", ".py", ".safetensors", ".yaml", ".json", ".txt"}
     texts = [file for file in files if file.suffix != ".safetensors"]
-    assert not [file for file in texts if str(tmp_path) in file.read_text()]
+    assert not [file for file in texts if str(registered.root.parent) in file.read_text()]
     assert not [
         file for file in texts if str(Path(model_package.__file__).parent) in file.read_text()
     ]
@@ -253,16 +264,15 @@ def test_the_stored_model_holds_no_pickle_and_no_path_of_this_machine(chain, tmp
     }
 
 
-def test_a_version_is_tagged_with_its_figures_and_sources(chain, checkpoint):
-    chain.register()
-    [version] = models(chain.tracker)
+def test_a_version_is_tagged_with_its_figures_and_sources(registered, checkpoint):
+    [version] = models(registered.tracker)
     assert version["aliases"] == ["candidate"]
     assert (version["top1"], version["bpp"], version["wire_bytes"]) == (0.75, 0.5, 64.0)
     assert version["rate_weight"] == 0.01
     assert version["config"] == "quickstart"
     assert version["tasks"] == "animals, vehicles"
     assert (version["stage_key"], version["data_key"]) == ("stage2-a", "prepare-a")
-    assert version["run_id"] == lookup.stage_run_id(chain.tracker, "stage2-a")
+    assert version["run_id"] == lookup.stage_run_id(registered.tracker, "stage2-a")
     described = load_client(checkpoint).describe()
     assert version["client_bytes"] == described["client_bytes"] > 0
     assert version["client_macs"] == described["client_macs"] > 0
@@ -309,18 +319,16 @@ def test_a_half_that_was_lost_is_registered_again_beside_the_same_whole(chain, t
     assert len(tracker.client.search_model_versions("name = 'mantis-client'")) == 1
 
 
-def test_a_model_is_resolved_to_its_checkpoint_folder(chain, tracker, checkpoint):
-    chain.register()
+def test_a_model_is_resolved_to_its_checkpoint_folder(registered, checkpoint):
     for model in ("models:/mantis@candidate", "models:/mantis/1", str(checkpoint)):
-        folder = resolve_model(model, tracker.location.uri)
+        folder = resolve_model(model, registered.tracker.location.uri)
         weights = (folder / "weights.safetensors").read_bytes()
         assert weights == (checkpoint / "weights.safetensors").read_bytes()
 
 
-def test_each_half_is_a_model_of_its_own_without_the_others_weights(chain, tracker):
-    chain.register()
+def test_each_half_is_a_model_of_its_own_without_the_others_weights(registered):
     for half, other in (("client", "server."), ("server", "client.")):
-        folder = resolve_model(f"models:/mantis-{half}@candidate", tracker.location.uri)
+        folder = resolve_model(f"models:/mantis-{half}@candidate", registered.tracker.location.uri)
         tensors, _, meta = load_folder(folder)
         assert meta["half"] == half
         assert any(name.startswith(f"{half}.") for name in tensors)
@@ -354,9 +362,8 @@ def test_an_unfinished_run_is_not_registered(tracker):
         register(tracker, "latest")
 
 
-def test_lineage_names_every_stage_its_ancestors_and_the_models_made(chain):
-    chain.register()
-    found = lineage(chain.tracker, chain.run_id)
+def test_lineage_names_every_stage_its_ancestors_and_the_models_made(registered):
+    found = lineage(registered.tracker, registered.run_id)
     assert [stage["name"] for stage in found["stages"]] == [
         "prepare",
         "stage2",
