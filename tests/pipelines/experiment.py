@@ -12,18 +12,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import torchvision
 import yaml
 from numpy.typing import NDArray
 from PIL import Image
 from safetensors.torch import save_file
+from typer.testing import CliRunner
 
 from data_prep.manifest import read_manifest
 from data_prep.read.batches import local_batches
 from mantis_core.networks.preprocessing import normalise
 from mantis_core.tasks import Batch
 from mantis_core.training.meter import consumed_rows, hash_of_rows
+from pipelines.__main__ import app
 from pipelines.settings.reading import load_settings
 from pipelines.stages.order import STAGES
 from pipelines.training.job import stage_seed
@@ -158,6 +161,18 @@ def mantis(
     )
     assert done.returncode == code, done.stdout[-3000:] + done.stderr[-3000:]
     return done
+
+
+def mantis_here(*arguments: str, folder: Path, code: int = 0) -> subprocess.CompletedProcess[str]:
+    """As `mantis` above, in this process: the program's imports take seconds.
+
+    For commands that start no Ray and end no process.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        done = CliRunner().invoke(app, list(arguments), prog_name="mantis")
+    assert done.exit_code == code, done.output[-3000:]
+    return subprocess.CompletedProcess(arguments, done.exit_code, done.stdout, done.stderr)
 
 
 def last_json(done: subprocess.CompletedProcess[str]) -> Any:

@@ -14,6 +14,7 @@ from tests.pipelines.experiment import (
     VAL_ROWS,
     last_json,
     mantis,
+    mantis_here,
     paint,
     planned_hashes,
     write_config,
@@ -62,7 +63,7 @@ def test_every_training_row_is_consumed_as_planned_or_counted_as_left_out(finish
         assert rows["left_out"] == train % 16 > 0
         assert rows["sha256"] == planned_hashes(config, name)
     planned = last_json(
-        mantis("run", "--config", str(config), "--dry-run", "--json", folder=folder)
+        mantis_here("run", "--config", str(config), "--dry-run", "--json", folder=folder)
     )
     training = {each["stage"]: each["training"] for each in planned["stages"]}["stage2"]
     assert (training["rows"], training["rows_left_out"]) == (train, train % 16)
@@ -91,7 +92,7 @@ def test_mlflow_has_one_run_a_stage_and_no_step_twice(finished):
 @pytest.mark.timeout(900)
 def test_a_second_run_skips_everything(finished):
     folder, config, result = finished
-    again = last_json(mantis("run", "--config", str(config), "--json", folder=folder))
+    again = last_json(mantis_here("run", "--config", str(config), "--json", folder=folder))
     assert {stage["status"] for stage in again["stages"].values()} == {"skipped"}
     assert again["metrics"] == result["metrics"]
     assert again["run_id"] == result["run_id"]
@@ -137,13 +138,13 @@ def test_the_registered_model_codes_an_image_file(finished):
     image = next((folder / "images/val/n02123045").iterdir())
     client, server = (f"models:/mantis-{half}@candidate" for half in ("client", "server"))
     mantis("encode", client, str(image), "-o", "one.mts", folder=folder)
-    decoded = last_json(mantis("decode", server, "one.mts", "--json", folder=folder))
+    decoded = last_json(mantis_here("decode", server, "one.mts", "--json", folder=folder))
     (stream,) = decoded["streams"]
     assert stream["wire_bytes"] == (folder / "one.mts").stat().st_size
     (answer,) = stream["images"]
     assert 0 <= answer["class_index"] < len(CLASSES)
     whole = "models:/mantis@candidate"
-    assert last_json(mantis("decode", whole, "one.mts", "--json", folder=folder)) == decoded
+    assert last_json(mantis_here("decode", whole, "one.mts", "--json", folder=folder)) == decoded
     damaged = bytearray((folder / "one.mts").read_bytes())
     damaged[-6] ^= 1
     (folder / "damaged.mts").write_bytes(damaged)
