@@ -29,11 +29,17 @@ for name in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME"):
 HERE = Path(__file__).parent
 LONGEST = (
     "pipelines/test_end_to_end.py",
-    "mantis_core/training/test_many_workers.py",
-    "pipelines/export/test_export.py",
-    "pipelines/serving/test_end_to_end.py",
+    "pipelines/extending/test_add_task.py",
     "pipelines/tracking/test_registry.py",
+    "pipelines/export/test_export.py",
+    "mantis_core/training/test_many_workers.py",
+    "pipelines/serving/test_end_to_end.py",
     "mantis_core/training/test_one_graph.py",
+    "benchmarks/test_scale.py",
+    "mantis_core/codec/test_adding.py",
+    "pipelines/commands/test_commands.py",
+    "pipelines/chain/test_dry_build.py",
+    "benchmarks/test_digests.py",
 )
 """The files that take longest. They begin first: one that began last would end alone."""
 
