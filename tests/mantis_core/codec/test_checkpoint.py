@@ -33,6 +33,7 @@ from mantis_core.folders import (
     sha256_file,
 )
 from mantis_core.tasks import Batch, Problem
+from tests.mantis_core.conftest import make_codec, make_problem
 from tests.mantis_core.narrow_resnet import NAME
 
 
@@ -222,13 +223,9 @@ def test_the_wrong_half_is_refused_with_what_it_is_for(halves: dict[Half, Path])
     ("half", "names"), [("client", ("torchvision", "compressai")), ("server", ("compressai",))]
 )
 def test_a_half_needs_none_of_the_others_packages(
-    half: Half,
-    names: tuple[str, ...],
-    problem: Problem,
-    codec_of: Callable[..., Mantis],
-    tmp_path: Path,
+    half: Half, names: tuple[str, ...], tmp_path: Path
 ) -> None:
-    save_model(tmp_path / "whole", codec_of(problem, network="resnet18"), {})
+    save_model(tmp_path / "whole", make_codec(make_problem(), network="resnet18"), {})
     save_half(tmp_path / "half", tmp_path / "whole", half)
     code = (
         f"import sys; from mantis_core.codec.checkpoint import load_{half}\n"
