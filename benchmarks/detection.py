@@ -28,10 +28,10 @@ from mantis_core.bitstream.task_field import dequantise_level, quantise_log2
 from mantis_core.codec.checkpoint import load_model
 from mantis_core.codec.mantis import Mantis
 from mantis_core.codec.masks import coverage_threshold, select_mask
-from mantis_core.codec.server_codec import decided
 from mantis_core.folders import read_meta
 from mantis_core.networks.conditioning import shares_of
 from mantis_core.networks.preprocessing import normalise
+from mantis_core.networks.server import decided
 
 COVERAGES = (0.8, 0.85, 0.9, 0.95)
 

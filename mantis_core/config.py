@@ -280,13 +280,23 @@ class IndividualConfig(TrainingConfig):
 
 
 class ExtendConfig(TrainingConfig):
-    """Tasks added to a trained codec, see `mantis add-task`: answers that are trained alone."""
+    """Tasks added to a trained codec, see `mantis add-task`: what is theirs is trained alone."""
 
-    grade: Literal["server"] = "server"
-    """What changes: `server` trains answers from the streams that the client sends already, and the
-    client stays as it is."""
+    grade: Literal["server", "row", "adapter"] = "server"
+    """What changes. `server` trains answers from the streams that the client sends already, and the
+    client stays as it is. `row` gives the client a row of its conditioning and coding tables for
+    the new tasks, in a patch: they are sent in streams of their own. `adapter` gives it low-rank
+    changes of its encoder for these streams too."""
     model: str = ""
     """The model folder of the codec, a path that all machines have. `mantis add-task` sets it."""
     through: tuple[str, ...] = ()
-    """The client's tasks that the streams carry from which the new tasks are answered. None is all
-    tasks at once for a client that is asked, and whatever it detects for others."""
+    """The client's tasks that the streams carry from which the new tasks are answered; of the
+    grades `row` and `adapter`, those that the new row starts from. None is all tasks at once for a
+    client that is asked, and whatever it detects for others."""
+    rank: int | None = Field(default=None, ge=1)
+    """The rank of the adapters of the grade `adapter`. Left out, the largest at which they and the
+    row have at most 2 % of the client's parameters; beyond that a rank is refused."""
+    rate_weight: float = Field(default=1e-3, ge=0)
+    """The weight of the rate in the grades `row` and `adapter`, in units of the loss for each bit
+    of an image's latent, for a codec of one rate. A codec of several has its own weights, which
+    are used."""

@@ -46,6 +46,7 @@ ROOMS = {
     "mantis_core": (
         "baselines",
         "training",
+        "patch",
         "codec",
         "teachers",
         "networks",

@@ -44,6 +44,8 @@ _FLAG_NAMES = {
 _PREFIX_BYTES = 3
 _ID_BYTES = 4
 _HEADER_BYTES = _PREFIX_BYTES + _ID_BYTES
+ID_PLACE = slice(_PREFIX_BYTES, _HEADER_BYTES)
+"""Where a stream or a hello holds its id. Nothing is known to be right there yet."""
 _CHECKSUM_BYTES = 4
 _MAX_VARINT_BYTES = 5
 OVERHEAD_BYTES = _HEADER_BYTES + _CHECKSUM_BYTES
@@ -298,7 +300,9 @@ def opened(data: bytes, version: int, spec: StreamSpec) -> Reader:
     if model_id != spec.model_id:
         raise BitstreamError(
             Reason.ANOTHER_MODEL,
-            f"the stream was made by model {model_id.hex()}, this is model {spec.model_id.hex()}",
+            f"the stream was made by model {model_id.hex()}, this is model {spec.model_id.hex()}: "
+            "decode it with the version of the model that its client has, or with a later one that "
+            "was made of it",
         )
     return reader
 

@@ -155,6 +155,19 @@ def dequantise_level(level: int) -> float:
     return float(2.0 ** (-level / 2))
 
 
+def log_probabilities(field: TaskField) -> list[float]:
+    """log p_k as transmitted: -inf for tasks not sent, 0 where no probabilities were sent."""
+    levels = iter(field.levels or ())
+    return [
+        -math.inf
+        if not active
+        else math.log(dequantise_level(next(levels)))
+        if field.levels is not None
+        else 0.0
+        for active in field.mask
+    ]
+
+
 def put_primary(writer: RangeWriter, field: TaskField) -> float:
     """Codes the primary task of a reply, whose tasks the reader has asked for; returns bits."""
     active = field.active

@@ -73,12 +73,16 @@ class Packed(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Unpacked:
-    """What a stream or a message holds. All its images have `input_shape` (H, W)."""
+    """What a stream or a message holds. All its images have `input_shape` (H, W).
+
+    `stream_id` are the 4 bytes that name what it was coded with.
+    """
 
     images: tuple[CodedImage, ...]
     input_shape: tuple[int, int]
     wire_bytes: int
     payload_bytes: float
+    stream_id: bytes
 
 
 def write_stream(
@@ -115,6 +119,7 @@ def read_stream(data: bytes, tables: TableSet, spec: StreamSpec) -> Unpacked:
         found.input_shape,
         len(data),
         _payload_bytes(found.body, sum(_field_bits(image, form, spec) for image in images)),
+        spec.model_id,
     )
 
 
@@ -157,7 +162,8 @@ def read_message(
     body = unpack_message(data, hello, asked, spec)
     image = _take_image(RangeReader(body, exact=False), session, asked, tables, spec)
     bits = _field_bits(image, session, spec)
-    return Unpacked((image,), session.input_shape, len(data), _payload_bytes(body, bits))
+    payload_bytes = _payload_bytes(body, bits)
+    return Unpacked((image,), session.input_shape, len(data), payload_bytes, spec.model_id)
 
 
 def _form_of(

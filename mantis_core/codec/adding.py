@@ -17,10 +17,13 @@ from torch import Tensor
 
 from mantis_core.codec.answer import Answer
 from mantis_core.codec.mantis import Mantis
-from mantis_core.codec.spec import AddedTask, ModelSpec
+from mantis_core.codec.spec import AddedTask, ExtensionSpec, ModelSpec, extension_prefix
 from mantis_core.device.golden import procedural_image
 from mantis_core.errors import ModelError
+from mantis_core.networks.conditioning import READ_BY_TASK
+from mantis_core.networks.extension import density_row
 from mantis_core.rates import levels_of
+from mantis_core.tasks import TaskSpec
 
 _LATER = "server.added."
 _MODULES = ("task_decoders", "tails")
@@ -33,51 +36,120 @@ def with_tasks(codec: Mantis, added: Sequence[AddedTask]) -> Mantis:
 
     Raises ModelError for a task that does not fit, such as a second one of the same name.
     """
-    return _rebuilt(codec, (*codec.spec.added, *added), codec.state_dict())
+    return _rebuilt(codec, {"added": (*codec.spec.added, *added)}, codec.state_dict())
 
 
-def spec_with(spec: ModelSpec, added: Sequence[AddedTask]) -> ModelSpec:
-    """A spec with these added tasks in place of its own. ModelError for one that does not fit."""
+def with_extension(
+    codec: Mantis, tasks: Sequence[TaskSpec], *, rank: int = 0, through: Sequence[str] = ()
+) -> Mantis:
+    """A finished codec with an extension for more tasks, untrained: it has no tables yet.
+
+    It starts from what the client does when it is asked for its tasks `through`, () being all.
+    With `rank` it has adapters. Raises ModelError for a task that does not fit, and for a client
+    that does not read its tasks where no adapters are wanted either.
+    """
+    spec = codec.spec
+    extensions = check_extension(spec, tasks, rank=rank, through=through)
+    made = _rebuilt(codec, {"extensions": extensions}, codec.state_dict())
+    own = made.extension(len(extensions) - 1)
+    places = [spec.task_names.index(name) for name in through or spec.task_names]
+    own.client.start(made.client, places, together=spec.model.requests != "detect")
+    row = density_row(spec.model.prior, len(spec.tasks), places)
+    own.start_density(made.bottleneck, row)
+    return made
+
+
+def check_extension(
+    spec: ModelSpec, tasks: Sequence[TaskSpec], *, rank: int, through: Sequence[str]
+) -> tuple[ExtensionSpec, ...]:
+    """The extensions of a codec with one more, see `with_extension`.
+
+    Raises ModelError where that does not fit.
+    """
+    if not rank and not READ_BY_TASK[spec.model.conditioning.kind]:
+        raise ModelError(
+            f"model.conditioning.kind is {spec.model.conditioning.kind}: this client reads no "
+            "task, so that it has no row for another one; use the grade adapter or server"
+        )
+    if unknown := [name for name in through if name not in spec.task_names]:
+        raise ModelError(
+            f"extend.through names {', '.join(unknown)}, and the client has "
+            f"{', '.join(spec.task_names)}"
+        )
+    extensions = (*spec.extensions, ExtensionSpec(tasks=tuple(tasks), rank=rank))
+    spec_with(spec, extensions=extensions)
+    return extensions
+
+
+def spec_with(spec: ModelSpec, **changed: Sequence[AddedTask | ExtensionSpec]) -> ModelSpec:
+    """A spec with `added` or `extensions` in place of its own.
+
+    Raises ModelError for a task that does not fit.
+    """
     try:
-        return ModelSpec.model_validate({**dict(spec), "added": tuple(added)})
+        return ModelSpec.model_validate({**dict(spec), **changed})
     except ValidationError as error:
         said = "; ".join(str(each["msg"]).removeprefix("Value error, ") for each in error.errors())
         raise ModelError(f"the task cannot be added: {said}") from None
 
 
 def without_task(codec: Mantis, name: str) -> Mantis:
-    """A codec without one of the tasks that were added. ModelError for another."""
-    _require_added(codec.spec, name, "removed")
-    kept = tuple(own for own in codec.spec.added if own.task.name != name)
-    if children := [own.task.name for own in kept if own.task.parent == name]:
+    """A codec without one of the tasks that were added. ModelError for another.
+
+    Streams of an extension that has tasks left get another id: its clients need its new patch.
+    """
+    number = _place(codec.spec, name, "removed")
+    tasks = [own.task for own in codec.spec.added]
+    if number is not None:
+        tasks = list(codec.spec.extensions[number].tasks)
+    if children := [task.name for task in tasks if task.parent == name]:
         raise ModelError(f"task {name!r} is the parent of {', '.join(children)}: remove that first")
-    state = {k: t for k, t in codec.state_dict().items() if not k.startswith(_prefixes(name))}
-    return _rebuilt(codec, kept, state)
+    gone = _prefixes(number, name)
+    state = {k: t for k, t in codec.state_dict().items() if not k.startswith(gone)}
+    if number is None:
+        kept = tuple(own for own in codec.spec.added if own.task.name != name)
+        return _rebuilt(codec, {"added": kept}, state)
+    extensions = list(codec.spec.extensions)
+    if left := tuple(task for task in tasks if task.name != name):
+        extensions[number] = extensions[number].model_copy(update={"tasks": left})
+        return _rebuilt(codec, {"extensions": extensions}, state)
+    del extensions[number]
+    moved = {}
+    for key, tensor in state.items():
+        if key.startswith("extensions."):
+            _, place, rest = key.split(".", 2)
+            if int(place) == number:
+                continue
+            key = extension_prefix(int(place) - (int(place) > number)) + rest
+        moved[key] = tensor
+    return _rebuilt(codec, {"extensions": extensions}, moved)
 
 
 def with_renamed(codec: Mantis, old: str, new: str) -> Mantis:
-    """A codec one of whose added tasks has another name. ModelError for another or a taken name."""
-    _require_added(codec.spec, old, "renamed")
+    """A codec one of whose added tasks has another name. ModelError for another or a taken name.
+
+    Streams of an extension get another id with it: its clients need its new patch.
+    """
+    number = _place(codec.spec, old, "renamed")
     said = {old: new}
-    renamed = tuple(
-        AddedTask(
-            task=replace(
-                own.task,
-                name=said.get(own.task.name, own.task.name),
-                parent=said.get(own.task.parent, own.task.parent),
-            ),
-            through=own.through,
-        )
-        for own in codec.spec.added
-    )
-    before, after = _prefixes(old), _prefixes(new)
+
+    def named(task: TaskSpec) -> TaskSpec:
+        name, parent = said.get(task.name, task.name), said.get(task.parent, task.parent)
+        return replace(task, name=name, parent=parent)
+
+    added = [AddedTask(task=named(own.task), through=own.through) for own in codec.spec.added]
+    extensions = [
+        own.model_copy(update={"tasks": tuple(map(named, own.tasks))})
+        for own in codec.spec.extensions
+    ]
+    before, after = _prefixes(number, old), _prefixes(number, new)
     state = {}
     for key, tensor in codec.state_dict().items():
         for one, other in zip(before, after, strict=True):
             if key.startswith(one):
                 key = other + key.removeprefix(one)
         state[key] = tensor
-    return _rebuilt(codec, renamed, state)
+    return _rebuilt(codec, {"added": added, "extensions": extensions}, state)
 
 
 def check_unchanged(before: Mantis, after: Mantis, images: Tensor, **way: Any) -> None:
@@ -129,23 +201,33 @@ def _difference(one: Answer, other: Answer) -> str:
     return ""
 
 
-def _rebuilt(codec: Mantis, added: tuple[AddedTask, ...], state: Mapping[str, Tensor]) -> Mantis:
-    made = Mantis(spec_with(codec.spec, added))
+def _rebuilt(
+    codec: Mantis,
+    changed: Mapping[str, Sequence[AddedTask | ExtensionSpec]],
+    state: Mapping[str, Tensor],
+) -> Mantis:
+    made = Mantis(spec_with(codec.spec, **changed))
     made.load_state_dict({**made.state_dict(), **state})
     return made.eval()
 
 
-def _require_added(spec: ModelSpec, name: str, what: str) -> None:
-    known = [own.task.name for own in spec.added]
-    if name in known:
-        return
+def _place(spec: ModelSpec, name: str, what: str) -> int | None:
+    """The extension that an added task belongs to, None for a task of the server alone."""
+    if name in [own.task.name for own in spec.added]:
+        return None
+    for number, own in enumerate(spec.extensions):
+        if name in [task.name for task in own.tasks]:
+            return number
     if name in spec.task_names:
         raise ModelError(
             f"task {name!r} is one of the client's own, which decide its streams: it cannot be "
             f"{what}, only trained anew"
         )
+    known = [task.name for task in spec.every_task if task.name not in spec.task_names]
     raise ModelError(f"no task {name!r} was added; added are {', '.join(known) or 'none'}")
 
 
-def _prefixes(name: str) -> tuple[str, ...]:
-    return tuple(f"{_LATER}{part}.{name}." for part in _MODULES)
+def _prefixes(number: int | None, name: str) -> tuple[str, ...]:
+    """What the names of a task's own tensors begin with."""
+    before = _LATER if number is None else f"{extension_prefix(number)}server."
+    return tuple(f"{before}{part}.{name}." for part in _MODULES)

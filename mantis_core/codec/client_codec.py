@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mantis_core.bitstream.coder import TableSet
 from mantis_core.bitstream.packed_tables import pack_counts
@@ -26,6 +26,7 @@ from mantis_core.device.requests import Way
 from mantis_core.networks.client import Client
 from mantis_core.networks.conditioning import shares_of
 from mantis_core.networks.cost import macs_of
+from mantis_core.networks.extension import ClientExtension
 from mantis_core.networks.preprocessing import prepare_image, prepare_images
 from mantis_core.pixels import MAX_PIXELS
 
@@ -67,6 +68,7 @@ class ClientCodec(DeviceClient[Tensor]):
         )
         self.spec, self.client, self.ids = spec, client, ids
         self.estimate = estimate
+        self.of_its_own: ClientExtension | None = None  # of a client that is an extension
 
     def encode_in_detail(
         self,
@@ -78,16 +80,21 @@ class ClientCodec(DeviceClient[Tensor]):
         max_bytes: int | None = None,
     ) -> list[Encoded]:
         """As `encode`, with the sizes and the detector's view of each image."""
-        way = Way(tasks, exit_confidence, level, self.budget(max_bytes))
-        (encoded,) = self.encode_each_way(images, [way])
+        own = self.for_tasks(tasks)
+        way = Way(tasks, exit_confidence, level, own.budget(max_bytes))
+        (encoded,) = own.encode_each_way(images, [way])
         return encoded
 
     def encode_each_way(self, images: Tensor, ways: Sequence[Way]) -> list[list[Encoded]]:
         """For each of `ways` all images, as `encode_in_detail` gives them.
 
         What ways have in common is computed once: an image passes stem and detector once, and a
-        latent that several ways send is coded once.
+        latent that several ways send is coded once, but for tasks of an extension.
         """
+        owners = [self.for_tasks(way.tasks) for way in ways]
+        if any(own is not self for own in owners):
+            pairs = zip(owners, ways, strict=True)
+            return [found for own, way in pairs for found in own.encode_each_way(images, [way])]
         self.check_images(images)
         seen = list(self.looker.look(images, ways))
         packed: dict[int, Packed] = {}
@@ -170,6 +177,7 @@ class ClientCodec(DeviceClient[Tensor]):
     def describe(self) -> dict[str, Any]:
         """Size in a folder, and multiply-adds for one image of the model's own size.
 
+        Extensions count for the size. The multiply-adds are those of the client's own tasks.
         `detector_macs` are those that only detection needs.
         """
         spec, tables = self.spec, self.tables
@@ -180,13 +188,40 @@ class ClientCodec(DeviceClient[Tensor]):
             spec.class_members(),
             spec.exit_labels(),
         )
-        counts = pack_counts(tables.cdf, tables.lengths)
-        weights = pack_weights(self.client.state_dict())
+        parts: list[tuple[nn.Module, TableSet]] = [(self.client, tables)]
+        parts += [(own.of_its_own, own.tables) for own in self.extensions if own.of_its_own]
         return {
-            "client_parameters": sum(p.numel() for p in self.client.parameters()),
-            "client_bytes": sum(weight.nbytes for weight in weights.values())
-            + sum(array.nbytes for array in (counts, tables.offsets, tables.lengths))
+            "client_parameters": sum(p.numel() for own, _ in parts for p in own.parameters()),
+            "client_bytes": sum(_bytes_of(*part) for part in parts)
             + _INT32_BYTES * sum(map(len, self.stream_spec.confidence)),
             "client_macs": macs.client,
             "detector_macs": macs.detector,
         }
+
+
+def extension_client(
+    spec: ModelSpec,
+    number: int,
+    client: Client,
+    own: ClientExtension,
+    tables: TableSet,
+    ids: Ids,
+    *,
+    estimate: Estimate | None = None,
+) -> ClientCodec:
+    """The client of an extension of the codec with this `spec` and `client`, sharing its weights.
+
+    `ids` are those of the extension's streams and of the whole model.
+    """
+    extended = spec.extended(number)
+    network = own.client(client, len(extended.tasks))
+    nothing = torch.tensor(0.5)  # tasks are asked for, never detected
+    codec = ClientCodec(extended, network, tables, nothing, ids, estimate=estimate)
+    codec.of_its_own = own
+    return codec
+
+
+def _bytes_of(networks: nn.Module, tables: TableSet) -> int:
+    counts, weights = pack_counts(tables.cdf, tables.lengths), pack_weights(networks.state_dict())
+    packed = sum(weight.nbytes for weight in weights.values())
+    return packed + sum(array.nbytes for array in (counts, tables.offsets, tables.lengths))

@@ -6,6 +6,7 @@ Shapes: B batch, K tasks, C latent channels, H W input pixels, h w latent size.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -14,20 +15,28 @@ from torch.nn.functional import logsigmoid
 
 from mantis_core.bitstream.coder import TableSet
 from mantis_core.codec.answer import Answer, Encoded
-from mantis_core.codec.client_codec import ClientCodec, Estimate
+from mantis_core.codec.client_codec import ClientCodec, Estimate, extension_client
+from mantis_core.codec.halves import (
+    new_bottleneck,
+    new_client,
+    new_extension,
+    new_joint,
+    new_server,
+)
 from mantis_core.codec.masks import primary_task, select_mask
 from mantis_core.codec.own_answer import ClientAnswers, Fusion, even_counts
 from mantis_core.codec.packed_weights import round_weights
-from mantis_core.codec.server_codec import ServerCodec, decided, new_joint, new_server
+from mantis_core.codec.server_codec import ServerCodec, extension_server
 from mantis_core.codec.spec import Ids, ModelSpec
 from mantis_core.codec.tables import table_set, update_tables
 from mantis_core.device.requests import Way
 from mantis_core.networks.bottleneck import Bottleneck
-from mantis_core.networks.client import Client
 from mantis_core.networks.conditioning import shares_of
 from mantis_core.networks.detector import View
+from mantis_core.networks.extension import Extension
 from mantis_core.networks.inference import still
 from mantis_core.networks.preprocessing import prepare_image, prepare_images
+from mantis_core.networks.server import decided
 from mantis_core.pixels import MAX_PIXELS
 
 
@@ -72,24 +81,11 @@ class Mantis(nn.Module):
         """Takes the teacher's blocks behind its split as `trunk`; None builds them untrained."""
         super().__init__()
         self.spec = spec
-        config = spec.model
-        self.client = Client(
-            config,
-            len(spec.tasks),
-            spec.class_members(),
-            num_rates=spec.num_rates,
-            labels=spec.exit_labels(),
-        )
-        self.bottleneck = Bottleneck(
-            config.encoder.latent_channels,
-            len(spec.tasks),
-            config.prior,
-            quantizer=config.quantizer,
-            neighbour_contexts=config.neighbour_contexts,
-            num_rates=spec.num_rates,
-        )
+        self.client, self.bottleneck = new_client(spec), new_bottleneck(spec)
         self.server = new_server(spec, trunk)
         self.joint = new_joint(spec)
+        numbers = range(len(spec.extensions))
+        self.extensions = nn.ModuleList(new_extension(spec, n, self.client) for n in numbers)
         self.register_buffer("mask_threshold", torch.tensor(0.5))
         self.fusion: Fusion | None = None
         if spec.sends_answer:
@@ -97,7 +93,7 @@ class Mantis(nn.Module):
             self.fusion = Fusion(spec.num_rates)
             self.register_buffer("answer_counts", even_counts())
         self._model_id: bytes | None = None
-        self._stream_id: bytes | None = None
+        self._stream_ids: tuple[bytes, ...] | None = None
         self._tables: TableSet | None = None
         self.register_load_state_dict_post_hook(_forget)  # type: ignore[no-untyped-call]
 
@@ -152,7 +148,7 @@ class Mantis(nn.Module):
 
     def client_codec(self) -> ClientCodec:
         """The client half of this model, sharing its weights; RuntimeError before `finish`."""
-        return self._client_codec(self._estimate)
+        return self._client_codec(partial(_estimate, self.bottleneck))
 
     def server_codec(self) -> ServerCodec:
         """The server half of this model, sharing its weights; RuntimeError before `finish`."""
@@ -164,6 +160,12 @@ class Mantis(nn.Module):
             self.ids(),
             fusion=self.fusion,
             answer_counts=self._answer_counts(),
+            extensions=[
+                extension_server(
+                    self.spec, n, self.server, self.extension(n).server, *self._coding(n)
+                )
+                for n in range(len(self.extensions))
+            ],
         )
 
     def encode(
@@ -224,9 +226,15 @@ class Mantis(nn.Module):
 
     def ids(self) -> Ids:
         """What the model's streams and the model itself are named by."""
-        if self._stream_id is None:
-            self._stream_id = self.spec.stream_id(self.state_dict())
-        return Ids(self._stream_id, self.model_id())
+        return Ids(self.stream_ids()[0], self.model_id())
+
+    def stream_ids(self) -> tuple[bytes, ...]:
+        """The ids of the model's streams, and of those of each extension."""
+        if self._stream_ids is None:
+            state, numbers = self.state_dict(), range(len(self.spec.extensions))
+            extended = (self.spec.extension_id(state, number) for number in numbers)
+            self._stream_ids = (self.spec.stream_id(state), *extended)
+        return self._stream_ids
 
     def finish(self) -> None:
         """Makes the integer tables, and rounds the client's weights to float16; training is over.
@@ -238,10 +246,24 @@ class Mantis(nn.Module):
         self.eval()
         _forget(self, None)
 
+    def finish_extension(self, number: int) -> None:
+        """As `finish`, for an extension alone; all else stays as it is."""
+        own = self.extension(number)
+        update_tables(own.bottleneck)
+        round_weights(own.client)
+        self.eval()
+        _forget(self, None)
+
+    def extension(self, number: int) -> Extension:
+        """What an extension has of its own."""
+        own = self.extensions[number]
+        assert isinstance(own, Extension)
+        return own
+
     def train(self, mode: bool = True) -> Self:
         """Switches the mode, and forgets the id: in training the weights change."""
         if mode:
-            self._model_id = self._stream_id = None
+            self._model_id = self._stream_ids = None
         super().train(mode)
         return self
 
@@ -267,6 +289,7 @@ class Mantis(nn.Module):
             "stream_id": self.ids().stream.hex(),
             "tasks": {task.name: list(task.labels) for task in self.spec.tasks},
             **({"added": added} if (added := self._added()) else {}),
+            **({"extensions": others} if (others := self._extended()) else {}),
             "classes": len(self.spec.classes),
             "image_size": list(self.spec.image_size),
             **self.client_codec().describe(),
@@ -279,8 +302,26 @@ class Mantis(nn.Module):
             for own in self.spec.added
         }
 
+    def _extended(self) -> list[dict[str, Any]]:
+        return [
+            {
+                "stream_id": self.stream_ids()[number + 1].hex(),
+                "tasks": {task.name: list(task.labels) for task in own.tasks},
+                "rank": own.rank,
+                "client_parameters": sum(
+                    p.numel() for p in self.extension(number).client.parameters()
+                ),
+            }
+            for number, own in enumerate(self.spec.extensions)
+        ]
+
+    def _coding(self, number: int) -> tuple[TableSet, Ids]:
+        """What the streams of an extension are coded with and named by."""
+        ids = Ids(self.stream_ids()[number + 1], self.model_id())
+        return table_set(self.extension(number).bottleneck), ids
+
     def _client_codec(self, estimate: Estimate | None) -> ClientCodec:
-        return ClientCodec(
+        codec = ClientCodec(
             self.spec,
             self.client,
             self.tables(),
@@ -289,6 +330,17 @@ class Mantis(nn.Module):
             answer_counts=self._answer_counts(),
             estimate=estimate,
         )
+        extended = []
+        for number in range(len(self.extensions)):
+            own, coding = self.extension(number), self._coding(number)
+            known = None if estimate is None else partial(_estimate, own.bottleneck)
+            extended.append(
+                extension_client(
+                    self.spec, number, self.client, own.client, *coding, estimate=known
+                )
+            )
+        codec.extend(extended)
+        return codec
 
     def _answer_counts(self) -> Tensor | None:
         return None if self.fusion is None else self.answer_counts
@@ -299,12 +351,13 @@ class Mantis(nn.Module):
             level = torch.zeros(count, dtype=torch.long, device=device)
         return shares_of(level, self.spec.num_rates)
 
-    def _estimate(
-        self, latent: Tensor, mask: Tensor, primary: Tensor, shares: Tensor | None
-    ) -> Tensor:
-        with still(self.bottleneck):
-            return self.bottleneck(latent, mask, primary, shares).bits  # type: ignore[no-any-return]
+
+def _estimate(
+    bottleneck: Bottleneck, latent: Tensor, mask: Tensor, primary: Tensor, shares: Tensor | None
+) -> Tensor:
+    with still(bottleneck):
+        return bottleneck(latent, mask, primary, shares).bits  # type: ignore[no-any-return]
 
 
 def _forget(model: Mantis, _: object) -> None:
-    model._model_id = model._stream_id = model._tables = None
+    model._model_id = model._stream_ids = model._tables = None

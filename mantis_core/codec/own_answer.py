@@ -22,6 +22,7 @@ from torch.nn.functional import cross_entropy, one_hot
 from mantis_core.bitstream.coder import TOTAL
 from mantis_core.bitstream.container import CONFIDENCE_LEVELS, CONFIDENCE_ROWS
 from mantis_core.bitstream.packed_tables import integer_counts
+from mantis_core.bitstream.wire import CodedImage
 from mantis_core.device.look import EDGES
 from mantis_core.networks.stacked import TaskLayout, TaskOutputs
 from mantis_core.tasks import TaskSpec
@@ -182,6 +183,18 @@ class Fusion(nn.Module):
         if after <= before:  # never true of nan
             self.fitted_log_scale.copy_(fitted.log_scale.detach())
             self.fitted_bonus.copy_(fitted.bonus.detach())
+
+
+def answers_to(k: int, images: Sequence[CodedImage], device: torch.device) -> ClientAnswer:
+    """The client's answers of images to their primary task, where that is task `k`."""
+    said = [
+        (image.label, image.confidence)
+        if image.confidence is not None and image.tasks.primary == k
+        else (-1, -1)
+        for image in images
+    ]
+    label, level = torch.tensor(said, device=device).T
+    return ClientAnswer(label, level)
 
 
 def even_counts() -> Tensor:

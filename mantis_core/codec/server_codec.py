@@ -12,27 +12,31 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from mantis_core.bitstream.coder import TableSet
-from mantis_core.bitstream.task_field import TaskField, dequantise_level
+from mantis_core.bitstream.container import ID_PLACE
+from mantis_core.bitstream.task_field import log_probabilities
 from mantis_core.bitstream.wire import CodedImage, Unpacked, read_stream
 from mantis_core.codec.answer import Answer
-from mantis_core.codec.own_answer import ClientAnswer, Fusion
+from mantis_core.codec.own_answer import Fusion, answers_to
 from mantis_core.codec.spec import AddedTask, Ids, ModelSpec
-from mantis_core.device.requests import listed_bytes
+from mantis_core.device.requests import family_of, listed_bytes
 from mantis_core.device.sessions import ServerSession
 from mantis_core.errors import ModelError
-from mantis_core.networks.client import latent_size
 from mantis_core.networks.conditioning import shares_of
+from mantis_core.networks.extension import extended_server
 from mantis_core.networks.inference import still
-from mantis_core.networks.server import JointDecision, Server
+from mantis_core.networks.server import AnswersLater, JointDecision, Server, decided
 from mantis_core.tasks import TaskSpec, parents_first
-from mantis_core.teachers.backbone import Backbone
 
 
 class ServerCodec:
-    """Turns streams into answers. Holds no stem, detector or encoder and no weight of one."""
+    """Turns streams into answers. Holds no stem, detector or encoder and no weight of one.
+
+    `extensions` are servers of the same networks for tasks that came later and have streams of
+    their own; `families` and `family` are as those of `DeviceClient`.
+    """
 
     def __init__(
         self,
@@ -44,11 +48,17 @@ class ServerCodec:
         *,
         fusion: Fusion | None = None,
         answer_counts: Tensor | None = None,
+        extensions: Sequence[ServerCodec] = (),
     ) -> None:
-        """The last two are there for a model whose client sends its answers."""
+        """`fusion` and `answer_counts` are there for a model whose client sends its answers."""
         self.spec, self.server, self.joint, self.tables = spec, server, joint, tables
         self.ids, self.fusion, self.facts = ids, fusion, spec.facts
         self.stream_spec = spec.stream_spec(ids.stream, answer_counts)
+        self.extensions = tuple(extensions)
+        self.families: tuple[tuple[str, ...], ...] = spec.families
+        self.family = 0
+        for number, own in enumerate(extensions, start=1):
+            own.families, own.family = self.families, number
 
     @torch.no_grad()
     def decode(
@@ -64,8 +74,12 @@ class ServerCodec:
         list of byte strings and for a task that was not added.
         """
         found = listed_bytes(streams, "streams")
-        read = (read_stream(data, self.tables, self.stream_spec) for data in found)
-        return self.answer(read, added=added)
+        return self.answer(map(self.read, found), added=added)
+
+    def read(self, stream: bytes) -> Unpacked:
+        """What a stream holds; BitstreamError if no part of this model made it."""
+        own = self._of(stream[ID_PLACE])
+        return read_stream(stream, own.tables, own.stream_spec)
 
     @torch.no_grad()
     def answer(
@@ -80,6 +94,9 @@ class ServerCodec:
         group: list[Unpacked] = []
         pixels = 0
         for stream in streams:
+            if group and stream.stream_id != group[0].stream_id:
+                answers += self._answer_group(group, later)
+                group, pixels = [], 0
             _, height, width = self.stream_spec.latent_shape(stream.input_shape)
             own = len(stream.images) * height * width * self.stream_spec.stride**2
             if group and pixels + own > self.stream_spec.max_total_pixels:
@@ -92,14 +109,20 @@ class ServerCodec:
     def request_for(self, names: str | Sequence[str]) -> list[str]:
         """What a client has to be asked for so that the tasks `names` can be answered.
 
-        A task of the client's own stands for itself, one that was added for those it is answered
-        through. Raises ModelError for a task that this server does not answer.
+        A task that the client knows stands for itself, one that was added to the server for those
+        it is answered through. Raises ModelError for a task that this server does not answer, and
+        for tasks that are sent in separate streams.
         """
         wanted = [names] if isinstance(names, str) else list(names)
+        added = tuple(each.task.name for each in self.spec.added)
+        if self.extensions:
+            number = family_of(((*self.spec.task_names, *added), *self.families[1:]), wanted)
+            if number:
+                return self.extensions[number - 1].request_for(wanted)
         own = self.spec.task_names
         through = {each.task.name: each.through or own for each in self.spec.added}
         if unknown := [name for name in wanted if name not in (*own, *through)]:
-            has = ", ".join((*own, *through))
+            has = ", ".join(each.name for each in self.spec.every_task)
             raise ModelError(f"tasks {unknown} asked for; this server answers {has}")
         asked = {task for name in wanted for task in through.get(name, (name,))}
         return [name for name in own if name in asked]
@@ -114,6 +137,8 @@ class ServerCodec:
     def _answer_group(
         self, streams: Sequence[Unpacked], later: Sequence[AddedTask]
     ) -> list[Answer]:
+        if streams and (owner := self._of(streams[0].stream_id)) is not self:
+            return owner._answer_group(streams, [])
         images: list[CodedImage] = []
         shapes: list[tuple[int, int]] = []
         sizes: list[tuple[float, float]] = []
@@ -144,8 +169,16 @@ class ServerCodec:
     def open(
         self, hello: bytes, *, request: str | Sequence[str] | None = None
     ) -> ServerSession[Answer]:
-        """The other end of the session that began with `hello`, see `ServerSession`."""
-        return ServerSession(self, hello, request=request)
+        """The other end of the session that began with `hello`, see `ServerSession`.
+
+        The id in the hello says whether it carries tasks of an extension.
+        """
+        return ServerSession(self._of(hello[ID_PLACE]), hello, request=request)
+
+    def _of(self, stream_id: bytes) -> ServerCodec:
+        """The part of this model whose streams have an id; this one for ids of another model."""
+        known = {own.ids.stream: own for own in self.extensions}
+        return known.get(bytes(stream_id), self)
 
     def describe(self) -> dict[str, Any]:
         """Size of the server."""
@@ -155,7 +188,7 @@ class ServerCodec:
         """The answer that the client has sent; nothing is decoded."""
         assert image.label is not None
         task, label = self.spec.tasks[image.tasks.primary], image.label
-        about = math.exp(_log_probabilities(image.tasks)[image.tasks.primary])
+        about = math.exp(log_probabilities(image.tasks)[image.tasks.primary])
         sure = about
         if image.confidence is not None:
             assert self.fusion is not None
@@ -184,7 +217,7 @@ class ServerCodec:
         """Answers for images of one shape, without the stream's sizes."""
         device = next(self.server.parameters()).device
         mask = np.array([image.tasks.mask for image in images], bool)
-        log_p = torch.tensor([_log_probabilities(image.tasks) for image in images]).to(device)
+        log_p = torch.tensor([log_probabilities(image.tasks) for image in images]).to(device)
         maps = torch.from_numpy(np.stack([image.map for image in images])).to(device).float()
         with still(self.server):
             latent = maps.contiguous(memory_format=torch.channels_last)
@@ -199,7 +232,7 @@ class ServerCodec:
                 rows = rows[self._admitted(task, mask[rows], rows, answers)]
                 own = self._task_output(k, rows, split, last, shape)
                 if self.fusion is not None and task.is_classification and len(rows):
-                    said = _answers_to(k, [images[row] for row in rows], device)
+                    said = answers_to(k, [images[row] for row in rows], device)
                     mine = None if shares is None else shares[torch.from_numpy(rows).to(device)]
                     own = self.fusion(own, said, mine)
                 places = torch.from_numpy(rows).to(device)
@@ -315,26 +348,14 @@ class ServerCodec:
         }
 
 
-def new_server(spec: ModelSpec, trunk: nn.Module | None = None) -> Server:
-    """The server's networks for a spec; without `trunk` the teacher's blocks, untrained."""
-    return Server(
-        spec.model.decoder,
-        spec.tasks,
-        latent_channels=spec.model.encoder.latent_channels,
-        latent_size=latent_size(spec.image_size, spec.model.encoder.stride),
-        split_shape=spec.split_shape,
-        last_shape=spec.last_shape,
-        split_signed=spec.split_signed,
-        last_signed=spec.last_signed,
-        num_rates=spec.num_rates,
-        added=[own.task for own in spec.added],
-        trunk=Backbone(spec.teacher).tail_after(spec.split) if trunk is None else trunk,
-    )
+def extension_server(
+    spec: ModelSpec, number: int, server: Server, own: AnswersLater, tables: TableSet, ids: Ids
+) -> ServerCodec:
+    """The server of an extension of the codec with this `spec` and `server`, sharing its weights.
 
-
-def new_joint(spec: ModelSpec) -> JointDecision | None:
-    """The joint decision, where each image has one class."""
-    return JointDecision(spec.tasks, len(spec.classes)) if spec.single_class else None
+    `ids` are those of the extension's streams and of the whole model.
+    """
+    return ServerCodec(spec.extended(number), extended_server(server, own), None, tables, ids)
 
 
 def _at_rows(own: Tensor, rows: Tensor, count: int) -> Tensor:
@@ -344,43 +365,9 @@ def _at_rows(own: Tensor, rows: Tensor, count: int) -> Tensor:
     return own.new_full((count, *own.shape[1:]), -math.inf).index_copy(0, rows, own)
 
 
-def _answers_to(k: int, images: Sequence[CodedImage], device: torch.device) -> ClientAnswer:
-    """The client's answers of images to their primary task, where that is task `k`."""
-    said = [
-        (image.label, image.confidence)
-        if image.confidence is not None and image.tasks.primary == k
-        else (-1, -1)
-        for image in images
-    ]
-    label, level = torch.tensor(said, device=device).T
-    return ClientAnswer(label, level)
-
-
 def _said(task: TaskSpec, own: Tensor) -> list[Any]:
     """What each of a task's outputs (N, ...) says: its label and the probability, or its mask."""
     if task.is_classification:
         best = own[:, :-1].max(dim=1)
         return list(zip(best.indices.tolist(), best.values.exp().tolist(), strict=True))
     return list(own.argmax(dim=1).to(torch.uint8).cpu().numpy())
-
-
-def decided(scores: Tensor) -> Tensor:
-    """The class (B,) with the best of a joint decision's scores (B, classes).
-
-    -1 for an image of whose decoded tasks none has classes: all its scores are -inf.
-    """
-    best = scores.detach().max(dim=1)
-    return best.indices.masked_fill(best.values == -math.inf, -1)
-
-
-def _log_probabilities(field: TaskField) -> list[float]:
-    """log p_k as transmitted: -inf for tasks not sent, 0 where no probabilities were sent."""
-    levels = iter(field.levels or ())
-    return [
-        -math.inf
-        if not active
-        else math.log(dequantise_level(next(levels)))
-        if field.levels is not None
-        else 0.0
-        for active in field.mask
-    ]

@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, NamedTuple, Self
 
-from pydantic import BaseModel, ConfigDict, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from torch import Tensor
 
 from mantis_core.architecture import ModelConfig
@@ -35,6 +35,11 @@ DECIDES_A_STREAM = ("client.", "bottleneck.table_", "answer_counts")
 """What the names of the tensors begin with that a stream depends on."""
 
 
+def extension_prefix(number: int) -> str:
+    """What the names of an extension's tensors begin with."""
+    return f"extensions.{number}."
+
+
 class AddedTask(BaseModel):
     """A task that the server answers and the client does not know: no stream names it.
 
@@ -49,6 +54,19 @@ class AddedTask(BaseModel):
     through: tuple[str, ...] = ()
 
 
+class ExtensionSpec(BaseModel):
+    """Tasks that came later and that the client knows: they are asked for, and sent by themselves.
+
+    The client has a row of the conditioning and coding tables for them, and adapters of the
+    encoder of this `rank` if that is not 0. Their labels are their own, no classes of the model.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    tasks: tuple[TaskSpec, ...] = Field(min_length=1)
+    rank: int = Field(default=0, ge=0)
+
+
 class ModelSpec(BaseModel):
     """All it takes to build a model's modules and to read its answers: a checkpoint's config.
 
@@ -57,6 +75,7 @@ class ModelSpec(BaseModel):
     format of the model's streams: 1 for folders of before there was another. `rates` are the rate
     weights that a model of several was trained for, in ascending order; () for a model of one.
     `added` are tasks that came later, on the server alone; `tasks` are those of the client.
+    `extensions` are tasks that came later on both, each group with streams of its own.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -77,6 +96,7 @@ class ModelSpec(BaseModel):
     stream_version: int = 1
     rates: tuple[float, ...] = ()
     added: tuple[AddedTask, ...] = ()
+    extensions: tuple[ExtensionSpec, ...] = ()
 
     @model_validator(mode="after")
     def _added_to_the_client(self) -> Self:
@@ -92,6 +112,27 @@ class ModelSpec(BaseModel):
             if own.task.parent and own.task.parent not in known:
                 raise ValueError(f"task {own.task.name!r} has no parent {own.task.parent!r}")
             known.append(own.task.name)
+        return self
+
+    @model_validator(mode="after")
+    def _extended_by_others(self) -> Self:
+        if self.extensions and self.stream_version == 1:
+            raise ValueError(
+                "streams of version 1 name the whole model, which an extension would change: train "
+                "the codec again, or add the task with the grade server"
+            )
+        known = [task.name for task in self.answered]
+        for extension in self.extensions:
+            own = [task.name for task in extension.tasks]
+            if taken := [name for name in own if name in known or own.count(name) > 1]:
+                raise ValueError(f"two tasks are called {taken[0]!r}")
+            for task in extension.tasks:
+                if task.parent and task.parent not in own:
+                    raise ValueError(
+                        f"task {task.name!r} has its parent {task.parent!r} in another stream: of "
+                        "grade row and adapter, tasks have parents that are added with them"
+                    )
+            known += own
         return self
 
     @field_validator("stream_version")
@@ -111,6 +152,27 @@ class ModelSpec(BaseModel):
     def answered(self) -> tuple[TaskSpec, ...]:
         """All tasks that the server answers, those of the client first."""
         return (*self.tasks, *(own.task for own in self.added))
+
+    @property
+    def every_task(self) -> tuple[TaskSpec, ...]:
+        """All tasks that some stream of the model is answered for."""
+        return (*self.answered, *(task for own in self.extensions for task in own.tasks))
+
+    @property
+    def families(self) -> tuple[tuple[str, ...], ...]:
+        """The tasks whose streams have one id, by name: the client's own, each extension's."""
+        named = (tuple(task.name for task in own.tasks) for own in self.extensions)
+        return (self.task_names, *named)
+
+    def extended(self, number: int) -> ModelSpec:
+        """The spec of the codec that an extension is for its own tasks: it is asked for them."""
+        detector = self.model.detector.model_copy(update={"classes": False})
+        changed = {"requests": "asked", "prior": "shared", "detector": detector}
+        silent = ("send_probabilities", "send_answer", "exit_heads", "single_task")
+        model = self.model.model_copy(update=changed | dict.fromkeys(silent, False))
+        own = {"model": model, "tasks": self.extensions[number].tasks, "single_class": False}
+        nothing = dict.fromkeys(("classes", "class_names", "added", "extensions"), ())
+        return self.model_copy(update=own | nothing)
 
     def class_members(self) -> Tensor | None:
         """The classes of each task, bool (K, classes); None where an image may have several."""
@@ -201,7 +263,9 @@ class ModelSpec(BaseModel):
         more: dict[str, object] = {"parents": [parents, labels]} if parents else {}
         if self.added:
             more["added"] = [own.model_dump(mode="json") for own in self.added]
-        return self._id(state, more)
+        if self.extensions:
+            more["extensions"] = [own.model_dump(mode="json") for own in self.extensions]
+        return self._digest(state, more)[:4]
 
     def stream_id(self, state: Mapping[str, Tensor]) -> bytes:
         """The id that streams carry: in version 1 the model's.
@@ -212,9 +276,31 @@ class ModelSpec(BaseModel):
         """
         if self.stream_version == 1:
             return self.model_id(state)
-        return self._id({name: t for name, t in state.items() if name.startswith(DECIDES_A_STREAM)})
+        return self.stream_digest(state)[:4]
 
-    def _id(self, state: Mapping[str, Tensor], more: Mapping[str, object] = {}) -> bytes:
+    def stream_digest(self, state: Mapping[str, Tensor]) -> bytes:
+        """The whole SHA-256 of what the client's own streams depend on, from version 2 on."""
+        own = {name: t for name, t in state.items() if name.startswith(DECIDES_A_STREAM)}
+        return self._digest(own)
+
+    def extension_id(self, state: Mapping[str, Tensor], number: int) -> bytes:
+        """The id that the streams of an extension carry, by the same rule."""
+        return self.extension_digest(state, number)[:4]
+
+    def extension_digest(self, state: Mapping[str, Tensor], number: int) -> bytes:
+        """The whole SHA-256 of what the streams of an extension depend on.
+
+        The tensors are the client's, as for the codec's own streams, and those of the extension
+        that decide its latents and how they are coded.
+        """
+        own = extension_prefix(number)
+        kept = {name: t for name, t in state.items() if name.startswith("client.")}
+        for name, tensor in state.items():
+            if name.startswith(own) and name.removeprefix(own).startswith(DECIDES_A_STREAM):
+                kept["own." + name.removeprefix(own)] = tensor
+        return self.extended(number)._digest(kept)
+
+    def _digest(self, state: Mapping[str, Tensor], more: Mapping[str, object] = {}) -> bytes:
         facts: dict[str, object] = {
             "tasks": [[t.name, t.kind, t.num_classes, list(t.classes)] for t in self.tasks],
             "image_size": self.image_size,
@@ -234,7 +320,7 @@ class ModelSpec(BaseModel):
         for name, tensor in sorted(state.items()):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
             digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-        return digest.digest()[:4]
+        return digest.digest()
 
 
 def model_spec(

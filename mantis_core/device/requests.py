@@ -123,9 +123,46 @@ def asked_tasks(facts: ClientFacts, tasks: Tasks, count: int) -> NDArray[np.bool
     if unknown or not wanted:
         raise ModelError(
             f"tasks {unknown or 'none'} asked for; this model has {', '.join(names)}. A task that "
-            "was added to its server is asked for by those that it is answered through"
+            "was added to its server is asked for by those that it is answered through; for one "
+            "that its client has to know, `mantis patch` gives the client what it lacks"
         )
     return np.broadcast_to(np.array([name in wanted for name in names]), (count, len(names)))
+
+
+def family_of(families: Sequence[Sequence[str]], tasks: Tasks) -> int:
+    """Which of the groups of a model's tasks, whose streams have one id each, holds `tasks`.
+
+    What is detected, given as an array or unknown belongs to the first one, the client's own.
+    ModelError for tasks of several groups.
+    """
+    if tasks is None or is_array(tasks):
+        return 0
+    wanted = [tasks] if isinstance(tasks, str) else _listed(tasks)
+    owners = {n: number for number, own in enumerate(families) for n in own}
+    found: dict[int, list[str]] = {}
+    for name in wanted:
+        if name in owners:
+            found.setdefault(owners[name], []).append(name)
+    if len(found) > 1:
+        groups = "; ".join(", ".join(found[number]) for number in sorted(found))
+        raise ModelError(
+            f"tasks {', '.join(wanted)} are sent in separate streams: ask once for each of these "
+            f"groups: {groups}"
+        )
+    return next(iter(found), 0)
+
+
+def check_family(families: Sequence[Sequence[str]], number: int, tasks: Tasks) -> None:
+    """ModelError for tasks that a session of the group `number` does not carry."""
+    if tasks is None or is_array(tasks):
+        return
+    wanted = [tasks] if isinstance(tasks, str) else _listed(tasks)
+    others = {name for own in families for name in own} - set(families[number])
+    if wrong := [name for name in wanted if name in others]:
+        raise ModelError(
+            f"tasks {', '.join(wrong)} are sent in streams of another id than this session's, "
+            f"which carries {', '.join(families[number])}: open a session for them on both ends"
+        )
 
 
 def is_array(tasks: Tasks) -> TypeGuard[BoolArray]:

@@ -20,7 +20,14 @@ from mantis_core.bitstream.session import Session, read_hello, write_hello
 from mantis_core.bitstream.wire import CodedImage, Unpacked, read_message, write_message
 from mantis_core.device.facts import ClientFacts
 from mantis_core.device.look import Seen
-from mantis_core.device.requests import Budget, Tasks, asked_tasks, check_asks, listed_bytes
+from mantis_core.device.requests import (
+    Budget,
+    Tasks,
+    asked_tasks,
+    check_asks,
+    check_family,
+    listed_bytes,
+)
 from mantis_core.errors import ModelError
 
 
@@ -30,6 +37,8 @@ class _Half(Protocol):
     facts: ClientFacts
     tables: TableSet
     stream_spec: StreamSpec
+    families: tuple[tuple[str, ...], ...]
+    family: int
 
 
 class _Client(_Half, Protocol):
@@ -58,10 +67,10 @@ class _Server(_Half, Protocol[Answer]):
 
 
 class _End:
-    """One end of a session."""
+    """One end of a session. A session carries streams of one id: tasks of another are refused."""
 
     session: Session
-    _facts: ClientFacts
+    _half: _Half
     _request: str | Sequence[str] | None
 
     @property
@@ -71,12 +80,23 @@ class _End:
 
     @request.setter
     def request(self, tasks: str | Sequence[str] | None) -> None:
-        """Raises ModelError in a session without requests, and for tasks the model has not."""
+        """Raises ModelError in a session without requests, and for tasks the model has not, or
+        sends in streams of another id."""
         if tasks is not None:
-            _check_request(self.session, tasks)
-            check_asks(self._facts, tasks)
-            asked_tasks(self._facts, tasks, 1)
+            self._check(tasks)
+            check_asks(self._half.facts, tasks)
+            asked_tasks(self._half.facts, tasks, 1)
         self._request = tasks
+
+    def _check(self, tasks: Tasks) -> None:
+        if self.session.requests == (tasks is None):
+            raise ModelError(
+                "this is a session of requests: name the tasks that are asked for"
+                if self.session.requests
+                else "in this session tasks are detected: open one with requests=True to ask for "
+                "some"
+            )
+        check_family(self._half.families, self._half.family, tasks)
 
 
 class ClientSession(_End):
@@ -103,7 +123,7 @@ class ClientSession(_End):
         if requests is None and request is not None:
             requests = True
         self.codec, self.session = codec, session_of(codec, input_shape, requests=requests)
-        self._facts, self.request = codec.facts, request
+        self._half, self.request = codec, request
         self.hello = write_hello(self.session, codec.stream_spec)
 
     def encode(
@@ -121,7 +141,7 @@ class ClientSession(_End):
         `request`.
         """
         tasks = self.request if tasks is None else tasks
-        _check_request(self.session, tasks)
+        self._check(tasks)
         self.codec.check_images(images)
         shape = (int(images.shape[-2]), int(images.shape[-1]))
         if shape != self.session.input_shape:
@@ -155,7 +175,7 @@ class ServerSession(_End, Generic[Answer]):
         """
         self.codec, self.hello = codec, bytes(hello)
         self.session = read_hello(self.hello, codec.stream_spec)
-        self._facts, self.request = codec.facts, request
+        self._half, self.request = codec, request
 
     def decode(self, messages: Iterable[bytes], tasks: Tasks = None) -> list[Answer]:
         """Messages to one answer each, in order; arguments and errors as `read`."""
@@ -170,11 +190,11 @@ class ServerSession(_End, Generic[Answer]):
         for what is no list of byte strings.
         """
         tasks = self.request if tasks is None else tasks
-        _check_request(self.session, tasks)
+        self._check(tasks)
         messages = listed_bytes(messages, "messages")
         asked: list[tuple[bool, ...]] = [()] * len(messages)
         if tasks is not None:
-            rows = asked_tasks(self._facts, tasks, len(messages)).tolist()
+            rows = asked_tasks(self.codec.facts, tasks, len(messages)).tolist()
             asked = [tuple(row) for row in rows]
         tables, spec = self.codec.tables, self.codec.stream_spec
         return (
@@ -198,12 +218,3 @@ def session_of(
         with_answers=codec.facts.sends_answer and not requests,
         requests=requests,
     )
-
-
-def _check_request(session: Session, tasks: object) -> None:
-    if session.requests == (tasks is None):
-        raise ModelError(
-            "this is a session of requests: name the tasks that are asked for"
-            if session.requests
-            else "in this session tasks are detected: open one with requests=True to ask for some"
-        )

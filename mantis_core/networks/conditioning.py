@@ -213,3 +213,13 @@ CONDITIONING: dict[str, Callable[..., nn.Module]] = {
     "gated": GatedConditioning,
     "none": NoConditioning,
 }
+
+READ_BY_TASK: dict[str, tuple[tuple[str, int], ...]] = {
+    "film": (("film.first.weight", 1),),
+    "attention": (("by_task.weight", 1),),
+    "features": (),
+    "channels": (("open", 0),),
+    "gated": (("film.film.first.weight", 1), ("sets.open", 0)),
+    "none": (),
+}
+"""The parameters of each kind that hold a row for each task, and the dimension of the tasks."""

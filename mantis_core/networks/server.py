@@ -343,6 +343,15 @@ class JointDecision(nn.Module):
         return scores if scores.dim() == 2 else scores.logsumexp(dim=2)
 
 
+def decided(scores: Tensor) -> Tensor:
+    """The class (B,) with the best of a joint decision's scores (B, classes).
+
+    -1 for an image of whose decoded tasks none has classes: all its scores are -inf.
+    """
+    best = scores.detach().max(dim=1)
+    return best.indices.masked_fill(best.values == -torch.inf, -1)
+
+
 def _rows_of(layout: TaskLayout) -> Tensor:
     """For each place of stacked outputs the row of all tails' weights laid end to end, (N W,).
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -116,6 +116,15 @@ def add_task(
     model: Model,
     config: Config,
     overrides: Overrides = None,
+    grade: Annotated[
+        Literal["server", "row", "adapter"] | None,
+        typer.Option(
+            "--grade",
+            help="What changes. server: answers alone. row: also a row of the client's "
+            "conditioning and coding tables. adapter: also low-rank changes of its encoder. The "
+            "default is `extend.grade`.",
+        ),
+    ] = None,
     dry_run: DryRun = False,
     as_json: AsJson = False,
     address: Address = None,
@@ -123,20 +132,22 @@ def add_task(
 ) -> None:
     """Add the tasks of a config to a trained codec, and register it with them.
 
-    The client and its streams stay as they are, and so do the answers to all tasks of before: the
-    server learns to answer the new ones from what is sent already. The config holds `data`, `tasks`
-    and, if wanted, `extend`. Skips finished stages and resumes interrupted ones.
+    Streams and answers of all tasks of before stay as they are, to the bit. With the grade server
+    the new tasks are answered from what is sent already. With row and adapter they have streams of
+    their own, and clients take a patch to send these (`mantis patch`). The config holds `data`,
+    `tasks` and, if wanted, `extend`. Skips finished stages and resumes interrupted ones.
 
-    Example: mantis add-task models:/mantis@champion --config birds.yaml
+    Example: mantis add-task models:/mantis@champion --config birds.yaml --grade row
     """
     from pipelines.extending.plan import extension_plan
 
+    overrides = [*(overrides or ()), *([] if grade is None else [f"extend.grade={grade}"])]
     plan = extension_plan(model_folder(model, root), config, joined(overrides, address))
     if dry_run:
         print_plan(plan, plan.specs, as_json)
         return
     words = [model, "--config", str(config), *(["--root", str(root)] if root else [])]
-    words += [*([] if address is None else ["--address", address]), *(overrides or ())]
+    words += [*([] if address is None else ["--address", address]), *overrides]
     _run(plan, None, config.stem, as_json, command_line(["add-task", *words]))
 
 

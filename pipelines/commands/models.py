@@ -1,4 +1,4 @@
-"""Commands on the results of runs: report, register, promote, models, lineage, export, ui."""
+"""Commands on results of runs: report, register, promote, models, lineage, export, patch, ui."""
 
 from __future__ import annotations
 
@@ -217,15 +217,17 @@ def export(
     """
     from mantis_core.codec.checkpoint import load_client, load_server
     from mantis_core.device.files import shown
-    from pipelines.export.folders import check_target
+    from pipelines.export.folders import check_target, unexported
 
     if half == "server":
         if int8 or images:
             raise Stopped("error: --int8 and --images are for the client.", MISTAKE)
         from pipelines.export.server import export_server
 
-        files = export_server(load_server(model_folder(model, root)), output)
-        _tell(as_json, {"folder": shown(output), "half": half, "files": files}, [])
+        server = load_server(model_folder(model, root))
+        files = export_server(server, output)
+        exported = {"folder": shown(output), "half": half, "files": files}
+        _tell(as_json, exported, unexported(server.families))
         return
     if int8 and not images:
         raise Stopped(
@@ -242,6 +244,7 @@ def export(
     check_target(output, FILES)  # before the images are read
     codec = load_client(model_folder(model, root))
     pictures, failures = _pictures(codec, images or [])
+    failures = [*failures, *unexported(codec.families)]
     found = export_client(
         codec,
         output,
@@ -289,7 +292,46 @@ def ui(
         raise Stopped(f"error: {error}", error.exit_code) from None
 
 
-COMMANDS = (report, register, promote, models, lineage, export, ui)
+@ending_well
+def patch(
+    model: Annotated[
+        str,
+        typer.Argument(metavar="CLIENT", help="Client half or whole codec that shall be patched."),
+    ],
+    change: Annotated[
+        str,
+        typer.Argument(
+            metavar="PATCH",
+            help="Folder of a patch, or the model that `add-task --grade row` or `adapter` made.",
+        ),
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder to write: the patched client half.")
+    ],
+    root: Root = None,
+    as_json: AsJson = False,
+) -> None:
+    """Give a client the tasks that were added to its codec with the grade row or adapter.
+
+    Works offline. Refuses a patch of another client, and a damaged one. What the client sent before
+    it sends as before, to the bit.
+
+    Example: mantis patch client/ patch/ -o client-2/
+    """
+    from mantis_core.device.files import shown
+    from mantis_core.patch import apply_patch
+
+    folder = model_folder(model, root)
+    made = apply_patch(folder, model_folder(change, root), output)
+    tasks = [task.name for task in made.extension.tasks]
+    told = {"folder": shown(output), "tasks": tasks, "stream_id": made.child_id}
+    if as_json:
+        print_json(told)
+        return
+    typer.echo(f"{told['folder']}  {', '.join(tasks)}: streams {made.child_id}")
+
+
+COMMANDS = (report, register, promote, models, lineage, export, patch, ui)
 
 
 def _figure(value: float | None) -> str:

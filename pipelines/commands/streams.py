@@ -84,7 +84,7 @@ def encode(
         work.check_together(len(sources))
     else:
         streams = {source: t for t, source in _targets(sources, output, ".mts").items()}
-    codec = _load("client", model, root)
+    codec = _load("client", model, root).for_tasks(task)
     if together:
         work.check_room(codec, len(sources))
     if skip_existing:
@@ -154,8 +154,8 @@ def decode(
     codec = _load("server", model, root)
     table = None
     if output is not None:
-        table = answers.Table(output / "answers.csv", codec.spec.answered, numbered=True)
-        answers.write_labels(output, codec.spec.answered)
+        table = answers.Table(output / "answers.csv", codec.spec.every_task, numbered=True)
+        answers.write_labels(output, codec.spec.every_task)
     streams: list[dict[str, Any]] = []
     with counting("streams", len(found.sources)) as counter, table or nullcontext():
         tally = Tally(found, counter, table)
@@ -223,8 +223,9 @@ def predict(
         _targets(found.sources, masks, ".png")
     folder = str(model_folder(model, root))
     client, server = _load("client", folder, root), _load("server", folder, root)
+    client = client.for_tasks(task)
     asked = work.Asked(tuple(task) if task else None, exit_confidence, level, max_bytes)
-    tasks = server.spec.answered
+    tasks = server.spec.every_task
     table = None if as_json and output is None else answers.Table(output, tasks)
     if masks is not None:
         answers.write_labels(masks, tasks)

@@ -44,6 +44,8 @@ def ways_of(
 
     That is one way, but for a model that is asked: each task is then a request of its own.
     """
+    if extends(model, problem):
+        return [Way([task.name for task in problem.tasks], level=source.level)]
     if adds(model, problem):
         through = model.spec.added[-1].through
         return [Way(list(through) or None, level=source.level)]
@@ -75,7 +77,14 @@ def adds(model: Mantis, problem: Problem) -> bool:
     """Returns whether the tasks of a problem are those that were added to a codec last."""
     count = len(problem.tasks)
     added = [own.task.name for own in model.spec.added]
-    return bool(added) and added[-count:] == [task.name for task in problem.tasks]
+    mine = bool(added) and added[-count:] == [task.name for task in problem.tasks]
+    return mine or extends(model, problem)
+
+
+def extends(model: Mantis, problem: Problem) -> bool:
+    """Returns whether the tasks of a problem are those of a codec's last extension."""
+    *others, last = model.spec.families
+    return bool(others) and list(last) == [task.name for task in problem.tasks]
 
 
 def run_added(ways: Sequence[Coded], batch: Arrays, problem: Problem) -> Arrays:

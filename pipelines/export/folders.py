@@ -1,11 +1,11 @@
-"""A folder that appears whole or not at all, in place of an earlier export or of nothing."""
+"""The folder of an export: it appears whole or not at all; and what an export leaves out."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import tempfile
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -52,3 +52,11 @@ def whole(folder: Path, names: Collection[str]) -> Iterator[Path]:
             raise
     finally:
         shutil.rmtree(room, ignore_errors=True)
+
+
+def unexported(families: Sequence[Sequence[str]]) -> list[str]:
+    """Says which tasks an export has not: those with streams of their own."""
+    return [
+        f"{', '.join(own)}: sent in streams of their own, which exports do not have"
+        for own in families[1:]
+    ]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from mantis_core.codec.checkpoint import read_spec
 from mantis_core.codec.spec import AddedTask, ModelSpec
+from mantis_core.config import ExtendConfig
 from mantis_core.errors import ModelError
 from mantis_core.folders import load_folder
 from mantis_core.rates import levels_of
@@ -36,13 +37,12 @@ def extension_plan(base: Path, config: Path, overrides: Sequence[str]) -> Plan:
     )
     settings = load_settings(config, [*overrides, *own])
     table, fingerprint = read_data(settings)
-    known = [task.name for task in spec.answered]
+    known = [task.name for task in spec.every_task]
     if taken := [task.name for task in table.tasks if task.name in known]:
         raise ModelError(
             f"the codec in {base} has {', '.join(taken)} already: give the task another name"
         )
-    through = settings.extend.through
-    check_added(spec, [task.name for task in table.tasks], through)
+    check_added(spec, [task.name for task in table.tasks], settings.extend)
     arms = tuple(_arms(settings, spec))
     specs = plan_stages(settings, table, fingerprint, stages=EXTENSION, arms=arms)
     return Plan(settings, table, specs)
@@ -61,12 +61,25 @@ def base_spec(folder: Path) -> ModelSpec:
         raise ModelError(f"{folder} holds no codec: {error}") from None
 
 
-def check_added(spec: ModelSpec, names: Sequence[str], through: Sequence[str]) -> None:
-    """ModelError for tasks that cannot be answered through those of the client."""
-    from mantis_core.codec.adding import spec_with
+def check_added(spec: ModelSpec, names: Sequence[str], config: ExtendConfig) -> None:
+    """ModelError for tasks that a codec cannot take in this grade, and for a rank too high."""
+    from mantis_core.codec.adding import check_extension, spec_with
+    from mantis_core.codec.halves import new_client
+    from mantis_core.networks.extension import rank_within
 
     tasks = [TaskSpec(name, "classification", 1) for name in names]
-    spec_with(spec, [AddedTask(task=task, through=tuple(through)) for task in tasks])
+    if config.rank is not None and config.grade != "adapter":
+        raise ModelError(
+            f"extend.rank is for the grade adapter, and extend.grade is {config.grade}: leave one "
+            "of them out"
+        )
+    if config.grade == "server":
+        spec_with(spec, added=[AddedTask(task=task, through=config.through) for task in tasks])
+        return
+    rank = 0
+    if config.grade == "adapter":
+        rank = rank_within(new_client(spec), spec.model.conditioning.kind, config.rank)
+    check_extension(spec, tasks, rank=rank, through=config.through)
 
 
 def _arms(settings: Settings, spec: ModelSpec) -> list[Arm]:

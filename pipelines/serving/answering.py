@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from mantis_core.bitstream.container import BitstreamError, Reason
-from mantis_core.bitstream.wire import Unpacked, read_stream
+from mantis_core.bitstream.wire import Unpacked
 from mantis_core.codec.answer import Answer
 from mantis_core.codec.server_codec import ServerCodec
 from mantis_core.errors import ModelError
@@ -110,7 +110,7 @@ def _png(mask: NDArray[np.uint8]) -> str:
 
 def _read(codec: ServerCodec, question: Question) -> Unpacked:
     if question.hello is None:
-        return read_stream(question.body, codec.tables, codec.stream_spec)
+        return codec.read(question.body)
     session = codec.open(question.hello)
     (unpacked,) = session.read([question.body], question.tasks)
     return unpacked

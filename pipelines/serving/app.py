@@ -32,6 +32,7 @@ from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
 
 from mantis_core.bitstream.container import BitstreamError, peek, peek_hello
+from mantis_core.errors import ModelError
 from pipelines.serving.answering import Question, Reply, refusal
 from pipelines.serving.catalog import Catalog, Entry
 from pipelines.serving.photographs import Photograph
@@ -252,15 +253,21 @@ def create_app(desk: Desk) -> FastAPI:
         enter(desk, request)
         wanted = _asked(await _body(request, desk.limits.max_body))
         entries = desk.catalog.entries
-        known = {task for each in entries for task in (*each.tasks, *each.added)}
+        known = {task for each in entries for task in each.every_task}
         if unknown := sorted(set(wanted.tasks) - known):
             raise Refused(
                 422,
                 "request",
                 f"no model here has {', '.join(unknown)}; tasks are {', '.join(sorted(known))}",
             )
-        asked = (own for task in wanted.tasks for each in entries for own in each.asks(task))
-        desk.request = tuple(dict.fromkeys(asked)) or None
+        every = (own for task in wanted.tasks for each in entries for own in each.asks(task))
+        asked = tuple(dict.fromkeys(every))
+        try:
+            for each in entries:
+                each.check_asked(asked)
+        except ModelError as error:
+            raise Refused(422, "request", str(error)) from None
+        desk.request = asked or None
         return desk.content(Reply(200, {"request": desk.now()}))
 
     @app.get("/healthz")

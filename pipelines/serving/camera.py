@@ -140,31 +140,32 @@ def shots(client: Any, link: Link, frames: Iterable[Frame], wanted: Wanted) -> I
 
     Raises ServiceError where the service lets nothing in, ModelError for tasks it has not.
     """
-    facts = client.facts
     status, about = link.ask("GET", "/v1/models")
     if status != http.client.OK:
         raise ServiceError(f"{link.url}: {about.get('error', status)}")
-    tasks = _next(facts, about.get("request"), wanted.tasks)
-    sessions: dict[bool, ClientSession] = {}
+    tasks = _next(client, about.get("request"), wanted.tasks)
+    sessions: dict[tuple[bool, int], ClientSession] = {}
     for frame in frames:
-        asked = tasks is not None
-        if asked not in sessions:
-            sessions[asked] = client.open(requests=asked)
-        shot, request = _shot(client, link, sessions[asked], frame, tasks, wanted)
+        asked, own = tasks is not None, client.for_tasks(tasks)
+        place = asked, own.family
+        if place not in sessions:
+            sessions[place] = own.open(requests=asked)
+        shot, request = _shot(client, link, sessions[place], frame, tasks, wanted)
         yield shot
         if request is not UNTOLD:
-            tasks = _next(facts, request, wanted.tasks)
+            tasks = _next(client, request, wanted.tasks)
 
 
-def _next(facts: Any, request: Any, own: tuple[str, ...] | None) -> tuple[str, ...] | None:
+def _next(client: Any, request: Any, own: tuple[str, ...] | None) -> tuple[str, ...] | None:
     """What the next image is asked: by the service, else by the camera's user, else nothing."""
     if request:
-        known = tuple(str(task) for task in request if task in facts.tasks)
-        if known and facts.requests != "detect":
+        every = {name for own in client.families for name in own}
+        known = tuple(str(task) for task in request if task in every)
+        if known and client.for_tasks(known).facts.requests != "detect":
             return known
     if own is not None:
         return own
-    named = named_tasks(facts, None)
+    named = named_tasks(client.facts, None)
     return None if named is None else tuple(named)
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from mantis_core.codec.checkpoint import read_spec
 from mantis_core.device.export import check_files, read_manifest
+from mantis_core.device.requests import family_of
 from mantis_core.errors import ModelError
 from mantis_core.folders import load_folder
 
@@ -19,7 +20,8 @@ class Entry:
 
     `tasks` are all tasks by name; `requests` is whether they are asked for, detected, or both.
     `added` are tasks that the server answers beside them, each with those of the client's that are
-    asked for instead. `segmentation` names the label values of each task that answers with a mask.
+    asked for instead. `extensions` are tasks with streams of their own, by the id of these.
+    `segmentation` names the label values of each task that answers with a mask.
     `encodes` tells whether the folder holds the client too. `exported` is a folder of that client
     as `mantis export` writes it, "" without one.
     """
@@ -33,13 +35,33 @@ class Entry:
     image_size: tuple[int, int]
     rate_levels: int
     added: dict[str, list[str]] = field(default_factory=dict)
+    extensions: dict[str, list[str]] = field(default_factory=dict)
     segmentation: dict[str, list[str]] = field(default_factory=dict)
     encodes: bool = False
     exported: str = ""
 
     def asks(self, task: str) -> list[str]:
         """What a camera is asked for so that a task can be answered; none if it cannot."""
-        return self.added.get(task, [task] if task in self.tasks else [])
+        known = any(task in own for own in (self.tasks, *self.extensions.values()))
+        return self.added.get(task, [task] if known else [])
+
+    @property
+    def every_task(self) -> list[str]:
+        """All tasks that it answers."""
+        extended = [name for own in self.extensions.values() for name in own]
+        return [*self.tasks, *self.added, *extended]
+
+    @property
+    def stream_ids(self) -> set[str]:
+        """The ids of all streams that it reads."""
+        return {self.stream_id, *self.extensions}
+
+    def check_asked(self, tasks: Sequence[str]) -> None:
+        """ModelError for tasks of which its clients send several streams, so one image has not all.
+
+        Those that it does not have are left to others.
+        """
+        family_of((self.tasks, *self.extensions.values()), tasks)
 
     def to_json(self) -> dict[str, Any]:
         """What a service tells of it; not where it lies."""
@@ -50,18 +72,19 @@ class Entry:
 
 @dataclass(frozen=True)
 class Catalog:
-    """The models of a service; of those with one stream id the newest answers."""
+    """The models of a service. Of those that read a stream id the first, the newest, answers."""
 
     entries: tuple[Entry, ...] = ()
 
     def find(self, stream_id: str) -> Entry | None:
         """The model that answers the streams of a client."""
-        return next((each for each in self.entries if each.stream_id == stream_id), None)
+        return next((each for each in self.entries if stream_id in each.stream_ids), None)
 
     def with_newer(self, entries: Iterable[Entry]) -> Catalog:
         """A catalog in which `entries` stand first. What clients of before need is kept."""
         newest = {each.stream_id: each for each in entries}
-        kept = [each for each in self.entries if each.stream_id not in newest]
+        read = {stream_id for each in newest.values() for stream_id in each.stream_ids}
+        kept = [each for each in self.entries if not each.stream_ids <= read]
         return Catalog((*newest.values(), *kept))
 
     def to_config(self) -> list[dict[str, Any]]:
@@ -106,9 +129,13 @@ def entry_of(folder: str | Path, source: str) -> Entry:
         requests=spec.model.requests,
         image_size=spec.image_size,
         rate_levels=spec.rate_levels,
+        extensions={
+            str(stream_id): [task.name for task in own.tasks]
+            for stream_id, own in zip(meta.get("extension_ids", ()), spec.extensions, strict=True)
+        },
         added={own.task.name: list(own.through or spec.task_names) for own in spec.added},
         segmentation={
-            task.name: list(task.labels) for task in spec.answered if not task.is_classification
+            task.name: list(task.labels) for task in spec.every_task if not task.is_classification
         },
         encodes="half" not in meta,
     )

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from mantis_core.codec.mantis import Mantis
-from mantis_core.codec.server_codec import decided
 from mantis_core.networks.preprocessing import normalise
+from mantis_core.networks.server import decided
 from tests.mantis_core.conftest import GROUND, TASKS, make_batch, make_codec, make_problem
 
 PROBLEM = replace(make_problem(), tasks=(*TASKS, GROUND))  # one class an image, and a segmentation

@@ -11,6 +11,8 @@ from mantis_core.codec.adding import check_unchanged
 from mantis_core.codec.checkpoint import load_model
 from mantis_core.codec.mantis import Mantis
 from mantis_core.config import ExtendConfig
+from mantis_core.errors import ModelError
+from mantis_core.patch import read_patch
 from mantis_core.tasks import Batch, Problem, TaskSpec
 from mantis_core.training.extend import extend_recipe
 from mantis_core.training.loop import Session
@@ -77,3 +79,62 @@ def test_a_model_that_is_asked_is_answered_through_all_its_tasks_unless_said() -
     )
     assert one.student.spec.added[0].through == (first,)  # type: ignore[union-attr]
     assert one.student.spec.added[0].task.classes == ()  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(("kind", "grade"), [("asked", "row"), ("attentive", "adapter")])
+def test_an_extension_is_learned_and_nothing_else_moves(
+    kind: str, grade: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mantis_core.networks.extension.MOST_OF_CLIENT", 1.0)  # of a tiny client
+    base = codec_of(kind)
+    before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    config = ExtendConfig(
+        epochs=30,
+        batch_size=COUNT,
+        grade=grade,
+        rank=1 if grade == "adapter" else None,
+        optim={"lr": 3e-2},
+        ema_decay=0.5,
+    )
+    recipe = extend_recipe(config, base, problem_of(base), seed=0)
+    session = Session(recipe, config, steps_per_epoch=1, seed=0)
+    batch = batch_of(base)
+    losses = [float(session.step(batch).loss.detach()) for _ in range(30)]
+    assert losses[-1] < 0.6 * losses[0]
+    student = recipe.student
+    assert isinstance(student, Mantis)
+    started = {name for name, p in student.named_parameters() if p.grad is not None}
+    assert started == {
+        name
+        for name, _ in student.named_parameters()
+        if name.startswith("extensions.0.") and not name.endswith("quantiles")
+    }
+    recipe.save(session.shipped.cpu(), tmp_path, "extend", {"step": 30})
+    made = load_model(tmp_path)
+    assert read_patch(tmp_path)[0].child_id == made.stream_ids()[1].hex()
+    after = made.state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    way = {"tasks": list(base.spec.task_names)} if kind == "asked" else {}
+    check_unchanged(base, made, batch.image[:4], **way)
+    answers = made.decode(made.encode(batch.image, ["bright", "half"]))
+    said = torch.tensor([answer.labels["bright"] for answer in answers])
+    own = batch.class_label >= 0
+    assert (said == batch.class_label)[own].float().mean() > 0.9
+
+
+def test_the_rate_of_an_extension_is_weighed_as_the_codec_was_trained() -> None:
+    several, one = codec_of("asked"), codec_of("attentive")
+    config = ExtendConfig(epochs=1, batch_size=2, grade="row", rate_weight=0.5)
+    weights = extend_recipe(config, several, problem_of(several), seed=0).level_weights
+    assert weights[[0, 4]].tolist() == pytest.approx(list(several.spec.rates))
+    single = codec_of("detecting")
+    found = extend_recipe(config, single, problem_of(single), seed=0).level_weights
+    assert found.tolist() == [0.5]
+    assert len(extend_recipe(config, one, problem_of(one), seed=0).level_weights) == 5
+
+
+def test_adapters_beyond_two_per_cent_of_the_client_are_refused() -> None:
+    base = codec_of("asked")
+    config = ExtendConfig(epochs=1, batch_size=2, grade="adapter")
+    with pytest.raises(ModelError, match=r"more than 2% of the client's [\d,]+ parameters.*row"):
+        extend_recipe(config, base, problem_of(base), seed=0)
