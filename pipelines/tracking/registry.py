@@ -36,6 +36,7 @@ from pipelines.tracking.store.moved import local_folder
 from pipelines.tracking.store.versions import (
     CHECKPOINT_FILES,
     NAME,
+    PATCH,
     RegistryError,
     codec_versions,
     files_of,
@@ -189,6 +190,7 @@ def register_stages(tracker: Tracker, stages: Mapping[str, StageRun], config_nam
                 folder.mkdir()
                 for name in CHECKPOINT_FILES:  # leaves out the training state beside them
                     (folder / name).write_bytes(store.read_bytes(f"{checkpoint}/{name}"))
+                store.download_folder(f"{checkpoint}/{PATCH}", folder / PATCH)  # if it has one
                 for part in missing:
                     own = _part_folder(folder, part)
                     target = made / f"model-{part}"

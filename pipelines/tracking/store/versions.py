@@ -33,6 +33,7 @@ NAME = "mantis"
 """The name of models that are registered without another one in `tracking.model`."""
 PARTS = ("whole", "client", "server")
 CHECKPOINT_FILES = ("weights.safetensors", "config.yaml", "meta.json")
+PATCH = "patch"  # folder in a checkpoint that `add-task` made for clients at work; see patch.py
 
 
 class RegistryError(ValueError):
