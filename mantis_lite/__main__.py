@@ -139,11 +139,12 @@ def _info(given: argparse.Namespace) -> int:
     failures = list(found.failures)
     for source in found.sources:
         try:
-            held = client.read(read(source.path))
+            data = read(source.path)
+            held = client.read(data)
         except (BitstreamError, FilesError) as error:
             failures.append(Failure(source.path, f"{shown(source.path)}: {error}"))
             continue
-        for own in _told(client, held):
+        for own in _told(client.of_stream(data), held):
             told.append({"file": shown(source.path), **own})
             if not given.json:
                 print("  ".join(f"{name} {value}" for name, value in told[-1].items()))

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mantis_core.bitstream.container import ID_PLACE
 from mantis_core.bitstream.wire import Unpacked, read_stream
 from mantis_core.device.client import DeviceClient
 from mantis_core.device.export import (
@@ -19,6 +20,7 @@ from mantis_core.device.export import (
     LOOK,
     Manifest,
     check_files,
+    numbered,
     read_manifest,
     read_tables,
 )
@@ -34,16 +36,27 @@ EVEN = 0.5  # of each task, for a client that detects nothing
 
 
 class OnnxNetwork:
-    """A client's two graphs. Images pass one by one."""
+    """A client's two graphs, the first of which its extensions share. Images pass one by one."""
 
     alone = True
 
-    def __init__(self, folder: str | Path, facts: ClientFacts, *, threads: int = 1) -> None:
-        """`threads` each graph may use; with more than one, kernels may round otherwise."""
-        self.facts = facts
-        self._look = onnx_session(Path(folder) / LOOK, threads)
-        self._code = onnx_session(Path(folder) / CODE, threads)
-        self._seen = [output.name for output in self._look.get_outputs()]
+    def __init__(
+        self,
+        folder: str | Path,
+        facts: ClientFacts,
+        *,
+        threads: int = 1,
+        number: int = 0,
+        look: Any = None,
+    ) -> None:
+        """`threads` each graph may use; with more than one, kernels may round otherwise.
+
+        `number` is that of an extension, from 1, which has the session `look` of its client.
+        """
+        self.facts, self.detects = facts, not number
+        self.look = onnx_session(Path(folder) / LOOK, threads) if look is None else look
+        self._code = onnx_session(Path(folder) / numbered(CODE, number), threads)
+        self._seen = [output.name for output in self.look.get_outputs()]
         self._coded = [output.name for output in self._code.get_outputs()]
         self._wanted = {given.name for given in self._code.get_inputs()}
 
@@ -56,9 +69,12 @@ class OnnxNetwork:
                 f"images have {shape[0]}x{shape[1]} pixels; this export is of {height}x{width}: "
                 "use prepare_image"
             )
-        found = dict(zip(self._seen, _run(self._look, {IMAGE: images}), strict=True))
+        found = dict(zip(self._seen, _run(self.look, {IMAGE: images}), strict=True))
         even = np.full((len(images), len(self.facts.tasks)), EVEN, np.float32)
-        return Glimpse(found.pop(PROBABILITIES, even), found.pop(CLASSES, None), found)
+        probabilities, classes = found.pop(PROBABILITIES, even), found.pop(CLASSES, None)
+        if not self.detects:
+            return Glimpse(even, None, found)
+        return Glimpse(probabilities, classes, found)
 
     def code(
         self, features: dict[str, Any], rows: Sequence[int], condition: Floats, level: int
@@ -78,15 +94,39 @@ class LiteClient(DeviceClient[NDArray[np.uint8]]):
 
     array_type, array_name = np.ndarray, "array"
 
-    def __init__(self, folder: str | Path, manifest: Manifest, *, threads: int = 1) -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        manifest: Manifest,
+        *,
+        threads: int = 1,
+        number: int = 0,
+        look: Any = None,
+    ) -> None:
+        """`number` and `look` are as those of `OnnxNetwork`."""
+        part = manifest.parts[number]
+        network = OnnxNetwork(folder, part.facts, threads=threads, number=number, look=look)
         super().__init__(
-            manifest.facts,
-            OnnxNetwork(folder, manifest.facts, threads=threads),
-            read_tables(folder, manifest),
-            manifest.stream,
+            part.facts,
+            network,
+            read_tables(folder, manifest, number),
+            part.stream,
             manifest.mask_threshold,
         )
         self.manifest = manifest
+        if not number:
+            others = range(1, len(manifest.parts))
+            self.extend(
+                [
+                    LiteClient(folder, manifest, threads=threads, number=n, look=network.look)
+                    for n in others
+                ]
+            )
+
+    def of_stream(self, stream: bytes) -> LiteClient:
+        """The part of this client that makes streams of the id in `stream`; itself for others."""
+        known = {own.stream_spec.model_id: own for own in self.extensions}
+        return known.get(stream[ID_PLACE], self)
 
     def prepare_image(self, data: bytes, *, max_pixels: float = MAX_PIXELS) -> NDArray[np.uint8]:
         """An image file's bytes to uint8 (3, H, W) as in evaluation: short side, centre crop.
@@ -99,7 +139,8 @@ class LiteClient(DeviceClient[NDArray[np.uint8]]):
 
     def read(self, stream: bytes) -> Unpacked:
         """Task fields and symbols of a stream; BitstreamError if it is none of this model's."""
-        return read_stream(stream, self.tables, self.stream_spec)
+        own = self.of_stream(stream)
+        return read_stream(stream, own.tables, own.stream_spec)
 
 
 def open_export(folder: str | Path, *, threads: int = 1) -> LiteClient:

@@ -21,6 +21,8 @@ from mantis_core.device.facts import ClientFacts
 from mantis_core.errors import ModelError
 
 COUNT = 100
+OF_EXTENSION = 20
+"""Cases of each extension, beside those of the client's own tasks."""
 LEAST_SAME = 0.95
 """The share of streams that may not differ between two machines, or from torch."""
 _SHAPES = 9
@@ -89,12 +91,14 @@ def ways(facts: ClientFacts, count: int = COUNT) -> list[tuple[tuple[str, ...] |
 
 
 def make(client: DeviceClient[NDArray[np.uint8]], count: int = COUNT) -> list[Case]:
-    """The cases of a client whose images are arrays."""
+    """The cases of a client whose images are arrays, and some of each extension."""
     cases = []
     for number, (request, level) in enumerate(ways(client.facts, count)):
         image = procedural_image(number, client.facts.image_size)[None]
         (stream,) = client.encode(image, request, level=level)
         cases.append(Case(number, request, level, stream))
+    for own in client.extensions:
+        cases += make(own, OF_EXTENSION)
     return cases
 
 
@@ -105,8 +109,9 @@ def check(client: DeviceClient[NDArray[np.uint8]], cases: Sequence[Case]) -> Fou
     """
     same = 0
     for case in cases:
-        known = read_stream(case.stream, client.tables, client.stream_spec)
-        again = write_stream(known.images, known.input_shape, client.tables, client.stream_spec)
+        own = client.for_tasks(case.request)
+        known = read_stream(case.stream, own.tables, own.stream_spec)
+        again = write_stream(known.images, known.input_shape, own.tables, own.stream_spec)
         if again.data != case.stream:
             raise ModelError(
                 f"golden case {case.number}: the symbols of its stream are coded to other bytes on "

@@ -217,11 +217,12 @@ def export(
     """
     from mantis_core.codec.checkpoint import load_client, load_server
     from mantis_core.device.files import shown
-    from pipelines.export.folders import check_target, unexported
+    from pipelines.export.folders import check_target
 
     if half == "server":
         if int8 or images:
             raise Stopped("error: --int8 and --images are for the client.", MISTAKE)
+        from pipelines.export.folders import unexported
         from pipelines.export.server import export_server
 
         server = load_server(model_folder(model, root))
@@ -244,7 +245,6 @@ def export(
     check_target(output, FILES)  # before the images are read
     codec = load_client(model_folder(model, root))
     pictures, failures = _pictures(codec, images or [])
-    failures = [*failures, *unexported(codec.families)]
     found = export_client(
         codec,
         output,

@@ -55,8 +55,8 @@ def whole(folder: Path, names: Collection[str]) -> Iterator[Path]:
 
 
 def unexported(families: Sequence[Sequence[str]]) -> list[str]:
-    """Says which tasks an export has not: those with streams of their own."""
+    """Says which tasks an exported server has not: those with streams of their own."""
     return [
-        f"{', '.join(own)}: sent in streams of their own, which exports do not have"
+        f"{', '.join(own)}: sent in streams of their own, which an exported server does not answer"
         for own in families[1:]
     ]

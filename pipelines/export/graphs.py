@@ -101,15 +101,21 @@ def features_of(codec: ClientCodec) -> list[str]:
 
 def write_graphs(codec: ClientCodec, look_path: Path, code_path: Path) -> None:
     """Writes both graphs of a client, which is on the CPU."""
-    look, code = Look(codec).eval(), Code(codec).eval()
+    look = Look(codec).eval()
     image = torch.zeros(1, 3, *codec.spec.image_size, dtype=torch.uint8)
-    with torch.no_grad():
-        seen = look(image)
     write_graph(look, (image,), [IMAGE], look.outputs, look_path)
+    write_code(codec, code_path)
+
+
+def write_code(codec: ClientCodec, path: Path) -> None:
+    """Writes the second graph of a client, or of an extension of it."""
+    look, code = Look(codec).eval(), Code(codec).eval()
+    with torch.no_grad():
+        seen = look(torch.zeros(1, 3, *codec.spec.image_size, dtype=torch.uint8))
     condition = torch.ones(1, len(codec.spec.tasks))
     level = torch.zeros(1, dtype=torch.int64)
     given = (*seen[: len(look.features)], condition, *[level] * (code.num_rates > 1))
-    write_graph(code, given, code.inputs, code.outputs, code_path)
+    write_graph(code, given, code.inputs, code.outputs, path)
 
 
 def write_graph(

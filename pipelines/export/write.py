@@ -17,11 +17,12 @@ from mantis_core.device import export, golden
 from mantis_core.errors import ModelError
 from mantis_lite.client import LiteClient
 from pipelines.export.folders import whole
-from pipelines.export.graphs import write_graphs
+from pipelines.export.graphs import write_code, write_graphs
 from pipelines.export.quantise import quantise
 
 PACKAGES = ("mantis-codec", "torch", "onnx", "onnxruntime")
-FILES = (*export.CHECKED, export.MANIFEST, export.README)
+FILES = (*export.checked(export.MOST_EXTENSIONS), export.MANIFEST, export.README)
+_OF_EXTENSION = 64  # images that are compared for it
 README = """# A MANTiS client
 
 Made by `mantis export`. It needs Python, numpy, onnxruntime and Pillow:
@@ -60,8 +61,14 @@ def export_client(
 
     `images` (3, H, W) are coded both ways to compare the streams, and up to `calibrating` of them
     calibrate int8; None takes procedural ones. The folder appears whole or not at all. ModelError
-    where it holds something else, and where a float32 client sends other streams than torch.
+    where it holds something else, for more extensions than an export may have, and where a float32
+    client sends other streams than torch.
     """
+    if len(codec.extensions) > export.MOST_EXTENSIONS:
+        raise ModelError(
+            f"this client has {len(codec.extensions)} extensions, and an export at most "
+            f"{export.MOST_EXTENSIONS}: remove some with mantis_core.codec.adding.without_task"
+        )
     size = codec.spec.image_size
     pictures = list(images) if images is not None else []
     if not pictures:
@@ -74,22 +81,26 @@ def export_client(
             say(f"int8: {export.LOOK} by {len(some)} images")
             quantise(partial / export.LOOK, some)
         export.write_tables(partial, codec.tables)
+        for number, own in enumerate(codec.extensions, start=1):
+            say(f"graphs: {export.numbered(export.CODE, number)} of {', '.join(own.facts.tasks)}")
+            write_code(own, partial / export.numbered(export.CODE, number))
+            export.write_tables(partial, own.tables, number)
         client = LiteClient(partial, _manifest(codec, int8=int8, files={}))
-        say(f"golden: {golden.COUNT} cases")
         cases = golden.make(client)
+        say(f"golden: {len(cases)} cases")
         golden.write_cases(partial, cases)
-        manifest = _manifest(codec, int8=int8, files=export.hashes(partial))
+        manifest = _manifest(codec, int8=int8, files=export.hashes(partial, len(codec.extensions)))
         (partial / export.README).write_text(_readme(manifest), encoding="utf-8")
         say(f"streams: {len(pictures)} images by torch and by onnxruntime")
-        equal = _equal(codec, client, pictures)
-        if not int8 and equal < golden.LEAST_SAME * len(pictures):
+        equal, compared = _equal(codec, client, pictures)
+        if not int8 and equal < golden.LEAST_SAME * compared:
             raise ModelError(
-                f"{equal} of {len(pictures)} images have the stream that torch gives: the graphs "
+                f"{equal} of {compared} images have the stream that torch gives: the graphs "
                 "compute otherwise with these versions of torch and onnxruntime; export with others"
             )
         export.write_manifest(partial, manifest)
     files = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
-    return Exported(folder, files, len(cases), len(pictures), equal)
+    return Exported(folder, files, len(cases), compared, equal)
 
 
 def evenly(items: Sequence[Any], most: int) -> list[Any]:
@@ -102,17 +113,26 @@ def evenly(items: Sequence[Any], most: int) -> list[Any]:
 def _manifest(
     codec: ClientCodec, *, int8: bool, files: dict[str, tuple[int, str]]
 ) -> export.Manifest:
-    tables = codec.tables
+    own, *extended = (
+        export.Part(
+            each.facts,
+            each.stream_spec,
+            each.tables.prior,
+            each.tables.cdf.shape[1] // len(each.tables.lengths),
+        )
+        for each in (codec, *codec.extensions)
+    )
     return export.Manifest(
-        facts=codec.facts,
-        stream=codec.stream_spec,
-        prior=tables.prior,
-        contexts=tables.cdf.shape[1] // len(tables.lengths),
+        facts=own.facts,
+        stream=own.stream,
+        prior=own.prior,
+        contexts=own.contexts,
         mask_threshold=codec.looker.mask_threshold,
         precision="int8" if int8 else "float32",
         model_id=codec.ids.model.hex(),
         made_with={name: _version(name) for name in PACKAGES},
         files=files,
+        extensions=tuple(extended),
     )
 
 
@@ -127,20 +147,27 @@ def _readme(manifest: export.Manifest) -> str:
     facts = manifest.facts
     height, width = facts.image_size
     return README.format(
-        tasks=", ".join(facts.tasks),
+        tasks=", ".join(name for part in manifest.parts for name in part.facts.tasks),
         height=height,
         width=width,
         levels=facts.rate_levels,
         precision=manifest.precision,
-        stream_id=manifest.stream.model_id.hex(),
+        stream_id=" or ".join(part.stream.model_id.hex() for part in manifest.parts),
     )
 
 
-def _equal(codec: ClientCodec, client: LiteClient, pictures: Sequence[NDArray[np.uint8]]) -> int:
-    """How many images have one stream in torch and in onnxruntime, each coded another way."""
-    equal = 0
-    ways = golden.ways(codec.facts, len(pictures))
-    for picture, (request, level) in zip(pictures, ways, strict=True):
-        ours = codec.encode(torch.from_numpy(picture.copy())[None], request, level=level)
-        equal += ours == client.encode(picture[None], request, level=level)
-    return equal
+def _equal(
+    codec: ClientCodec, client: LiteClient, pictures: Sequence[NDArray[np.uint8]]
+) -> tuple[int, int]:
+    """How many images have one stream in torch and in onnxruntime, and of how many.
+
+    Each is coded another way; for each extension some of them once more.
+    """
+    equal = compared = 0
+    for number, own in enumerate((codec, *codec.extensions)):
+        some = evenly(pictures, _OF_EXTENSION) if number else pictures
+        compared += len(some)
+        for picture, (request, level) in zip(some, golden.ways(own.facts, len(some)), strict=True):
+            ours = codec.encode(torch.from_numpy(picture.copy())[None], request, level=level)
+            equal += ours == client.encode(picture[None], request, level=level)
+    return equal, compared
