@@ -76,6 +76,11 @@ def check_added(spec: ModelSpec, names: Sequence[str], config: ExtendConfig) -> 
     if config.grade == "server":
         spec_with(spec, added=[AddedTask(task=task, through=config.through) for task in tasks])
         return
+    if config.compile == "on":
+        raise ModelError(
+            f"extend.compile is for the grade server: {config.grade} is trained without "
+            "torch.compile; leave it out"
+        )
     rank = 0
     if config.grade == "adapter":
         rank = rank_within(new_client(spec), spec.model.conditioning.kind, config.rank)

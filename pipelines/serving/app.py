@@ -131,11 +131,12 @@ class Desk:
         """The model whose streams carry an id; Refused where there is none."""
         found = self.catalog.find(stream_id)
         if found is None:
-            known = ", ".join(each.stream_id for each in self.catalog.entries)
+            known = ", ".join(id for each in self.catalog.entries for id in sorted(each.stream_ids))
             raise Refused(
                 404,
                 "another_model",
-                f"no model here answers streams of {stream_id}; this service has {known}",
+                f"no model here answers streams of {stream_id}; this service has {known}: give it "
+                "the version of the model that this client has, by its name or by moving its alias",
             )
         return found
 

@@ -14,10 +14,13 @@ from mantis_core.codec.adding import check_same_codec, with_tasks
 from mantis_core.codec.checkpoint import load_client, load_model, save_model
 from mantis_core.codec.spec import AddedTask
 from mantis_core.device import golden
+from mantis_core.patch import apply_patch, write_patch
 from pipelines.__main__ import app
 from pipelines.serving.app import Desk
 from pipelines.serving.camera import Frame, Link, Wanted, shots
 from pipelines.serving.catalog import Catalog, entry_of
+from pipelines.tracking.runs import Tracker
+from pipelines.tracking.store.versions import PATCH, resolve_model
 from tests.mantis_core.codec.test_adding import GRASS, PLACES, images
 from tests.mantis_core.codec.test_extensions import CARS, extended
 from tests.pipelines.experiment import last_json
@@ -25,6 +28,7 @@ from tests.pipelines.experiment import mantis as run_mantis
 from tests.pipelines.export.codecs import codec_of
 from tests.pipelines.extending.test_add_task import CONFIG
 from tests.pipelines.serving.conftest import served
+from tests.pipelines.tracking.test_registry import Chain
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +95,7 @@ def test_streams_of_an_extension_are_encoded_shown_and_decoded(
     [
         (["extend.rank=2"], "extend.rank is for the grade adapter, and extend.grade is server"),
         (["--grade", "row", "extend.through=[cars]"], "extend.through names cars, and the client"),
+        (["--grade", "row", "extend.compile=on"], "extend.compile is for the grade server: row is"),
         (["--grade", "adapter"], "more than 2% of the client's"),
     ],
 )
@@ -127,6 +132,11 @@ def test_a_service_answers_clients_of_before_and_of_now(
         assert "sent in separate streams" in content["error"]
         body = json.dumps({"tasks": ["grass"]}).encode()
         assert link.ask("PUT", "/v1/request", body)[1]["request"] == list(now.facts.tasks)
+    with served([folders["base"]]) as url, Link(url) as link:
+        (stream,) = now.encode(images(now, 1), "places")  # type: ignore[arg-type]
+        status, content = link.ask("POST", "/v1/answers", stream)
+        assert (status, content["reason"]) == (404, "another_model")
+        assert "give it the version of the model that this client has" in content["error"]
 
 
 def test_a_catalog_keeps_what_reads_streams_that_the_newest_does_not(
@@ -144,6 +154,21 @@ def test_a_catalog_keeps_what_reads_streams_that_the_newest_does_not(
     both = entries["both"]
     assert both.every_task == [*both.tasks, "grass", "places", "cars"]
     assert Catalog((both,)).find(next(iter(entries["row"].extensions))) is both
+
+
+def test_a_registered_version_patches_registered_clients(
+    folders: dict[str, Path], tracker: Tracker, tmp_path: Path
+) -> None:
+    whole = tmp_path / "made" / "model"
+    save_model(whole, load_model(folders["row"]), {"step": 1})
+    write_patch(whole / PATCH, load_model(whole))
+    Chain(tracker, tmp_path / "runs", whole).register()  # type: ignore[no-untyped-call]
+    found = resolve_model("models:/mantis@candidate", tracker.location.uri)
+    assert resolve_model("models:/mantis-client@candidate", tracker.location.uri) != found
+    apply_patch(folders["base"], found, tmp_path / "client")
+    picture = images(load_model(whole), 1)
+    known = load_client(whole).encode(picture, "places")
+    assert load_client(tmp_path / "client").encode(picture, "places") == known
 
 
 @pytest.mark.slow
