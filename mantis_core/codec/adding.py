@@ -167,7 +167,10 @@ def check_unchanged(before: Mantis, after: Mantis, images: Tensor, **way: Any) -
 
 
 def check_same_codec(before: Mantis, after: Mantis, count: int = COMPARED) -> None:
-    """`check_unchanged` on `count` images made by a rule, asked for and detected, at each rate."""
+    """`check_unchanged` on `count` images made by a rule, asked for and detected, at each rate.
+
+    The tasks of extensions that `before` has are asked for too.
+    """
     spec = before.spec
     made = [procedural_image(2000 + number, spec.image_size) for number in range(count)]
     images = torch.from_numpy(np.stack(made))
@@ -177,6 +180,7 @@ def check_same_codec(before: Mantis, after: Mantis, count: int = COMPARED) -> No
         requests = [None]
     elif spec.model.requests == "both":
         requests.append(None)
+    requests += [[task.name for task in own.tasks] for own in spec.extensions]
     for level in levels_of(spec.rates) or (0,):
         for request in requests:
             check_unchanged(before, after, images, tasks=request, level=level)

@@ -15,6 +15,7 @@ from mantis_core.codec.mantis import Mantis
 from mantis_core.codec.spec import AddedTask
 from mantis_core.errors import ModelError
 from mantis_core.tasks import TaskSpec
+from tests.mantis_core.narrow_resnet import NAME
 from tests.pipelines.export.codecs import KINDS, codec_of
 
 PLACES = AddedTask(task=TaskSpec("places", "classification", 3, labels=("sea", "town", "wood")))
@@ -36,7 +37,7 @@ def ways(codec: Mantis) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module", params=sorted(KINDS))
 def base(request: pytest.FixtureRequest) -> Mantis:
-    return codec_of(request.param)
+    return codec_of(request.param, NAME)
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +82,7 @@ def test_only_the_tasks_that_are_wanted_are_answered(base: Mantis, extended: Man
 
 
 def test_a_task_is_answered_from_streams_that_carry_what_it_needs() -> None:
-    base = codec_of("asked")
+    base = codec_of("asked", NAME)
     names = base.spec.task_names
     through = AddedTask(task=PLACES.task, through=names[:2])
     codec = with_tasks(base, [through])
@@ -101,7 +102,7 @@ def test_a_task_is_answered_from_streams_that_carry_what_it_needs() -> None:
 
 
 def test_a_child_is_answered_where_its_parent_admits_it() -> None:
-    base = codec_of("detecting")
+    base = codec_of("detecting", NAME)
     breed = AddedTask(task=TaskSpec("sea", "classification", 2, parent="places"))
     codec = with_tasks(base, [PLACES, breed])
     tail: Any = codec.server.added.tails["places"]
@@ -144,7 +145,7 @@ def test_a_task_is_renamed_and_removed_without_a_trace(base: Mantis, extended: M
 
 def test_a_parent_stays_as_long_as_its_child() -> None:
     child = AddedTask(task=TaskSpec("sea", "classification", 2, parent="places"))
-    codec = with_tasks(codec_of("mapped"), [PLACES, child])
+    codec = with_tasks(codec_of("mapped", NAME), [PLACES, child])
     with pytest.raises(ModelError, match="'places' is the parent of sea"):
         without_task(codec, "places")
     assert with_renamed(codec, "places", "land").spec.added[1].task.parent == "land"
@@ -160,7 +161,7 @@ def test_a_parent_stays_as_long_as_its_child() -> None:
 )
 def test_a_task_that_does_not_fit_is_refused(added: AddedTask, said: str) -> None:
     with pytest.raises(ModelError, match=said):
-        with_tasks(codec_of("mapped"), [added])
+        with_tasks(codec_of("mapped", NAME), [added])
 
 
 def test_tasks_of_the_client_are_neither_removed_nor_renamed(extended: Mantis) -> None:
@@ -175,7 +176,7 @@ def test_tasks_of_the_client_are_neither_removed_nor_renamed(extended: Mantis) -
 
 
 def test_a_change_of_an_old_answer_is_found() -> None:
-    base = codec_of("mapped")
+    base = codec_of("mapped", NAME)
     changed = with_tasks(base, [PLACES])
     with torch.no_grad():
         for weight in changed.server.tails.parameters():

@@ -10,6 +10,7 @@ import torch
 
 from mantis_core.bitstream.container import BitstreamError, Reason, peek
 from mantis_core.codec.adding import (
+    check_same_codec,
     check_unchanged,
     with_extension,
     with_renamed,
@@ -24,6 +25,7 @@ from mantis_core.errors import ModelError
 from mantis_core.networks.conditioning import CONDITIONING, READ_BY_TASK, Layers
 from mantis_core.tasks import TaskSpec
 from tests.mantis_core.codec.test_adding import GRASS, PLACES, images, ways
+from tests.mantis_core.narrow_resnet import NAME
 from tests.pipelines.export.codecs import codec_of
 
 CARS = TaskSpec("cars", "classification", 2, labels=("no", "yes"))
@@ -43,7 +45,7 @@ def extended(base: Mantis, *tasks: TaskSpec, rank: int = 0) -> Mantis:
 
 @pytest.fixture(scope="module")
 def base() -> Mantis:
-    return codec_of("asked")
+    return codec_of("asked", NAME)
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +71,7 @@ def test_the_rows_of_a_kind_are_what_grows_with_its_tasks(kind: str) -> None:
 @pytest.mark.parametrize("kind", ["asked", "attentive", "lite"])
 @pytest.mark.parametrize("rank", [0, 1])
 def test_streams_and_answers_of_before_stay_to_the_bit(kind: str, rank: int) -> None:
-    before = codec_of(kind)
+    before = codec_of(kind, NAME)
     after = extended(before, PLACES.task, rank=rank)
     for way in ways(before):
         check_unchanged(before, after, images(before, 2), **way)
@@ -98,6 +100,18 @@ def test_an_untrained_extension_codes_what_the_codec_does_for_all_tasks(base: Ma
     assert mine is not None
     assert theirs is not None
     assert torch.allclose(torch.tensor(mine), torch.tensor(theirs), atol=2e-2)
+
+
+@pytest.mark.parametrize("part", ["client", "server"])
+def test_a_child_whose_extension_of_before_is_another_is_refused(row: Mantis, part: str) -> None:
+    child = extended(row, CARS)
+    check_same_codec(row, child, 2)
+    with torch.no_grad():
+        for parameter in getattr(child.extension(0), part).parameters():
+            parameter.mul_(1.5)
+    said = {"client": "streams of the client have changed", "server": "answers to tasks of before"}
+    with pytest.raises(ModelError, match=said[part]):
+        check_same_codec(row, child, 2)
 
 
 def test_streams_of_all_ids_are_decoded_in_one_list(base: Mantis, row: Mantis) -> None:
@@ -134,7 +148,7 @@ def test_tasks_of_two_streams_are_refused_together(row: Mantis) -> None:
         ):
             refused()
     with pytest.raises(ModelError, match=r"`mantis patch` gives the client what it lacks"):
-        codec_of("asked").encode(picture, "places")
+        codec_of("asked", NAME).encode(picture, "places")
     assert row.server_codec().request_for(["places"]) == ["places"]
 
 
@@ -234,7 +248,7 @@ def test_what_does_not_fit_is_refused(
     kind: str, tasks: list[TaskSpec], more: dict[str, Any], said: str
 ) -> None:
     with pytest.raises(ModelError, match=said):
-        with_extension(codec_of(kind), tasks, **more)
+        with_extension(codec_of(kind, NAME), tasks, **more)
 
 
 def test_a_codec_without_extensions_is_saved_as_before(base: Mantis, tmp_path: Path) -> None:
