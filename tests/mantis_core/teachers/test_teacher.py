@@ -176,7 +176,7 @@ def test_a_tail_is_a_copy_that_may_be_trained_without_the_teacher() -> None:
 def test_feature_shapes_leaves_the_teacher_as_it_was(teacher: Teacher) -> None:
     teacher.train()
     before = {k: v.clone() for k, v in teacher.state_dict().items()}
-    assert teacher.feature_shapes((64, 32)) == ((128, 8, 4), (512, 2, 1))
+    assert teacher.feature_shapes((64, 32)) == ((16, 8, 4), (32, 2, 1))
     assert teacher.backbone.training
     assert all(torch.equal(v, before[k]) for k, v in teacher.state_dict().items())
 

@@ -348,7 +348,7 @@ def test_the_pixels_of_golden_images_do_not_change() -> None:
 def test_threads_are_the_users(asked: Exported) -> None:
     client = open_export(asked.folder, threads=2)
     assert isinstance(client, LiteClient)
-    options = client.network._look.get_session_options()  # type: ignore[attr-defined]
+    options = client.network.look.get_session_options()  # type: ignore[attr-defined]
     assert options.intra_op_num_threads == 2
 
 
