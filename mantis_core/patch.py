@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
@@ -149,19 +149,25 @@ def read_patch(folder: str | Path) -> tuple[Manifest, dict[str, Tensor]]:
             f"{folder} is no patch: it lacks {MANIFEST} or {WEIGHTS}. Models that mantis add-task "
             f"made with --grade row or adapter hold one in {FOLDER}/"
         )
+    if path.stat().st_size > _MOST_BYTES:
+        raise ModelError(f"{path} has over {_MOST_BYTES:,} bytes: no patch is that large")
+    damaged = f"{folder} holds a damaged patch, copy it again"
     try:
         told: Any = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        if isinstance(told, dict) and told.get("format_version") != FORMAT_VERSION:
-            raise ModelError(
-                f"{folder} is a patch of format {told.get('format_version')}, this version reads "
-                f"{FORMAT_VERSION}: use the version of MANTiS that wrote it, or a later one"
-            )
+    except ValueError as error:
+        raise ModelError(f"{damaged}: {error}") from None
+    if isinstance(told, dict) and told.get("format_version") != FORMAT_VERSION:
+        raise ModelError(
+            f"{folder} is a patch of format {told.get('format_version')}, this version reads "
+            f"{FORMAT_VERSION}: use the version of MANTiS that wrote it, or a later one"
+        )
+    try:
         manifest = Manifest.model_validate(told)
-        if path.stat().st_size > _MOST_BYTES or sha256_file(path) != manifest.weights_sha256:
-            raise ModelError(f"{path} is not the file that was written (sha256): copy it again")
+        if sha256_file(path) != manifest.weights_sha256:
+            raise ValueError(f"{path.name} is not the file that was written (sha256)")
         return manifest, load(path.read_bytes())
-    except (SafetensorError, UnicodeDecodeError, ValueError, ValidationError) as error:
-        raise ModelError(f"{folder} holds a damaged patch: {error}; copy it again") from None
+    except (SafetensorError, ValueError) as error:
+        raise ModelError(f"{damaged}: {error}") from None
 
 
 def _tasks(manifest: Manifest) -> str:

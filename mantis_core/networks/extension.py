@@ -127,7 +127,7 @@ def rank_within(client: Client, kind: str, rank: int | None) -> int:
     if rank is not None and rank > largest:
         raise ModelError(
             f"extend.rank is {rank}: rows and adapters then have {rows + rank * each:,} "
-            f"parameters, more than {share}; give a rank from 1 to {largest}, or leave it out for "
+            f"parameters, more than {share}; give {largest} at most, or leave it out for "
             f"{largest}"
         )
     return largest if rank is None else rank
